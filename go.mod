@@ -1,0 +1,3 @@
+module sidecast
+
+go 1.25
