@@ -1,0 +1,318 @@
+package main
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+)
+
+const (
+	defaultAddr     = "localhost:8080"
+	maxCount        = 1 << 30            // the upper bound of counts that have no other
+	maxSeconds      = 365 * 24 * 60 * 60 // a year
+	minSecretLength = 16                 // characters, in production
+)
+
+// gatewayConfig configures the gateway role. The gateway embedded in a backend uses all but the first three.
+// Here and below, seconds may have decimals and are above 0 and at most a year; a count that has no other upper bound
+// is at most 1<<30.
+type gatewayConfig struct {
+	// Addr is the public listen address: PORT (default 3000; 0 lets the system choose) on every interface.
+	Addr string
+	// InternalAddr (INTERNAL_ADDR, default "") alone serves /internal/send and /metrics. When empty, Addr serves them too.
+	InternalAddr string
+	// CallbackURL (CALLBACK_URL, default "") gets the callbacks; its query may carry their secret, so it is never printed.
+	// When empty, readiness and every stream are 503.
+	CallbackURL secret
+	// Heartbeat (HEARTBEAT_INTERVAL_SECONDS, default 15) is the time between two comments on a stream. A proxy that cuts
+	// idle connections sooner than that cuts every quiet stream.
+	Heartbeat time.Duration
+	// MaxConnections (MAX_CONNECTIONS, default 0 = no limit) is how many streams may be open; one more must come again.
+	MaxConnections int
+	// StreamBuffer (STREAM_BUFFER_BYTES, default 1 MiB, 1 KiB to 1 GiB) is the bytes that may wait for one client; a
+	// client for which more would wait is cut.
+	StreamBuffer int
+	// WriteTimeout (WRITE_TIMEOUT_SECONDS, default 10) is how long a client may take no byte before it is cut.
+	WriteTimeout time.Duration
+	// MaxStream (MAX_STREAM_SECONDS, default 0 = no limit) ends each stream after 80 to 100 % of it. Without it, streams
+	// that a proxy left half open stay until a write fails.
+	MaxStream time.Duration
+	// Retry (RETRY_MILLISECONDS, default 2000, 1 to 3600000) is the least time before a browser reconnects. Each stream
+	// is told one to two times this, so that browsers do not all come back at once.
+	Retry time.Duration
+	// CORSAllowOrigin (CORS_ALLOW_ORIGIN, default "") is the origin, in lower case, whose pages may read streams from
+	// another site, or "*". When empty, only pages of the same site can read them.
+	CORSAllowOrigin string
+}
+
+// backendConfig configures the backend role.
+type backendConfig struct {
+	// Production is true when APP_ENV (default "development") is "production". Then API_TOKEN is required, and
+	// SSE_CALLBACK_SECRET too unless the gateway is embedded; either has at least 16 characters. There is no live page.
+	Production bool
+	// Addr (ADDR, default "localhost:8080") is the public listen address. Other machines cannot reach the default.
+	Addr string
+	// GatewayURL (SSE_GATEWAY_URL, default "" = embedded) is the base URL of the gateway, here without a trailing slash.
+	GatewayURL string
+	// CallbackSecret (SSE_CALLBACK_SECRET, default "") must come with every callback. When empty, an embedded gateway
+	// gets a random one; with a separate gateway, anyone who reaches the callback can then register connections.
+	CallbackSecret secret
+	// APIToken (API_TOKEN, default "") is asked of whoever changes tasks or deployments. When empty, anyone may.
+	APIToken secret
+	// TaskWorkers (TASK_MAX_WORKERS, default 4, 1 to 10000) is how many tasks run at once; more wait as pending.
+	TaskWorkers int
+	// TaskQueueLimit (TASK_QUEUE_LIMIT, default 1000, at least 0) is how many tasks may wait; one more is answered 503.
+	TaskQueueLimit int
+	// TaskTimeout (TASK_TIMEOUT_SECONDS, default 300) fails a task that runs, or an external one that is silent, longer.
+	TaskTimeout time.Duration
+	// TaskCleanup (TASK_CLEANUP_INTERVAL_SECONDS, default 600) is how long a finished task is remembered; then it is 404.
+	TaskCleanup time.Duration
+	// TaskEventLimit (TASK_EVENT_LIMIT, default 1000) is how many events are kept per task. Beyond it the oldest progress
+	// goes; the first and the terminal event always stay, hence at least 2.
+	TaskEventLimit int
+	// VersionPendingLimit (VERSION_PENDING_LIMIT, default 100, 0 = unbounded) is how many undelivered events are kept per
+	// request_id. Beyond it the oldest is dropped and counted.
+	VersionPendingLimit int
+	// VersionPendingTTL (VERSION_PENDING_SECONDS, default 3600) is how long an outbox is kept without a connection. Then
+	// its events are dropped and counted.
+	VersionPendingTTL time.Duration
+	// FrontendVersionURL (FRONTEND_VERSION_URL, default "" = no polling) is a version.json; version streams get changes.
+	FrontendVersionURL string
+	// FrontendVersionPoll (FRONTEND_VERSION_POLL_SECONDS, default 30) is how often; an announcement is late by up to this.
+	FrontendVersionPoll time.Duration
+	// Sweep (CONNECTION_SWEEP_SECONDS, default 60) is how often connections are checked against the gateway, and so about
+	// how long one that the gateway lost is still counted.
+	Sweep time.Duration
+	// Gateway configures the embedded gateway. With a GatewayURL it is checked but not used.
+	Gateway gatewayConfig
+}
+
+// loadBackendConfig reads the configuration of a backend. Here and below, an empty variable counts as unset, an error
+// has one line for each problem, and what is returned next to an error is of no use.
+func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
+	r := envReader{getenv: getenv}
+	production := r.choice("APP_ENV", "development", "development production") == "production"
+	c := backendConfig{
+		Production:          production,
+		Addr:                r.addr("ADDR", defaultAddr),
+		GatewayURL:          strings.TrimRight(r.url("SSE_GATEWAY_URL", " #?"), "/"),
+		CallbackSecret:      r.secret("SSE_CALLBACK_SECRET", production, production && getenv("SSE_GATEWAY_URL") != ""),
+		APIToken:            r.secret("API_TOKEN", production, production),
+		TaskWorkers:         r.number("TASK_MAX_WORKERS", 4, 1, 10000),
+		TaskQueueLimit:      r.number("TASK_QUEUE_LIMIT", 1000, 0, maxCount),
+		TaskTimeout:         r.seconds("TASK_TIMEOUT_SECONDS", "300"),
+		TaskCleanup:         r.seconds("TASK_CLEANUP_INTERVAL_SECONDS", "600"),
+		TaskEventLimit:      r.number("TASK_EVENT_LIMIT", 1000, 2, maxCount),
+		VersionPendingLimit: r.number("VERSION_PENDING_LIMIT", 100, 0, maxCount),
+		VersionPendingTTL:   r.seconds("VERSION_PENDING_SECONDS", "3600"),
+		FrontendVersionURL:  r.url("FRONTEND_VERSION_URL", " #"),
+		FrontendVersionPoll: r.seconds("FRONTEND_VERSION_POLL_SECONDS", "30"),
+		Sweep:               r.seconds("CONNECTION_SWEEP_SECONDS", "60"),
+		Gateway:             r.embeddedGateway(),
+	}
+	return c, errors.Join(r.errs...)
+}
+
+// loadGatewayConfig reads the configuration of a gateway that runs alone.
+func loadGatewayConfig(getenv func(string) string) (gatewayConfig, error) {
+	r := envReader{getenv: getenv}
+	c := r.embeddedGateway()
+	c.Addr = r.portAddr()
+	c.InternalAddr = r.addr("INTERNAL_ADDR", "")
+	c.CallbackURL = secret(r.url("CALLBACK_URL", " #"))
+	return c, errors.Join(r.errs...)
+}
+
+// newLogger makes the logger that LOG_LEVEL (default info) and LOG_FORMAT (default text) ask for.
+func newLogger(getenv func(string) string, w io.Writer) (*slog.Logger, error) {
+	r := envReader{getenv: getenv}
+	levels := map[string]slog.Level{
+		"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
+	}
+	options := &slog.HandlerOptions{Level: levels[r.choice("LOG_LEVEL", "info", "debug info warn error")]}
+	var handler slog.Handler = slog.NewTextHandler(w, options)
+	if r.choice("LOG_FORMAT", "text", "text json") == "json" {
+		handler = slog.NewJSONHandler(w, options)
+	}
+	return slog.New(handler), errors.Join(r.errs...)
+}
+
+// healthcheckURL is where this machine's own readiness is asked: at ADDR, else at PORT, which only a gateway has, else
+// at the backend's default address.
+func healthcheckURL(getenv func(string) string) (string, error) {
+	r := envReader{getenv: getenv}
+	name, addr := "ADDR", r.addr("ADDR", defaultAddr)
+	if getenv("ADDR") == "" && getenv("PORT") != "" {
+		name, addr = "PORT", r.portAddr()
+	}
+	host, port, _ := net.SplitHostPort(addr) // what does not split is already in r.errs
+	if len(r.errs) == 0 && strings.Trim(port, "0") == "" {
+		r.fail(name, "given a port above 0 for a health check, which cannot know the port that the system chose")
+	}
+	if host == "" || net.ParseIP(host).IsUnspecified() {
+		host = "127.0.0.1" // listening on every address includes this one, also for [::]
+	}
+	u := url.URL{Scheme: "http", Host: net.JoinHostPort(host, port), Path: "/readyz"}
+	return u.String(), errors.Join(r.errs...)
+}
+
+// envReader reads variables and collects what is wrong with them.
+type envReader struct {
+	getenv func(string) string
+	errs   []error
+}
+
+// embeddedGateway reads what a gateway needs in either role.
+func (r *envReader) embeddedGateway() gatewayConfig {
+	return gatewayConfig{
+		Heartbeat:       r.seconds("HEARTBEAT_INTERVAL_SECONDS", "15"),
+		MaxConnections:  r.number("MAX_CONNECTIONS", 0, 0, maxCount),
+		StreamBuffer:    r.number("STREAM_BUFFER_BYTES", 1<<20, 1<<10, 1<<30),
+		WriteTimeout:    r.seconds("WRITE_TIMEOUT_SECONDS", "10"),
+		MaxStream:       r.seconds("MAX_STREAM_SECONDS", "0"),
+		Retry:           time.Duration(r.number("RETRY_MILLISECONDS", 2000, 1, 3_600_000)) * time.Millisecond,
+		CORSAllowOrigin: r.origin("CORS_ALLOW_ORIGIN"),
+	}
+}
+
+// choice reads one of some words, which are separated by spaces.
+func (r *envReader) choice(name, unset, words string) string {
+	v := cmp.Or(r.getenv(name), unset)
+	if !slices.Contains(strings.Fields(words), v) {
+		r.fail(name, "one of "+words)
+	}
+	return v
+}
+
+// number reads a whole number from low to high.
+func (r *envReader) number(name string, unset, low, high int) int {
+	n, err := strconv.Atoi(cmp.Or(r.getenv(name), strconv.Itoa(unset)))
+	if err != nil || n < low || n > high {
+		r.fail(name, fmt.Sprintf("a whole number from %d to %d", low, high))
+	}
+	return n
+}
+
+// seconds reads a time in seconds, which may have decimals. Where unset is "0", no limit, 0 may also be set.
+func (r *envReader) seconds(name, unset string) time.Duration {
+	f, err := strconv.ParseFloat(cmp.Or(r.getenv(name), unset), 64)
+	d := time.Duration(math.Round(f * float64(time.Second)))
+	must := fmt.Sprintf("a number of seconds above 0 and at most %d", maxSeconds)
+	if unset == "0" {
+		must = "0 or " + must
+	}
+	inRange := f >= 0 && f <= maxSeconds                             // false for NaN
+	if err != nil || !inRange || d == 0 && (f > 0 || unset != "0") { // f > 0: what rounds to 0 must not mean no limit
+		r.fail(name, must)
+	}
+	return d
+}
+
+// addr reads host:port, where an empty host is every interface.
+func (r *envReader) addr(name, unset string) string {
+	v := cmp.Or(r.getenv(name), unset)
+	_, port, err := net.SplitHostPort(v)
+	_, portErr := strconv.ParseUint(port, 10, 16)
+	if v != "" && (err != nil || portErr != nil) {
+		r.fail(name, "host:port with a port from 0 to 65535")
+	}
+	return v
+}
+
+// portAddr reads PORT as the address of that port on every interface.
+func (r *envReader) portAddr() string {
+	return fmt.Sprintf(":%d", r.number("PORT", 3000, 0, 65535))
+}
+
+// url reads an absolute http or https URL that has none of some characters: '#' would cut off the rest of a secret that
+// was not escaped.
+func (r *envReader) url(name, without string) string {
+	v := r.getenv(name)
+	u := parseURL(v)
+	good := u != nil && (u.Scheme == "http" || u.Scheme == "https") && !strings.ContainsAny(v, without)
+	if v != "" && !good {
+		r.fail(name, fmt.Sprintf("an http or https URL with a host, without user info and without any of %q", without))
+	}
+	return v
+}
+
+// origin reads an origin as browsers send it, or "*". Several origins or a wildcard within one would never match.
+func (r *envReader) origin(name string) string {
+	v := strings.ToLower(r.getenv(name))
+	u := parseURL(v)
+	odd := func(c rune) bool { return c <= ' ' || c > '~' || c == '*' || c == ',' }
+	good := u != nil && v == u.Scheme+"://"+u.Host && !strings.ContainsFunc(v, odd)
+	if v != "" && v != "*" && !good {
+		r.fail(name, `"*" or one scheme://host[:port] in ASCII without a path, not even "/"`)
+	}
+	return v
+}
+
+// secret reads a value that must be sendable in a header. In production it must be long, if it is set.
+func (r *envReader) secret(name string, production, required bool) secret {
+	v := r.getenv(name)
+	switch {
+	case v == "" && required:
+		r.fail(name, "set in production")
+	case strings.TrimSpace(v) != v || strings.ContainsFunc(v, unicode.IsControl):
+		r.fail(name, "free of control characters and of space at either end")
+	case v != "" && production && len([]rune(v)) < minSecretLength:
+		r.fail(name, fmt.Sprintf("at least %d characters long in production", minSecretLength))
+	}
+	return secret(v)
+}
+
+// fail notes what a variable must be and is not. It shows the value unless that is a secret, or may carry one in the
+// user info or the query of a URL.
+func (r *envReader) fail(name, must string) {
+	v := r.getenv(name)
+	isSecret := name == "API_TOKEN" || name == "SSE_CALLBACK_SECRET" || name == "CALLBACK_URL"
+	if !isSecret && !strings.ContainsAny(v, "@?") {
+		must = fmt.Sprintf("%s, not %q", must, v)
+	}
+	r.errs = append(r.errs, fmt.Errorf("%s must be %s", name, must))
+}
+
+// parseURL returns nil unless v is an absolute URL with a host, with no port or a valid one, and without user info. It
+// drops the error of url.Parse, which quotes the URL.
+func parseURL(v string) *url.URL {
+	u, err := url.Parse(v)
+	if err != nil || u.Scheme == "" || u.Hostname() == "" || u.User != nil || strings.HasSuffix(u.Host, ":") {
+		return nil
+	}
+	if port, err := strconv.ParseUint(cmp.Or(u.Port(), "80"), 10, 16); err != nil || port == 0 {
+		return nil
+	}
+	return u
+}
+
+// secret is a string that is printed, logged and marshaled as "[redacted]", or as "" when it is empty. A conversion to
+// string gives it away, and so do the places where its methods are not called: fmt for unexported fields, %p and %w,
+// and encoding/json for the keys of a map.
+type secret string
+
+func (s secret) String() string {
+	if s == "" {
+		return ""
+	}
+	return "[redacted]"
+}
+
+// Format covers the verbs that would not ask for String, such as %x.
+func (s secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, s.String()) }
+
+func (s secret) GoString() string             { return s.String() }
+func (s secret) LogValue() slog.Value         { return slog.StringValue(s.String()) }
+func (s secret) MarshalJSON() ([]byte, error) { return json.Marshal(s.String()) }
+func (s secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }

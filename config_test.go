@@ -1,0 +1,325 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"strings"
+	"testing"
+	"time"
+)
+
+// getenvFrom is an environment of just these variables.
+func getenvFrom(env map[string]string) func(string) string {
+	return func(name string) string { return env[name] }
+}
+
+// configProblems are what both roles and the logger say about an environment, one a line.
+func configProblems(env map[string]string) string {
+	_, backend := loadBackendConfig(getenvFrom(env))
+	_, gateway := loadGatewayConfig(getenvFrom(env))
+	_, logger := newLogger(getenvFrom(env), io.Discard)
+	if err := errors.Join(backend, gateway, logger); err != nil {
+		return err.Error()
+	}
+	return ""
+}
+
+func TestConfigDefaults(t *testing.T) {
+	wantGateway := gatewayConfig{
+		Heartbeat:    15 * time.Second,
+		StreamBuffer: 1048576,
+		WriteTimeout: 10 * time.Second,
+		Retry:        2 * time.Second,
+	}
+	wantBackend := backendConfig{
+		Addr:                "localhost:8080",
+		TaskWorkers:         4,
+		TaskQueueLimit:      1000,
+		TaskTimeout:         5 * time.Minute,
+		TaskCleanup:         10 * time.Minute,
+		TaskEventLimit:      1000,
+		VersionPendingLimit: 100,
+		VersionPendingTTL:   time.Hour,
+		FrontendVersionPoll: 30 * time.Second,
+		Sweep:               time.Minute,
+		Gateway:             wantGateway,
+	}
+	if got, err := loadBackendConfig(getenvFrom(nil)); err != nil || got != wantBackend {
+		t.Errorf("backend: got %+v, %v\nwant %+v", got, err, wantBackend)
+	}
+	wantGateway.Addr = ":3000"
+	if got, err := loadGatewayConfig(getenvFrom(nil)); err != nil || got != wantGateway {
+		t.Errorf("gateway: got %+v, %v\nwant %+v", got, err, wantGateway)
+	}
+}
+
+// Every variable has a value of its own here, so that one that lands in the wrong field shows.
+func TestConfigEveryVariable(t *testing.T) {
+	env := map[string]string{
+		"APP_ENV": "production", "ADDR": ":1", "SSE_GATEWAY_URL": "http://localhost:3000/",
+		"SSE_CALLBACK_SECRET": "callback-secret-2", "API_TOKEN": "the-api-token-is-3",
+		"TASK_MAX_WORKERS": "4", "TASK_QUEUE_LIMIT": "5", "TASK_TIMEOUT_SECONDS": "6",
+		"TASK_CLEANUP_INTERVAL_SECONDS": "7", "TASK_EVENT_LIMIT": "8", "VERSION_PENDING_LIMIT": "9",
+		"VERSION_PENDING_SECONDS": "10", "FRONTEND_VERSION_URL": "https://example.com/version.json",
+		"FRONTEND_VERSION_POLL_SECONDS": "11", "CONNECTION_SWEEP_SECONDS": "0.5",
+		"PORT": "12", "INTERNAL_ADDR": "[::1]:13", "CALLBACK_URL": "http://localhost/cb?secret=14",
+		"HEARTBEAT_INTERVAL_SECONDS": "15", "MAX_CONNECTIONS": "16", "STREAM_BUFFER_BYTES": "1717",
+		"WRITE_TIMEOUT_SECONDS": "18", "MAX_STREAM_SECONDS": "19", "RETRY_MILLISECONDS": "20",
+		"CORS_ALLOW_ORIGIN": "https://Example.com:8443",
+	}
+	wantGateway := gatewayConfig{
+		Heartbeat:       15 * time.Second,
+		MaxConnections:  16,
+		StreamBuffer:    1717,
+		WriteTimeout:    18 * time.Second,
+		MaxStream:       19 * time.Second,
+		Retry:           20 * time.Millisecond,
+		CORSAllowOrigin: "https://example.com:8443",
+	}
+	wantBackend := backendConfig{
+		Production:          true,
+		Addr:                ":1",
+		GatewayURL:          "http://localhost:3000",
+		CallbackSecret:      "callback-secret-2",
+		APIToken:            "the-api-token-is-3",
+		TaskWorkers:         4,
+		TaskQueueLimit:      5,
+		TaskTimeout:         6 * time.Second,
+		TaskCleanup:         7 * time.Second,
+		TaskEventLimit:      8,
+		VersionPendingLimit: 9,
+		VersionPendingTTL:   10 * time.Second,
+		FrontendVersionURL:  "https://example.com/version.json",
+		FrontendVersionPoll: 11 * time.Second,
+		Sweep:               500 * time.Millisecond,
+		Gateway:             wantGateway,
+	}
+	if got, err := loadBackendConfig(getenvFrom(env)); err != nil || got != wantBackend {
+		t.Errorf("backend: got %+v, %v\nwant %+v", got, err, wantBackend)
+	}
+	wantGateway.Addr = ":12"
+	wantGateway.InternalAddr = "[::1]:13"
+	wantGateway.CallbackURL = "http://localhost/cb?secret=14"
+	if got, err := loadGatewayConfig(getenvFrom(env)); err != nil || got != wantGateway {
+		t.Errorf("gateway: got %+v, %v\nwant %+v", got, err, wantGateway)
+	}
+}
+
+func TestConfigTellsEveryProblemAtOnce(t *testing.T) {
+	env := map[string]string{
+		"APP_ENV": "staging", "ADDR": "8080", "SSE_GATEWAY_URL": "ftp://gateway",
+		"SSE_CALLBACK_SECRET": "a\nb", "API_TOKEN": " c", "TASK_MAX_WORKERS": "0", "TASK_QUEUE_LIMIT": "-1",
+		"TASK_TIMEOUT_SECONDS": "5m", "TASK_CLEANUP_INTERVAL_SECONDS": "0", "TASK_EVENT_LIMIT": "1",
+		"VERSION_PENDING_LIMIT": "many", "VERSION_PENDING_SECONDS": "NaN", "FRONTEND_VERSION_URL": "/version.json",
+		"FRONTEND_VERSION_POLL_SECONDS": "+Inf", "CONNECTION_SWEEP_SECONDS": "-1",
+		"PORT": "http", "INTERNAL_ADDR": "localhost", "CALLBACK_URL": "hush",
+		"HEARTBEAT_INTERVAL_SECONDS": "1e9", "MAX_CONNECTIONS": "1.5", "STREAM_BUFFER_BYTES": "64k",
+		"WRITE_TIMEOUT_SECONDS": "10 ", "MAX_STREAM_SECONDS": "never", "RETRY_MILLISECONDS": "2s",
+		"CORS_ALLOW_ORIGIN": "https://example.com/", "LOG_LEVEL": "\nINFO", "LOG_FORMAT": "xml",
+	}
+	lines := map[string]int{}
+	for line := range strings.Lines(configProblems(env)) {
+		name, rest, _ := strings.Cut(line, " must be ")
+		lines[name]++
+		hidden := name == "SSE_CALLBACK_SECRET" || name == "API_TOKEN" || name == "CALLBACK_URL"
+		if value := fmt.Sprintf("%q", env[name]); strings.HasSuffix(strings.TrimSpace(rest), "not "+value) == hidden {
+			t.Errorf("%q: shows the value: %t", line, !hidden)
+		}
+	}
+	// Both roles have a gateway, and configProblems joins what they say.
+	want := map[string]int{
+		"HEARTBEAT_INTERVAL_SECONDS": 2, "MAX_CONNECTIONS": 2, "STREAM_BUFFER_BYTES": 2, "WRITE_TIMEOUT_SECONDS": 2,
+		"MAX_STREAM_SECONDS": 2, "RETRY_MILLISECONDS": 2, "CORS_ALLOW_ORIGIN": 2,
+	}
+	for name := range env {
+		want[name] = max(want[name], 1)
+	}
+	if !maps.Equal(lines, want) {
+		t.Errorf("got lines %v\nwant %v", lines, want)
+	}
+}
+
+func TestConfigBounds(t *testing.T) {
+	tests := []struct{ name, good, bad string }{
+		{"APP_ENV", "development", "Production|prod|development production"},
+		{"ADDR", ":0|:65535|0.0.0.0:80|[::1]:80|example.com:80", ":|:65536|:-1|:+1|:http|::1:80|localhost"},
+		{"INTERNAL_ADDR", "127.0.0.1:9090", "9090|127.0.0.1"},
+		{"PORT", "0|65535", "-1|65536|80.0|:80| 80"},
+		{"SSE_GATEWAY_URL", "http://h|HTTPS://h:65535/|http://[::1]:3000/base",
+			"h:3000|http:h|http:///x|http://:80|http://h:|http://h:0|http://h:65536|http://h?|http://h/#|http://u@h|" +
+				"http://h/ x"},
+		{"FRONTEND_VERSION_URL", "http://h/version.json?v=1", "version.json|http://h/#x|file:///version.json"},
+		{"CALLBACK_URL", "http://h/cb?secret=a%23b", "http://h/cb?secret=a#b|http://u:p@h/cb|http://h/\x00"},
+		{"SSE_CALLBACK_SECRET", "a b|ü", " a|a |\ta|a\nb|a\x7fb|a\u0085b| "},
+		{"API_TOKEN", "short", "a\r\nb|a\u00a0"},
+		{"TASK_MAX_WORKERS", "1|10000", "0|10001"},
+		{"TASK_QUEUE_LIMIT", "0|1073741824", "-1|1073741825|99999999999999999999"},
+		{"TASK_EVENT_LIMIT", "2", "1"},
+		{"VERSION_PENDING_LIMIT", "0", "-1"},
+		{"MAX_CONNECTIONS", "0", "-1|1e3"},
+		{"STREAM_BUFFER_BYTES", "1024|1073741824", "1023|1073741825"},
+		{"RETRY_MILLISECONDS", "1|3600000", "0|3600001"},
+		{"TASK_TIMEOUT_SECONDS", "0.5|.5|31536000|0.000000001", "0|-0|0.0|1e-12|-1|31536000.5|1s|1e999|-Inf|Inf|NaN|1,5"},
+		{"MAX_STREAM_SECONDS", "0|0.0|0.5", "-1|1e-12|31536001|NaN"},
+		{"CORS_ALLOW_ORIGIN", "*|https://h|http://h:8080|HTTPS://H|http://[::1]:80",
+			"h|null|https://h/|https://h?|https://h#|https://*.h|https://a,https://b|https://a,b|https://a b|https://ü|" +
+				"https://u@h|https://h:|https://h:x|https://h\r\nX: y|https://h\u0085|**"},
+		{"LOG_LEVEL", "debug|info|warn|error", "INFO|info+1|warning"},
+		{"LOG_FORMAT", "text|json", "JSON|logfmt"},
+	}
+	for _, test := range tests {
+		for value := range strings.SplitSeq("|"+test.good, "|") { // "" is good everywhere
+			if got := configProblems(map[string]string{test.name: value}); got != "" {
+				t.Errorf("%s=%q: got %s", test.name, value, got)
+			}
+		}
+		for value := range strings.SplitSeq(test.bad, "|") {
+			if got := configProblems(map[string]string{test.name: value}); !strings.HasPrefix(got, test.name+" must be ") {
+				t.Errorf("%s=%q: got %q", test.name, value, got)
+			}
+		}
+	}
+}
+
+func TestConfigProduction(t *testing.T) {
+	const long, short = "sixteen-letters!", "fifteen-letters"
+	tests := []struct{ gatewayURL, callbackSecret, apiToken, want string }{
+		{"", "", long, ""},
+		{"http://h", long, long, ""},
+		{"", "", "", "API_TOKEN must be set in production"},
+		{"http://h", "", long, "SSE_CALLBACK_SECRET must be set in production"},
+		{"", "", short, "API_TOKEN must be at least 16 characters long in production"},
+		{"", short, long, "SSE_CALLBACK_SECRET must be at least 16 characters long in production"},
+		{"", "", strings.Repeat("ü", 15), "API_TOKEN must be at least 16 characters long in production"},
+	}
+	for _, test := range tests {
+		got := configProblems(map[string]string{
+			"APP_ENV":             "production",
+			"SSE_GATEWAY_URL":     test.gatewayURL,
+			"SSE_CALLBACK_SECRET": test.callbackSecret,
+			"API_TOKEN":           test.apiToken,
+		})
+		if got != test.want {
+			t.Errorf("%+v: got %q", test, got)
+		}
+	}
+}
+
+// A callback URL that was put into the wrong variable must not bring its secret into the log of a failed start.
+func TestConfigErrorsHideSecrets(t *testing.T) {
+	env := map[string]string{"APP_ENV": "production"}
+	for _, name := range []string{"SSE_CALLBACK_SECRET", "API_TOKEN", "CALLBACK_URL"} {
+		env[name] = "hunter2\x00"
+	}
+	for _, name := range []string{"ADDR", "INTERNAL_ADDR", "SSE_GATEWAY_URL", "CORS_ALLOW_ORIGIN"} {
+		env[name] = "http://h/callback?secret=hunter2"
+	}
+	env["FRONTEND_VERSION_URL"] = "http://user:hunter2@h:port"
+	got := configProblems(env)
+	if strings.Contains(got, "hunter2") {
+		t.Errorf("got %s", got)
+	}
+	delete(env, "APP_ENV")
+	for name := range env {
+		if !strings.Contains(got, name+" must be ") {
+			t.Errorf("got %s\nwant %s in it", got, name)
+		}
+	}
+}
+
+func TestSecretShowsNothing(t *testing.T) {
+	type holder struct{ Set, Unset secret }
+	h := holder{Set: "hunter2"}
+	var text, structured bytes.Buffer
+	slog.New(slog.NewTextHandler(&text, nil)).Info("m", "secret", h.Set, "holder", h)
+	slog.New(slog.NewJSONHandler(&structured, nil)).Info("m", "secret", h.Set, "holder", h)
+	marshaled, err := json.Marshal(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	marshaledText, err := h.Set.MarshalText()
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := []string{
+		text.String(), structured.String(), string(marshaled), string(marshaledText),
+		h.Set.String(), h.Set.GoString(), h.Set.LogValue().String(), fmt.Sprint(h.Set),
+	}
+	for _, format := range []string{"%v", "%+v", "%#v", "%q", "%s", "%x", "% X", "%d", "%10.3s", "%t", "%U"} {
+		for _, value := range []any{h, &h, h.Set, []secret{h.Set}, map[secret]int{h.Set: 1}} {
+			shown = append(shown, fmt.Sprintf(format, value))
+		}
+	}
+	for _, got := range shown {
+		if strings.Contains(got, "hunter2") || !strings.Contains(got, "[redacted]") {
+			t.Errorf("got %s", got)
+		}
+	}
+	if got, want := string(marshaled), `{"Set":"[redacted]","Unset":""}`; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	if got, want := fmt.Sprintf("%v%#v%d", h.Unset, h.Unset, h.Unset), ""; got != want {
+		t.Errorf("unset: got %q, want %q", got, want)
+	}
+}
+
+func TestNewLogger(t *testing.T) {
+	tests := []struct{ level, format, want string }{
+		{"", "", "level=INFO msg=m\nlevel=WARN msg=m\nlevel=ERROR msg=m\n"},
+		{"debug", "text", "level=DEBUG msg=m\nlevel=INFO msg=m\nlevel=WARN msg=m\nlevel=ERROR msg=m\n"},
+		{"warn", "json", `{"level":"WARN","msg":"m"}` + "\n" + `{"level":"ERROR","msg":"m"}` + "\n"},
+		{"error", "", "level=ERROR msg=m\n"},
+	}
+	for _, test := range tests {
+		var got bytes.Buffer
+		logger, err := newLogger(getenvFrom(map[string]string{"LOG_LEVEL": test.level, "LOG_FORMAT": test.format}), &got)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, level := range []slog.Level{slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError} {
+			record := slog.NewRecord(time.Time{}, level, "m", 0) // without a time, none is written
+			if logger.Enabled(t.Context(), level) {
+				if err := logger.Handler().Handle(t.Context(), record); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if got.String() != test.want {
+			t.Errorf("%q, %q: got %s, want %s", test.level, test.format, got.String(), test.want)
+		}
+	}
+}
+
+func TestHealthcheckURL(t *testing.T) {
+	const noPort = " must be given a port above 0 for a health check, " +
+		"which cannot know the port that the system chose, not "
+	tests := []struct{ addr, port, want string }{
+		{"", "", "http://localhost:8080/readyz"},
+		{"", "3000", "http://127.0.0.1:3000/readyz"},
+		{"localhost:9", "3000", "http://localhost:9/readyz"},
+		{"192.0.2.7:80", "", "http://192.0.2.7:80/readyz"},
+		{"[::1]:80", "", "http://[::1]:80/readyz"},
+		{"[fe80::1%eth0]:80", "", "http://[fe80::1%25eth0]:80/readyz"},
+		{":8080", "", "http://127.0.0.1:8080/readyz"},
+		{"0.0.0.0:8080", "", "http://127.0.0.1:8080/readyz"},
+		{"[::]:8080", "", "http://127.0.0.1:8080/readyz"},
+		{"localhost", "", `ADDR must be host:port with a port from 0 to 65535, not "localhost"`},
+		{"", "x", `PORT must be a whole number from 0 to 65535, not "x"`},
+		{"", "0", "PORT" + noPort + `"0"`},
+		{":00", "", "ADDR" + noPort + `":00"`},
+	}
+	for _, test := range tests {
+		got, err := healthcheckURL(getenvFrom(map[string]string{"ADDR": test.addr, "PORT": test.port}))
+		if err != nil {
+			got = err.Error()
+		}
+		if got != test.want {
+			t.Errorf("ADDR=%q PORT=%q: got %s, want %s", test.addr, test.port, got, test.want)
+		}
+	}
+}
