@@ -1,0 +1,357 @@
+package main
+
+import (
+	"math"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// scrapeAll returns the whole page of r.
+func scrapeAll(r *registry) string {
+	w := httptest.NewRecorder()
+	r.ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+	return w.Body.String()
+}
+
+// scrapeFamilies returns the page of r up to the families of the process.
+func scrapeFamilies(r *registry) string {
+	text, _, _ := strings.Cut(scrapeAll(r), "# HELP process_start_time_seconds ")
+	return text
+}
+
+// scrapeValue returns the value of one series, which is given as on the page, or NaN when it is not there.
+func scrapeValue(text, series string) float64 {
+	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(series) + ` (\S+)$`).FindStringSubmatch(text)
+	if m == nil {
+		return math.NaN()
+	}
+	v, err := strconv.ParseFloat(m[1], 64)
+	if err != nil {
+		return math.NaN()
+	}
+	return v
+}
+
+// bothRoles returns the registry of an embedded gateway: every family that the program has.
+func bothRoles() (*registry, *backendMetrics, *gatewayMetrics) {
+	r := newRegistry("1.2.3")
+	backend := newBackendMetrics(r, []string{"demo", "failing", "external"})
+	gateway := newGatewayMetrics(r)
+	service := label{"service", []string{"task", "version"}}
+	none := func() map[string]float64 { return nil }
+	r.gauge("sse_gateway_active_connections", "Connections now.", service, none)
+	r.gauge("sse_outbox_events", "Events kept.", service, none)
+	r.gauge("tasks", "Tasks remembered.", label{"status", []string{"pending", "running"}}, none)
+	r.gauge("gateway_streams", "Streams open now.", label{}, none)
+	return r, backend, gateway
+}
+
+func TestMetricsText(t *testing.T) {
+	check := func(fill func(r *registry), want ...string) {
+		t.Helper()
+		r := newRegistry("test")
+		fill(r)
+		if got, want := scrapeFamilies(r), strings.Join(append(want, ""), "\n"); got != want {
+			t.Errorf("got:\n%s\nwant:\n%s", got, want)
+		}
+	}
+	counters := func(do func(v *counterVec), labels ...label) func(*registry) {
+		return func(r *registry) { do(r.counters("c_total", "h", labels...)) }
+	}
+	gauge := func(l label, values map[string]float64) func(*registry) {
+		return func(r *registry) { r.gauge("g", "h", l, func() map[string]float64 { return values }) }
+	}
+	histograms := func(do func(v *histogramVec), buckets []float64, labels ...label) func(*registry) {
+		return func(r *registry) { do(r.histograms("h", "h", buckets, labels...)) }
+	}
+	l, m := label{"l", []string{"a", "b"}}, label{"m", []string{"x", "y"}}
+
+	check(func(*registry) {})
+	check(func(r *registry) { gauge(label{}, nil)(r); r.counters("c_total", "h") }, // in the order of registration
+		"# HELP g h", "# TYPE g gauge", "g 0", "# HELP c_total h", "# TYPE c_total counter", "c_total 0")
+
+	// Counters: every series is there from the start, each handle has its own, numbers are without exponent.
+	check(counters(func(v *counterVec) {}),
+		"# HELP c_total h", "# TYPE c_total counter", "c_total 0")
+	check(counters(func(v *counterVec) { v.with().Add(1e6); v.with().Inc() }),
+		"# HELP c_total h", "# TYPE c_total counter", "c_total 1000001")
+	check(counters(func(v *counterVec) {}, label{"l", nil}),
+		"# HELP c_total h", "# TYPE c_total counter")
+	check(counters(func(v *counterVec) { v.with("a", "y").Inc(); v.with("b", "x").Add(2) }, l, m),
+		"# HELP c_total h", "# TYPE c_total counter",
+		`c_total{l="a",m="x"} 0`, `c_total{l="a",m="y"} 1`, `c_total{l="b",m="x"} 2`, `c_total{l="b",m="y"} 0`)
+
+	// Gauges: what is not in the map is 0, what is no label value is ignored, a zero label is no label.
+	check(gauge(label{}, nil),
+		"# HELP g h", "# TYPE g gauge", "g 0")
+	check(gauge(label{}, map[string]float64{"": 1e6, "a": 7}),
+		"# HELP g h", "# TYPE g gauge", "g 1000000")
+	check(gauge(l, map[string]float64{"b": -1.5, "c": 7}),
+		"# HELP g h", "# TYPE g gauge", `g{l="a"} 0`, `g{l="b"} -1.5`)
+	check(gauge(l, map[string]float64{"a": math.NaN(), "b": math.Inf(1)}),
+		"# HELP g h", "# TYPE g gauge", `g{l="a"} NaN`, `g{l="b"} +Inf`)
+
+	// Histograms: a bound belongs to its own bucket, buckets are cumulative, the sum never falls.
+	check(histograms(func(v *histogramVec) {}, []float64{.5}),
+		"# HELP h h", "# TYPE h histogram", `h_bucket{le="0.5"} 0`, `h_bucket{le="+Inf"} 0`, "h_sum 0", "h_count 0")
+	check(histograms(func(v *histogramVec) {
+		for _, seconds := range []float64{.25, .5, 1, 10} {
+			v.with().observe(seconds)
+		}
+	}, []float64{.0001, .5, 2}),
+		"# HELP h h", "# TYPE h histogram", `h_bucket{le="0.0001"} 0`, `h_bucket{le="0.5"} 2`, `h_bucket{le="2"} 3`,
+		`h_bucket{le="+Inf"} 4`, "h_sum 11.75", "h_count 4")
+	check(histograms(func(v *histogramVec) { v.with("b").observe(-1); v.with("b").observe(math.NaN()) }, nil, l),
+		"# HELP h h", "# TYPE h histogram",
+		`h_bucket{l="a",le="+Inf"} 0`, `h_sum{l="a"} 0`, `h_count{l="a"} 0`,
+		`h_bucket{l="b",le="+Inf"} 2`, `h_sum{l="b"} 0`, `h_count{l="b"} 2`)
+
+	// Escaping: what the format knows and nothing else; %q would also rewrite the tab.
+	raw := "a\\b\nc \"d\" é\t"
+	check(func(r *registry) { r.counters("c_total", raw, label{"l", []string{raw}}).with(raw).Inc() },
+		`# HELP c_total a\\b\nc "d" é`+"\t", "# TYPE c_total counter", `c_total{l="a\\b\nc \"d\" é`+"\t"+`"} 1`)
+	check(gauge(label{"l", []string{`"`}}, map[string]float64{`"`: 1}),
+		"# HELP g h", "# TYPE g gauge", `g{l="\""} 1`)
+}
+
+func TestMetricsRoles(t *testing.T) {
+	r, backend, gateway := bothRoles()
+	backend.RecordSSEGatewayConnection("task", "connect")
+	backend.RecordSSEGatewayEvent("version", "error")
+	backend.RecordSSEGatewaySendDuration("task", 6)
+	backend.RecordOutboxDropped("version", "limit", 3)
+	backend.RecordOutboxDropped("version", "expired", -1) // as an uint64 it would be nearly 2⁶⁴
+	backend.RecordTask("demo", "cancelled", 2)
+	gateway.opened.Inc()
+	gateway.closed.with("client_closed").Inc()
+	gateway.events.with("unknown_token").Inc()
+	gateway.callbacks.with("disconnect", "timeout").Inc()
+	gateway.callbackSeconds.with("connect").observe(.002)
+
+	text := scrapeAll(r)
+	for series, want := range map[string]float64{
+		`sse_gateway_connections_total{service="task",action="connect"}`:         1,
+		`sse_gateway_connections_total{service="version",action="disconnect"}`:   0,
+		`sse_gateway_events_sent_total{service="version",status="error"}`:        1,
+		`sse_gateway_send_duration_seconds_bucket{service="task",le="5"}`:        0,
+		`sse_gateway_send_duration_seconds_bucket{service="task",le="+Inf"}`:     1,
+		`sse_outbox_dropped_total{service="version",reason="limit"}`:             3,
+		`sse_outbox_dropped_total{service="version",reason="expired"}`:           0,
+		`task_executions_total{type="demo",status="cancelled"}`:                  1,
+		`task_duration_seconds_sum{type="demo"}`:                                 2,
+		`task_duration_seconds_count{type="external"}`:                           0,
+		`gateway_streams_opened_total`:                                           1,
+		`gateway_streams_closed_total{reason="client_closed"}`:                   1,
+		`gateway_events_total{status="unknown_token"}`:                           1,
+		`gateway_callbacks_total{action="disconnect",status="timeout"}`:          1,
+		`gateway_callback_duration_seconds_bucket{action="connect",le="0.0025"}`: 1,
+	} {
+		if got := scrapeValue(text, series); got != want {
+			t.Errorf("%s: got %v, want %v", series, got, want)
+		}
+	}
+	for _, name := range regexp.MustCompile(`(?m)^# TYPE (\S+)`).FindAllStringSubmatch(text, -1) {
+		if n := strings.Count(text, "\n# TYPE "+name[1]+" "); n != 1 {
+			t.Errorf("%s is there %d times, want once", name[1], n)
+		}
+	}
+}
+
+// A value outside of the closed set must not make a series, whoever sent it.
+func TestMetricsClosedSets(t *testing.T) {
+	panics := func(what string, f func()) {
+		t.Helper()
+		defer func() {
+			t.Helper()
+			if recover() == nil {
+				t.Errorf("%s: no panic", what)
+			}
+		}()
+		f()
+	}
+	r, backend, gateway := bothRoles()
+	before := scrapeFamilies(r)
+	panics("unknown value", func() { gateway.closed.with("other") })
+	panics("empty value", func() { gateway.closed.with("") })
+	panics("values in the wrong order", func() { gateway.callbacks.with("accepted", "connect") })
+	panics("too few values", func() { gateway.callbacks.with("connect") })
+	panics("too many values", func() { gateway.closed.with("error", "error") })
+	panics("unknown type of task", func() { backend.RecordTask("other", "failed", 1) })
+	panics("histogram", func() { gateway.callbackSeconds.with("other") })
+	panics("name taken", func() { newGatewayMetrics(r) })
+	if got := scrapeFamilies(r); got != before {
+		t.Errorf("got:\n%s\nwant as before:\n%s", got, before)
+	}
+}
+
+// Counting happens once per event and stream, so it must leave nothing for the garbage collector.
+func TestMetricsAllocations(t *testing.T) {
+	_, backend, _ := bothRoles()
+	if n := testing.AllocsPerRun(100, func() {
+		backend.RecordSSEGatewayEvent("task", "success")
+		backend.RecordSSEGatewaySendDuration("task", .01)
+	}); n != 0 {
+		t.Errorf("got %v allocations, want 0", n)
+	}
+}
+
+// Each scrape under load must be consistent in itself, and the last one complete.
+func TestMetricsConcurrent(t *testing.T) {
+	const writers, rounds = 4, 500
+	r := newRegistry("test")
+	c := r.counters("c_total", "h", label{"l", []string{"a", "b"}})
+	h := r.histograms("h", "h", []float64{1, 2}).with()
+	// An owner may count while it is read: the registry holds no lock then.
+	r.gauge("g", "h", label{}, func() map[string]float64 {
+		c.with("b").Inc()
+		return nil
+	})
+
+	var wg sync.WaitGroup
+	for range writers {
+		wg.Go(func() {
+			for i := range rounds {
+				c.with("a").Inc()
+				h.observe(float64(1 + i%3))
+			}
+		})
+		wg.Go(func() {
+			for range rounds / 10 {
+				text := scrapeFamilies(r)
+				one, two := scrapeValue(text, `h_bucket{le="1"}`), scrapeValue(text, `h_bucket{le="2"}`)
+				inf, count := scrapeValue(text, `h_bucket{le="+Inf"}`), scrapeValue(text, "h_count")
+				sum := one + 2*(two-one) + 3*(inf-two)
+				if one > two || two > inf || inf != count || scrapeValue(text, "h_sum") != sum {
+					t.Errorf("inconsistent histogram:\n%s", text)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	text := scrapeFamilies(r)
+	if got := scrapeValue(text, `c_total{l="a"}`); got != writers*rounds {
+		t.Errorf("counter: got %v, want %v", got, writers*rounds)
+	}
+	if got := scrapeValue(text, "h_count"); got != writers*rounds {
+		t.Errorf("h_count: got %v, want %v", got, writers*rounds)
+	}
+}
+
+func TestMetricsProcess(t *testing.T) {
+	start := float64(time.Now().Add(-time.Second).Unix())
+	r := newRegistry(`v"1`)
+	text := scrapeAll(r)
+	if got := scrapeValue(text, "process_start_time_seconds"); !(got >= start && got <= start+60) {
+		t.Errorf("start: got %v, want about %v", got, start)
+	}
+	for _, name := range []string{"process_max_fds", "go_goroutines", "go_memstats_heap_alloc_bytes"} {
+		if got := scrapeValue(text, name); !(got >= 1) {
+			t.Errorf("%s: got %v, want at least 1", name, got)
+		}
+	}
+	if got := scrapeValue(text, `sidecast_build_info{version="v\"1",goversion="`+runtime.Version()+`"}`); got != 1 {
+		t.Errorf("sidecast_build_info: got %v, want 1 in:\n%s", got, text)
+	}
+	if again := scrapeAll(r); scrapeValue(again, "process_start_time_seconds") != scrapeValue(text, "process_start_time_seconds") {
+		t.Error("the start of the process moved between two scrapes")
+	}
+	w := httptest.NewRecorder()
+	r.ServeHTTP(w, nil)
+	if got, want := w.Header().Get("Content-Type"), "text/plain; version=0.0.4; charset=utf-8"; got != want {
+		t.Errorf("Content-Type: got %q, want %q", got, want)
+	}
+}
+
+// What /proc does not show is left out, and the rest of the page stays: an empty chroot has no /proc at all.
+func TestMetricsProcFiles(t *testing.T) {
+	page := float64(os.Getpagesize())
+	missing := math.NaN()
+	for _, test := range []struct {
+		name, statm  string
+		fds          int // -1: no directory
+		wantResident float64
+		wantOpen     float64
+	}{
+		{"no files", "", -1, missing, missing},
+		{"all", "900 7 3 1 0 5 0\n", 4, 7 * page, 3},
+		{"short statm", "900\n", 1, missing, 0},
+		{"odd statm", "x y\n", -1, missing, missing},
+	} {
+		r := newRegistry("test")
+		r.proc = t.TempDir()
+		write := func(path, text string) {
+			path = filepath.Join(r.proc, "self", path)
+			if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if test.statm != "" {
+			write("statm", test.statm)
+		}
+		for i := range test.fds {
+			write("fd/"+strconv.Itoa(i), "")
+		}
+		text := scrapeAll(r)
+		for name, want := range map[string]float64{
+			"process_resident_memory_bytes": test.wantResident,
+			"process_open_fds":              test.wantOpen,
+		} {
+			got := scrapeValue(text, name)
+			if got != want && !(math.IsNaN(got) && math.IsNaN(want)) {
+				t.Errorf("%s: %s: got %v, want %v", test.name, name, got, want)
+			}
+			if math.IsNaN(want) && strings.Contains(text, name) {
+				t.Errorf("%s: %s has a head without a value", test.name, name)
+			}
+		}
+		if !strings.Contains(text, "\nsidecast_build_info{") {
+			t.Errorf("%s: the page is cut:\n%s", test.name, text)
+		}
+	}
+}
+
+func TestMetricsProcLinux(t *testing.T) {
+	if _, err := os.Stat("/proc/self/statm"); err != nil {
+		t.Skip("no /proc here")
+	}
+	r := newRegistry("test")
+	before := scrapeAll(r)
+	f, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	after := scrapeAll(r)
+	if got, want := scrapeValue(after, "process_open_fds"), scrapeValue(before, "process_open_fds")+1; got != want {
+		t.Errorf("process_open_fds with one more file: got %v, want %v", got, want)
+	}
+	if got := scrapeValue(after, "process_resident_memory_bytes"); !(got > 1<<20) {
+		t.Errorf("process_resident_memory_bytes: got %v, want more than 1 MiB", got)
+	}
+}
+
+// promtool is the reference reader of the format; it also knows how metrics should be named.
+func TestMetricsPromtool(t *testing.T) {
+	promtool, err := exec.LookPath("promtool")
+	if err != nil {
+		t.Skip("promtool is not installed")
+	}
+	r, _, _ := bothRoles()
+	cmd := exec.Command(promtool, "check", "metrics")
+	cmd.Stdin = strings.NewReader(scrapeAll(r))
+	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("%v:\n%s", err, out)
+	}
+}
