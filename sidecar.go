@@ -1,0 +1,665 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unicode/utf8"
+)
+
+const (
+	maxTarget     = 8 << 10 // bytes of a stream's request target; beyond it 414
+	maxHeader     = 16 << 10
+	maxSend       = 1 << 20 // bytes of a body for /internal/send
+	maxAnswer     = 1 << 20 // bytes of a connect callback's answer that are looked at
+	callbackLimit = 5 * time.Second
+
+	// At most so many callbacks are under way. A connect callback waits for
+	// its turn within callbackLimit, a disconnect callback for goodbyeLimit;
+	// then it is given up, and counted as a timeout.
+	maxConnecting    = 256
+	maxDisconnecting = 32
+	goodbyeLimit     = 30 * time.Second
+
+	// Streams end one after the other at shutdown, a millisecond apart but
+	// within endSpread in all, so that the browsers do not return in one wave.
+	endSpread = 3 * time.Second
+)
+
+// gateway is the gateway role: it holds the browsers' streams, asks the
+// backend who may connect, tells it who left, and takes events from it.
+type gateway struct {
+	cfg    gatewayConfig
+	limits streamLimits
+	log    *slog.Logger
+	met    *gatewayMetrics
+	client *http.Client
+
+	connecting    chan struct{} // a slot for each connect callback under way
+	disconnecting chan struct{}
+
+	shards  [16]shard    // by the token's last digit
+	count   atomic.Int64 // registered streams
+	closing atomic.Bool  // shutting down: nothing new is taken
+
+	// busy counts stream requests until their answer, streams until their end,
+	// and disconnect callbacks. It is no WaitGroup because a request that is
+	// turned away may still raise it from zero while shutdown waits.
+	busy atomic.Int64
+}
+
+// shard is a part of the streams. A heartbeat visits one shard at a time, so
+// that the writes spread over the whole interval.
+type shard struct {
+	mu      sync.Mutex         // guards streams
+	streams map[string]*stream // by token
+}
+
+func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gateway {
+	g := &gateway{
+		cfg:    cfg,
+		limits: streamLimits{buffer: cfg.StreamBuffer, writeTimeout: cfg.WriteTimeout},
+		log:    log,
+		met:    met,
+		client: &http.Client{
+			Transport: &http.Transport{
+				MaxIdleConnsPerHost: maxConnecting + maxDisconnecting,
+				IdleConnTimeout:     time.Minute,
+				DisableCompression:  true,
+			},
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+		connecting:    make(chan struct{}, maxConnecting),
+		disconnecting: make(chan struct{}, maxDisconnecting),
+	}
+	for i := range g.shards {
+		g.shards[i].streams = map[string]*stream{}
+	}
+	return g
+}
+
+// serveStream answers every request that is not for one of the gateway's own
+// paths: it opens a stream if the backend accepts it.
+func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
+	g.busy.Add(1)
+	defer g.busy.Add(-1)
+	if origin := g.cfg.CORSAllowOrigin; origin != "" {
+		w.Header().Set("Access-Control-Allow-Origin", origin)
+		if origin != "*" {
+			w.Header().Set("Access-Control-Allow-Credentials", "true")
+		}
+	}
+	switch {
+	case r.Method != http.MethodGet:
+		w.Header().Set("Allow", http.MethodGet)
+		writeError(w, http.StatusMethodNotAllowed, "a stream is opened with GET")
+		return
+	case r.ContentLength != 0:
+		writeError(w, http.StatusBadRequest, "a stream request has no body")
+		return
+	case len(r.RequestURI) > maxTarget:
+		writeError(w, http.StatusRequestURITooLong, "request target too long")
+		return
+	case !utf8.ValidString(r.RequestURI):
+		writeError(w, http.StatusBadRequest, "request target is not UTF-8")
+		return
+	case g.cfg.CallbackURL == "":
+		g.refuse(w, r, http.StatusServiceUnavailable, "no callback URL configured")
+		return
+	}
+	s := g.register(r)
+	if s == nil {
+		g.refuse(w, r, http.StatusServiceUnavailable, "no capacity")
+		return
+	}
+	status, text, answer := g.connect(r, s)
+	if status != 0 {
+		g.unregister(s)
+		if answer != nil { // the backend holds a connection that never was
+			g.spawn(func() { g.sayGoodbye(s, streamError) })
+		}
+		g.refuse(w, r, status, text)
+		return
+	}
+	g.open(w, r, s, answer)
+}
+
+// register makes a stream for the request, or returns nil if there is no room
+// or the gateway is shutting down.
+func (g *gateway) register(r *http.Request) *stream {
+	if n := g.count.Add(1); g.cfg.MaxConnections > 0 && n > int64(g.cfg.MaxConnections) {
+		g.count.Add(-1)
+		return nil
+	}
+	s := &stream{token: newToken(), request: encodeRequest(r), chunked: r.ProtoAtLeast(1, 1), limits: &g.limits}
+	sh := g.shard(s.token)
+	sh.mu.Lock()
+	sh.streams[s.token] = s
+	sh.mu.Unlock()
+	if g.closing.Load() { // after it is in the map, so that shutdown misses none
+		g.unregister(s)
+		return nil
+	}
+	return s
+}
+
+func (g *gateway) unregister(s *stream) {
+	sh := g.shard(s.token)
+	sh.mu.Lock()
+	delete(sh.streams, s.token)
+	sh.mu.Unlock()
+	g.count.Add(-1)
+}
+
+func (g *gateway) shard(token string) *shard {
+	if token == "" {
+		return &g.shards[0]
+	}
+	return &g.shards[token[len(token)-1]%16]
+}
+
+func (g *gateway) lookup(token string) *stream {
+	sh := g.shard(token)
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	return sh.streams[token]
+}
+
+// refuse answers a request that gets no stream. A browser's EventSource gives
+// up for good on any status but 200 (WHATWG HTML section 9.2.3), so transient
+// trouble is told to it as a stream that ends: it comes back by itself.
+func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, status int, text string) {
+	transient := status >= 500 || status == http.StatusRequestTimeout ||
+		status == http.StatusTooEarly || status == http.StatusTooManyRequests
+	retry := g.retry()
+	if transient && acceptsEventStream(r) {
+		setStreamHeader(w.Header())
+		w.Write(appendComment(appendRetry(nil, retry), text))
+		return
+	}
+	if status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", strconv.Itoa((retry+999)/1000))
+	}
+	writeError(w, status, text)
+}
+
+// retry is a reconnection time in milliseconds, different for each stream so
+// that browsers that lost theirs together do not return together.
+func (g *gateway) retry() int {
+	return int(jitter(g.cfg.Retry, 2*g.cfg.Retry).Milliseconds())
+}
+
+func acceptsEventStream(r *http.Request) bool {
+	return slices.ContainsFunc(r.Header.Values("Accept"), func(v string) bool {
+		return strings.Contains(strings.ToLower(v), "text/event-stream")
+	})
+}
+
+func setStreamHeader(h http.Header) {
+	h.Set("Content-Type", "text/event-stream")
+	h.Set("Cache-Control", "no-cache, no-transform")
+	h.Set("X-Accel-Buffering", "no") // nginx
+}
+
+// open takes the connection over from net/http, whose buffers and goroutine
+// would cost several times what the stream itself does, and begins it.
+func (g *gateway) open(w http.ResponseWriter, r *http.Request, s *stream, a *callbackAnswer) {
+	header := w.Header()
+	setStreamHeader(header)
+	header.Set("Date", time.Now().UTC().Format(http.TimeFormat))
+	header.Set("Connection", "close")
+	if s.chunked {
+		header.Set("Transfer-Encoding", "chunked")
+	}
+	conn, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		g.log.Error("taking over a connection", "err", err)
+		g.unregister(s)
+		g.spawn(func() { g.sayGoodbye(s, streamError) })
+		return
+	}
+	raw, err := conn.(syscall.Conn).SyscallConn()
+	if err != nil {
+		g.log.Error("taking over a connection", "err", err)
+	}
+	var head bytes.Buffer
+	head.WriteString("HTTP/1.1 200 OK\r\n")
+	header.Write(&head)
+	head.WriteString("\r\n")
+	first := appendRetry(reserveChunk(nil), g.retry())
+	if a.event != nil {
+		first = appendEvent(first, *a.event)
+	}
+	head.Write(s.chunk(&first))
+
+	g.met.opened.Inc()
+	g.log.Debug("stream opened", "token", mask(s.token))
+	s.open(conn, raw, head.Bytes(), a.end, g.cfg.MaxStream)
+	if rw.Reader.Buffered() > 0 {
+		s.end(clientClosed) // it sent more than its request
+	}
+	g.spawn(func() { g.watch(s) })
+}
+
+// watch waits for the end of an open stream. The parked Read returns when the
+// client leaves or sends anything, or when the gateway has closed conn.
+func (g *gateway) watch(s *stream) {
+	s.conn.Read(make([]byte, 1))
+	s.end(clientClosed)
+	s.conn.Close()
+	g.unregister(s)
+	g.met.closed.with(s.reason).Inc()
+	g.log.Debug("stream closed", "token", mask(s.token), "reason", s.reason)
+	g.sayGoodbye(s, s.reason)
+}
+
+func (g *gateway) spawn(f func()) {
+	g.busy.Add(1)
+	go func() {
+		defer g.busy.Add(-1)
+		f()
+	}()
+}
+
+// callbackAnswer is what the backend said to a connect callback.
+type callbackAnswer struct {
+	event *event
+	end   bool
+}
+
+// connect asks the backend whether s may be opened. Status 0 means yes;
+// otherwise it is the status for the client. An answer beside a status means
+// that the backend accepted and then did not finish its answer.
+func (g *gateway) connect(r *http.Request, s *stream) (status int, text string, answer *callbackAnswer) {
+	ctx, cancel := context.WithTimeout(context.Background(), callbackLimit)
+	defer cancel()
+	select {
+	case g.connecting <- struct{}{}:
+		defer func() { <-g.connecting }()
+	case <-ctx.Done():
+		g.met.callbacks.with("connect", "timeout").Inc()
+		return http.StatusGatewayTimeout, "backend too slow", nil
+	case <-r.Context().Done(): // the client left before the backend was asked
+		return http.StatusServiceUnavailable, "client left", nil
+	}
+	code, body, err := g.call(ctx, "connect", "", s)
+	switch {
+	case err == nil && code/100 == 2:
+		return 0, "", g.parseAnswer(body)
+	case err == nil && code >= 300:
+		return code, "connection rejected", nil
+	case errors.Is(err, context.DeadlineExceeded):
+		status, text = http.StatusGatewayTimeout, "backend too slow"
+	default:
+		status, text = http.StatusServiceUnavailable, "backend unreachable"
+	}
+	if code/100 == 2 {
+		answer = &callbackAnswer{}
+	}
+	return status, text, answer
+}
+
+// sayGoodbye makes the disconnect callback of an accepted stream: once, with
+// no retry. The stream itself has ended before.
+func (g *gateway) sayGoodbye(s *stream, reason string) {
+	turn, cancel := context.WithTimeout(context.Background(), goodbyeLimit)
+	defer cancel()
+	select {
+	case g.disconnecting <- struct{}{}:
+		defer func() { <-g.disconnecting }()
+	case <-turn.Done():
+		g.met.callbacks.with("disconnect", "timeout").Inc()
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), callbackLimit)
+	defer cancel()
+	g.call(ctx, "disconnect", reason, s)
+}
+
+// call makes one callback and counts it. The status is set as soon as the
+// backend sent one, also when its body then failed.
+func (g *gateway) call(ctx context.Context, action, reason string, s *stream) (status int, body []byte, err error) {
+	start := time.Now()
+	status, body, err = g.post(ctx, encodeCallback(action, reason, s))
+	g.met.callbackSeconds.with(action).observe(time.Since(start).Seconds())
+	outcome := "accepted"
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		outcome = "timeout"
+	case err != nil:
+		outcome = "error"
+	case status/100 != 2:
+		outcome = "rejected"
+	}
+	g.met.callbacks.with(action, outcome).Inc()
+	if err != nil {
+		g.log.Warn("callback failed", "action", action, "err", err)
+	}
+	return status, body, err
+}
+
+func (g *gateway) post(ctx context.Context, payload []byte) (status int, body []byte, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, string(g.cfg.CallbackURL), bytes.NewReader(payload))
+	if err != nil {
+		return 0, nil, withoutURL(err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := g.client.Do(req)
+	if err != nil {
+		return 0, nil, withoutURL(err)
+	}
+	defer resp.Body.Close()
+	body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err != nil {
+		return resp.StatusCode, nil, fmt.Errorf("reading the answer: %w", err)
+	}
+	return resp.StatusCode, body, nil
+}
+
+// withoutURL takes the URL, which may hold a secret, out of a client error.
+func withoutURL(err error) error {
+	if e := (*url.Error)(nil); errors.As(err, &e) {
+		return e.Err
+	}
+	return err
+}
+
+// encodeRequest is the request as both callbacks tell it: the raw target, and
+// the headers with lower-case names and one value each.
+func encodeRequest(r *http.Request) json.RawMessage {
+	headers := make(map[string]string, len(r.Header)+1)
+	if r.Host != "" {
+		headers["host"] = r.Host
+	}
+	for name, values := range r.Header {
+		separator := ", "
+		if name == "Cookie" {
+			separator = "; "
+		}
+		headers[strings.ToLower(name)] = strings.Join(values, separator)
+	}
+	return slices.Clip(marshal(struct {
+		URL     string            `json:"url"`
+		Headers map[string]string `json:"headers"`
+	}{r.RequestURI, headers}))
+}
+
+func encodeCallback(action, reason string, s *stream) []byte {
+	return marshal(struct {
+		Action  string          `json:"action"`
+		Reason  string          `json:"reason,omitempty"`
+		Token   string          `json:"token"`
+		Request json.RawMessage `json:"request"`
+	}{action, reason, s.token, s.request})
+}
+
+// parseAnswer reads {"event":{…},"close":true} from a connect callback's
+// answer. What is not understood is left out: the backend did accept.
+func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
+	a := &callbackAnswer{}
+	if len(bytes.TrimSpace(body)) == 0 {
+		return a
+	}
+	if len(body) > maxAnswer || !isObject(body) {
+		g.log.Warn("ignoring the callback's answer: not a JSON object")
+		return a
+	}
+	for name, value := range members(body) {
+		var err error
+		switch name {
+		case "event":
+			a.event, err = parseEvent(value)
+		case "close":
+			a.end, err = parseBool(value)
+		}
+		if err != nil {
+			g.log.Warn("ignoring a field of the callback's answer", "field", name, "err", err)
+		}
+	}
+	return a
+}
+
+// sendRequest is the body of POST /internal/send. With neither an event nor
+// end it only asks whether the stream is alive.
+type sendRequest struct {
+	token string
+	event *event
+	end   bool
+}
+
+var (
+	errNoToken = errors.New("token is missing or empty")
+	errNoData  = errors.New("event data is missing")
+)
+
+func parseSend(body []byte) (m sendRequest, err error) {
+	if !isObject(body) {
+		return m, errNotJSON
+	}
+	var seen [3]bool
+	for name, value := range members(body) {
+		field := slices.Index([]string{"token", "event", "close"}, name)
+		if field < 0 {
+			continue
+		}
+		if seen[field] {
+			return m, errDuplicate
+		}
+		seen[field] = true
+		switch field {
+		case 0:
+			m.token, err = parseString(value)
+		case 1:
+			m.event, err = parseEvent(value)
+		case 2:
+			m.end, err = parseBool(value)
+		}
+		if err != nil {
+			return m, err
+		}
+	}
+	if m.token == "" {
+		return m, errNoToken
+	}
+	return m, nil
+}
+
+func parseEvent(value []byte) (*event, error) {
+	if value[0] != '{' {
+		return nil, errFieldType
+	}
+	var e event
+	var seen [3]bool
+	for name, value := range members(value) {
+		field := slices.Index([]string{"id", "name", "data"}, name)
+		if field < 0 {
+			continue
+		}
+		if seen[field] {
+			return nil, errDuplicate
+		}
+		seen[field] = true
+		text, err := parseString(value)
+		if err != nil {
+			return nil, err
+		}
+		*[]*string{&e.ID, &e.Name, &e.Data}[field] = text
+	}
+	if !seen[2] {
+		return nil, errNoData
+	}
+	if err := e.validate(); err != nil {
+		return nil, err
+	}
+	return &e, nil
+}
+
+func parseBool(value []byte) (bool, error) {
+	switch string(value) {
+	case "true":
+		return true, nil
+	case "false":
+		return false, nil
+	}
+	return false, errFieldType
+}
+
+// Bodies of /internal/send, and the frames made of them.
+var (
+	bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+	frames = sync.Pool{New: func() any { return new([]byte) }}
+)
+
+// serveSend is POST /internal/send.
+func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
+	if !isJSON(r) {
+		g.met.events.with("invalid").Inc()
+		writeBodyError(w, errMediaType)
+		return
+	}
+	buf := bodies.Get().(*bytes.Buffer)
+	defer bodies.Put(buf)
+	buf.Reset()
+	body, err := readBody(w, r, maxSend, buf)
+	var m sendRequest
+	if err == nil {
+		m, err = parseSend(body)
+	}
+	if err != nil {
+		g.met.events.with("invalid").Inc()
+		writeBodyError(w, err)
+		return
+	}
+	switch g.send(m) {
+	case sendWritten:
+		writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+	case sendBuffered:
+		writeJSON(w, http.StatusOK, map[string]string{"status": "buffered"})
+	case sendGone:
+		writeError(w, http.StatusNotFound, "unknown token")
+	}
+}
+
+// send gives an event to its stream.
+func (g *gateway) send(m sendRequest) sendStatus {
+	s := g.lookup(m.token)
+	if s == nil {
+		g.met.events.with("unknown_token").Inc()
+		return sendGone
+	}
+	var frame []byte
+	if m.event != nil {
+		buf := frames.Get().(*[]byte)
+		defer frames.Put(buf)
+		*buf = appendEvent(reserveChunk(*buf), *m.event)
+		frame = s.chunk(buf)
+	}
+	status := s.send(frame, m.end)
+	switch {
+	case status == sendGone:
+		g.met.events.with("unknown_token").Inc()
+	case m.event == nil:
+	case status == sendBuffered:
+		g.met.events.with("buffered").Inc()
+	default:
+		g.met.events.with("written").Inc()
+	}
+	return status
+}
+
+// beat writes the heartbeats until ctx ends.
+func (g *gateway) beat(ctx context.Context) {
+	ticker := time.NewTicker(g.cfg.Heartbeat / time.Duration(len(g.shards)))
+	defer ticker.Stop()
+	for i := 0; ; i = (i + 1) % len(g.shards) {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		for _, s := range g.shards[i].all() {
+			s.beat()
+		}
+	}
+}
+
+func (sh *shard) all() []*stream {
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	return slices.AppendSeq(make([]*stream, 0, len(sh.streams)), maps.Values(sh.streams))
+}
+
+// shutdown takes no new streams, ends those that are open, spread over time,
+// and waits for their disconnect callbacks. When ctx ends it gives up.
+func (g *gateway) shutdown(ctx context.Context) {
+	g.closing.Store(true)
+	var streams []*stream
+	for i := range g.shards {
+		streams = append(streams, g.shards[i].all()...)
+	}
+	step := len(streams)/int(endSpread/time.Millisecond) + 1
+	for batch := range slices.Chunk(streams, step) {
+		for _, s := range batch {
+			s.finish()
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Millisecond):
+		}
+	}
+	for g.busy.Load() > 0 {
+		select {
+		case <-ctx.Done():
+			g.log.Warn("ending with streams or disconnect callbacks under way", "count", g.busy.Load())
+			return
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// gauges registers the gateway's gauges.
+func (g *gateway) gauges(reg *registry) {
+	reg.gauge("gateway_streams", "Streams that are open or being opened.", label{}, func() map[string]float64 {
+		return map[string]float64{"": float64(g.count.Load())}
+	})
+}
+
+// serveReady is GET /readyz.
+func (g *gateway) serveReady(w http.ResponseWriter, r *http.Request) {
+	configured := g.cfg.CallbackURL != ""
+	status, text := http.StatusOK, "ready"
+	if !configured || g.closing.Load() {
+		status, text = http.StatusServiceUnavailable, "not_ready"
+	}
+	writeJSON(w, status, map[string]any{"status": text, "configured": configured})
+}
+
+// newToken makes a random UUID, version 4 (RFC 9562 section 5.4).
+func newToken() string {
+	var b [16]byte
+	rand.Read(b[:])
+	b[6] = b[6]&0x0f | 0x40
+	b[8] = b[8]&0x3f | 0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+// mask shortens a token for logs: enough to tell streams apart, too little to
+// send to one.
+func mask(token string) string {
+	return token[:min(len(token), 8)]
+}

@@ -1,0 +1,291 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"math/rand/v2"
+	"net"
+	"os"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Why a stream ended, as the disconnect callback and the metrics say it.
+const (
+	clientClosed = "client_closed"
+	serverClosed = "server_closed"
+	streamError  = "error" // write failure, slow client, buffer overflow
+)
+
+// sendStatus is what became of an event given to the gateway.
+type sendStatus int
+
+const (
+	sendWritten  sendStatus = iota // the socket or the stream's buffer took it
+	sendBuffered                   // it waits for the connect callback
+	sendGone                       // the token is unknown or its stream has ended
+)
+
+// streamLimits are the limits that all streams of a gateway share.
+type streamLimits struct {
+	buffer       int           // bytes that may wait for the client; beyond it the stream is cut
+	writeTimeout time.Duration // a client that takes no byte for so long is cut
+}
+
+// stream is one browser's connection, from the connect callback to its end.
+//
+// An event is written by the goroutine that sends it, without blocking. What
+// the socket does not take waits in pending, and only then does a goroutine of
+// the stream's own run (drain), until the socket has caught up. So an idle
+// stream costs one goroutine, parked in Read, and an event one system call.
+type stream struct {
+	token   string
+	request json.RawMessage // what both callbacks say of the request, encoded once
+	chunked bool            // HTTP/1.1; an HTTP/1.0 body ends with the connection
+	limits  *streamLimits
+
+	mu       sync.Mutex // guards the rest; held across a write that cannot block, to keep the order
+	conn     net.Conn   // nil while the connect callback is under way
+	raw      syscall.RawConn
+	pending  []byte // framed bytes, at most limits.buffer with those being drained
+	draining int    // bytes that drain is writing
+	drains   bool   // drain runs; nobody else writes
+	ending   bool   // ends when pending is written; takes nothing more
+	ended    bool
+	reason   string      // set with ended
+	lifetime *time.Timer // ends a stream that has been open for long enough; nil without a limit
+}
+
+// An HTTP/1.1 body goes out in chunks (RFC 9112 section 7.1), one for each
+// write. The size stands in front, so room for it is left until it is known.
+const chunkHead = len("ffffffff\r\n")
+
+func reserveChunk(buf []byte) []byte {
+	return append(buf[:0], "00000000\r\n"...)
+}
+
+// chunk makes a chunk of what was appended to a reserved buffer, in place.
+func (s *stream) chunk(buf *[]byte) []byte {
+	if !s.chunked {
+		return (*buf)[chunkHead:]
+	}
+	var size [8]byte
+	digits := strconv.AppendUint(size[:0], uint64(len(*buf)-chunkHead), 16)
+	at := len("ffffffff") - len(digits)
+	copy((*buf)[at:], digits)
+	*buf = append(*buf, "\r\n"...)
+	return (*buf)[at:]
+}
+
+const (
+	lastChunk        = "0\r\n\r\n"
+	chunkedHeartbeat = "d\r\n" + heartbeat + "\r\n"
+)
+
+// send writes or buffers frame, which may be empty, and then ends the stream
+// if end is set. It does not wait for the client and does not keep frame.
+func (s *stream) send(frame []byte, end bool) sendStatus {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended || s.ending {
+		return sendGone
+	}
+	if s.conn == nil {
+		s.enqueueLocked(frame)
+	} else if len(frame) > 0 {
+		s.writeLocked(frame)
+	}
+	if s.ended {
+		return sendGone // this frame was too much
+	}
+	if end {
+		s.finishLocked()
+	}
+	if s.conn == nil {
+		return sendBuffered
+	}
+	return sendWritten
+}
+
+// open begins the response on conn: head, then what was buffered meanwhile.
+// From here on conn belongs to the stream. It reports whether the stream had
+// not already ended by overflow.
+func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool, lifetime time.Duration) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conn, s.raw = conn, raw
+	if s.ended {
+		return false
+	}
+	buffered := s.pending
+	s.pending = nil
+	s.writeLocked(append(head, buffered...))
+	if end || s.ending {
+		s.finishLocked()
+	}
+	if lifetime > 0 && !s.ended {
+		s.lifetime = time.AfterFunc(jitter(lifetime*4/5, lifetime), s.finish)
+	}
+	return true
+}
+
+// beat writes a heartbeat, unless the client has bytes to take anyway.
+func (s *stream) beat() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conn == nil || s.ended || s.drains {
+		return
+	}
+	if s.chunked {
+		s.writeLocked([]byte(chunkedHeartbeat))
+	} else {
+		s.writeLocked([]byte(heartbeat))
+	}
+}
+
+// finish ends the stream cleanly once the client has what was sent before.
+func (s *stream) finish() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.finishLocked()
+}
+
+// end ends the stream at once; only the first reason counts.
+func (s *stream) end(reason string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.endLocked(reason)
+}
+
+func (s *stream) writeLocked(frame []byte) {
+	if !s.drains {
+		n, err := writeNow(s.raw, frame)
+		if err != nil {
+			s.endLocked(streamError)
+			return
+		}
+		if n == len(frame) {
+			return
+		}
+		frame = frame[n:]
+	}
+	s.enqueueLocked(frame)
+	if !s.drains && !s.ended {
+		s.drains = true
+		go s.drain()
+	}
+}
+
+func (s *stream) enqueueLocked(frame []byte) {
+	if s.draining+len(s.pending)+len(frame) > s.limits.buffer {
+		s.endLocked(streamError)
+		return
+	}
+	s.pending = append(s.pending, frame...)
+}
+
+func (s *stream) finishLocked() {
+	s.ending = true
+	if s.conn == nil || s.drains || s.ended {
+		return // open or drain comes back to it
+	}
+	if s.chunked {
+		writeNow(s.raw, []byte(lastChunk)) // a socket too full for 5 bytes ends the stream all the same
+	}
+	s.endLocked(serverClosed)
+}
+
+func (s *stream) endLocked(reason string) {
+	if s.ended {
+		return
+	}
+	s.ended, s.reason, s.pending = true, reason, nil
+	if s.lifetime != nil {
+		s.lifetime.Stop()
+	}
+	if s.conn != nil {
+		s.conn.Close() // wakes the reader, which tells the backend
+	}
+}
+
+// drainWrite is how many bytes drain writes at once: large enough for speed,
+// small enough that the room it makes in the buffer is soon seen.
+const drainWrite = 64 << 10
+
+// drain writes what is pending, with a fresh deadline for each write that
+// made progress, until nothing is left.
+func (s *stream) drain() {
+	for {
+		s.mu.Lock()
+		buf := s.pending
+		s.pending, s.draining = nil, len(buf)
+		if s.ended || len(buf) == 0 {
+			s.drains = false
+			s.conn.SetWriteDeadline(time.Time{}) // it would fail writeNow later
+			if s.ending {
+				s.finishLocked()
+			}
+			s.mu.Unlock()
+			return
+		}
+		s.mu.Unlock()
+		for len(buf) > 0 {
+			s.conn.SetWriteDeadline(time.Now().Add(s.limits.writeTimeout))
+			n, err := s.conn.Write(buf[:min(len(buf), drainWrite)])
+			buf = buf[n:]
+			s.mu.Lock()
+			s.draining -= n
+			if err != nil && !(n > 0 && errors.Is(err, os.ErrDeadlineExceeded)) {
+				s.endLocked(streamError)
+				buf = nil
+			}
+			s.mu.Unlock()
+		}
+	}
+}
+
+// nowWriter is one write that does not wait for the socket. RawConn takes a
+// function; these are pooled so that an event allocates none.
+type nowWriter struct {
+	buf []byte
+	n   int
+	err error
+	do  func(fd uintptr) bool
+}
+
+var nowWriters = sync.Pool{New: func() any {
+	w := &nowWriter{}
+	w.do = func(fd uintptr) bool {
+		for {
+			w.n, w.err = syscall.Write(int(fd), w.buf)
+			if w.err != syscall.EINTR {
+				return true // also after EAGAIN: do not wait
+			}
+		}
+	}
+	return w
+}}
+
+// writeNow writes as much of buf as the socket takes without waiting.
+func writeNow(raw syscall.RawConn, buf []byte) (int, error) {
+	w := nowWriters.Get().(*nowWriter)
+	defer nowWriters.Put(w)
+	w.buf = buf
+	err := raw.Write(w.do)
+	n := w.n
+	if err == nil {
+		err = w.err
+	}
+	w.buf, w.n, w.err = nil, 0, nil
+	if err == syscall.EAGAIN {
+		return 0, nil
+	}
+	return n, err
+}
+
+// jitter returns a duration between low and high.
+func jitter(low, high time.Duration) time.Duration {
+	return low + rand.N(high-low+1)
+}
