@@ -1,0 +1,348 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode"
+	"unicode/utf8"
+)
+
+// The services, as identifiers and metrics name them.
+const (
+	serviceTask    = "task"
+	serviceVersion = "version"
+)
+
+// maxID is the length of the longest ID, in bytes.
+const maxID = 128
+
+// errBadID says that an ID cannot be part of an identifier.
+var errBadID = errors.New("id must be 1 to 128 bytes of UTF-8 without colon and control characters")
+
+// newIdentifier joins a service and a browser's ID to "service:id".
+func newIdentifier(service, id string) (string, error) {
+	bad := func(r rune) bool { return r == ':' || unicode.IsControl(r) }
+	if id == "" || len(id) > maxID || !utf8.ValidString(id) || strings.ContainsFunc(id, bad) {
+		return "", errBadID
+	}
+	return service + ":" + id, nil
+}
+
+// serviceOf returns the service of an identifier "service:id".
+func serviceOf(identifier string) string {
+	service, _, _ := strings.Cut(identifier, ":")
+	return service
+}
+
+// connectionMetrics is what the ConnectionManager tells of its work.
+type connectionMetrics interface {
+	RecordSSEGatewayConnection(service, action string)
+	RecordSSEGatewayEvent(service, status string)
+	RecordSSEGatewaySendDuration(service string, seconds float64)
+}
+
+// sender is the gateway as the ConnectionManager sees it; see gatewayClient.
+type sender interface {
+	send(token string, e *event, end bool) (buffered bool, err error)
+}
+
+// ConnectionManager knows which token is the current connection of each
+// identifier. It makes no promise about what was delivered; outboxes do.
+type ConnectionManager struct {
+	gateway sender
+	log     *slog.Logger
+	met     connectionMetrics
+	active  atomic.Int64 // goroutines of background
+
+	// mu guards both maps. Whenever it is free,
+	// connections[id].token == t if and only if tokens[t] == id.
+	// Under it there is map work only.
+	mu          sync.Mutex
+	connections map[string]*connection // by identifier
+	tokens      map[string]string      // identifier by token
+}
+
+// connection is the one current connection of an identifier.
+type connection struct {
+	token   string
+	url     string    // request target of the stream
+	since   time.Time // when it connected
+	checked time.Time // when the gateway was last asked for it
+	suspect bool      // a send failed: the client may have a gap, so the stream must end
+}
+
+func newConnectionManager(gateway sender, log *slog.Logger, met connectionMetrics) *ConnectionManager {
+	return &ConnectionManager{
+		gateway:     gateway,
+		log:         log,
+		met:         met,
+		connections: map[string]*connection{},
+		tokens:      map[string]string{},
+	}
+}
+
+// OnConnect makes token the connection of identifier. It returns the token
+// that this replaces, or "", which the caller gives to CloseReplaced once it
+// holds no lock.
+func (m *ConnectionManager) OnConnect(identifier, token, url string) (replaced string) {
+	now := time.Now()
+	m.mu.Lock()
+	if other, ok := m.tokens[token]; ok && other != identifier {
+		delete(m.connections, other)
+	}
+	if c, ok := m.connections[identifier]; ok && c.token != token {
+		replaced = c.token
+		delete(m.tokens, replaced)
+	}
+	m.connections[identifier] = &connection{token: token, url: url, since: now, checked: now}
+	m.tokens[token] = identifier
+	m.mu.Unlock()
+	m.met.RecordSSEGatewayConnection(serviceOf(identifier), "connect")
+	return replaced
+}
+
+// CloseReplaced tells a replaced stream that it is at its end. It returns at
+// once.
+func (m *ConnectionManager) CloseReplaced(identifier, token string) {
+	m.background(func() {
+		e := closeEvent("replaced")
+		if _, err := m.send(identifier, token, &e, true); err != nil {
+			m.log.Debug("closing a replaced stream", "identifier", identifier, "token", mask(token), "err", err)
+		}
+	})
+}
+
+// OnDisconnect removes the connection of token. A token that is unknown, or
+// no longer the current one, removes nothing.
+func (m *ConnectionManager) OnDisconnect(token string) {
+	m.mu.Lock()
+	identifier := m.tokens[token]
+	c := m.connections[identifier]
+	removed := m.removeLocked(identifier, token)
+	m.mu.Unlock()
+	if !removed {
+		m.log.Debug("ignoring a stale disconnect", "token", mask(token))
+		return
+	}
+	m.met.RecordSSEGatewayConnection(serviceOf(identifier), "disconnect")
+	m.log.Debug("disconnected", "identifier", identifier, "url", c.url, "after", time.Since(c.since))
+}
+
+// remove removes the connection of identifier if it is still that of token.
+func (m *ConnectionManager) remove(identifier, token string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.removeLocked(identifier, token)
+}
+
+func (m *ConnectionManager) removeLocked(identifier, token string) bool {
+	if c := m.connections[identifier]; c == nil || c.token != token {
+		return false
+	}
+	delete(m.connections, identifier)
+	delete(m.tokens, token)
+	return true
+}
+
+// Connected reports whether identifier has a connection.
+func (m *ConnectionManager) Connected(identifier string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	_, ok := m.connections[identifier]
+	return ok
+}
+
+// Active counts the connections of each service.
+func (m *ConnectionManager) Active() map[string]float64 {
+	n := map[string]float64{}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for identifier := range m.connections {
+		n[serviceOf(identifier)]++
+	}
+	return n
+}
+
+// delivery is what became of an event.
+type delivery int
+
+const (
+	delivered    delivery = iota
+	heldBack              // the gateway took it, but its stream is not open yet
+	disconnected          // the token is not, or no longer, the connection
+	failed                // it is unknown whether the gateway took it
+	suspended             // not tried: an earlier event failed, and the stream is being ended for it
+)
+
+// Send gives an event to the connection of identifier, if that is still
+// token, and then ends the stream if end is set. It is tried once. After a
+// failure the client may lack the event, or have it; from then on Send only
+// tries to end the stream, so that the browser comes back and resumes by ID.
+func (m *ConnectionManager) Send(identifier, token string, e *event, end bool) delivery {
+	m.mu.Lock()
+	c := m.connections[identifier]
+	current := c != nil && c.token == token
+	suspect := current && c.suspect
+	m.mu.Unlock()
+	if !current {
+		return disconnected
+	}
+	if suspect {
+		m.endSuspect(identifier, token)
+		return suspended
+	}
+	buffered, err := m.send(identifier, token, e, end)
+	switch {
+	case errors.Is(err, errUnknownToken):
+		m.remove(identifier, token)
+		return disconnected
+	case err != nil:
+		m.log.Error("sending an event", "identifier", identifier, "token", mask(token), "err", err)
+		m.suspect(identifier, token)
+		return failed
+	case buffered:
+		return heldBack
+	}
+	return delivered
+}
+
+// send posts an event and records how it went.
+func (m *ConnectionManager) send(identifier, token string, e *event, end bool) (buffered bool, err error) {
+	start := time.Now()
+	buffered, err = m.gateway.send(token, e, end)
+	service, status := serviceOf(identifier), "success"
+	if err != nil {
+		status = "error"
+	}
+	m.met.RecordSSEGatewaySendDuration(service, time.Since(start).Seconds())
+	m.met.RecordSSEGatewayEvent(service, status)
+	return buffered, err
+}
+
+// Probe reports whether the gateway has opened the stream of token: delivered,
+// heldBack, disconnected, or failed when it did not say.
+func (m *ConnectionManager) Probe(identifier, token string) delivery {
+	buffered, err := m.gateway.send(token, nil, false)
+	switch {
+	case errors.Is(err, errUnknownToken):
+		m.remove(identifier, token)
+		return disconnected
+	case err != nil:
+		return failed
+	case buffered:
+		return heldBack
+	}
+	return delivered
+}
+
+// endSuspect ends a stream that may have a gap. The gateway's disconnect
+// callback, or its 404, then removes the connection.
+func (m *ConnectionManager) endSuspect(identifier, token string) {
+	_, err := m.gateway.send(token, nil, true)
+	if errors.Is(err, errUnknownToken) {
+		m.remove(identifier, token)
+	} else if err != nil {
+		m.log.Debug("ending a stream that may have a gap", "identifier", identifier, "token", mask(token), "err", err)
+	}
+}
+
+// suspect marks the connection of identifier if it is still that of token.
+func (m *ConnectionManager) suspect(identifier, token string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if c := m.connections[identifier]; c != nil && c.token == token {
+		c.suspect = true
+	}
+}
+
+// sweepers is how many connections a sweep asks for at the same time.
+const sweepers = 8
+
+// Sweep checks, until ctx ends, every connection that the gateway has not
+// been asked for during interval: what it does not know any more, after a
+// crash without disconnect callbacks, is removed. It runs several times an
+// interval, which spreads the checks.
+func (m *ConnectionManager) Sweep(ctx context.Context, interval time.Duration) {
+	ticker := time.NewTicker(max(interval/8, time.Millisecond))
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+			m.sweep(interval)
+		}
+	}
+}
+
+func (m *ConnectionManager) sweep(interval time.Duration) {
+	type check struct {
+		identifier, token string
+		suspect           bool
+	}
+	var due []check
+	now := time.Now()
+	m.mu.Lock()
+	for identifier, c := range m.connections {
+		if now.Sub(c.checked) >= interval {
+			c.checked = now
+			due = append(due, check{identifier, c.token, c.suspect})
+		}
+	}
+	m.mu.Unlock()
+
+	checks := make(chan check)
+	var workers sync.WaitGroup
+	for range min(sweepers, len(due)) {
+		workers.Go(func() {
+			for c := range checks {
+				if c.suspect {
+					m.endSuspect(c.identifier, c.token)
+				} else {
+					m.Probe(c.identifier, c.token)
+				}
+			}
+		})
+	}
+	for _, c := range due {
+		checks <- c
+	}
+	close(checks)
+	workers.Wait()
+}
+
+// background runs f in a goroutine that Drain waits for.
+func (m *ConnectionManager) background(f func()) {
+	m.active.Add(1)
+	go func() {
+		defer m.active.Add(-1)
+		f()
+	}()
+}
+
+// Drain waits until no send is under way, or until ctx ends.
+func (m *ConnectionManager) Drain(ctx context.Context) {
+	for m.active.Load() > 0 {
+		select {
+		case <-ctx.Done():
+			m.log.Warn("ending with sends under way", "count", m.active.Load())
+			return
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// closeEvent is the last event of a stream. A browser that reconnects after
+// it says so by its ID, and is turned away for good.
+func closeEvent(reason string) event {
+	return event{ID: closeID, Name: "connection_close", Data: fmt.Sprintf(`{"reason":%q}`, reason)}
+}
+
+// closeID is the ID of the last event of a stream.
+const closeID = "close"

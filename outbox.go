@@ -1,0 +1,313 @@
+package main
+
+import (
+	"context"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// outboxPolicy is what the outboxes of one service have in common.
+type outboxPolicy struct {
+	event string // name of the events
+	epoch string // first part of their IDs; "" for events without ID
+
+	// replay makes every fresh connection start at the first event. Without
+	// it, one starts at the first event that no connection has taken yet.
+	replay bool
+	// limit is how many events are kept that a fresh connection would get; 0
+	// means no limit. Beyond it the oldest that is not marked goes, and is
+	// told to dropped.
+	limit   int
+	dropped func(n int)
+	// tail is how many of the other events are kept: the gateway took them,
+	// but a browser that lost its connection may ask for them by ID.
+	tail int
+}
+
+// outbox is the ordered, numbered log of the events of one identifier, and
+// their delivery to its one connection.
+//
+// For each connection one goroutine at a time sends, one event after the
+// other. It works on a token and a position that were read together, and
+// moves the position only while that token is still the connection. So a
+// send that was under way when a new connection came reaches neither that
+// connection nor its position.
+//
+// Lock order: mu, then the ConnectionManager's.
+type outbox struct {
+	identifier string
+	conns      *ConnectionManager
+	policy     *outboxPolicy
+
+	mu     sync.Mutex
+	log    []entry // ascending numbers
+	last   uint64  // number of the newest event; they count from 1
+	start  uint64  // a fresh connection gets what is after it
+	reason string  // of the end; once set, nothing more is appended
+
+	token   string // the connection that the rest is about; "" for none
+	sent    uint64 // the last number that token was given
+	closed  bool   // token was given the end
+	stalled bool   // the last send failed; the next event tries again
+	unsure  bool   // events up to sent are with the gateway, which may still drop them
+	sender  string // the token that deliver runs for; only if it is token does it count
+
+	changed chan struct{} // closed when sent, token or sender change; nil while nobody waits
+}
+
+type entry struct {
+	n    uint64
+	data string
+	keep bool // never dropped by the limit
+}
+
+func newOutbox(identifier string, conns *ConnectionManager, policy *outboxPolicy) *outbox {
+	return &outbox{identifier: identifier, conns: conns, policy: policy}
+}
+
+// id is the event ID of number n.
+func (o *outbox) id(n uint64) string {
+	if o.policy.epoch == "" {
+		return ""
+	}
+	return o.policy.epoch + "-" + strconv.FormatUint(n, 10)
+}
+
+// parseID returns the number in an ID of this epoch.
+func (o *outbox) parseID(id string) (n uint64, ok bool) {
+	epoch, number, ok := strings.Cut(id, "-")
+	if !ok || epoch != o.policy.epoch {
+		return 0, false
+	}
+	n, err := strconv.ParseUint(number, 10, 64)
+	return n, err == nil
+}
+
+// Append adds an event and returns its number, or 0 after End. It does not
+// wait for its delivery.
+func (o *outbox) Append(data string, keep bool) (n uint64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.reason != "" {
+		return 0
+	}
+	o.last++
+	o.log = append(o.log, entry{o.last, data, keep})
+	o.trimLocked()
+	o.stalled = false
+	o.wakeLocked()
+	return o.last
+}
+
+// End makes connection_close with this reason follow the last event on every
+// connection, which ends it.
+func (o *outbox) End(reason string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.reason = reason
+	o.stalled = false
+	o.wakeLocked()
+}
+
+// Connect makes token the connection, in place of any other, and returns the
+// event that begins its stream. Delivery goes on after lastEventID if that is
+// an event of this outbox, and from the start otherwise.
+func (o *outbox) Connect(token, url, lastEventID string) event {
+	o.mu.Lock()
+	o.sent = o.start
+	if n, ok := o.parseID(lastEventID); ok && n <= o.last {
+		o.sent = n
+		o.confirmLocked(n)
+	}
+	replaced := o.conns.OnConnect(o.identifier, token, url) // in one order with token
+	o.token, o.closed, o.stalled, o.unsure = token, false, false, false
+	open := event{ID: o.id(o.sent), Name: "connection_open", Data: `{"status":"connected"}`}
+	o.wakeLocked()
+	o.mu.Unlock()
+	if replaced != "" {
+		o.conns.CloseReplaced(o.identifier, replaced)
+	}
+	return open
+}
+
+// Wait waits until event n was given to a connection. It returns false when
+// ctx ends, or when nobody is at it: there is no connection, or it failed.
+func (o *outbox) Wait(ctx context.Context, n uint64) bool {
+	for {
+		o.mu.Lock()
+		done := o.sent >= n || o.start >= n
+		busy := o.token != "" && o.sender == o.token
+		if o.changed == nil {
+			o.changed = make(chan struct{})
+		}
+		changed := o.changed
+		o.mu.Unlock()
+		if done || !busy {
+			return done
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-changed:
+		}
+	}
+}
+
+// Size returns how many events are kept, and how many of them, with how many
+// bytes of data, a fresh connection would get.
+func (o *outbox) Size() (kept, waiting, bytes int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	fresh := o.log[o.indexLocked(o.start):]
+	for _, e := range fresh {
+		bytes += len(e.data)
+	}
+	return len(o.log), len(fresh), bytes
+}
+
+// indexLocked returns the index of the first event after n.
+func (o *outbox) indexLocked(n uint64) int {
+	i, _ := slices.BinarySearchFunc(o.log, n+1, func(e entry, n uint64) int {
+		return int(int64(e.n - n))
+	})
+	return i
+}
+
+// trimLocked drops what the policy does not keep.
+func (o *outbox) trimLocked() {
+	if done := o.indexLocked(o.start); done > o.policy.tail {
+		o.log = slices.Delete(o.log, 0, done-o.policy.tail)
+	}
+	for from := o.indexLocked(o.start); o.policy.limit > 0 && len(o.log)-from > o.policy.limit; {
+		i := slices.IndexFunc(o.log[from:], func(e entry) bool { return !e.keep })
+		if i < 0 {
+			return
+		}
+		o.log = slices.Delete(o.log, from+i, from+i+1)
+		o.policy.dropped(1)
+	}
+}
+
+// confirmLocked notes that the events up to n need not be sent to a fresh
+// connection any more.
+func (o *outbox) confirmLocked(n uint64) {
+	if !o.policy.replay && n > o.start {
+		o.start = n
+		o.trimLocked()
+	}
+}
+
+// wakeLocked starts a sender for token if there is something to send and none
+// is at it.
+func (o *outbox) wakeLocked() {
+	if o.token == "" || o.sender == o.token || !o.moreLocked() {
+		return
+	}
+	o.sender = o.token
+	token := o.token
+	o.conns.background(func() { o.deliver(token) })
+}
+
+// moreLocked reports whether token lacks anything.
+func (o *outbox) moreLocked() bool {
+	return !o.stalled && (o.indexLocked(o.sent) < len(o.log) || o.reason != "" && !o.closed)
+}
+
+// deliver sends to token until it has everything or is not the connection
+// any more.
+func (o *outbox) deliver(token string) {
+	for {
+		o.mu.Lock()
+		if o.token != token {
+			o.mu.Unlock()
+			return // sender, if set, is another's
+		}
+		if !o.moreLocked() {
+			if o.unsure && !o.stalled {
+				o.mu.Unlock()
+				o.awaitOpen(token)
+				continue
+			}
+			o.sender = ""
+			o.notifyLocked()
+			o.mu.Unlock()
+			return
+		}
+		e, n, end := closeEvent(o.reason), o.sent, true
+		if i := o.indexLocked(o.sent); i < len(o.log) {
+			n, end = o.log[i].n, false
+			e = event{ID: o.id(n), Name: o.policy.event, Data: o.log[i].data}
+		}
+		o.mu.Unlock()
+
+		result := o.conns.Send(o.identifier, token, &e, end)
+
+		o.mu.Lock()
+		if o.token == token {
+			o.settleLocked(n, end, result)
+		}
+		o.mu.Unlock()
+	}
+}
+
+// settleLocked notes what became of event n, or of the end, on token.
+func (o *outbox) settleLocked(n uint64, end bool, result delivery) {
+	switch result {
+	case delivered:
+		o.sent, o.closed, o.unsure = n, end, false
+		o.confirmLocked(n)
+	case heldBack:
+		o.sent, o.closed, o.unsure = n, end, !o.policy.replay
+	case disconnected:
+		o.token = ""
+	case failed:
+		// What comes next, if anything does, ends the stream: see Send.
+		o.stalled = end || o.reason == "" && o.indexLocked(n) == len(o.log)
+	case suspended:
+		o.stalled = true
+	}
+	o.notifyLocked()
+}
+
+// An event that the gateway held back until its stream is open is lost with
+// that stream if the client leaves first. Whether it opened is asked a few
+// times, for as long as a connect callback may take.
+const (
+	openLimit = 5 * time.Second
+	openPause = 20 * time.Millisecond
+)
+
+// awaitOpen finds out whether the events that were held back are with the
+// browser now.
+func (o *outbox) awaitOpen(token string) {
+	result := heldBack
+	for range openLimit / openPause {
+		result = o.conns.Probe(o.identifier, token)
+		if result != heldBack {
+			break
+		}
+		time.Sleep(openPause)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.token != token {
+		return
+	}
+	o.unsure = false
+	switch result {
+	case delivered:
+		o.confirmLocked(o.sent)
+	case disconnected:
+		o.token = ""
+	}
+}
+
+func (o *outbox) notifyLocked() {
+	if o.changed != nil {
+		close(o.changed)
+		o.changed = nil
+	}
+}
