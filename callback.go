@@ -1,0 +1,185 @@
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync/atomic"
+)
+
+// maxCallback is more than the longest target and headers that a gateway
+// takes from a browser can become in JSON.
+const maxCallback = 256 << 10
+
+// service is what a callback is routed to.
+type service interface {
+	// OnConnect registers token as the connection of the service's id and
+	// returns the event that begins its stream, or errBadID.
+	OnConnect(id, token, url, lastEventID string) (event, error)
+}
+
+// callbackHandler is POST /api/sse/callback, by which a gateway asks who may
+// connect and tells who left.
+type callbackHandler struct {
+	secret  secret // "" lets everybody in
+	tasks   service
+	version service
+	conns   *ConnectionManager
+	log     *slog.Logger
+	closing *atomic.Bool
+}
+
+// callback is the body.
+type callback struct {
+	action string
+	token  string
+	url    string // raw request target of the stream; may be empty on disconnect
+	lastID string // its Last-Event-ID header
+}
+
+var (
+	errMissingField  = errors.New("a field is missing or empty")
+	errUnknownAction = errors.New("unknown action")
+)
+
+func (h *callbackHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if h.secret != "" && !sameSecret(r.URL.Query().Get("secret"), h.secret) {
+		h.log.Warn("callback with a missing or wrong secret", "remote", r.RemoteAddr)
+		writeError(w, http.StatusUnauthorized, "missing or wrong secret")
+		return
+	}
+	var buf bytes.Buffer
+	body, err := readBody(w, r, maxCallback, &buf)
+	var c callback
+	if err == nil {
+		c, err = parseCallback(body)
+	}
+	if err != nil {
+		writeBodyError(w, err)
+		return
+	}
+	if c.action == "disconnect" {
+		h.conns.OnDisconnect(c.token)
+		writeJSON(w, http.StatusOK, struct{}{})
+		return
+	}
+	h.connect(w, c)
+}
+
+func (h *callbackHandler) connect(w http.ResponseWriter, c callback) {
+	switch {
+	case h.closing.Load():
+		writeError(w, http.StatusServiceUnavailable, "shutting down")
+		return
+	case c.lastID == closeID:
+		writeError(w, http.StatusGone, "this stream is finished")
+		return
+	}
+	service, id := h.route(c.url)
+	if service == nil {
+		writeError(w, http.StatusBadRequest, "Cannot route URL: "+c.url)
+		return
+	}
+	open, err := service.OnConnect(id, c.token, c.url, c.lastID)
+	if err != nil {
+		h.log.Warn("refusing a connection", "id", id, "err", err)
+		writeError(w, http.StatusBadRequest, err.Error())
+		return
+	}
+	writeJSON(w, http.StatusOK, map[string]outgoingEvent{"event": outgoingEvent(open)})
+}
+
+// route finds the service and the ID that a stream's target names.
+func (h *callbackHandler) route(target string) (service, string) {
+	u, err := url.ParseRequestURI(target)
+	if err != nil {
+		return nil, ""
+	}
+	query := u.Query()
+	switch {
+	case underPath(u.Path, "/api/sse/tasks"):
+		return h.tasks, query.Get("task_id")
+	case underPath(u.Path, "/api/sse/utils/version"):
+		return h.version, query.Get("request_id")
+	}
+	return nil, ""
+}
+
+// underPath reports whether path is prefix or below it.
+func underPath(path, prefix string) bool {
+	rest, ok := strings.CutPrefix(path, prefix)
+	return ok && (rest == "" || rest[0] == '/')
+}
+
+func parseCallback(body []byte) (c callback, err error) {
+	o, err := parseObject(body)
+	if err != nil {
+		return c, err
+	}
+	if c.action, err = o.required("action"); err != nil {
+		return c, err
+	}
+	if c.action != "connect" && c.action != "disconnect" {
+		return c, errUnknownAction
+	}
+	if c.token, err = o.required("token"); err != nil {
+		return c, err
+	}
+	raw, ok := o["request"]
+	if !ok {
+		if c.action == "disconnect" {
+			return c, nil // the token says it all
+		}
+		return c, errMissingField
+	}
+	request, err := parseObject(raw)
+	if err != nil {
+		return c, errFieldType
+	}
+	if c.url, err = request.required("url"); err != nil {
+		return c, err
+	}
+	c.lastID, err = headerValue(request["headers"], "last-event-id")
+	return c, err
+}
+
+// headerValue returns one of the headers of a callback, all of which must be
+// strings. No headers at all are fine.
+func headerValue(raw json.RawMessage, name string) (string, error) {
+	if raw == nil {
+		return "", nil
+	}
+	headers, err := parseObject(raw)
+	if err != nil {
+		return "", errFieldType
+	}
+	for name := range headers {
+		if _, _, err := headers.str(name); err != nil {
+			return "", err
+		}
+	}
+	value, _, err := headers.str(name)
+	return value, err
+}
+
+// required returns a string member that must be there and not be empty.
+func (o object) required(name string) (string, error) {
+	value, _, err := o.str(name)
+	if err == nil && value == "" {
+		err = errMissingField
+	}
+	return value, err
+}
+
+// sameSecret compares in a time that tells nothing of either, also not the
+// length.
+func sameSecret(got string, want secret) bool {
+	a, b := sha256.Sum256([]byte(got)), sha256.Sum256([]byte(want))
+	return subtle.ConstantTimeCompare(a[:], b[:]) == 1
+}

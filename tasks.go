@@ -1,0 +1,781 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math"
+	"net/http"
+	"net/url"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"time"
+	"unicode/utf8"
+)
+
+const (
+	maxTaskBody   = 256 << 10 // bytes of a request body
+	maxTaskText   = 8 << 10   // bytes of a progress text, a title or an error
+	maxTaskResult = 64 << 10  // bytes of an encoded result
+	maxTaskList   = 100       // tasks in a list
+)
+
+// taskFunc is the work of a task. It returns the result, which must have a
+// JSON form, or an error whose text the browser sees. It should return soon
+// after ctx ends: its worker is busy until then. A panic fails the task.
+type taskFunc func(ctx context.Context, p *progress) (result any, err error)
+
+// taskKind makes the work of a task from its params, which are a JSON object
+// (perhaps empty). Its error is the client's fault, who sees its text.
+type taskKind func(params object) (taskFunc, error)
+
+// taskKinds are the kinds of task that run in this process. To add one, write
+// a taskKind and name it here.
+func taskKinds() map[string]taskKind {
+	return map[string]taskKind{
+		"demo":    demoTask,
+		"failing": failingTask,
+	}
+}
+
+// externalTask is the kind of task that is worked on elsewhere and reported
+// over HTTP.
+const externalTask = "external"
+
+// taskStatus is where a task is in its life: pending, running, then one of
+// the others for good.
+type taskStatus string
+
+const (
+	taskPending   taskStatus = "pending"
+	taskRunning   taskStatus = "running"
+	taskCompleted taskStatus = "completed"
+	taskFailed    taskStatus = "failed"
+	taskCancelled taskStatus = "cancelled"
+)
+
+func (s taskStatus) finished() bool { return s != taskPending && s != taskRunning }
+
+// taskConfig are the limits of a TaskService.
+type taskConfig struct {
+	workers    int           // tasks that run at once
+	queueLimit int           // tasks that wait for a worker
+	timeout    time.Duration // a task that runs for longer fails
+	remember   time.Duration // how long a finished task is kept
+	eventLimit int           // events kept for each task
+}
+
+// taskMetrics is what a TaskService tells of its work.
+type taskMetrics interface {
+	RecordOutboxDropped(service, reason string, n int)
+	RecordTask(kind, status string, seconds float64)
+}
+
+// TaskService runs tasks, or follows those that others run, and tells their
+// followers.
+//
+// Lock order: mu, then that of an outbox.
+type TaskService struct {
+	cfg     taskConfig
+	conns   *ConnectionManager
+	log     *slog.Logger
+	met     taskMetrics
+	kinds   map[string]taskKind
+	policy  *outboxPolicy // of tasks
+	unknown *outboxPolicy // of streams for tasks that are not known
+
+	mu      sync.Mutex // guards the rest and the mutable part of each task
+	tasks   map[string]*task
+	queue   []*task // pending, oldest first, at most cfg.queueLimit
+	running int     // busy workers
+	created uint64  // tasks ever made
+	closing bool    // no new tasks
+}
+
+// task is one task. Its terminal event is in the outbox if and only if its
+// status is a finished one.
+type task struct {
+	id     string
+	kind   string
+	work   taskFunc // nil: external
+	title  string   // of an external task
+	number uint64   // of creation
+	outbox *outbox
+
+	status   taskStatus
+	value    float64
+	start    time.Time // zero before it runs
+	end      time.Time // zero before it finished
+	result   json.RawMessage
+	err      string
+	cancel   context.CancelFunc // of work's context; nil before it runs, and if external
+	seen     time.Time          // start, or the last report from outside
+	deadline *time.Timer        // fails the task; nil before it runs
+}
+
+var (
+	errTaskUnknown   = errors.New("task not found")
+	errCannotCancel  = errors.New("task is already finished")
+	errCannotDelete  = errors.New("task is not finished")
+	errTaskFinished  = errors.New("task is finished")
+	errTaskCancelled = errors.New("task cancelled")
+	errNotExternal   = errors.New("task is not external")
+	errTaskIDTaken   = errors.New("task_id is taken by a finished or different task")
+	errTaskKind      = errors.New("unknown task type")
+	errQueueFull     = errors.New("task queue is full")
+	errClosing       = errors.New("shutting down")
+)
+
+// badParams is what a taskKind says of its params.
+type badParams struct{ error }
+
+func newTaskService(cfg taskConfig, epoch string, conns *ConnectionManager, log *slog.Logger, met taskMetrics) *TaskService {
+	return &TaskService{
+		cfg:   cfg,
+		conns: conns,
+		log:   log,
+		met:   met,
+		kinds: taskKinds(),
+		policy: &outboxPolicy{
+			event:   "task_event",
+			epoch:   epoch,
+			replay:  true,
+			limit:   cfg.eventLimit,
+			dropped: func(n int) { met.RecordOutboxDropped(serviceTask, "limit", n) },
+		},
+		unknown: &outboxPolicy{event: "error", replay: true},
+		tasks:   map[string]*task{},
+	}
+}
+
+// OnConnect lets token follow a task. Somebody who asks for a task that is
+// not known is told so on the stream, which then ends.
+func (s *TaskService) OnConnect(id, token, url, lastEventID string) (event, error) {
+	identifier, err := newIdentifier(serviceTask, id)
+	if err != nil {
+		return event{}, err
+	}
+	s.mu.Lock()
+	t := s.tasks[id]
+	s.mu.Unlock()
+	if t != nil {
+		return t.outbox.Connect(token, url, lastEventID), nil
+	}
+	o := newOutbox(identifier, s.conns, s.unknown)
+	o.Append(string(marshal(map[string]string{"error": "Task not found", "task_id": id})), true)
+	o.End("task_not_found")
+	return o.Connect(token, url, ""), nil
+}
+
+// Start makes a task. One that runs here starts as soon as a worker is free;
+// an external one has started. An external task whose task_id names one that
+// was made the same way is that one, and known is true.
+func (s *TaskService) Start(kind string, params object) (t *task, known bool, err error) {
+	if kind == externalTask {
+		return s.startExternal(params)
+	}
+	makeWork, ok := s.kinds[kind]
+	if !ok {
+		return nil, false, errTaskKind
+	}
+	work, err := makeWork(params)
+	if err != nil {
+		return nil, false, badParams{err}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closing:
+		return nil, false, errClosing
+	case s.running >= s.cfg.workers && len(s.queue) >= s.cfg.queueLimit:
+		return nil, false, errQueueFull
+	}
+	t = s.addLocked(newToken(), kind)
+	t.work = work
+	s.queue = append(s.queue, t)
+	s.dispatchLocked()
+	return t, false, nil
+}
+
+func (s *TaskService) startExternal(params object) (t *task, known bool, err error) {
+	id, title, err := externalParams(params)
+	if err != nil {
+		return nil, false, badParams{err}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing {
+		return nil, false, errClosing
+	}
+	if t = s.tasks[id]; t != nil {
+		if t.kind != externalTask || t.title != title || t.status.finished() {
+			return nil, false, errTaskIDTaken
+		}
+		return t, true, nil
+	}
+	t = s.addLocked(id, externalTask)
+	t.title = title
+	s.runLocked(t, "worker lost")
+	return t, false, nil
+}
+
+// externalParams reads {"task_id":"…","title":"…"}, both optional.
+func externalParams(params object) (id, title string, err error) {
+	id, given, err := params.str("task_id")
+	if err != nil {
+		return "", "", errors.New("task_id must be a string")
+	}
+	if !given {
+		id = newToken()
+	} else if _, err := newIdentifier(serviceTask, id); err != nil {
+		return "", "", err
+	}
+	title, _, err = params.str("title")
+	if err != nil || len(title) > maxTaskText {
+		return "", "", fmt.Errorf("title must be a string of at most %d bytes", maxTaskText)
+	}
+	return id, title, nil
+}
+
+func (s *TaskService) addLocked(id, kind string) *task {
+	s.created++
+	t := &task{
+		id:     id,
+		kind:   kind,
+		number: s.created,
+		status: taskPending,
+		outbox: newOutbox(serviceTask+":"+id, s.conns, s.policy),
+	}
+	s.tasks[id] = t
+	return t
+}
+
+// dispatchLocked gives waiting tasks to free workers.
+func (s *TaskService) dispatchLocked() {
+	for s.running < s.cfg.workers && len(s.queue) > 0 {
+		t := s.queue[0]
+		s.queue = slices.Delete(s.queue, 0, 1)
+		s.running++
+		ctx, cancel := context.WithCancel(context.Background())
+		t.cancel = cancel
+		s.runLocked(t, "timed out")
+		go s.run(ctx, t)
+	}
+}
+
+// runLocked makes t a running task, which fails with the text late when
+// nothing was seen of it for the timeout.
+func (s *TaskService) runLocked(t *task, late string) {
+	t.status, t.start = taskRunning, time.Now()
+	t.seen = t.start
+	t.deadline = time.AfterFunc(s.cfg.timeout, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if time.Since(t.seen) >= s.cfg.timeout { // not if a report came while this waited
+			s.finishLocked(t, taskFailed, nil, late)
+		}
+	})
+	s.emitLocked(t, "task_started", nil, true)
+}
+
+// run does the work of t on a worker.
+func (s *TaskService) run(ctx context.Context, t *task) {
+	result, err := s.call(ctx, t)
+	var encoded json.RawMessage
+	if err == nil {
+		encoded, err = encodeResult(result)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil {
+		s.finishLocked(t, taskFailed, nil, truncate(err.Error()))
+	} else {
+		s.finishLocked(t, taskCompleted, encoded, "")
+	}
+	s.running--
+	s.dispatchLocked()
+}
+
+// call calls the work of t and turns a panic into an error.
+func (s *TaskService) call(ctx context.Context, t *task) (result any, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			s.log.Error("task panicked", "task_id", t.id, "type", t.kind, "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
+			err = errors.New("internal error")
+		}
+	}()
+	return t.work(ctx, &progress{s, t})
+}
+
+var errResultTooLarge = fmt.Errorf("result is larger than %d bytes", maxTaskResult)
+
+func encodeResult(result any) (json.RawMessage, error) {
+	encoded, err := json.Marshal(result)
+	if err != nil {
+		return nil, errors.New("result has no JSON form")
+	}
+	if len(encoded) > maxTaskResult {
+		return nil, errResultTooLarge
+	}
+	return encoded, nil
+}
+
+// progress is how the work of a task reports on itself. It may be used by
+// several goroutines.
+type progress struct {
+	s *TaskService
+	t *task
+}
+
+// Report tells the followers how far the task is: value from 0 to 1, never
+// less than before, and a text of at most 8 KiB, beyond which it is cut.
+// After the end of the task it does nothing.
+func (p *progress) Report(text string, value float64) {
+	p.s.mu.Lock()
+	defer p.s.mu.Unlock()
+	if !p.t.status.finished() {
+		p.s.reportLocked(p.t, truncate(text), value)
+	}
+}
+
+func (s *TaskService) reportLocked(t *task, text string, value float64) (n uint64) {
+	if value > t.value { // which NaN is not
+		t.value = min(value, 1)
+	}
+	return s.emitLocked(t, "progress_update", struct {
+		Text  string  `json:"text"`
+		Value float64 `json:"value"`
+	}{text, t.value}, false)
+}
+
+// emitLocked appends an event to the task's outbox.
+func (s *TaskService) emitLocked(t *task, eventType string, data any, keep bool) (n uint64) {
+	return t.outbox.Append(string(marshal(struct {
+		EventType string    `json:"event_type"`
+		TaskID    string    `json:"task_id"`
+		Timestamp time.Time `json:"timestamp"`
+		Data      any       `json:"data"`
+	}{eventType, t.id, time.Now().UTC(), data})), keep)
+}
+
+// finishLocked ends a task, unless it has ended: whoever comes first decides
+// how. It returns the number of the terminal event, or 0.
+func (s *TaskService) finishLocked(t *task, status taskStatus, result json.RawMessage, failure string) (n uint64) {
+	if t.status.finished() {
+		return 0
+	}
+	if t.status == taskPending {
+		s.queue = slices.DeleteFunc(s.queue, func(other *task) bool { return other == t })
+	}
+	t.status, t.end, t.result, t.err = status, time.Now(), result, failure
+	var data any
+	switch status {
+	case taskCompleted:
+		data = result
+	case taskFailed:
+		data = map[string]string{"error": failure}
+	}
+	eventType := "task_" + string(status)
+	n = s.emitLocked(t, eventType, data, true)
+	t.outbox.End(eventType)
+	if t.deadline != nil {
+		t.deadline.Stop()
+	}
+	if t.cancel != nil {
+		t.cancel()
+	}
+	var seconds float64
+	if !t.start.IsZero() {
+		seconds = t.end.Sub(t.start).Seconds()
+	}
+	s.met.RecordTask(t.kind, string(status), seconds)
+	time.AfterFunc(s.cfg.remember, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.tasks[t.id] == t {
+			delete(s.tasks, t.id)
+		}
+	})
+	return n
+}
+
+// Cancel ends a task that has not ended. Its work is told by its context; an
+// external worker by the answer to its next report.
+func (s *TaskService) Cancel(id string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.tasks[id]
+	if t == nil {
+		return errTaskUnknown
+	}
+	if s.finishLocked(t, taskCancelled, nil, "") == 0 {
+		return errCannotCancel
+	}
+	return nil
+}
+
+// Delete forgets a finished task before its time.
+func (s *TaskService) Delete(id string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.tasks[id]
+	switch {
+	case t == nil:
+		return errTaskUnknown
+	case !t.status.finished():
+		return errCannotDelete
+	}
+	delete(s.tasks, id)
+	return nil
+}
+
+// Progress, Complete and Fail are the reports of an external worker. They
+// return the ID of the event that tells the followers.
+func (s *TaskService) Progress(id, text string, value float64) (eventID string, err error) {
+	return s.report(id, func(t *task) uint64 { return s.reportLocked(t, text, value) })
+}
+
+func (s *TaskService) Complete(id string, result json.RawMessage) (eventID string, err error) {
+	return s.report(id, func(t *task) uint64 { return s.finishLocked(t, taskCompleted, result, "") })
+}
+
+func (s *TaskService) Fail(id, failure string) (eventID string, err error) {
+	return s.report(id, func(t *task) uint64 { return s.finishLocked(t, taskFailed, nil, failure) })
+}
+
+// report applies a report to a running external task, under mu.
+func (s *TaskService) report(id string, apply func(*task) uint64) (eventID string, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.tasks[id]
+	switch {
+	case t == nil:
+		return "", errTaskUnknown
+	case t.kind != externalTask:
+		return "", errNotExternal
+	case t.status == taskCancelled:
+		return "", errTaskCancelled
+	case t.status.finished():
+		return "", errTaskFinished
+	}
+	t.seen = time.Now()
+	t.deadline.Reset(s.cfg.timeout)
+	return t.outbox.id(apply(t)), nil
+}
+
+// Close takes no more tasks and fails those that have not ended.
+func (s *TaskService) Close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closing = true
+	for _, t := range s.tasks {
+		s.finishLocked(t, taskFailed, nil, "server is shutting down")
+	}
+}
+
+// Counts returns how many tasks have each status.
+func (s *TaskService) Counts() map[string]float64 {
+	n := map[string]float64{}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, t := range s.tasks {
+		n[string(t.status)]++
+	}
+	return n
+}
+
+// Events returns how many events the outboxes of all tasks hold.
+func (s *TaskService) Events() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, t := range s.tasks {
+		kept, _, _ := t.outbox.Size()
+		n += kept
+	}
+	return n
+}
+
+// taskView is a task as the API shows it.
+type taskView struct {
+	TaskID    string          `json:"task_id"`
+	Type      string          `json:"type"`
+	Status    taskStatus      `json:"status"`
+	StartTime *time.Time      `json:"start_time"`
+	EndTime   *time.Time      `json:"end_time"`
+	Result    json.RawMessage `json:"result"`
+	Error     *string         `json:"error"`
+}
+
+func (t *task) viewLocked() taskView {
+	v := taskView{TaskID: t.id, Type: t.kind, Status: t.status, Result: t.result}
+	if !t.start.IsZero() {
+		start := t.start.UTC()
+		v.StartTime = &start
+	}
+	if !t.end.IsZero() {
+		end := t.end.UTC()
+		v.EndTime = &end
+	}
+	if t.status == taskFailed {
+		failure := t.err
+		v.Error = &failure
+	}
+	return v
+}
+
+// Status returns one task.
+func (s *TaskService) Status(id string) (taskView, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.tasks[id]
+	if t == nil {
+		return taskView{}, errTaskUnknown
+	}
+	return t.viewLocked(), nil
+}
+
+// List returns the newest tasks, newest first.
+func (s *TaskService) List() []taskView {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	tasks := slices.SortedFunc(maps.Values(s.tasks), func(a, b *task) int { return cmp.Compare(b.number, a.number) })
+	views := []taskView{}
+	for _, t := range tasks[:min(len(tasks), maxTaskList)] {
+		views = append(views, t.viewLocked())
+	}
+	return views
+}
+
+// truncate cuts a text to maxTaskText bytes, at the border of a character.
+func truncate(text string) string {
+	if len(text) <= maxTaskText {
+		return text
+	}
+	end := maxTaskText
+	for !utf8.RuneStart(text[end]) {
+		end--
+	}
+	return text[:end]
+}
+
+// The kinds of task that come with the program.
+
+// demoTask takes some steps, with a pause before each.
+func demoTask(params object) (taskFunc, error) {
+	steps, err := number(params, "steps", 3, 1, 10000)
+	if err != nil || steps != math.Trunc(steps) {
+		return nil, errors.New("steps must be a whole number from 1 to 10000")
+	}
+	delay, err := number(params, "delay", 0.1, 0, 3600)
+	if err != nil {
+		return nil, err
+	}
+	message, err := text(params, "message", "demo finished")
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, p *progress) (any, error) {
+		for step := 1.0; step <= steps; step++ {
+			if err := pause(ctx, delay); err != nil {
+				return nil, err
+			}
+			p.Report(fmt.Sprintf("step %v of %v", step, steps), step/steps)
+		}
+		return map[string]any{"message": message, "steps": steps}, nil
+	}, nil
+}
+
+// failingTask fails after a pause.
+func failingTask(params object) (taskFunc, error) {
+	delay, err := number(params, "delay", 0.1, 0, 3600)
+	if err != nil {
+		return nil, err
+	}
+	message, err := text(params, "error_message", "task failed")
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, p *progress) (any, error) {
+		if err := pause(ctx, delay); err != nil {
+			return nil, err
+		}
+		return nil, errors.New(message)
+	}, nil
+}
+
+// pause waits for some seconds, or until ctx ends.
+func pause(ctx context.Context, seconds float64) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(time.Duration(seconds * float64(time.Second))):
+		return nil
+	}
+}
+
+// number returns a number among the params, or what it is by default.
+func number(params object, name string, byDefault, low, high float64) (float64, error) {
+	raw, ok := params[name]
+	if !ok {
+		return byDefault, nil
+	}
+	value, err := parseNumber(raw)
+	if err != nil || value < low || value > high {
+		return 0, fmt.Errorf("%s must be a number from %v to %v", name, low, high)
+	}
+	return value, nil
+}
+
+// text returns a string among the params, or what it is by default.
+func text(params object, name, byDefault string) (string, error) {
+	value, ok, err := params.str(name)
+	switch {
+	case err != nil || len(value) > maxTaskText:
+		return "", fmt.Errorf("%s must be a string of at most %d bytes", name, maxTaskText)
+	case !ok:
+		return byDefault, nil
+	}
+	return value, nil
+}
+
+// HTTP
+
+// serveStart is POST /api/tasks.
+func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) {
+	body, err := readJSON(w, r, maxTaskBody)
+	if err != nil {
+		writeBodyError(w, err)
+		return
+	}
+	kind, err := body.required("type")
+	if err != nil {
+		writeBodyError(w, err)
+		return
+	}
+	params := object{}
+	if raw, ok := body["params"]; ok {
+		if params, err = parseObject(raw); err != nil {
+			writeError(w, http.StatusBadRequest, "params must be an object")
+			return
+		}
+	}
+	t, known, err := s.Start(kind, params)
+	if err != nil {
+		writeTaskError(w, err)
+		return
+	}
+	answer := map[string]any{
+		"task_id":    t.id,
+		"stream_url": "/api/sse/tasks?task_id=" + url.QueryEscape(t.id),
+		"status":     taskPending,
+	}
+	if known {
+		answer["status"] = taskRunning
+		writeJSON(w, http.StatusOK, answer)
+		return
+	}
+	writeJSON(w, http.StatusAccepted, answer)
+}
+
+// serveList is GET /api/tasks.
+func (s *TaskService) serveList(w http.ResponseWriter, r *http.Request) {
+	writeJSON(w, http.StatusOK, map[string]any{"tasks": s.List()})
+}
+
+// serveStatus is GET /api/tasks/{task_id}/status.
+func (s *TaskService) serveStatus(w http.ResponseWriter, r *http.Request) {
+	view, err := s.Status(r.PathValue("task_id"))
+	if err != nil {
+		writeTaskError(w, err)
+		return
+	}
+	writeJSON(w, http.StatusOK, view)
+}
+
+// serveCancel is POST /api/tasks/{task_id}/cancel.
+func (s *TaskService) serveCancel(w http.ResponseWriter, r *http.Request) {
+	writeSuccess(w, s.Cancel(r.PathValue("task_id")), "task cancelled")
+}
+
+// serveDelete is DELETE /api/tasks/{task_id}.
+func (s *TaskService) serveDelete(w http.ResponseWriter, r *http.Request) {
+	writeSuccess(w, s.Delete(r.PathValue("task_id")), "task deleted")
+}
+
+// serveProgress is POST /api/tasks/{task_id}/progress.
+func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) {
+	s.serveReport(w, r, func(id string, body object) (string, error) {
+		progress, err := text(body, "text", "")
+		if err != nil {
+			return "", badParams{err}
+		}
+		value, err := parseNumber(body["value"])
+		if err != nil {
+			return "", badParams{errors.New("value must be a number")}
+		}
+		return s.Progress(id, progress, value)
+	})
+}
+
+// serveComplete is POST /api/tasks/{task_id}/complete.
+func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) {
+	s.serveReport(w, r, func(id string, body object) (string, error) {
+		if len(body["result"]) > maxTaskResult {
+			return "", errResultTooLarge
+		}
+		return s.Complete(id, body["result"])
+	})
+}
+
+// serveFail is POST /api/tasks/{task_id}/fail.
+func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) {
+	s.serveReport(w, r, func(id string, body object) (string, error) {
+		failure, err := text(body, "error", "")
+		if err != nil || failure == "" {
+			return "", badParams{fmt.Errorf("error must be a string of 1 to %d bytes", maxTaskText)}
+		}
+		return s.Fail(id, failure)
+	})
+}
+
+func (s *TaskService) serveReport(w http.ResponseWriter, r *http.Request, report func(id string, body object) (eventID string, err error)) {
+	body, err := readJSON(w, r, maxTaskBody)
+	if err != nil {
+		writeBodyError(w, err)
+		return
+	}
+	eventID, err := report(r.PathValue("task_id"), body)
+	if err != nil {
+		writeTaskError(w, err)
+		return
+	}
+	writeJSON(w, http.StatusOK, map[string]string{"event_id": eventID})
+}
+
+func writeSuccess(w http.ResponseWriter, err error, message string) {
+	if err != nil {
+		writeTaskError(w, err)
+		return
+	}
+	writeJSON(w, http.StatusOK, map[string]any{"success": true, "message": message})
+}
+
+func writeTaskError(w http.ResponseWriter, err error) {
+	status := http.StatusBadRequest // errTaskKind and badParams
+	switch err {
+	case errTaskUnknown, errCannotCancel, errCannotDelete:
+		status = http.StatusNotFound
+	case errTaskFinished, errTaskCancelled, errNotExternal, errTaskIDTaken:
+		status = http.StatusConflict
+	case errResultTooLarge:
+		status = http.StatusRequestEntityTooLarge
+	case errQueueFull, errClosing:
+		status = http.StatusServiceUnavailable
+	}
+	writeError(w, status, err.Error())
+}

@@ -1,0 +1,374 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+)
+
+const (
+	maxVersionBody = 64 << 10 // bytes of a request body, and of a polled version.json
+	maxVersion     = 256      // bytes of a version
+	maxChangelog   = 32 << 10 // bytes of a changelog
+
+	// versionTail is how many events that the gateway took are kept for each
+	// request_id, in case they did not reach the browser.
+	versionTail = 16
+	// maxVersionHeld bounds what waits for all request IDs together, in bytes;
+	// beyond it an announcement to a single one is refused. Each event counts
+	// versionOverhead bytes more than its data.
+	maxVersionHeld  = 256 << 20
+	versionOverhead = 512
+	// tidyInterval is how often outboxes are looked through, at most.
+	tidyInterval = 10 * time.Second
+
+	pollLimit = 10 * time.Second
+	// announceLimit bounds how long an announcement waits to learn whether it
+	// was delivered.
+	announceLimit = 10 * time.Second
+)
+
+// versionConfig are the limits of a VersionService.
+type versionConfig struct {
+	pendingLimit int           // undelivered events kept for each request_id; 0 = no limit
+	pendingTTL   time.Duration // how long an outbox without a connection is kept
+}
+
+// VersionService tells browsers about new versions of the frontend: one by
+// its request_id, which may connect later, or all.
+//
+// Lock order: mu, then that of an outbox.
+type VersionService struct {
+	cfg    versionConfig
+	conns  *ConnectionManager
+	log    *slog.Logger
+	met    outboxMetrics
+	policy *outboxPolicy
+
+	mu      sync.Mutex                // guards the rest
+	streams map[string]*versionStream // by request_id
+	held    int                       // bytes waiting when last tidied, and all announced since
+	latest  announcement              // to everybody
+	round   uint64                    // announcements to everybody so far
+}
+
+// outboxMetrics is what a service tells of its outboxes.
+type outboxMetrics interface {
+	RecordOutboxDropped(service, reason string, n int)
+}
+
+// versionStream is one request_id.
+type versionStream struct {
+	outbox  *outbox
+	version string    // the last one appended
+	round   uint64    // the announcement to everybody that it has, or had no need of
+	seen    time.Time // when it was last known to be connected
+}
+
+// announcement is a version, and the data of its event.
+type announcement struct {
+	version string
+	data    string
+}
+
+var (
+	errBadVersion   = fmt.Errorf("version must be a string of 1 to %d bytes", maxVersion)
+	errBadChangelog = fmt.Errorf("changelog must be a string of at most %d bytes", maxChangelog)
+	errVersionsFull = errors.New("too many announcements are waiting")
+)
+
+func newVersionService(cfg versionConfig, epoch string, conns *ConnectionManager, log *slog.Logger, met outboxMetrics) *VersionService {
+	return &VersionService{
+		cfg:   cfg,
+		conns: conns,
+		log:   log,
+		met:   met,
+		policy: &outboxPolicy{
+			event:   "version",
+			epoch:   epoch,
+			limit:   cfg.pendingLimit,
+			dropped: func(n int) { met.RecordOutboxDropped(serviceVersion, "limit", n) },
+			tail:    versionTail,
+		},
+		streams: map[string]*versionStream{},
+	}
+}
+
+// OnConnect lets token follow the versions for a request_id: first its own
+// pending events, then the latest announcement to everybody that it lacks.
+func (s *VersionService) OnConnect(id, token, url, lastEventID string) (event, error) {
+	identifier, err := newIdentifier(serviceVersion, id)
+	if err != nil {
+		return event{}, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.streamLocked(id, identifier)
+	st.seen = time.Now()
+	s.catchUpLocked(st)
+	return st.outbox.Connect(token, url, lastEventID), nil
+}
+
+func (s *VersionService) streamLocked(id, identifier string) *versionStream {
+	st := s.streams[id]
+	if st == nil {
+		st = &versionStream{outbox: newOutbox(identifier, s.conns, s.policy), seen: time.Now()}
+		s.streams[id] = st
+	}
+	return st
+}
+
+// catchUpLocked appends the latest announcement to everybody, unless st has
+// it already or its last version is the same. It returns the event's number,
+// or 0.
+func (s *VersionService) catchUpLocked(st *versionStream) (n uint64) {
+	if st.round == s.round {
+		return 0
+	}
+	st.round = s.round
+	if st.version == s.latest.version {
+		return 0
+	}
+	st.version = s.latest.version
+	return st.outbox.Append(s.latest.data, false)
+}
+
+// Announce tells one request_id, at once if it is connected, otherwise when
+// it connects. It reports whether the gateway took the event by the time it
+// returns, which is when ctx ends at the latest.
+func (s *VersionService) Announce(ctx context.Context, id string, a announcement) (delivered bool, err error) {
+	identifier, err := newIdentifier(serviceVersion, id)
+	if err != nil {
+		return false, err
+	}
+	s.mu.Lock()
+	cost := len(a.data) + versionOverhead
+	if s.held+cost > maxVersionHeld {
+		s.mu.Unlock()
+		return false, errVersionsFull
+	}
+	s.held += cost
+	st := s.streamLocked(id, identifier)
+	st.version = a.version
+	n := st.outbox.Append(a.data, false)
+	s.mu.Unlock()
+	return st.outbox.Wait(ctx, n), nil
+}
+
+// AnnounceAll tells every connected request_id that has not got this version
+// as its last one, and remembers it for those that connect later. It returns
+// how many took the event, and how many did not by the time ctx ends.
+func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (delivered, failed int) {
+	type waiting struct {
+		outbox *outbox
+		n      uint64
+	}
+	var all []waiting
+	s.mu.Lock()
+	s.latest = a
+	s.round++
+	for _, st := range s.streams {
+		if s.conns.Connected(st.outbox.identifier) {
+			if n := s.catchUpLocked(st); n != 0 {
+				all = append(all, waiting{st.outbox, n})
+			}
+		}
+	}
+	s.mu.Unlock()
+	for _, w := range all {
+		if w.outbox.Wait(ctx, w.n) {
+			delivered++
+		} else {
+			failed++
+		}
+	}
+	return delivered, failed
+}
+
+// Tidy drops, until ctx ends, the outboxes that have had no connection for
+// the configured time.
+func (s *VersionService) Tidy(ctx context.Context) {
+	ticker := time.NewTicker(min(tidyInterval, max(s.cfg.pendingTTL/8, time.Millisecond)))
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+			s.tidy()
+		}
+	}
+}
+
+func (s *VersionService) tidy() {
+	now := time.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.held = 0
+	for id, st := range s.streams {
+		_, waiting, bytes := st.outbox.Size()
+		if s.conns.Connected(st.outbox.identifier) {
+			st.seen = now
+		} else if now.Sub(st.seen) >= s.cfg.pendingTTL {
+			delete(s.streams, id)
+			s.met.RecordOutboxDropped(serviceVersion, "expired", waiting)
+			continue
+		}
+		s.held += bytes + waiting*versionOverhead
+	}
+}
+
+// Events returns how many events the outboxes of all request IDs hold.
+func (s *VersionService) Events() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, st := range s.streams {
+		kept, _, _ := st.outbox.Size()
+		n += kept
+	}
+	return n
+}
+
+// Poll asks, until ctx ends, for a version.json and announces a changed
+// version to everybody. The first one seen is where it starts from. What goes
+// wrong is logged when it begins and when it is over, and never announced.
+func (s *VersionService) Poll(ctx context.Context, target string, interval time.Duration) {
+	p := poller{url: target, client: &http.Client{Timeout: pollLimit}}
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for known, failing := "", false; ; {
+		a, err := p.fetch(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil && !failing:
+			s.log.Error("polling the frontend version", "err", err)
+		case err == nil && failing:
+			s.log.Info("polling the frontend version works again")
+		}
+		failing = err != nil
+		if err == nil && a.version != known && a.version != "" {
+			if known != "" {
+				s.log.Info("new frontend version", "version", a.version)
+				s.AnnounceAll(ctx, a)
+			}
+			known = a.version
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+}
+
+// poller fetches a version.json, again only if it has changed (RFC 9110
+// section 13).
+type poller struct {
+	url          string
+	client       *http.Client
+	etag         string
+	lastModified string
+}
+
+// fetch returns what the file says, or nothing if it has not changed.
+func (p *poller) fetch(ctx context.Context) (a announcement, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url, nil)
+	if err != nil {
+		return a, withoutURL(err)
+	}
+	req.Header.Set("Accept", "application/json")
+	if p.etag != "" {
+		req.Header.Set("If-None-Match", p.etag)
+	}
+	if p.lastModified != "" {
+		req.Header.Set("If-Modified-Since", p.lastModified)
+	}
+	resp, err := p.client.Do(req)
+	if err != nil {
+		return a, withoutURL(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxVersionBody+1))
+	switch {
+	case err != nil:
+		return a, fmt.Errorf("reading the version: %w", err)
+	case resp.StatusCode == http.StatusNotModified:
+		return a, nil
+	case resp.StatusCode != http.StatusOK:
+		return a, fmt.Errorf("the server of the version answered %d", resp.StatusCode)
+	case len(body) > maxVersionBody:
+		return a, errBodyTooLarge
+	}
+	o, err := parseObject(body)
+	if err != nil {
+		return a, fmt.Errorf("reading the version: %w", err)
+	}
+	if a, err = parseAnnouncement(o); err != nil {
+		return a, fmt.Errorf("reading the version: %w", err)
+	}
+	p.etag, p.lastModified = resp.Header.Get("ETag"), resp.Header.Get("Last-Modified")
+	return a, nil
+}
+
+// parseAnnouncement reads {"version":"…","changelog":"…"}.
+func parseAnnouncement(o object) (a announcement, err error) {
+	version, _, err := o.str("version")
+	if err != nil || version == "" || len(version) > maxVersion {
+		return a, errBadVersion
+	}
+	changelog, _, err := o.str("changelog")
+	if err != nil || len(changelog) > maxChangelog {
+		return a, errBadChangelog
+	}
+	data := marshal(struct {
+		Version   string `json:"version"`
+		Changelog string `json:"changelog,omitempty"`
+	}{version, changelog})
+	return announcement{version, string(data)}, nil
+}
+
+// serveAnnounce is POST /api/deployments/version.
+func (s *VersionService) serveAnnounce(w http.ResponseWriter, r *http.Request) {
+	body, err := readJSON(w, r, maxVersionBody)
+	if err != nil {
+		writeBodyError(w, err)
+		return
+	}
+	a, err := parseAnnouncement(body)
+	if err != nil {
+		writeError(w, http.StatusBadRequest, err.Error())
+		return
+	}
+	id, single, err := body.str("request_id")
+	if err != nil {
+		writeError(w, http.StatusBadRequest, errBadID.Error())
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), announceLimit)
+	defer cancel()
+	if !single {
+		delivered, failed := s.AnnounceAll(ctx, a)
+		writeJSON(w, http.StatusAccepted, map[string]any{"version": a.version, "delivered": delivered, "failed": failed})
+		return
+	}
+	delivered, err := s.Announce(ctx, id, a)
+	switch {
+	case err == errVersionsFull:
+		writeError(w, http.StatusServiceUnavailable, err.Error())
+		return
+	case err != nil:
+		writeError(w, http.StatusBadRequest, err.Error())
+		return
+	}
+	status := "queued"
+	if delivered {
+		status = "delivered"
+	}
+	writeJSON(w, http.StatusAccepted, map[string]any{"requestId": id, "delivered": delivered, "status": status})
+}
