@@ -1,0 +1,441 @@
+// Sidecast sends Server-Sent Events to browsers on behalf of a web
+// application: a backend that tracks long tasks and announces new frontend
+// versions, and a gateway that holds the browsers' streams.
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+const usage = `usage: sidecast [command]
+
+  (no command)  run the backend, with the gateway inside unless SSE_GATEWAY_URL is set
+  gateway       run the gateway alone
+  healthcheck   ask this machine's own /readyz and exit 0 or 1
+  version       print the version
+  help          print this
+
+Settings come from environment variables: see README.md.
+`
+
+// stopLimit bounds everything between the signal to stop and the exit, and
+// drainLimit the part of it for events that are on their way to a gateway.
+const (
+	stopLimit  = 4500 * time.Millisecond
+	drainLimit = 2 * time.Second
+)
+
+//go:embed index.html
+var page []byte
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal kills
+	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
+}
+
+// run runs one command until it is done or ctx ends, and returns the exit
+// code.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
+	command := ""
+	if len(args) > 0 {
+		command = args[0]
+	}
+	switch {
+	case len(args) == 0:
+		return runBackend(ctx, getenv, stderr)
+	case len(args) > 1:
+	case command == "gateway":
+		return runGateway(ctx, getenv, stderr)
+	case command == "healthcheck":
+		return healthcheck(ctx, getenv, stderr)
+	case command == "version":
+		fmt.Fprintln(stdout, "sidecast", version())
+		return 0
+	case command == "help", command == "-h", command == "-help", command == "--help":
+		fmt.Fprint(stdout, usage)
+		return 0
+	}
+	fmt.Fprint(stderr, usage)
+	return 2
+}
+
+func runBackend(ctx context.Context, getenv func(string) string, stderr io.Writer) int {
+	cfg, err := loadBackendConfig(getenv)
+	log, logErr := newLogger(getenv, stderr)
+	if err := errors.Join(err, logErr); err != nil {
+		fmt.Fprintln(stderr, err)
+		return 1
+	}
+	public, err := net.Listen("tcp", cfg.Addr)
+	if err != nil {
+		log.Error("listening", "err", err)
+		return 1
+	}
+	reg := newRegistry(version())
+	if cfg.GatewayURL != "" {
+		b := newBackend(cfg, cfg.GatewayURL, reg, log)
+		servers := []*server{newServer(public, b.routes(nil), log)}
+		return serve(ctx, log, servers, b.work, b.stop)
+	}
+
+	// The embedded gateway is the same as the other one, and speaks to the
+	// backend in the same way: over HTTP, through a loopback port of its own.
+	internal, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		log.Error("listening", "err", err)
+		return 1
+	}
+	base := "http://" + internal.Addr().String()
+	if cfg.CallbackSecret == "" {
+		cfg.CallbackSecret = secret(rand.Text())
+	}
+	cfg.Gateway.CallbackURL = secret(base+"/api/sse/callback?secret=") + secret(url.QueryEscape(string(cfg.CallbackSecret)))
+	b := newBackend(cfg, base, reg, log)
+	g := newGateway(cfg.Gateway, log, newGatewayMetrics(reg))
+	g.gauges(reg)
+	inside := http.NewServeMux()
+	inside.HandleFunc("POST /internal/send", g.serveSend)
+	inside.Handle("POST /api/sse/callback", b.callback)
+	servers := []*server{
+		newServer(public, b.routes(g), log),
+		newServer(internal, jsonErrors(inside), log),
+	}
+	work := func(ctx context.Context) {
+		go g.beat(ctx)
+		b.work(ctx)
+	}
+	return serve(ctx, log, servers, work, func(ctx context.Context) {
+		b.stop(ctx)
+		g.shutdown(ctx)
+	})
+}
+
+func runGateway(ctx context.Context, getenv func(string) string, stderr io.Writer) int {
+	cfg, err := loadGatewayConfig(getenv)
+	log, logErr := newLogger(getenv, stderr)
+	if err := errors.Join(err, logErr); err != nil {
+		fmt.Fprintln(stderr, err)
+		return 1
+	}
+	reg := newRegistry(version())
+	g := newGateway(cfg, log, newGatewayMetrics(reg))
+	g.gauges(reg)
+	public, err := net.Listen("tcp", cfg.Addr)
+	if err != nil {
+		log.Error("listening", "err", err)
+		return 1
+	}
+	servers := []*server{newServer(public, g.routes(reg, cfg.InternalAddr == ""), log)}
+	if cfg.InternalAddr != "" {
+		internal, err := net.Listen("tcp", cfg.InternalAddr)
+		if err != nil {
+			log.Error("listening", "err", err)
+			return 1
+		}
+		servers = append(servers, newServer(internal, g.internalRoutes(reg), log))
+	}
+	if cfg.CallbackURL == "" {
+		log.Warn("CALLBACK_URL is not set: streams are refused")
+	}
+	return serve(ctx, log, servers, func(ctx context.Context) { go g.beat(ctx) }, g.shutdown)
+}
+
+// Routes
+
+// routes are those of the backend. The embedded gateway, if there is one,
+// serves the streams.
+func (b *backend) routes(g *gateway) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", serveHealth)
+	mux.HandleFunc("GET /readyz", b.serveReady)
+	mux.Handle("GET /metrics", b.reg)
+	mux.Handle("POST /api/sse/callback", b.callback)
+	mux.HandleFunc("POST /api/tasks", b.protect(b.tasks.serveStart))
+	mux.HandleFunc("GET /api/tasks", b.protectList(b.tasks.serveList))
+	mux.HandleFunc("GET /api/tasks/{task_id}/status", b.tasks.serveStatus)
+	mux.HandleFunc("POST /api/tasks/{task_id}/cancel", b.protect(b.tasks.serveCancel))
+	mux.HandleFunc("DELETE /api/tasks/{task_id}", b.protect(b.tasks.serveDelete))
+	mux.HandleFunc("POST /api/tasks/{task_id}/progress", b.protect(b.tasks.serveProgress))
+	mux.HandleFunc("POST /api/tasks/{task_id}/complete", b.protect(b.tasks.serveComplete))
+	mux.HandleFunc("POST /api/tasks/{task_id}/fail", b.protect(b.tasks.serveFail))
+	mux.HandleFunc("POST /api/deployments/version", b.protect(b.version.serveAnnounce))
+	if !b.cfg.Production {
+		mux.HandleFunc("GET /{$}", servePage)
+	}
+	if g != nil {
+		mux.HandleFunc("/api/sse/", g.serveStream)
+	}
+	crossOrigin := http.NewCrossOriginProtection()
+	crossOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		writeError(w, http.StatusForbidden, "request from another site")
+	}))
+	return crossOrigin.Handler(jsonErrors(mux))
+}
+
+// routes are those of the gateway on its public port. Every other path is
+// that of a stream, also one that a ServeMux would redirect to its clean form.
+func (g *gateway) routes(reg *registry, internal bool) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", serveHealth)
+	mux.HandleFunc("GET /readyz", g.serveReady)
+	if internal {
+		mux.HandleFunc("POST /internal/send", g.serveSend)
+		mux.Handle("GET /metrics", reg)
+	}
+	own := jsonErrors(mux)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/healthz", "/readyz", "/internal/send", "/metrics":
+			own.ServeHTTP(w, r)
+		default:
+			g.serveStream(w, r)
+		}
+	})
+}
+
+// internalRoutes are those of the gateway's INTERNAL_ADDR.
+func (g *gateway) internalRoutes(reg *registry) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /internal/send", g.serveSend)
+	mux.Handle("GET /metrics", reg)
+	return jsonErrors(mux)
+}
+
+func serveHealth(w http.ResponseWriter, r *http.Request) {
+	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+}
+
+func servePage(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("Cache-Control", "no-cache")
+	w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "+
+		"connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+	w.Write(page)
+}
+
+// jsonErrors answers what mux has no route for in JSON, not in plain text.
+func jsonErrors(mux *http.ServeMux) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		handler, pattern := mux.Handler(r)
+		if pattern != "" {
+			mux.ServeHTTP(w, r)
+			return
+		}
+		head := statusOnly{header: w.Header()}
+		handler.ServeHTTP(&head, r) // sets Allow
+		writeError(w, head.status, strings.ToLower(http.StatusText(head.status)))
+	})
+}
+
+// statusOnly takes an answer and keeps all but its body.
+type statusOnly struct {
+	header http.Header
+	status int
+}
+
+func (s *statusOnly) Header() http.Header         { return s.header }
+func (s *statusOnly) WriteHeader(status int)      { s.status = status }
+func (s *statusOnly) Write(b []byte) (int, error) { return len(b), nil }
+
+// The backend, put together
+
+type backend struct {
+	cfg      backendConfig
+	log      *slog.Logger
+	reg      *registry
+	conns    *ConnectionManager
+	tasks    *TaskService
+	version  *VersionService
+	callback *callbackHandler
+	closing  atomic.Bool // shutting down: not ready, nothing new is taken
+}
+
+func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.Logger) *backend {
+	kinds := append(slices.Sorted(maps.Keys(taskKinds())), externalTask)
+	met := newBackendMetrics(reg, kinds)
+	epoch := strings.ToLower(rand.Text()[:8])
+	b := &backend{cfg: cfg, log: log, reg: reg}
+	b.conns = newConnectionManager(newGatewayClient(gatewayURL), log, met)
+	b.tasks = newTaskService(taskConfig{
+		workers:    cfg.TaskWorkers,
+		queueLimit: cfg.TaskQueueLimit,
+		timeout:    cfg.TaskTimeout,
+		remember:   cfg.TaskCleanup,
+		eventLimit: cfg.TaskEventLimit,
+	}, epoch, b.conns, log, met)
+	b.version = newVersionService(versionConfig{
+		pendingLimit: cfg.VersionPendingLimit,
+		pendingTTL:   cfg.VersionPendingTTL,
+	}, epoch, b.conns, log, met)
+	b.callback = &callbackHandler{
+		secret:  cfg.CallbackSecret,
+		tasks:   b.tasks,
+		version: b.version,
+		conns:   b.conns,
+		log:     log,
+		closing: &b.closing,
+	}
+	services := label{"service", []string{serviceTask, serviceVersion}}
+	reg.gauge("sse_gateway_active_connections", "Current connections.", services, b.conns.Active)
+	reg.gauge("sse_outbox_events", "Events kept for delivery and resumption.", services, func() map[string]float64 {
+		return map[string]float64{serviceTask: float64(b.tasks.Events()), serviceVersion: float64(b.version.Events())}
+	})
+	statuses := []string{string(taskPending), string(taskRunning), string(taskCompleted), string(taskFailed), string(taskCancelled)}
+	reg.gauge("tasks", "Tasks that are known.", label{"status", statuses}, b.tasks.Counts)
+	return b
+}
+
+// work starts what the backend does besides answering, until ctx ends.
+func (b *backend) work(ctx context.Context) {
+	go b.conns.Sweep(ctx, b.cfg.Sweep)
+	go b.version.Tidy(ctx)
+	if b.cfg.FrontendVersionURL != "" {
+		go b.version.Poll(ctx, b.cfg.FrontendVersionURL, b.cfg.FrontendVersionPoll)
+	}
+}
+
+// stop fails the tasks that have not ended, and lets their last events out.
+func (b *backend) stop(ctx context.Context) {
+	b.closing.Store(true)
+	b.tasks.Close()
+	ctx, cancel := context.WithTimeout(ctx, drainLimit)
+	defer cancel()
+	b.conns.Drain(ctx)
+}
+
+func (b *backend) serveReady(w http.ResponseWriter, r *http.Request) {
+	if b.closing.Load() {
+		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"status": "not_ready"})
+		return
+	}
+	writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
+}
+
+// protect lets only those change something who have the API token, if there
+// is one, and nobody during the shutdown.
+func (b *backend) protect(h http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+		switch {
+		case b.cfg.APIToken != "" && !(strings.EqualFold(scheme, "Bearer") && sameSecret(token, b.cfg.APIToken)):
+			w.Header().Set("WWW-Authenticate", `Bearer realm="sidecast"`)
+			writeError(w, http.StatusUnauthorized, "missing or wrong API token")
+		case b.closing.Load():
+			writeError(w, http.StatusServiceUnavailable, errClosing.Error())
+		default:
+			h(w, r)
+		}
+	}
+}
+
+// protectList protects the list of all tasks in production: unlike a single
+// task's ID it can be asked for without knowing anything.
+func (b *backend) protectList(h http.HandlerFunc) http.HandlerFunc {
+	if b.cfg.Production {
+		return b.protect(h)
+	}
+	return h
+}
+
+// Serving
+
+// server is an http.Server with its listener.
+type server struct {
+	http.Server
+	listener net.Listener
+}
+
+func newServer(l net.Listener, h http.Handler, log *slog.Logger) *server {
+	return &server{
+		listener: l,
+		Server: http.Server{
+			Handler:           h,
+			ReadHeaderTimeout: 10 * time.Second,
+			ReadTimeout:       30 * time.Second,
+			WriteTimeout:      30 * time.Second, // streams leave the server before
+			IdleTimeout:       2 * time.Minute,  // longer than our clients keep theirs
+			MaxHeaderBytes:    maxHeader,
+			ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		},
+	}
+}
+
+// serve runs the servers and work until ctx ends or a server fails, and then
+// stop, while the servers still answer, and their shutdown. It returns the
+// exit code.
+func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop func(context.Context)) int {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	broken := make(chan error, len(servers))
+	for _, s := range servers {
+		go func() { broken <- s.Serve(s.listener) }()
+	}
+	work(ctx)
+	log.Info("started", "url", "http://"+servers[0].listener.Addr().String(), "version", version())
+	code := 0
+	select {
+	case <-ctx.Done():
+	case err := <-broken:
+		log.Error("serving", "err", err)
+		code = 1
+	}
+	log.Info("stopping")
+	last, cancelLast := context.WithTimeout(context.Background(), stopLimit)
+	defer cancelLast()
+	stop(last)
+	for _, s := range servers {
+		s.Shutdown(last)
+		s.Close()
+	}
+	return code
+}
+
+// healthcheck asks the readiness of the sidecast on this machine.
+func healthcheck(ctx context.Context, getenv func(string) string, stderr io.Writer) int {
+	target, err := healthcheckURL(getenv)
+	if err != nil {
+		fmt.Fprintln(stderr, err)
+		return 1
+	}
+	client := &http.Client{Timeout: 3 * time.Second}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
+	if err == nil {
+		var resp *http.Response
+		if resp, err = client.Do(req); err == nil {
+			resp.Body.Close()
+			if resp.StatusCode == http.StatusOK {
+				return 0
+			}
+			err = fmt.Errorf("%s answered %s", target, resp.Status)
+		}
+	}
+	fmt.Fprintln(stderr, err)
+	return 1
+}
+
+// version is that of the build, as the go command recorded it.
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
