@@ -11,7 +11,7 @@ import (
 // out in one write.
 
 // heartbeat is a comment: it keeps proxies from closing an idle stream.
-const heartbeat = ": heartbeat\n\n"
+const heartbeat = ": heartbeat\n"
 
 // event is one message of a stream. An empty ID or Name is left out, so the
 // browser keeps its last event ID and dispatches a "message".
@@ -69,16 +69,20 @@ func appendEvent(b []byte, e event) []byte {
 	}
 }
 
+// Only an event ends in a blank line. After a retry or a comment it would
+// make a browser that follows section 9.2.6 to the letter forget the last
+// event ID, if this stream has not told it one yet.
+
 // appendRetry appends the reconnection time in milliseconds.
 func appendRetry(b []byte, milliseconds int) []byte {
 	b = append(b, "retry: "...)
 	b = strconv.AppendInt(b, int64(milliseconds), 10)
-	return append(b, "\n\n"...)
+	return append(b, '\n')
 }
 
 // appendComment appends a comment; text is one line.
 func appendComment(b []byte, text string) []byte {
 	b = append(b, ": "...)
 	b = append(b, text...)
-	return append(b, "\n\n"...)
+	return append(b, '\n')
 }
