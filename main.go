@@ -14,6 +14,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"net/url"
 	"os"
 	"os/signal"
@@ -93,7 +94,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	reg := newRegistry(version())
 	if cfg.GatewayURL != "" {
 		b := newBackend(cfg, cfg.GatewayURL, reg, log)
-		servers := []*server{newServer(public, b.routes(nil), log)}
+		servers := []*server{newServer(log, b.routes(nil), public)}
 		return serve(ctx, log, servers, b.work, b.stop)
 	}
 
@@ -116,8 +117,8 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	inside.HandleFunc("POST /internal/send", g.serveSend)
 	inside.Handle("POST /api/sse/callback", b.callback)
 	servers := []*server{
-		newServer(public, b.routes(g), log),
-		newServer(internal, jsonErrors(inside), log),
+		newServer(log, b.routes(g), public),
+		newServer(log, jsonErrors(inside), internal, g.returned),
 	}
 	work := func(ctx context.Context) {
 		go g.beat(ctx)
@@ -144,14 +145,16 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 		log.Error("listening", "err", err)
 		return 1
 	}
-	servers := []*server{newServer(public, g.routes(reg, cfg.InternalAddr == ""), log)}
-	if cfg.InternalAddr != "" {
+	servers := []*server{newServer(log, g.routes(reg, cfg.InternalAddr == ""), public)}
+	if cfg.InternalAddr == "" {
+		servers[0].listeners = append(servers[0].listeners, g.returned)
+	} else {
 		internal, err := net.Listen("tcp", cfg.InternalAddr)
 		if err != nil {
 			log.Error("listening", "err", err)
 			return 1
 		}
-		servers = append(servers, newServer(internal, g.internalRoutes(reg), log))
+		servers = append(servers, newServer(log, g.internalRoutes(reg), internal, g.returned))
 	}
 	if cfg.CallbackURL == "" {
 		log.Warn("CALLBACK_URL is not set: streams are refused")
@@ -217,6 +220,8 @@ func (g *gateway) internalRoutes(reg *registry) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /internal/send", g.serveSend)
 	mux.Handle("GET /metrics", reg)
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	return jsonErrors(mux)
 }
 
@@ -358,15 +363,15 @@ func (b *backend) protectList(h http.HandlerFunc) http.HandlerFunc {
 
 // Serving
 
-// server is an http.Server with its listener.
+// server is an http.Server with its listeners.
 type server struct {
 	http.Server
-	listener net.Listener
+	listeners []net.Listener
 }
 
-func newServer(l net.Listener, h http.Handler, log *slog.Logger) *server {
+func newServer(log *slog.Logger, h http.Handler, listeners ...net.Listener) *server {
 	return &server{
-		listener: l,
+		listeners: listeners,
 		Server: http.Server{
 			Handler:           h,
 			ReadHeaderTimeout: 10 * time.Second,
@@ -385,12 +390,19 @@ func newServer(l net.Listener, h http.Handler, log *slog.Logger) *server {
 func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop func(context.Context)) int {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	broken := make(chan error, len(servers))
+	broken := make(chan error, 1)
 	for _, s := range servers {
-		go func() { broken <- s.Serve(s.listener) }()
+		for _, l := range s.listeners {
+			go func() {
+				select {
+				case broken <- s.Serve(l):
+				default: // one is enough
+				}
+			}()
+		}
 	}
 	work(ctx)
-	log.Info("started", "url", "http://"+servers[0].listener.Addr().String(), "version", version())
+	log.Info("started", "url", "http://"+servers[0].listeners[0].Addr().String(), "version", version())
 	code := 0
 	select {
 	case <-ctx.Done():

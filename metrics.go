@@ -193,6 +193,7 @@ type counter struct{ n atomic.Uint64 }
 
 func (c *counter) Inc()         { c.n.Add(1) }
 func (c *counter) Add(n uint64) { c.n.Add(n) }
+func (c *counter) Load() uint64 { return c.n.Load() }
 
 // A histogram counts durations by size. It is safe for concurrent use.
 type histogram struct {

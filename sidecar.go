@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -10,8 +11,10 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"net/url"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,11 +26,12 @@ import (
 )
 
 const (
-	maxTarget     = 8 << 10 // bytes of a stream's request target; beyond it 414
-	maxHeader     = 16 << 10
-	maxSend       = 1 << 20 // bytes of a body for /internal/send
-	maxAnswer     = 1 << 20 // bytes of a connect callback's answer that are looked at
-	callbackLimit = 5 * time.Second
+	maxTarget      = 8 << 10 // bytes of a stream's request target; beyond it 414
+	maxHeader      = 16 << 10
+	maxSend        = 1 << 20 // bytes of a body for /internal/send
+	maxAnswer      = 1 << 20 // bytes of a connect callback's answer that are looked at
+	callbackLimit  = 5 * time.Second
+	callbackBuffer = 2 << 10 // bytes that a connection to the backend buffers each way
 
 	// At most so many callbacks are under way. A connect callback waits for
 	// its turn within callbackLimit, a disconnect callback for goodbyeLimit;
@@ -52,6 +56,8 @@ type gateway struct {
 
 	connecting    chan struct{} // a slot for each connect callback under way
 	disconnecting chan struct{}
+
+	returned *returnListener // connections that sendLoop gives back to net/http
 
 	shards  [16]shard    // by the token's last digit
 	count   atomic.Int64 // registered streams
@@ -79,13 +85,16 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 		client: &http.Client{
 			Transport: &http.Transport{
 				MaxIdleConnsPerHost: maxConnecting + maxDisconnecting,
-				IdleConnTimeout:     time.Minute,
+				IdleConnTimeout:     10 * time.Second, // after a storm they would cost more than the streams
+				ReadBufferSize:      callbackBuffer,
+				WriteBufferSize:     callbackBuffer,
 				DisableCompression:  true,
 			},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
 		connecting:    make(chan struct{}, maxConnecting),
 		disconnecting: make(chan struct{}, maxDisconnecting),
+		returned:      newReturnListener(),
 	}
 	for i := range g.shards {
 		g.shards[i].streams = map[string]*stream{}
@@ -382,30 +391,34 @@ func withoutURL(err error) error {
 // encodeRequest is the request as both callbacks tell it: the raw target, and
 // the headers with lower-case names and one value each.
 func encodeRequest(r *http.Request) json.RawMessage {
-	headers := make(map[string]string, len(r.Header)+1)
-	if r.Host != "" {
-		headers["host"] = r.Host
-	}
+	b := appendString([]byte(`{"url":`), r.RequestURI)
+	b = append(b, `,"headers":{"host":`...)
+	b = appendString(b, r.Host)
 	for name, values := range r.Header {
 		separator := ", "
 		if name == "Cookie" {
 			separator = "; "
 		}
-		headers[strings.ToLower(name)] = strings.Join(values, separator)
+		b = append(b, ',')
+		b = appendString(b, strings.ToLower(name))
+		b = append(b, ':')
+		b = appendString(b, strings.Join(values, separator))
 	}
-	return slices.Clip(marshal(struct {
-		URL     string            `json:"url"`
-		Headers map[string]string `json:"headers"`
-	}{r.RequestURI, headers}))
+	return bytes.Clone(append(b, "}}"...)) // kept for as long as the stream: no spare room
 }
 
 func encodeCallback(action, reason string, s *stream) []byte {
-	return marshal(struct {
-		Action  string          `json:"action"`
-		Reason  string          `json:"reason,omitempty"`
-		Token   string          `json:"token"`
-		Request json.RawMessage `json:"request"`
-	}{action, reason, s.token, s.request})
+	b := append(make([]byte, 0, len(s.request)+128), `{"action":"`...)
+	b = append(b, action...)
+	if reason != "" {
+		b = append(b, `","reason":"`...)
+		b = append(b, reason...)
+	}
+	b = append(b, `","token":"`...)
+	b = append(b, s.token...)
+	b = append(b, `","request":`...)
+	b = append(b, s.request...)
+	return append(b, '}')
 }
 
 // parseAnswer reads {"event":{…},"close":true} from a connect callback's
@@ -525,7 +538,8 @@ var (
 	frames = sync.Pool{New: func() any { return new([]byte) }}
 )
 
-// serveSend is POST /internal/send.
+// serveSend is POST /internal/send. If it can, it takes the connection over
+// for the requests that will follow: see sendLoop.
 func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	if !isJSON(r) {
 		g.met.events.with("invalid").Inc()
@@ -536,23 +550,54 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	defer bodies.Put(buf)
 	buf.Reset()
 	body, err := readBody(w, r, maxSend, buf)
-	var m sendRequest
-	if err == nil {
-		m, err = parseSend(body)
-	}
 	if err != nil {
 		g.met.events.with("invalid").Inc()
 		writeBodyError(w, err)
 		return
 	}
+	status, text := g.answerSend(body)
+	if r.ProtoAtLeast(1, 1) && !r.Close {
+		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
+			g.keepSending(conn, rw.Reader, appendAnswer(nil, status, text))
+			return
+		}
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	io.WriteString(w, text)
+}
+
+// keepSending gives the answer on a connection that was taken over, and
+// serves it from then on.
+func (g *gateway) keepSending(conn net.Conn, read *bufio.Reader, answer []byte) {
+	ahead, _ := read.Peek(read.Buffered())
+	if r, ok := conn.(*returnedConn); ok {
+		more, _ := io.ReadAll(r.first)
+		ahead = append(ahead, more...)
+		conn = r.TCPConn
+	}
+	if _, err := conn.Write(answer); err != nil {
+		conn.Close()
+		return
+	}
+	g.sendLoop(conn.(*net.TCPConn), ahead)
+}
+
+// answerSend does what the body of POST /internal/send says, and returns the
+// answer: a status and a JSON text.
+func (g *gateway) answerSend(body []byte) (status int, text string) {
+	m, err := parseSend(body)
+	if err != nil {
+		g.met.events.with("invalid").Inc()
+		return http.StatusBadRequest, `{"error":"` + err.Error() + `"}` + "\n"
+	}
 	switch g.send(m) {
 	case sendWritten:
-		writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+		return http.StatusOK, `{"status":"ok"}` + "\n"
 	case sendBuffered:
-		writeJSON(w, http.StatusOK, map[string]string{"status": "buffered"})
-	case sendGone:
-		writeError(w, http.StatusNotFound, "unknown token")
+		return http.StatusOK, `{"status":"buffered"}` + "\n"
 	}
+	return http.StatusNotFound, `{"error":"unknown token"}` + "\n"
 }
 
 // send gives an event to its stream.
@@ -582,18 +627,26 @@ func (g *gateway) send(m sendRequest) sendStatus {
 	return status
 }
 
-// beat writes the heartbeats until ctx ends.
+// beat writes the heartbeats until ctx ends, one shard after the other. After
+// a round in which streams were opened it also gives memory back: opening a
+// stream uses several times what the stream keeps.
 func (g *gateway) beat(ctx context.Context) {
 	ticker := time.NewTicker(g.cfg.Heartbeat / time.Duration(len(g.shards)))
 	defer ticker.Stop()
-	for i := 0; ; i = (i + 1) % len(g.shards) {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
+	for before := g.met.opened.Load(); ; {
+		for i := range g.shards {
+			select {
+			case <-ctx.Done():
+				return
+			case <-ticker.C:
+			}
+			for _, s := range g.shards[i].all() {
+				s.beat()
+			}
 		}
-		for _, s := range g.shards[i].all() {
-			s.beat()
+		if opened := g.met.opened.Load(); opened != before {
+			before = opened
+			debug.FreeOSMemory()
 		}
 	}
 }

@@ -81,7 +81,7 @@ func (s *stream) chunk(buf *[]byte) []byte {
 
 const (
 	lastChunk        = "0\r\n\r\n"
-	chunkedHeartbeat = "d\r\n" + heartbeat + "\r\n"
+	chunkedHeartbeat = "c\r\n" + heartbeat + "\r\n"
 )
 
 // send writes or buffers frame, which may be empty, and then ends the stream
