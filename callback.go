@@ -31,6 +31,7 @@ type callbackHandler struct {
 	tasks   service
 	version service
 	conns   *ConnectionManager
+	heard   func(features string) // what the gateway says it can do
 	log     *slog.Logger
 	closing *atomic.Bool
 }
@@ -41,6 +42,13 @@ type callback struct {
 	token  string
 	url    string // raw request target of the stream; may be empty on disconnect
 	lastID string // its Last-Event-ID header
+}
+
+// answerEvent is the event of the answer to a connect callback.
+type answerEvent struct {
+	ID   string `json:"id,omitempty"`
+	Name string `json:"name"`
+	Data string `json:"data"`
 }
 
 var (
@@ -64,6 +72,7 @@ func (h *callbackHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		writeBodyError(w, err)
 		return
 	}
+	h.heard(r.Header.Get(featuresHeader))
 	if c.action == "disconnect" {
 		h.conns.OnDisconnect(c.token)
 		writeJSON(w, http.StatusOK, struct{}{})
@@ -92,7 +101,7 @@ func (h *callbackHandler) connect(w http.ResponseWriter, c callback) {
 		writeError(w, http.StatusBadRequest, err.Error())
 		return
 	}
-	writeJSON(w, http.StatusOK, map[string]outgoingEvent{"event": outgoingEvent(open)})
+	writeJSON(w, http.StatusOK, map[string]answerEvent{"event": answerEvent(open)})
 }
 
 // route finds the service and the ID that a stream's target names.

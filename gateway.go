@@ -2,88 +2,241 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
+	"sync"
 	"time"
 )
 
 const (
 	// sendLimit bounds one POST to the gateway. It is tried once.
 	sendLimit = 5 * time.Second
-	// maxSending is how many POSTs are under way at once; more wait their turn.
-	maxSending = 128
+
+	// So many POSTs are under way at once, to a gateway that takes batches and
+	// to one that does not. What comes meanwhile waits, and in the first case
+	// goes out together.
+	maxPostingBatches = 2
+	maxPosting        = 128
+
+	// The most that a batch holds. It is far from the gateway's own limit, so
+	// that nobody waits long for the others' events.
+	maxBatchSends = 512
+	maxBatchBytes = 1 << 20
+)
+
+// featuresHeader is the header of callbacks by which a gateway tells what it
+// can do, separated by commas. featureBatch is that /internal/send takes
+// batches.
+const (
+	featuresHeader = "Sse-Gateway-Features"
+	featureBatch   = "batch"
 )
 
 // errUnknownToken says that the gateway has no such stream, or no more.
 var errUnknownToken = errors.New("unknown token")
 
 // gatewayClient sends events to a gateway by POST /internal/send.
+//
+// A send on its own goes out at once. Under load it is group commit: sends
+// that come while others are under way wait, and the first of them to get its
+// turn takes the rest along. The caller sends one event of a token after the
+// other, so their order is kept.
 type gatewayClient struct {
 	url    string // of /internal/send
 	client *http.Client
-	slots  chan struct{}
+
+	mu      sync.Mutex // guards the rest
+	batches bool       // the gateway takes them
+	posting int        // POSTs under way
+	waiting []*waitingSend
+}
+
+// waitingSend is one send that waits: for its turn, or for the result that
+// somebody else's POST brings.
+type waitingSend struct {
+	body []byte // JSON without a newline
+	wake chan struct{}
+	sendResult
+	done bool // the result is there; otherwise it is this send's turn
+}
+
+// sendResult is what became of one send.
+type sendResult struct {
+	buffered bool  // the gateway took the event, but its stream is not open yet
+	err      error // errUnknownToken, or it is not known whether the gateway took the event
 }
 
 func newGatewayClient(baseURL string) *gatewayClient {
 	return &gatewayClient{
 		url: baseURL + "/internal/send",
 		client: &http.Client{
+			Timeout: sendLimit,
 			Transport: &http.Transport{
-				MaxIdleConnsPerHost: maxSending,
+				MaxIdleConnsPerHost: maxPosting,
 				IdleConnTimeout:     time.Minute,
 				DisableCompression:  true,
 			},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
-		slots: make(chan struct{}, maxSending),
 	}
 }
 
-// outgoing is the body of POST /internal/send.
-type outgoing struct {
-	Token string         `json:"token"`
-	Event *outgoingEvent `json:"event,omitempty"`
-	Close bool           `json:"close,omitempty"`
-}
-
-type outgoingEvent struct {
-	ID   string `json:"id,omitempty"`
-	Name string `json:"name,omitempty"`
-	Data string `json:"data"`
+// heard notes what the gateway says it can do.
+func (c *gatewayClient) heard(features string) {
+	batches := false
+	for feature := range strings.SplitSeq(features, ",") {
+		batches = batches || strings.TrimSpace(feature) == featureBatch
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.batches = batches
 }
 
 // send gives the event to the stream of token and then, if end is set, ends
 // the stream. Without an event and end it asks whether the stream is alive.
-// buffered means that the gateway took the event but its stream is not open
-// yet. The error is errUnknownToken, or says that it is unknown whether the
-// gateway took the event.
 func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, err error) {
-	c.slots <- struct{}{}
-	defer func() { <-c.slots }()
-	ctx, cancel := context.WithTimeout(context.Background(), sendLimit)
-	defer cancel()
-	body := marshal(outgoing{Token: token, Event: (*outgoingEvent)(e), Close: end})
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url, bytes.NewReader(body))
-	if err != nil {
-		return false, withoutURL(err)
+	s := &waitingSend{body: encodeSend(token, e, end)}
+	c.mu.Lock()
+	limit := maxPosting
+	if c.batches {
+		limit = maxPostingBatches
 	}
-	req.Header.Set("Content-Type", "application/json")
-	resp, err := c.client.Do(req)
+	if c.posting < limit {
+		c.posting++
+	} else {
+		s.wake = make(chan struct{}, 1)
+		c.waiting = append(c.waiting, s)
+		c.mu.Unlock()
+		<-s.wake
+		if s.done {
+			return s.buffered, s.err
+		}
+		c.mu.Lock()
+	}
+	batch := c.takeLocked(s)
+	c.mu.Unlock()
+
+	c.post(batch)
+
+	c.mu.Lock()
+	if len(c.waiting) > 0 {
+		next := c.waiting[0]
+		c.waiting = c.waiting[1:]
+		next.wake <- struct{}{}
+	} else {
+		c.posting--
+	}
+	c.mu.Unlock()
+	for _, other := range batch[1:] {
+		other.done = true
+		other.wake <- struct{}{}
+	}
+	return s.buffered, s.err
+}
+
+// takeLocked returns s and what may go out with it.
+func (c *gatewayClient) takeLocked(s *waitingSend) []*waitingSend {
+	n, size := 0, len(s.body)
+	for c.batches && n < len(c.waiting) && n+1 < maxBatchSends && size+len(c.waiting[n].body) <= maxBatchBytes {
+		size += len(c.waiting[n].body)
+		n++
+	}
+	batch := append([]*waitingSend{s}, c.waiting[:n]...)
+	c.waiting = c.waiting[n:]
+	return batch
+}
+
+// post sends the batch in one POST and sets the results.
+func (c *gatewayClient) post(batch []*waitingSend) {
+	var err error
+	if len(batch) == 1 {
+		batch[0].sendResult, err = c.postOne(batch[0].body)
+	} else {
+		err = c.postBatch(batch)
+	}
 	if err != nil {
-		return false, withoutURL(err)
+		for _, s := range batch {
+			s.sendResult = sendResult{err: err}
+		}
+	}
+}
+
+func (c *gatewayClient) postOne(body []byte) (r sendResult, err error) {
+	status, answer, err := c.do("application/json", body)
+	switch {
+	case err != nil:
+		return r, err
+	case status == http.StatusNotFound:
+		return sendResult{err: errUnknownToken}, nil
+	case status != http.StatusOK:
+		return r, fmt.Errorf("gateway answered %d", status)
+	}
+	return sendResult{buffered: bytes.Contains(answer, []byte(`"buffered"`))}, nil
+}
+
+func (c *gatewayClient) postBatch(batch []*waitingSend) error {
+	var body bytes.Buffer
+	for _, s := range batch {
+		body.Write(s.body)
+		body.WriteByte('\n')
+	}
+	status, answer, err := c.do(ndjson, body.Bytes())
+	if err != nil {
+		return err
+	}
+	lines := bytes.Split(bytes.TrimSpace(answer), []byte("\n"))
+	if status != http.StatusOK || len(lines) != len(batch) {
+		c.heard("") // it is another gateway than before
+		return fmt.Errorf("gateway answered %d and %d results to a batch of %d", status, len(lines), len(batch))
+	}
+	for i, s := range batch {
+		switch string(lines[i]) {
+		case batchOK:
+		case batchBuffered:
+			s.buffered = true
+		case batchUnknown:
+			s.err = errUnknownToken
+		default:
+			s.err = fmt.Errorf("gateway answered %q", lines[i])
+		}
+	}
+	return nil
+}
+
+// do makes a POST and reads the answer to its end, or the connection would
+// not be used again.
+func (c *gatewayClient) do(contentType string, body []byte) (status int, answer []byte, err error) {
+	resp, err := c.client.Post(c.url, contentType, bytes.NewReader(body))
+	if err != nil {
+		return 0, nil, withoutURL(err)
 	}
 	defer resp.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // to the end, or the connection is not used again
-	switch {
-	case resp.StatusCode == http.StatusNotFound:
-		return false, errUnknownToken
-	case resp.StatusCode != http.StatusOK:
-		return false, fmt.Errorf("gateway answered %d", resp.StatusCode)
-	case err != nil:
-		return false, fmt.Errorf("reading the gateway's answer: %w", err)
+	answer, err = io.ReadAll(io.LimitReader(resp.Body, maxBatchBytes))
+	if err != nil {
+		return 0, nil, fmt.Errorf("reading the gateway's answer: %w", err)
 	}
-	return bytes.Contains(answer, []byte(`"buffered"`)), nil
+	return resp.StatusCode, answer, nil
+}
+
+// encodeSend is the body of POST /internal/send, or a line of a batch.
+func encodeSend(token string, e *event, end bool) []byte {
+	b := appendString([]byte(`{"token":`), token)
+	if e != nil {
+		b = append(b, `,"event":{"data":`...)
+		b = appendString(b, e.Data)
+		if e.ID != "" {
+			b = appendString(append(b, `,"id":`...), e.ID)
+		}
+		if e.Name != "" {
+			b = appendString(append(b, `,"name":`...), e.Name)
+		}
+		b = append(b, '}')
+	}
+	if end {
+		b = append(b, `,"close":true`...)
+	}
+	return append(b, '}')
 }

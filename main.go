@@ -279,7 +279,8 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 	met := newBackendMetrics(reg, kinds)
 	epoch := strings.ToLower(rand.Text()[:8])
 	b := &backend{cfg: cfg, log: log, reg: reg}
-	b.conns = newConnectionManager(newGatewayClient(gatewayURL), log, met)
+	client := newGatewayClient(gatewayURL)
+	b.conns = newConnectionManager(client, log, met)
 	b.tasks = newTaskService(taskConfig{
 		workers:    cfg.TaskWorkers,
 		queueLimit: cfg.TaskQueueLimit,
@@ -296,6 +297,7 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		tasks:   b.tasks,
 		version: b.version,
 		conns:   b.conns,
+		heard:   client.heard,
 		log:     log,
 		closing: &b.closing,
 	}

@@ -24,10 +24,10 @@ const (
 
 // sendLoop serves conn; buf is what has been read of it already.
 func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
-	var answer []byte
+	var text, answer []byte
 	var deadline time.Time
 	for {
-		head, size, plain := parsePlainSend(buf)
+		mediaType, head, size, plain := parsePlainSend(buf)
 		if !plain {
 			conn.SetDeadline(time.Time{})
 			g.returned.give(&returnedConn{conn, bytes.NewReader(buf)})
@@ -38,8 +38,9 @@ func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
 			conn.SetDeadline(deadline)
 		}
 		if size > 0 && len(buf) >= size {
-			status, text := g.answerSend(buf[head:size])
-			answer = appendAnswer(answer[:0], status, text)
+			var status int
+			status, text = g.answerSend(text[:0], mediaType, buf[head:size])
+			answer = appendAnswer(answer[:0], mediaType, status, text)
 			if _, err := conn.Write(answer); err != nil {
 				conn.Close()
 				return
@@ -77,43 +78,49 @@ const plainSend = "POST /internal/send HTTP/1.1\r\n"
 
 // parsePlainSend looks at the head of a request. size is that of the whole
 // request, 0 while the head is incomplete; plain is false if the request is
-// anything but a POST /internal/send of JSON with a Content-Length.
-func parsePlainSend(buf []byte) (head, size int, plain bool) {
+// anything but a POST /internal/send with a Content-Length.
+func parsePlainSend(buf []byte) (mediaType string, head, size int, plain bool) {
 	if n := min(len(buf), len(plainSend)); string(buf[:n]) != plainSend[:n] {
-		return 0, 0, false
+		return "", 0, 0, false
 	}
-	end := bytes.Index(buf, []byte("\r\n\r\n"))
-	if end < len(plainSend) {
-		return 0, 0, end < 0 && len(buf) <= maxHeader
+	head = bytes.Index(buf, []byte("\r\n\r\n")) + 4
+	if head <= len(plainSend) {
+		return "", 0, 0, head < 4 && len(buf) <= maxHeader
 	}
-	length, isJSON := -1, false
-	for rest := buf[len(plainSend) : end+2]; len(rest) > 0; {
+	length := -1
+	for rest := buf[len(plainSend) : head-2]; len(rest) > 0; {
 		line, after, _ := bytes.Cut(rest, []byte("\r\n"))
 		rest = after
 		name, value, ok := bytes.Cut(line, []byte(":"))
-		if !ok || bytes.IndexByte(line, '\n') >= 0 {
-			return 0, 0, false
+		if !ok || bytes.IndexByte(line, '\n') >= 0 || bytes.ContainsAny(name, " \t") {
+			return "", 0, 0, false
 		}
 		value = bytes.Trim(value, " \t")
 		switch {
 		case equalFold(name, "content-length"):
 			n, err := strconv.ParseUint(string(value), 10, 31)
-			if err != nil || n > maxSend || length >= 0 {
-				return 0, 0, false
+			if err != nil || length >= 0 {
+				return "", 0, 0, false
 			}
 			length = int(n)
 		case equalFold(name, "content-type"):
-			isJSON = string(value) == "application/json"
+			value, _, _ = bytes.Cut(value, []byte(";"))
+			switch {
+			case equalFold(value, oneSend):
+				mediaType = oneSend
+			case equalFold(value, ndjson):
+				mediaType = ndjson
+			}
 		case equalFold(name, "connection"):
 			if !equalFold(value, "keep-alive") {
-				return 0, 0, false
+				return "", 0, 0, false
 			}
-		case equalFold(name, "transfer-encoding"), equalFold(name, "expect"), equalFold(name, "upgrade"),
-			bytes.ContainsAny(name, " \t"):
-			return 0, 0, false
+		case equalFold(name, "transfer-encoding"), equalFold(name, "expect"), equalFold(name, "upgrade"):
+			return "", 0, 0, false
 		}
 	}
-	return end + 4, end + 4 + length, isJSON && length >= 0
+	fits := mediaType == oneSend && length <= maxSend || mediaType == ndjson && length <= maxBatch
+	return mediaType, head, head + length, fits && length >= 0
 }
 
 // equalFold compares with a lower-case ASCII text.
@@ -133,13 +140,15 @@ func equalFold(b []byte, lower string) bool {
 	return true
 }
 
-// appendAnswer appends a response with a JSON body.
-func appendAnswer(b []byte, status int, body string) []byte {
+// appendAnswer appends a response.
+func appendAnswer(b []byte, mediaType string, status int, body []byte) []byte {
 	b = append(b, "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)
 	b = append(b, ' ')
 	b = append(b, http.StatusText(status)...)
-	b = append(b, "\r\nContent-Type: application/json\r\nDate: "...)
+	b = append(b, "\r\nContent-Type: "...)
+	b = append(b, mediaType...)
+	b = append(b, "\r\nDate: "...)
 	b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
 	b = append(b, "\r\nContent-Length: "...)
 	b = strconv.AppendInt(b, int64(len(body)), 10)

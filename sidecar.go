@@ -28,7 +28,8 @@ import (
 const (
 	maxTarget      = 8 << 10 // bytes of a stream's request target; beyond it 414
 	maxHeader      = 16 << 10
-	maxSend        = 1 << 20 // bytes of a body for /internal/send
+	maxSend        = 1 << 20 // bytes of a body for /internal/send, or of a line of a batch
+	maxBatch       = 4 << 20 // bytes of a batch
 	maxAnswer      = 1 << 20 // bytes of a connect callback's answer that are looked at
 	callbackLimit  = 5 * time.Second
 	callbackBuffer = 2 << 10 // bytes that a connection to the backend buffers each way
@@ -368,6 +369,7 @@ func (g *gateway) post(ctx context.Context, payload []byte) (status int, body []
 		return 0, nil, withoutURL(err)
 	}
 	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set(featuresHeader, featureBatch+", id")
 	resp, err := g.client.Do(req)
 	if err != nil {
 		return 0, nil, withoutURL(err)
@@ -538,10 +540,26 @@ var (
 	frames = sync.Pool{New: func() any { return new([]byte) }}
 )
 
+// Media types of /internal/send: one sendRequest, or a batch with one a line.
+const (
+	oneSend = "application/json"
+	ndjson  = "application/x-ndjson"
+)
+
+// The lines that answer a batch. A line for another reason has its status.
+const (
+	batchOK       = `{"status":"ok"}`
+	batchBuffered = `{"status":"buffered"}`
+	batchUnknown  = `{"status":404}`
+)
+
 // serveSend is POST /internal/send. If it can, it takes the connection over
 // for the requests that will follow: see sendLoop.
 func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
-	if !isJSON(r) {
+	mediaType, limit := oneSend, int64(maxSend)
+	if r.Header.Get("Content-Type") == ndjson {
+		mediaType, limit = ndjson, maxBatch
+	} else if !isJSON(r) {
 		g.met.events.with("invalid").Inc()
 		writeBodyError(w, errMediaType)
 		return
@@ -549,22 +567,22 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	buf := bodies.Get().(*bytes.Buffer)
 	defer bodies.Put(buf)
 	buf.Reset()
-	body, err := readBody(w, r, maxSend, buf)
+	body, err := readBody(w, r, limit, buf)
 	if err != nil {
 		g.met.events.with("invalid").Inc()
 		writeBodyError(w, err)
 		return
 	}
-	status, text := g.answerSend(body)
+	status, text := g.answerSend(nil, mediaType, body)
 	if r.ProtoAtLeast(1, 1) && !r.Close {
 		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
-			g.keepSending(conn, rw.Reader, appendAnswer(nil, status, text))
+			g.keepSending(conn, rw.Reader, appendAnswer(nil, mediaType, status, text))
 			return
 		}
 	}
-	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Type", mediaType)
 	w.WriteHeader(status)
-	io.WriteString(w, text)
+	w.Write(text)
 }
 
 // keepSending gives the answer on a connection that was taken over, and
@@ -583,21 +601,51 @@ func (g *gateway) keepSending(conn net.Conn, read *bufio.Reader, answer []byte) 
 	g.sendLoop(conn.(*net.TCPConn), ahead)
 }
 
-// answerSend does what the body of POST /internal/send says, and returns the
-// answer: a status and a JSON text.
-func (g *gateway) answerSend(body []byte) (status int, text string) {
+// answerSend does what the body of POST /internal/send says. It returns the
+// status of the answer and its body, appended to text.
+func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, []byte) {
+	if mediaType == ndjson {
+		for line := range bytes.Lines(body) {
+			if line = bytes.TrimSpace(line); len(line) > 0 {
+				text = append(g.answerLine(text, line), '\n')
+			}
+		}
+		return http.StatusOK, text
+	}
 	m, err := parseSend(body)
 	if err != nil {
 		g.met.events.with("invalid").Inc()
-		return http.StatusBadRequest, `{"error":"` + err.Error() + `"}` + "\n"
+		text = appendString(append(text, `{"error":`...), err.Error())
+		return http.StatusBadRequest, append(text, "}\n"...)
 	}
 	switch g.send(m) {
 	case sendWritten:
-		return http.StatusOK, `{"status":"ok"}` + "\n"
+		return http.StatusOK, append(text, `{"status":"ok"}`+"\n"...)
 	case sendBuffered:
-		return http.StatusOK, `{"status":"buffered"}` + "\n"
+		return http.StatusOK, append(text, `{"status":"buffered"}`+"\n"...)
 	}
-	return http.StatusNotFound, `{"error":"unknown token"}` + "\n"
+	return http.StatusNotFound, append(text, `{"error":"unknown token"}`+"\n"...)
+}
+
+// answerLine does what one line of a batch says.
+func (g *gateway) answerLine(text, line []byte) []byte {
+	if len(line) > maxSend {
+		g.met.events.with("invalid").Inc()
+		return append(text, `{"status":413}`...)
+	}
+	m, err := parseSend(line)
+	if err != nil {
+		g.met.events.with("invalid").Inc()
+		text = appendString(append(text, `{"status":400,"error":`...), err.Error())
+		return append(text, '}')
+	}
+	switch g.send(m) {
+	case sendWritten:
+		return append(text, batchOK...)
+	case sendBuffered:
+		return append(text, batchBuffered...)
+	}
+	return append(text, batchUnknown...)
 }
 
 // send gives an event to its stream.
