@@ -118,6 +118,29 @@ func members(text []byte) iter.Seq2[string, []byte] {
 	}
 }
 
+// field is a member that pick looks for, and where its value goes.
+type field struct {
+	name  string
+	value *[]byte
+}
+
+// pick finds the wanted members of an object for which isObject holds. It
+// leaves the value of an absent one as it is.
+func pick(text []byte, wanted ...field) error {
+	for name, value := range members(text) {
+		for _, f := range wanted {
+			if f.name != name {
+				continue
+			}
+			if *f.value != nil {
+				return errDuplicate
+			}
+			*f.value = value
+		}
+	}
+	return nil
+}
+
 // skipTo returns the index of the first a or b at or after i.
 func skipTo(text []byte, i int, a, b byte) int {
 	for text[i] != a && text[i] != b {

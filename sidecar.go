@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -11,7 +10,6 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"net"
 	"net/http"
 	"net/url"
 	"runtime/debug"
@@ -28,8 +26,6 @@ import (
 const (
 	maxTarget      = 8 << 10 // bytes of a stream's request target; beyond it 414
 	maxHeader      = 16 << 10
-	maxSend        = 1 << 20 // bytes of a body for /internal/send, or of a line of a batch
-	maxBatch       = 4 << 20 // bytes of a batch
 	maxAnswer      = 1 << 20 // bytes of a connect callback's answer that are looked at
 	callbackLimit  = 5 * time.Second
 	callbackBuffer = 2 << 10 // bytes that a connection to the backend buffers each way
@@ -447,232 +443,6 @@ func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
 		}
 	}
 	return a
-}
-
-// sendRequest is the body of POST /internal/send. With neither an event nor
-// end it only asks whether the stream is alive.
-type sendRequest struct {
-	token string
-	event *event
-	end   bool
-}
-
-var (
-	errNoToken = errors.New("token is missing or empty")
-	errNoData  = errors.New("event data is missing")
-)
-
-func parseSend(body []byte) (m sendRequest, err error) {
-	if !isObject(body) {
-		return m, errNotJSON
-	}
-	var seen [3]bool
-	for name, value := range members(body) {
-		field := slices.Index([]string{"token", "event", "close"}, name)
-		if field < 0 {
-			continue
-		}
-		if seen[field] {
-			return m, errDuplicate
-		}
-		seen[field] = true
-		switch field {
-		case 0:
-			m.token, err = parseString(value)
-		case 1:
-			m.event, err = parseEvent(value)
-		case 2:
-			m.end, err = parseBool(value)
-		}
-		if err != nil {
-			return m, err
-		}
-	}
-	if m.token == "" {
-		return m, errNoToken
-	}
-	return m, nil
-}
-
-func parseEvent(value []byte) (*event, error) {
-	if value[0] != '{' {
-		return nil, errFieldType
-	}
-	var e event
-	var seen [3]bool
-	for name, value := range members(value) {
-		field := slices.Index([]string{"id", "name", "data"}, name)
-		if field < 0 {
-			continue
-		}
-		if seen[field] {
-			return nil, errDuplicate
-		}
-		seen[field] = true
-		text, err := parseString(value)
-		if err != nil {
-			return nil, err
-		}
-		*[]*string{&e.ID, &e.Name, &e.Data}[field] = text
-	}
-	if !seen[2] {
-		return nil, errNoData
-	}
-	if err := e.validate(); err != nil {
-		return nil, err
-	}
-	return &e, nil
-}
-
-func parseBool(value []byte) (bool, error) {
-	switch string(value) {
-	case "true":
-		return true, nil
-	case "false":
-		return false, nil
-	}
-	return false, errFieldType
-}
-
-// Bodies of /internal/send, and the frames made of them.
-var (
-	bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
-	frames = sync.Pool{New: func() any { return new([]byte) }}
-)
-
-// Media types of /internal/send: one sendRequest, or a batch with one a line.
-const (
-	oneSend = "application/json"
-	ndjson  = "application/x-ndjson"
-)
-
-// The lines that answer a batch. A line for another reason has its status.
-const (
-	batchOK       = `{"status":"ok"}`
-	batchBuffered = `{"status":"buffered"}`
-	batchUnknown  = `{"status":404}`
-)
-
-// serveSend is POST /internal/send. If it can, it takes the connection over
-// for the requests that will follow: see sendLoop.
-func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
-	mediaType, limit := oneSend, int64(maxSend)
-	if r.Header.Get("Content-Type") == ndjson {
-		mediaType, limit = ndjson, maxBatch
-	} else if !isJSON(r) {
-		g.met.events.with("invalid").Inc()
-		writeBodyError(w, errMediaType)
-		return
-	}
-	buf := bodies.Get().(*bytes.Buffer)
-	defer bodies.Put(buf)
-	buf.Reset()
-	body, err := readBody(w, r, limit, buf)
-	if err != nil {
-		g.met.events.with("invalid").Inc()
-		writeBodyError(w, err)
-		return
-	}
-	status, text := g.answerSend(nil, mediaType, body)
-	if r.ProtoAtLeast(1, 1) && !r.Close {
-		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
-			g.keepSending(conn, rw.Reader, appendAnswer(nil, mediaType, status, text))
-			return
-		}
-	}
-	w.Header().Set("Content-Type", mediaType)
-	w.WriteHeader(status)
-	w.Write(text)
-}
-
-// keepSending gives the answer on a connection that was taken over, and
-// serves it from then on.
-func (g *gateway) keepSending(conn net.Conn, read *bufio.Reader, answer []byte) {
-	ahead, _ := read.Peek(read.Buffered())
-	if r, ok := conn.(*returnedConn); ok {
-		more, _ := io.ReadAll(r.first)
-		ahead = append(ahead, more...)
-		conn = r.TCPConn
-	}
-	if _, err := conn.Write(answer); err != nil {
-		conn.Close()
-		return
-	}
-	g.sendLoop(conn.(*net.TCPConn), ahead)
-}
-
-// answerSend does what the body of POST /internal/send says. It returns the
-// status of the answer and its body, appended to text.
-func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, []byte) {
-	if mediaType == ndjson {
-		for line := range bytes.Lines(body) {
-			if line = bytes.TrimSpace(line); len(line) > 0 {
-				text = append(g.answerLine(text, line), '\n')
-			}
-		}
-		return http.StatusOK, text
-	}
-	m, err := parseSend(body)
-	if err != nil {
-		g.met.events.with("invalid").Inc()
-		text = appendString(append(text, `{"error":`...), err.Error())
-		return http.StatusBadRequest, append(text, "}\n"...)
-	}
-	switch g.send(m) {
-	case sendWritten:
-		return http.StatusOK, append(text, `{"status":"ok"}`+"\n"...)
-	case sendBuffered:
-		return http.StatusOK, append(text, `{"status":"buffered"}`+"\n"...)
-	}
-	return http.StatusNotFound, append(text, `{"error":"unknown token"}`+"\n"...)
-}
-
-// answerLine does what one line of a batch says.
-func (g *gateway) answerLine(text, line []byte) []byte {
-	if len(line) > maxSend {
-		g.met.events.with("invalid").Inc()
-		return append(text, `{"status":413}`...)
-	}
-	m, err := parseSend(line)
-	if err != nil {
-		g.met.events.with("invalid").Inc()
-		text = appendString(append(text, `{"status":400,"error":`...), err.Error())
-		return append(text, '}')
-	}
-	switch g.send(m) {
-	case sendWritten:
-		return append(text, batchOK...)
-	case sendBuffered:
-		return append(text, batchBuffered...)
-	}
-	return append(text, batchUnknown...)
-}
-
-// send gives an event to its stream.
-func (g *gateway) send(m sendRequest) sendStatus {
-	s := g.lookup(m.token)
-	if s == nil {
-		g.met.events.with("unknown_token").Inc()
-		return sendGone
-	}
-	var frame []byte
-	if m.event != nil {
-		buf := frames.Get().(*[]byte)
-		defer frames.Put(buf)
-		*buf = appendEvent(reserveChunk(*buf), *m.event)
-		frame = s.chunk(buf)
-	}
-	status := s.send(frame, m.end)
-	switch {
-	case status == sendGone:
-		g.met.events.with("unknown_token").Inc()
-	case m.event == nil:
-	case status == sendBuffered:
-		g.met.events.with("buffered").Inc()
-	default:
-		g.met.events.with("written").Inc()
-	}
-	return status
 }
 
 // beat writes the heartbeats until ctx ends, one shard after the other. After

@@ -1,0 +1,422 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// POST /internal/send: how events come to the gateway.
+
+const (
+	maxSend  = 1 << 20 // bytes of a body, or of a line of a batch
+	maxBatch = 4 << 20 // bytes of a batch
+)
+
+// sendRequest is the body of POST /internal/send. With neither an event nor
+// end it only asks whether the stream is alive.
+type sendRequest struct {
+	token string
+	event *event
+	end   bool
+}
+
+var (
+	errNoToken = errors.New("token is missing or empty")
+	errNoData  = errors.New("event data is missing")
+)
+
+func parseSend(body []byte) (m sendRequest, err error) {
+	if !isObject(body) {
+		return m, errNotJSON
+	}
+	var token, sent, end []byte
+	if err := pick(body, field{"token", &token}, field{"event", &sent}, field{"close", &end}); err != nil {
+		return m, err
+	}
+	if token == nil {
+		return m, errNoToken
+	}
+	if m.token, err = parseString(token); err == nil && m.token == "" {
+		err = errNoToken
+	}
+	if err == nil && sent != nil {
+		m.event, err = parseEvent(sent)
+	}
+	if err == nil && end != nil {
+		m.end, err = parseBool(end)
+	}
+	return m, err
+}
+
+func parseEvent(text []byte) (*event, error) {
+	if text[0] != '{' {
+		return nil, errFieldType
+	}
+	var id, name, data []byte
+	if err := pick(text, field{"id", &id}, field{"name", &name}, field{"data", &data}); err != nil {
+		return nil, err
+	}
+	if data == nil {
+		return nil, errNoData
+	}
+	var e event
+	var err error
+	if e.Data, err = parseString(data); err == nil && id != nil {
+		e.ID, err = parseString(id)
+	}
+	if err == nil && name != nil {
+		e.Name, err = parseString(name)
+	}
+	if err == nil {
+		err = e.validate()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &e, nil
+}
+
+func parseBool(value []byte) (bool, error) {
+	switch string(value) {
+	case "true":
+		return true, nil
+	case "false":
+		return false, nil
+	}
+	return false, errFieldType
+}
+
+// Bodies of /internal/send, and the frames made of them.
+var (
+	bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+	frames = sync.Pool{New: func() any { return new([]byte) }}
+)
+
+// Media types of /internal/send: one sendRequest, or a batch with one a line.
+const (
+	oneSend = "application/json"
+	ndjson  = "application/x-ndjson"
+)
+
+// The lines that answer a batch. A line for another reason has its status.
+const (
+	batchOK       = `{"status":"ok"}`
+	batchBuffered = `{"status":"buffered"}`
+	batchUnknown  = `{"status":404}`
+)
+
+// serveSend is POST /internal/send. If it can, it takes the connection over
+// for the requests that will follow: see sendLoop.
+func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
+	mediaType, limit := oneSend, int64(maxSend)
+	if r.Header.Get("Content-Type") == ndjson {
+		mediaType, limit = ndjson, maxBatch
+	} else if !isJSON(r) {
+		g.met.events.with("invalid").Inc()
+		writeBodyError(w, errMediaType)
+		return
+	}
+	buf := bodies.Get().(*bytes.Buffer)
+	defer bodies.Put(buf)
+	buf.Reset()
+	body, err := readBody(w, r, limit, buf)
+	if err != nil {
+		g.met.events.with("invalid").Inc()
+		writeBodyError(w, err)
+		return
+	}
+	status, text := g.answerSend(nil, mediaType, body)
+	if r.ProtoAtLeast(1, 1) && !r.Close {
+		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
+			g.keepSending(conn, rw.Reader, appendAnswer(nil, mediaType, status, text))
+			return
+		}
+	}
+	w.Header().Set("Content-Type", mediaType)
+	w.WriteHeader(status)
+	w.Write(text)
+}
+
+// keepSending gives the answer on a connection that was taken over, and
+// serves it from then on.
+func (g *gateway) keepSending(conn net.Conn, read *bufio.Reader, answer []byte) {
+	ahead, _ := read.Peek(read.Buffered())
+	if r, ok := conn.(*returnedConn); ok {
+		more, _ := io.ReadAll(r.first)
+		ahead = append(ahead, more...)
+		conn = r.TCPConn
+	}
+	if _, err := conn.Write(answer); err != nil {
+		conn.Close()
+		return
+	}
+	g.sendLoop(conn.(*net.TCPConn), ahead)
+}
+
+// answerSend does what the body of POST /internal/send says. It returns the
+// status of the answer and its body, appended to text.
+func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, []byte) {
+	if mediaType == ndjson {
+		for line := range bytes.Lines(body) {
+			if line = bytes.TrimSpace(line); len(line) > 0 {
+				text = append(g.answerLine(text, line), '\n')
+			}
+		}
+		return http.StatusOK, text
+	}
+	m, err := parseSend(body)
+	if err != nil {
+		g.met.events.with("invalid").Inc()
+		text = appendString(append(text, `{"error":`...), err.Error())
+		return http.StatusBadRequest, append(text, "}\n"...)
+	}
+	switch g.send(m) {
+	case sendWritten:
+		return http.StatusOK, append(text, `{"status":"ok"}`+"\n"...)
+	case sendBuffered:
+		return http.StatusOK, append(text, `{"status":"buffered"}`+"\n"...)
+	}
+	return http.StatusNotFound, append(text, `{"error":"unknown token"}`+"\n"...)
+}
+
+// answerLine does what one line of a batch says.
+func (g *gateway) answerLine(text, line []byte) []byte {
+	if len(line) > maxSend {
+		g.met.events.with("invalid").Inc()
+		return append(text, `{"status":413}`...)
+	}
+	m, err := parseSend(line)
+	if err != nil {
+		g.met.events.with("invalid").Inc()
+		text = appendString(append(text, `{"status":400,"error":`...), err.Error())
+		return append(text, '}')
+	}
+	switch g.send(m) {
+	case sendWritten:
+		return append(text, batchOK...)
+	case sendBuffered:
+		return append(text, batchBuffered...)
+	}
+	return append(text, batchUnknown...)
+}
+
+// send gives an event to its stream.
+func (g *gateway) send(m sendRequest) sendStatus {
+	status := sendGone
+	s := g.lookup(m.token)
+	switch {
+	case m.event == nil && s == nil:
+		return status
+	case m.event == nil:
+		return s.send(nil, m.end)
+	case s != nil:
+		buf := frames.Get().(*[]byte)
+		defer frames.Put(buf)
+		*buf = appendEvent(reserveChunk(*buf), *m.event)
+		status = s.send(s.chunk(buf), m.end)
+	}
+	g.met.events.with(status.String()).Inc()
+	return status
+}
+
+// A backend posts its events over a few connections that stay open, and for
+// each request net/http takes longer than the event's way to the browser. So
+// once a connection has brought one POST /internal/send it is served here, by
+// hand. This code knows requests in their plainest form only (RFC 9112); with
+// any other it gives the connection back to net/http, unread.
+
+const (
+	sendIdle      = 2 * time.Minute // a silent connection is closed
+	sendIdleSlack = 10 * time.Second
+	sendBuffer    = 4 << 10  // bytes that a connection's buffer begins with
+	sendBufferMax = 64 << 10 // a larger one is not kept between requests
+)
+
+// sendLoop serves conn; buf is what has been read of it already.
+func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
+	var text, answer []byte
+	var deadline time.Time
+	for {
+		mediaType, head, size, plain := parsePlainSend(buf)
+		if !plain {
+			conn.SetDeadline(time.Time{})
+			g.returned.give(&returnedConn{conn, bytes.NewReader(buf)})
+			return
+		}
+		if now := time.Now(); deadline.Sub(now) < sendIdle-sendIdleSlack { // not each time: it costs a timer
+			deadline = now.Add(sendIdle)
+			conn.SetDeadline(deadline)
+		}
+		if size > 0 && len(buf) >= size {
+			var status int
+			status, text = g.answerSend(text[:0], mediaType, buf[head:size])
+			answer = appendAnswer(answer[:0], mediaType, status, text)
+			if _, err := conn.Write(answer); err != nil {
+				conn.Close()
+				return
+			}
+			rest := buf[size:]
+			if cap(buf) > sendBufferMax {
+				buf = nil
+			}
+			buf = append(buf[:0], rest...)
+			continue
+		}
+		buf = growBuffer(buf, size)
+		n, err := conn.Read(buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		if err != nil {
+			conn.Close()
+			return
+		}
+	}
+}
+
+// growBuffer makes room in buf for a request of size bytes, or for more of
+// one whose size is not known yet.
+func growBuffer(buf []byte, size int) []byte {
+	if size == 0 && len(buf) == cap(buf) {
+		size = max(sendBuffer, 2*cap(buf))
+	}
+	if size <= cap(buf) {
+		return buf
+	}
+	return append(make([]byte, 0, size), buf...)
+}
+
+const plainSend = "POST /internal/send HTTP/1.1\r\n"
+
+// parsePlainSend looks at the head of a request. size is that of the whole
+// request, 0 while the head is incomplete; plain is false if the request is
+// anything but a POST /internal/send with a Content-Length.
+func parsePlainSend(buf []byte) (mediaType string, head, size int, plain bool) {
+	if n := min(len(buf), len(plainSend)); string(buf[:n]) != plainSend[:n] {
+		return "", 0, 0, false
+	}
+	head = bytes.Index(buf, []byte("\r\n\r\n")) + 4
+	if head <= len(plainSend) {
+		return "", 0, 0, head < 4 && len(buf) <= maxHeader
+	}
+	length := -1
+	for rest := buf[len(plainSend) : head-2]; len(rest) > 0; {
+		line, after, _ := bytes.Cut(rest, []byte("\r\n"))
+		rest = after
+		name, value, ok := bytes.Cut(line, []byte(":"))
+		if !ok || bytes.IndexByte(line, '\n') >= 0 || bytes.ContainsAny(name, " \t") {
+			return "", 0, 0, false
+		}
+		value = bytes.Trim(value, " \t")
+		switch {
+		case equalFold(name, "content-length"):
+			n, err := strconv.ParseUint(string(value), 10, 31)
+			if err != nil || length >= 0 {
+				return "", 0, 0, false
+			}
+			length = int(n)
+		case equalFold(name, "content-type"):
+			value, _, _ = bytes.Cut(value, []byte(";"))
+			switch {
+			case equalFold(value, oneSend):
+				mediaType = oneSend
+			case equalFold(value, ndjson):
+				mediaType = ndjson
+			}
+		case equalFold(name, "connection"):
+			if !equalFold(value, "keep-alive") {
+				return "", 0, 0, false
+			}
+		case equalFold(name, "transfer-encoding"), equalFold(name, "expect"), equalFold(name, "upgrade"):
+			return "", 0, 0, false
+		}
+	}
+	fits := mediaType == oneSend && length <= maxSend || mediaType == ndjson && length <= maxBatch
+	return mediaType, head, head + length, fits && length >= 0
+}
+
+// equalFold compares with a lower-case ASCII text.
+func equalFold(b []byte, lower string) bool {
+	if len(b) != len(lower) {
+		return false
+	}
+	for i := range b {
+		c := b[i]
+		if 'A' <= c && c <= 'Z' {
+			c += 'a' - 'A'
+		}
+		if c != lower[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// appendAnswer appends a response.
+func appendAnswer(b []byte, mediaType string, status int, body []byte) []byte {
+	b = append(b, "HTTP/1.1 "...)
+	b = strconv.AppendInt(b, int64(status), 10)
+	b = append(b, ' ')
+	b = append(b, http.StatusText(status)...)
+	b = append(b, "\r\nContent-Type: "...)
+	b = append(b, mediaType...)
+	b = append(b, "\r\nDate: "...)
+	b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
+	b = append(b, "\r\nContent-Length: "...)
+	b = strconv.AppendInt(b, int64(len(body)), 10)
+	b = append(b, "\r\n\r\n"...)
+	return append(b, body...)
+}
+
+// returnedConn is a connection whose first bytes have been read already.
+type returnedConn struct {
+	*net.TCPConn
+	first *bytes.Reader
+}
+
+func (c *returnedConn) Read(b []byte) (int, error) {
+	if c.first.Len() > 0 {
+		return c.first.Read(b)
+	}
+	return c.TCPConn.Read(b)
+}
+
+// returnListener accepts the connections that sendLoop gives back.
+type returnListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	close  sync.Once
+}
+
+func newReturnListener() *returnListener {
+	return &returnListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+}
+
+func (l *returnListener) give(c net.Conn) {
+	select {
+	case l.conns <- c:
+	case <-l.closed:
+		c.Close()
+	}
+}
+
+func (l *returnListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *returnListener) Close() error {
+	l.close.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *returnListener) Addr() net.Addr { return &net.TCPAddr{} }
