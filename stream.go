@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"runtime"
 	"strconv"
 	"sync"
 	"syscall"
@@ -27,6 +28,11 @@ const (
 	sendBuffered                   // it waits for the connect callback
 	sendGone                       // the token is unknown or its stream has ended
 )
+
+// String is the status as the metrics have it.
+func (s sendStatus) String() string {
+	return [...]string{"written", "buffered", "unknown_token"}[s]
+}
 
 // streamLimits are the limits that all streams of a gateway share.
 type streamLimits struct {
@@ -110,14 +116,15 @@ func (s *stream) send(frame []byte, end bool) sendStatus {
 }
 
 // open begins the response on conn: head, then what was buffered meanwhile.
-// From here on conn belongs to the stream. It reports whether the stream had
-// not already ended by overflow.
-func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool, lifetime time.Duration) bool {
+// From here on conn belongs to the stream.
+func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool, lifetime time.Duration) {
+	limitUnacknowledged(raw, s.limits.writeTimeout)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.conn, s.raw = conn, raw
-	if s.ended {
-		return false
+	if s.ended { // more was sent meanwhile than may wait
+		conn.Close()
+		return
 	}
 	buffered := s.pending
 	s.pending = nil
@@ -128,7 +135,18 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 	if lifetime > 0 && !s.ended {
 		s.lifetime = time.AfterFunc(jitter(lifetime*4/5, lifetime), s.finish)
 	}
-	return true
+}
+
+// limitUnacknowledged makes the kernel break a connection whose client has
+// not acknowledged anything for so long: one that left without a word takes
+// no heartbeat, yet the socket's own buffer does, for hours.
+func limitUnacknowledged(raw syscall.RawConn, limit time.Duration) {
+	const userTimeout = 18 // TCP_USER_TIMEOUT of Linux, in milliseconds
+	if runtime.GOOS == "linux" {
+		raw.Control(func(fd uintptr) {
+			syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, userTimeout, int(limit.Milliseconds()))
+		})
+	}
 }
 
 // beat writes a heartbeat, unless the client has bytes to take anyway.
