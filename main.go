@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	stdlog "log"
 	"log/slog"
 	"maps"
 	"net"
@@ -21,6 +22,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -121,7 +123,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		newServer(log, jsonErrors(inside), internal, g.returned),
 	}
 	work := func(ctx context.Context) {
-		go g.beat(ctx)
+		g.work(ctx)
 		b.work(ctx)
 	}
 	return serve(ctx, log, servers, work, func(ctx context.Context) {
@@ -159,7 +161,7 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 	if cfg.CallbackURL == "" {
 		log.Warn("CALLBACK_URL is not set: streams are refused")
 	}
-	return serve(ctx, log, servers, func(ctx context.Context) { go g.beat(ctx) }, g.shutdown)
+	return serve(ctx, log, servers, g.work, g.shutdown)
 }
 
 // Routes
@@ -381,9 +383,33 @@ func newServer(log *slog.Logger, h http.Handler, listeners ...net.Listener) *ser
 			WriteTimeout:      30 * time.Second, // streams leave the server before
 			IdleTimeout:       2 * time.Minute,  // longer than our clients keep theirs
 			MaxHeaderBytes:    maxHeader,
-			ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+			ErrorLog:          stdlog.New(&errorLog{log: log}, "", 0),
 		},
 	}
+}
+
+// errorLog takes the lines of an http.Server, one a second at most: without
+// file descriptors it has one for each connection that it cannot accept.
+type errorLog struct {
+	log     *slog.Logger
+	mu      sync.Mutex // guards the rest
+	last    time.Time
+	skipped int
+}
+
+func (l *errorLog) Write(line []byte) (int, error) {
+	l.mu.Lock()
+	now := time.Now()
+	if now.Sub(l.last) < time.Second {
+		l.skipped++
+		l.mu.Unlock()
+		return len(line), nil
+	}
+	skipped := l.skipped
+	l.last, l.skipped = now, 0
+	l.mu.Unlock()
+	l.log.Warn("http server", "err", strings.TrimSpace(string(line)), "skipped", skipped)
+	return len(line), nil
 }
 
 // serve runs the servers and work until ctx ends or a server fails, and then

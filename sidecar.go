@@ -445,6 +445,30 @@ func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
 	return a
 }
 
+// work starts what the gateway does besides answering, until ctx ends.
+func (g *gateway) work(ctx context.Context) {
+	go g.beat(ctx)
+	go g.summarize(ctx)
+}
+
+// summarize logs once a minute what happened, if anything did: single streams
+// are for debugging.
+func (g *gateway) summarize(ctx context.Context) {
+	ticker := time.NewTicker(time.Minute)
+	defer ticker.Stop()
+	for before := uint64(0); ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		if opened := g.met.opened.Load(); opened != before {
+			g.log.Info("streams", "open", g.count.Load(), "opened", opened-before)
+			before = opened
+		}
+	}
+}
+
 // beat writes the heartbeats until ctx ends, one shard after the other. After
 // a round in which streams were opened it also gives memory back: opening a
 // stream uses several times what the stream keeps.

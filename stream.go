@@ -139,7 +139,7 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 
 // limitUnacknowledged makes the kernel break a connection whose client has
 // not acknowledged anything for so long: one that left without a word takes
-// no heartbeat, yet the socket's own buffer does, for hours.
+// no heartbeat, but for a quarter of an hour the socket's own buffer does.
 func limitUnacknowledged(raw syscall.RawConn, limit time.Duration) {
 	const userTimeout = 18 // TCP_USER_TIMEOUT of Linux, in milliseconds
 	if runtime.GOOS == "linux" {
@@ -223,9 +223,13 @@ func (s *stream) endLocked(reason string) {
 	if s.lifetime != nil {
 		s.lifetime.Stop()
 	}
-	if s.conn != nil {
-		s.conn.Close() // wakes the reader, which tells the backend
+	if s.conn == nil {
+		return
 	}
+	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError {
+		tcp.SetLinger(0) // forget what the socket holds: megabytes that the client does not take
+	}
+	s.conn.Close() // wakes the reader, which tells the backend
 }
 
 // drainWrite is how many bytes drain writes at once: large enough for speed,
