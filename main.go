@@ -279,7 +279,7 @@ type backend struct {
 func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.Logger) *backend {
 	kinds := append(slices.Sorted(maps.Keys(taskKinds())), externalTask)
 	met := newBackendMetrics(reg, kinds)
-	epoch := strings.ToLower(rand.Text()[:8])
+	epoch := newEpoch()
 	b := &backend{cfg: cfg, log: log, reg: reg}
 	client := newGatewayClient(gatewayURL)
 	b.conns = newConnectionManager(client, log, met)

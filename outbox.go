@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,6 +27,17 @@ type outboxPolicy struct {
 	// but a browser that lost its connection may ask for them by ID.
 	tail int
 }
+
+// renewed returns the same policy with a new epoch. A service that forgets
+// outboxes makes later ones with it: one for the same identifier counts from
+// 1 again, and must not take an ID of the forgotten one for its own.
+func (p *outboxPolicy) renewed() *outboxPolicy {
+	next := *p
+	next.epoch = newEpoch()
+	return &next
+}
+
+func newEpoch() string { return strings.ToLower(rand.Text()[:8]) }
 
 // outbox is the ordered, numbered log of the events of one identifier, and
 // their delivery to its one connection.
@@ -55,7 +67,7 @@ type outbox struct {
 	unsure  bool   // events up to sent are with the gateway, which may still drop them
 	sender  string // the token that deliver runs for; only if it is token does it count
 
-	changed chan struct{} // closed when sent, token or sender change; nil while nobody waits
+	changed chan struct{} // closed when what Wait looks at changes; nil while nobody waits
 }
 
 type entry struct {
@@ -124,6 +136,7 @@ func (o *outbox) Connect(token, url, lastEventID string) event {
 	}
 	replaced := o.conns.OnConnect(o.identifier, token, url) // in one order with token
 	o.token, o.closed, o.stalled, o.unsure = token, false, false, false
+	o.notifyLocked()
 	open := event{ID: o.id(o.sent), Name: "connection_open", Data: `{"status":"connected"}`}
 	o.wakeLocked()
 	o.mu.Unlock()
@@ -134,12 +147,15 @@ func (o *outbox) Connect(token, url, lastEventID string) event {
 }
 
 // Wait waits until event n was given to a connection. It returns false when
-// ctx ends, or when nobody is at it: there is no connection, or it failed.
+// ctx ends, when the event was dropped, or when nobody is at it: there is no
+// connection, or it failed.
 func (o *outbox) Wait(ctx context.Context, n uint64) bool {
 	for {
 		o.mu.Lock()
 		done := o.sent >= n || o.start >= n
-		busy := o.token != "" && o.sender == o.token
+		i := o.indexLocked(n - 1)
+		dropped := i == len(o.log) || o.log[i].n != n
+		busy := o.token != "" && o.sender == o.token && !dropped
 		if o.changed == nil {
 			o.changed = make(chan struct{})
 		}
@@ -188,6 +204,7 @@ func (o *outbox) trimLocked() {
 		}
 		o.log = slices.Delete(o.log, from+i, from+i+1)
 		o.policy.dropped(1)
+		o.notifyLocked()
 	}
 }
 
@@ -222,8 +239,11 @@ func (o *outbox) deliver(token string) {
 	for {
 		o.mu.Lock()
 		if o.token != token {
+			if o.sender == token { // and not already another's
+				o.sender = ""
+			}
 			o.mu.Unlock()
-			return // sender, if set, is another's
+			return
 		}
 		if !o.moreLocked() {
 			if o.unsure && !o.stalled {
@@ -303,6 +323,7 @@ func (o *outbox) awaitOpen(token string) {
 	case disconnected:
 		o.token = ""
 	}
+	o.notifyLocked()
 }
 
 func (o *outbox) notifyLocked() {

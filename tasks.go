@@ -13,9 +13,9 @@ import (
 	"net/url"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"time"
-	"unicode/utf8"
 )
 
 const (
@@ -86,10 +86,10 @@ type TaskService struct {
 	log     *slog.Logger
 	met     taskMetrics
 	kinds   map[string]taskKind
-	policy  *outboxPolicy // of tasks
 	unknown *outboxPolicy // of streams for tasks that are not known
 
-	mu      sync.Mutex // guards the rest and the mutable part of each task
+	mu      sync.Mutex    // guards the rest and the mutable part of each task
+	policy  *outboxPolicy // of tasks made from now on
 	tasks   map[string]*task
 	queue   []*task // pending, oldest first, at most cfg.queueLimit
 	running int     // busy workers
@@ -285,31 +285,31 @@ func (s *TaskService) runLocked(t *task, late string) {
 
 // run does the work of t on a worker.
 func (s *TaskService) run(ctx context.Context, t *task) {
-	result, err := s.call(ctx, t)
-	var encoded json.RawMessage
-	if err == nil {
-		encoded, err = encodeResult(result)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err != nil {
-		s.finishLocked(t, taskFailed, nil, truncate(err.Error()))
-	} else {
-		s.finishLocked(t, taskCompleted, encoded, "")
-	}
-	s.running--
-	s.dispatchLocked()
-}
-
-// call calls the work of t and turns a panic into an error.
-func (s *TaskService) call(ctx context.Context, t *task) (result any, err error) {
+	var result json.RawMessage
+	failure := "internal error" // unless work gets to return
 	defer func() {
 		if v := recover(); v != nil {
 			s.log.Error("task panicked", "task_id", t.id, "type", t.kind, "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
-			err = errors.New("internal error")
 		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if failure != "" {
+			s.finishLocked(t, taskFailed, nil, failure)
+		} else {
+			s.finishLocked(t, taskCompleted, result, "")
+		}
+		s.running--
+		s.dispatchLocked()
 	}()
-	return t.work(ctx, &progress{s, t})
+	value, err := t.work(ctx, &progress{s, t})
+	if err == nil {
+		result, err = encodeResult(value)
+	}
+	if err != nil {
+		failure = cmp.Or(truncate(err.Error()), "task failed")
+	} else {
+		failure = ""
+	}
 }
 
 var errResultTooLarge = fmt.Errorf("result is larger than %d bytes", maxTaskResult)
@@ -398,7 +398,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result json.RawMe
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.tasks[t.id] == t {
-			delete(s.tasks, t.id)
+			s.forgetLocked(t)
 		}
 	})
 	return n
@@ -430,8 +430,15 @@ func (s *TaskService) Delete(id string) error {
 	case !t.status.finished():
 		return errCannotDelete
 	}
-	delete(s.tasks, id)
+	s.forgetLocked(t)
 	return nil
+}
+
+func (s *TaskService) forgetLocked(t *task) {
+	delete(s.tasks, t.id)
+	if t.kind == externalTask { // its ID may be chosen again
+		s.policy = s.policy.renewed()
+	}
 }
 
 // Progress, Complete and Fail are the reports of an external worker. They
@@ -551,16 +558,10 @@ func (s *TaskService) List() []taskView {
 	return views
 }
 
-// truncate cuts a text to maxTaskText bytes, at the border of a character.
+// truncate cuts a text to maxTaskText bytes, and leaves out what is not UTF-8,
+// such as half a character at the end.
 func truncate(text string) string {
-	if len(text) <= maxTaskText {
-		return text
-	}
-	end := maxTaskText
-	for !utf8.RuneStart(text[end]) {
-		end--
-	}
-	return text[:end]
+	return strings.ToValidUTF8(text[:min(len(text), maxTaskText)], "")
 }
 
 // The kinds of task that come with the program.

@@ -44,13 +44,13 @@ type versionConfig struct {
 //
 // Lock order: mu, then that of an outbox.
 type VersionService struct {
-	cfg    versionConfig
-	conns  *ConnectionManager
-	log    *slog.Logger
-	met    outboxMetrics
-	policy *outboxPolicy
+	cfg   versionConfig
+	conns *ConnectionManager
+	log   *slog.Logger
+	met   outboxMetrics
 
 	mu      sync.Mutex                // guards the rest
+	policy  *outboxPolicy             // of outboxes made from now on
 	streams map[string]*versionStream // by request_id
 	held    int                       // bytes waiting when last tidied, and all announced since
 	latest  announcement              // to everybody
@@ -210,6 +210,7 @@ func (s *VersionService) tidy() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.held = 0
+	known := len(s.streams)
 	for id, st := range s.streams {
 		_, waiting, bytes := st.outbox.Size()
 		if s.conns.Connected(st.outbox.identifier) {
@@ -220,6 +221,9 @@ func (s *VersionService) tidy() {
 			continue
 		}
 		s.held += bytes + waiting*versionOverhead
+	}
+	if len(s.streams) < known {
+		s.policy = s.policy.renewed()
 	}
 }
 
