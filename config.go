@@ -219,13 +219,17 @@ func (r *envReader) seconds(name, unset string) time.Duration {
 	return d
 }
 
-// addr reads host:port, where an empty host is every interface.
+// addr reads host:port, where an empty host is every interface. It names localhost by its address, as a container that
+// holds nothing but the binary has no /etc/hosts.
 func (r *envReader) addr(name, unset string) string {
 	v := cmp.Or(r.getenv(name), unset)
-	_, port, err := net.SplitHostPort(v)
+	host, port, err := net.SplitHostPort(v)
 	_, portErr := strconv.ParseUint(port, 10, 16)
 	if v != "" && (err != nil || portErr != nil) {
 		r.fail(name, "host:port with a port from 0 to 65535")
+	}
+	if host == "localhost" {
+		return net.JoinHostPort("127.0.0.1", port)
 	}
 	return v
 }

@@ -37,7 +37,7 @@ func TestConfigDefaults(t *testing.T) {
 		Retry:        2 * time.Second,
 	}
 	wantBackend := backendConfig{
-		Addr:                "localhost:8080",
+		Addr:                "127.0.0.1:8080",
 		TaskWorkers:         4,
 		TaskQueueLimit:      1000,
 		TaskTimeout:         5 * time.Minute,
@@ -299,9 +299,9 @@ func TestHealthcheckURL(t *testing.T) {
 	const noPort = " must be given a port above 0 for a health check, " +
 		"which cannot know the port that the system chose, not "
 	tests := []struct{ addr, port, want string }{
-		{"", "", "http://localhost:8080/readyz"},
+		{"", "", "http://127.0.0.1:8080/readyz"},
 		{"", "3000", "http://127.0.0.1:3000/readyz"},
-		{"localhost:9", "3000", "http://localhost:9/readyz"},
+		{"localhost:9", "3000", "http://127.0.0.1:9/readyz"},
 		{"192.0.2.7:80", "", "http://192.0.2.7:80/readyz"},
 		{"[::1]:80", "", "http://[::1]:80/readyz"},
 		{"[fe80::1%eth0]:80", "", "http://[fe80::1%25eth0]:80/readyz"},

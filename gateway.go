@@ -2,9 +2,11 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -75,6 +77,7 @@ func newGatewayClient(baseURL string) *gatewayClient {
 		client: &http.Client{
 			Timeout: sendLimit,
 			Transport: &http.Transport{
+				DialContext:         dial,
 				MaxIdleConnsPerHost: maxPosting,
 				IdleConnTimeout:     time.Minute,
 				DisableCompression:  true,
@@ -82,6 +85,21 @@ func newGatewayClient(baseURL string) *gatewayClient {
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
 	}
+}
+
+// dial connects to localhost by its addresses, as a container that holds
+// nothing but the binary has no /etc/hosts, and to any other host as usual.
+func dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	var d net.Dialer
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil || host != "localhost" {
+		return d.DialContext(ctx, network, addr)
+	}
+	conn, err := d.DialContext(ctx, network, net.JoinHostPort("127.0.0.1", port))
+	if err != nil {
+		conn, err = d.DialContext(ctx, network, net.JoinHostPort("::1", port))
+	}
+	return conn, err
 }
 
 // heard notes what the gateway says it can do.

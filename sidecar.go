@@ -81,6 +81,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 		met:    met,
 		client: &http.Client{
 			Transport: &http.Transport{
+				DialContext:         dial,
 				MaxIdleConnsPerHost: maxConnecting + maxDisconnecting,
 				IdleConnTimeout:     10 * time.Second, // after a storm they would cost more than the streams
 				ReadBufferSize:      callbackBuffer,
