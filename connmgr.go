@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -336,6 +338,18 @@ func (m *ConnectionManager) Drain(ctx context.Context) {
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
+}
+
+// EndAll ends every stream, without the event that would keep its browser
+// from coming back: to the backend that takes this one's place.
+func (m *ConnectionManager) EndAll(ctx context.Context) {
+	m.mu.Lock()
+	tokens := slices.Collect(maps.Keys(m.tokens))
+	m.mu.Unlock()
+	for _, token := range tokens {
+		m.background(func() { m.gateway.send(token, nil, true) })
+	}
+	m.Drain(ctx)
 }
 
 // closeEvent is the last event of a stream. A browser that reconnects after

@@ -322,13 +322,17 @@ func (b *backend) work(ctx context.Context) {
 	}
 }
 
-// stop fails the tasks that have not ended, and lets their last events out.
+// stop fails the tasks that have not ended, lets their last events out, and
+// ends the streams at a gateway that stays.
 func (b *backend) stop(ctx context.Context) {
 	b.closing.Store(true)
 	b.tasks.Close()
-	ctx, cancel := context.WithTimeout(ctx, drainLimit)
+	drain, cancel := context.WithTimeout(ctx, drainLimit)
 	defer cancel()
-	b.conns.Drain(ctx)
+	b.conns.Drain(drain)
+	if b.cfg.GatewayURL != "" {
+		b.conns.EndAll(ctx)
+	}
 }
 
 func (b *backend) serveReady(w http.ResponseWriter, r *http.Request) {
