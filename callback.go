@@ -151,7 +151,11 @@ func parseCallback(body []byte) (c callback, err error) {
 	if err != nil {
 		return c, errFieldType
 	}
-	if c.url, err = request.required("url"); err != nil {
+	c.url, _, err = request.str("url")
+	if err == nil && c.url == "" && c.action == "connect" {
+		err = errMissingField
+	}
+	if err != nil {
 		return c, err
 	}
 	c.lastID, err = headerValue(request["headers"], "last-event-id")

@@ -670,17 +670,15 @@ func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) {
 		writeTaskError(w, err)
 		return
 	}
-	answer := map[string]any{
-		"task_id":    t.id,
-		"stream_url": "/api/sse/tasks?task_id=" + url.QueryEscape(t.id),
-		"status":     taskPending,
-	}
-	if known {
-		answer["status"] = taskRunning
-		writeJSON(w, http.StatusOK, answer)
+	streamURL := "/api/sse/tasks?task_id=" + url.QueryEscape(t.id)
+	if view, err := s.Status(t.id); known && err == nil {
+		writeJSON(w, http.StatusOK, struct {
+			taskView
+			StreamURL string `json:"stream_url"`
+		}{view, streamURL})
 		return
 	}
-	writeJSON(w, http.StatusAccepted, answer)
+	writeJSON(w, http.StatusAccepted, map[string]any{"task_id": t.id, "stream_url": streamURL, "status": taskPending})
 }
 
 // serveList is GET /api/tasks.

@@ -1,0 +1,436 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"go/ast"
+	goparser "go/parser"
+	"go/token"
+	"go/types"
+	"io"
+	"log/slog"
+	"maps"
+	"mime"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// These tests hold openapi.yaml and the program together. They read as much of YAML as that file uses; whether it is
+// good OpenAPI is for other tools to say.
+
+// An apiOperation is what the file says of one method on one path.
+type apiOperation struct {
+	name    string           // such as "GET /api/sse/tasks"
+	query   string           // of the example parameter, such as "?task_id=import-7"
+	request *apiBody         // its mediaType is "" if there is none
+	answers map[int]*apiBody // by status
+}
+
+// An apiBody is what the file says of the body of a request or an answer.
+type apiBody struct {
+	mediaType string
+	examples  map[string]string // by name; that of a single "example:" is ""
+}
+
+var (
+	yamlKey   = regexp.MustCompile(`^( *)"?([^\s":]+)"?:(?: \{\$ref: "#/components/responses/(\w+)"\})?`)
+	yamlQuery = regexp.MustCompile(`\{name: (\w+), in: query, .* example: "(.+)"\}`)
+	yamlMedia = regexp.MustCompile(`(?:^ +|content: \{)(\w+/[\w-]+):`)
+	yamlText  = regexp.MustCompile(`^ +example: \|\+$`)                  // and what is indented below is the example
+	yamlJSON  = regexp.MustCompile(`(?:(\w+): \{value|example): (\{.*)`) // which may go on below
+)
+
+// readOpenAPI reads the operations in openapi.yaml, by name. Where a line is in it is told by the keys above, one for
+// each step of indentation.
+func readOpenAPI(t *testing.T) map[string]*apiOperation {
+	t.Helper()
+	file, err := os.ReadFile("openapi.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	operations, answers := map[string]*apiOperation{}, map[string]*apiBody{}
+	var keys []string
+	var op *apiOperation
+	at := &apiBody{examples: map[string]string{}} // what examples belong to
+	enter := func(name string) *apiBody {         // an answer that may have been referred to before
+		at = cmp.Or(answers[name], &apiBody{examples: map[string]string{}})
+		answers[name] = at
+		return at
+	}
+	for rest := string(file); rest != ""; {
+		line, below, _ := strings.Cut(rest, "\n")
+		if m := yamlKey.FindStringSubmatch(line); m != nil {
+			depth := len(m[1]) / 2
+			keys = append(keys[:min(len(keys), depth)], m[2])
+			switch {
+			case depth == 2 && keys[0] == "paths" && m[2] != "parameters":
+				name := strings.ToUpper(m[2]) + " " + keys[1]
+				op = &apiOperation{name: name, request: enter(name), answers: map[int]*apiBody{}}
+				operations[name] = op
+			case depth == 4 && keys[0] == "paths" && keys[3] == "responses":
+				status, _ := strconv.Atoi(m[2])
+				op.answers[status] = enter(cmp.Or(m[3], op.name+" "+m[2]))
+			case depth == 2 && keys[1] == "responses":
+				enter(m[2])
+			}
+		}
+		if m := yamlQuery.FindStringSubmatch(line); m != nil {
+			op.query = "?" + m[1] + "=" + m[2]
+		}
+		if m := yamlMedia.FindStringSubmatch(line); m != nil {
+			at.mediaType = m[1]
+		}
+		if yamlText.MatchString(line) {
+			indent := below[:len(below)-len(strings.TrimLeft(below, " "))]
+			for line := range strings.Lines(below) {
+				text, ok := strings.CutPrefix(line, indent)
+				if !ok && text != "\n" {
+					break
+				}
+				at.examples[""] += text
+			}
+		} else if m := yamlJSON.FindStringSubmatch(line); m != nil {
+			var example json.RawMessage
+			if err := json.NewDecoder(strings.NewReader(m[2] + "\n" + below)).Decode(&example); err != nil {
+				t.Fatalf("%s: %v", line, err)
+			}
+			at.examples[m[1]] = string(example)
+		}
+		rest = below
+	}
+	return operations
+}
+
+func TestOpenAPI(t *testing.T) {
+	operations := readOpenAPI(t)
+	for name, test := range map[string]func(*testing.T, map[string]*apiOperation){
+		"routes":   testAPIRoutes,
+		"examples": testAPIExamples,
+		"streams":  testAPIStreams,
+		"errors":   testAPIErrors,
+	} {
+		t.Run(name, func(t *testing.T) { test(t, operations) })
+	}
+}
+
+// testAPIRoutes tests that each route is an operation, and each operation has a route.
+func testAPIRoutes(t *testing.T, operations map[string]*apiOperation) {
+	var want []string
+	for _, pattern := range literalArgs(t, "main.go", "*backend", "routes", "mux.Handle", "mux.HandleFunc") {
+		if pattern == "/api/sse/" { // the callback decides which of these paths are streams
+			for _, path := range literalArgs(t, "callback.go", "*callbackHandler", "route", "underPath") {
+				want = append(want, "GET "+path)
+			}
+			continue
+		}
+		want = append(want, strings.TrimSuffix(pattern, "{$}"))
+	}
+	slices.Sort(want)
+	got := slices.Sorted(maps.Keys(operations))
+	if !slices.Equal(got, want) {
+		t.Errorf("openapi.yaml has\n%s\nand the program\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+// literalArgs returns the string literals that a method passes to the callees. A call without one fails the test.
+func literalArgs(t *testing.T, file, receiver, method string, callees ...string) (found []string) {
+	t.Helper()
+	source, err := goparser.ParseFile(token.NewFileSet(), file, nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, decl := range source.Decls {
+		f, ok := decl.(*ast.FuncDecl)
+		if !ok || f.Name.Name != method || f.Recv == nil || types.ExprString(f.Recv.List[0].Type) != receiver {
+			continue
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok || !slices.Contains(callees, types.ExprString(call.Fun)) {
+				return true
+			}
+			before := len(found)
+			for _, arg := range call.Args {
+				if s, err := strconv.Unquote(types.ExprString(arg)); err == nil {
+					found = append(found, s)
+				}
+			}
+			if len(found) == before {
+				t.Errorf("%s: no string literal in %s", file, types.ExprString(call))
+			}
+			return true
+		})
+	}
+	return found
+}
+
+const (
+	apiSecret = "correct-horse-battery"
+	apiTask   = "import-7"
+)
+
+// serveAPI serves a backend with a gateway, as one process would.
+func serveAPI(t *testing.T, appEnv string) (b *backend, url string) {
+	t.Helper()
+	cfg, err := loadBackendConfig(getenvFrom(map[string]string{
+		"APP_ENV": appEnv, "API_TOKEN": apiSecret, "SSE_CALLBACK_SECRET": apiSecret,
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	public := httptest.NewUnstartedServer(nil)
+	url = "http://" + public.Listener.Addr().String()
+	cfg.Gateway.CallbackURL = secret(url + "/api/sse/callback?secret=" + apiSecret)
+	log, reg := slog.New(slog.DiscardHandler), newRegistry("test")
+	g := newGateway(cfg.Gateway, log, newGatewayMetrics(reg))
+	internal := httptest.NewServer(g.internalRoutes(reg))
+	b = newBackend(cfg, internal.URL, reg, log)
+	public.Config.Handler = b.routes(g)
+	public.Start()
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), stopLimit)
+		defer cancel()
+		b.stop(ctx)
+		g.shutdown(ctx)
+		public.Config.Close() // not public.Close, which waits half a second for whom a 413 was sent
+		internal.Config.Close()
+	})
+	return b, url
+}
+
+// An apiRequest can still be changed before it is sent.
+type apiRequest struct {
+	method, target, body string
+	header               http.Header
+}
+
+// example is the request with one of the operation's examples, by somebody who may.
+func (op *apiOperation) example(name string) apiRequest {
+	method, path, _ := strings.Cut(op.name, " ")
+	target := strings.Replace(path, "{task_id}", apiTask, 1) + op.query
+	r := apiRequest{method, target, op.request.examples[name], http.Header{}}
+	r.header.Set("Authorization", "Bearer "+apiSecret)
+	if op.request.mediaType != "" {
+		r.header.Set("Content-Type", op.request.mediaType)
+	}
+	if op.name == "POST /api/sse/callback" {
+		r.target += "?secret=" + apiSecret
+	}
+	return r
+}
+
+// exampleNames are those of the requests, or only "" if there is nothing to choose.
+func (op *apiOperation) exampleNames() []string {
+	if len(op.request.examples) == 0 {
+		return []string{""}
+	}
+	return slices.Sorted(maps.Keys(op.request.examples))
+}
+
+// send returns the answer, with its body if that is JSON.
+func (r apiRequest) send(t *testing.T, url string) (status int, mediaType, text string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), r.method, url+r.target, strings.NewReader(r.body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header = r.header
+	client := http.Client{Timeout: 10 * time.Second}
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	mediaType, _, _ = mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	if mediaType == "application/json" {
+		all, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text = string(all)
+	}
+	return resp.StatusCode, mediaType, text
+}
+
+// startAPITask starts the external task of the examples, for all that need one.
+func startAPITask(t *testing.T, operations map[string]*apiOperation, url string) {
+	t.Helper()
+	if status, _, text := operations["POST /api/tasks"].example("external").send(t, url); status != http.StatusAccepted {
+		t.Fatalf("starting the task: %d %s", status, text)
+	}
+}
+
+// apiShape is a JSON text without its values: objects with their names, arrays, and null for all else.
+func apiShape(t *testing.T, text string) any {
+	t.Helper()
+	var v any
+	if err := json.Unmarshal([]byte(text), &v); err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+	var strip func(v any) any
+	strip = func(v any) any {
+		switch v := v.(type) {
+		case map[string]any:
+			for name := range v {
+				v[name] = strip(v[name])
+			}
+			return v
+		case []any:
+			for i := range v {
+				v[i] = strip(v[i])
+			}
+			return v
+		}
+		return nil
+	}
+	return strip(v)
+}
+
+// testAPIExamples tests that each example of a request is taken, and that the answer has exactly the fields of its own
+// example. A request without a body is its own only example.
+func testAPIExamples(t *testing.T, operations map[string]*apiOperation) {
+	for name, op := range operations {
+		for _, example := range op.exampleNames() {
+			t.Run(name+" "+example, func(t *testing.T) {
+				_, url := serveAPI(t, "development")
+				if example != "external" {
+					startAPITask(t, operations, url)
+				}
+				if !strings.HasPrefix(name, "POST ") { // the task of these examples is finished
+					operations["POST /api/tasks/{task_id}/complete"].example("").send(t, url)
+				}
+				status, mediaType, text := op.example(example).send(t, url)
+				want := op.answers[status]
+				if status/100 != 2 || want == nil || mediaType != want.mediaType {
+					t.Fatalf("got %d %s %s, which is not documented", status, mediaType, text)
+				}
+				if mediaType != "application/json" {
+					return
+				}
+				wantText, ok := want.examples[example]
+				if !ok {
+					wantText = want.examples[""]
+				}
+				if got, want := apiShape(t, text), apiShape(t, wantText); !reflect.DeepEqual(got, want) {
+					t.Errorf("got %d with the fields %v, want %v", status, got, want)
+				}
+			})
+		}
+	}
+}
+
+// testAPIStreams tests that the streams bring the events that they have as an example, after the other examples.
+func testAPIStreams(t *testing.T, operations map[string]*apiOperation) {
+	epoch := regexp.MustCompile(`^[a-z2-7]+-`)
+	for name, op := range operations {
+		stream := op.answers[http.StatusOK]
+		if stream == nil || stream.mediaType != "text/event-stream" {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			_, url := serveAPI(t, "development")
+			startAPITask(t, operations, url)
+			operations["POST /api/tasks/{task_id}/progress"].example("").send(t, url)
+			operations["POST /api/tasks/{task_id}/complete"].example("").send(t, url)
+			operations["POST /api/deployments/version"].example("single").send(t, url)
+			want := (&parser{}).feed([]byte(stream.examples[""]))
+			got := openEventSource(t, url+op.example("").target).waitFor(t, 5*time.Second, func(got []message) bool {
+				return len(got) >= len(want) && len(want) > 0
+			})
+			for i, want := range want {
+				got := got[i]
+				sameID := epoch.ReplaceAllString(got.ID, "") == epoch.ReplaceAllString(want.ID, "")
+				if got.Name != want.Name || !sameID || !reflect.DeepEqual(apiShape(t, got.Data), apiShape(t, want.Data)) {
+					t.Errorf("event %d: got %v, want one like %v", i, got, want)
+				}
+			}
+		})
+	}
+}
+
+// testAPIErrors tries each operation with requests that are wrong in one way each. A status must be documented exactly
+// where it is given, and every error must be one of its examples.
+func testAPIErrors(t *testing.T, operations map[string]*apiOperation) {
+	wrongs := []struct {
+		status int
+		make   func(b *backend, r *apiRequest)
+	}{
+		{http.StatusBadRequest, func(b *backend, r *apiRequest) { r.body = "[]" }},
+		{http.StatusUnauthorized, func(b *backend, r *apiRequest) {
+			r.header.Del("Authorization")
+			r.target, _, _ = strings.Cut(r.target, "?secret=")
+		}},
+		{http.StatusForbidden, func(b *backend, r *apiRequest) { r.header.Set("Sec-Fetch-Site", "cross-site") }},
+		{http.StatusNotFound, func(b *backend, r *apiRequest) {
+			r.target = strings.Replace(r.target, apiTask, "other", 1)
+		}},
+		{http.StatusGone, func(b *backend, r *apiRequest) {
+			r.header.Set("Last-Event-ID", closeID)
+			r.body = strings.Replace(r.body, "k3v7aq2c-2", closeID, 1)
+		}},
+		{http.StatusRequestEntityTooLarge, func(b *backend, r *apiRequest) {
+			if r.body != "" {
+				r.body = strings.Repeat(" ", 256<<10) + r.body
+			}
+		}},
+		{http.StatusRequestURITooLong, func(b *backend, r *apiRequest) {
+			r.target = strings.Replace(r.target+"?", "?", "?a="+strings.Repeat("a", 8<<10)+"&", 1)
+		}},
+		{http.StatusUnsupportedMediaType, func(b *backend, r *apiRequest) { r.header.Set("Content-Type", "text/plain") }},
+		{http.StatusConflict, func(b *backend, r *apiRequest) { b.tasks.Complete(apiTask, nil) }},
+		{http.StatusServiceUnavailable, func(b *backend, r *apiRequest) { b.closing.Store(true) }}, // the last: it stays so
+	}
+	for name, op := range operations {
+		t.Run(name, func(t *testing.T) {
+			b, url := serveAPI(t, "production")
+			startAPITask(t, operations, url)
+			tried := map[int]bool{http.StatusGatewayTimeout: true} // takes callbackLimit
+			for _, wrong := range wrongs {
+				given := false
+				for _, example := range op.exampleNames() {
+					r := op.example(example)
+					wrong.make(b, &r)
+					status, mediaType, text := r.send(t, url)
+					if status < 400 {
+						continue // not wrong for this operation
+					}
+					given = given || status == wrong.status
+					if want := op.answers[status]; want == nil || mediaType != want.mediaType || !want.hasExample(text) {
+						t.Errorf("wrong for %d: got %d %s, which is not documented", wrong.status, status, text)
+					}
+				}
+				if documented := op.answers[wrong.status] != nil; documented != given {
+					t.Errorf("%d is documented: %v, given: %v", wrong.status, documented, given)
+				}
+				tried[wrong.status] = true
+			}
+			for status := range op.answers {
+				if status >= 400 && !tried[status] {
+					t.Errorf("%d is documented, but nothing here is answered with it", status)
+				}
+			}
+		})
+	}
+}
+
+// hasExample reports whether a JSON text is an example, apart from white space.
+func (b *apiBody) hasExample(text string) bool {
+	var got, want any
+	json.Unmarshal([]byte(text), &got)
+	for _, example := range b.examples {
+		json.Unmarshal([]byte(example), &want)
+		if reflect.DeepEqual(got, want) {
+			return true
+		}
+	}
+	return false
+}
