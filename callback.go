@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"sync/atomic"
 )
@@ -97,7 +98,7 @@ func (h *callbackHandler) connect(w http.ResponseWriter, c callback) {
 	}
 	open, err := service.OnConnect(id, c.token, c.url, c.lastID)
 	if err != nil {
-		h.log.Warn("refusing a connection", "id", id, "err", err)
+		h.log.Warn("refusing a connection", "id", strconv.Quote(id[:min(len(id), 2*maxID)]), "err", err)
 		writeError(w, http.StatusBadRequest, err.Error())
 		return
 	}
@@ -138,6 +139,9 @@ func parseCallback(body []byte) (c callback, err error) {
 		return c, errUnknownAction
 	}
 	if c.token, err = o.required("token"); err != nil {
+		return c, err
+	}
+	if _, _, err := o.str("reason"); err != nil {
 		return c, err
 	}
 	raw, ok := o["request"]

@@ -23,6 +23,7 @@ const (
 	maxTaskText   = 8 << 10   // bytes of a progress text, a title or an error
 	maxTaskResult = 64 << 10  // bytes of an encoded result
 	maxTaskList   = 100       // tasks in a list
+	maxExternal   = 10000     // external tasks that have not ended
 )
 
 // taskFunc is the work of a task. It returns the result, which must have a
@@ -93,6 +94,7 @@ type TaskService struct {
 	tasks   map[string]*task
 	queue   []*task // pending, oldest first, at most cfg.queueLimit
 	running int     // busy workers
+	outside int     // external tasks that have not ended, at most maxExternal
 	created uint64  // tasks ever made
 	closing bool    // no new tasks
 }
@@ -218,6 +220,10 @@ func (s *TaskService) startExternal(params object) (t *task, known bool, err err
 		}
 		return t, true, nil
 	}
+	if s.outside >= maxExternal {
+		return nil, false, errQueueFull
+	}
+	s.outside++
 	t = s.addLocked(id, externalTask)
 	t.title = title
 	s.runLocked(t, "worker lost")
@@ -234,6 +240,8 @@ func externalParams(params object) (id, title string, err error) {
 		id = newToken()
 	} else if _, err := newIdentifier(serviceTask, id); err != nil {
 		return "", "", err
+	} else if id == "." || id == ".." { // the URLs of its reports would lead elsewhere
+		return "", "", errBadID
 	}
 	title, _, err = params.str("title")
 	if err != nil || len(title) > maxTaskText {
@@ -368,6 +376,9 @@ func (s *TaskService) emitLocked(t *task, eventType string, data any, keep bool)
 func (s *TaskService) finishLocked(t *task, status taskStatus, result json.RawMessage, failure string) (n uint64) {
 	if t.status.finished() {
 		return 0
+	}
+	if t.kind == externalTask {
+		s.outside--
 	}
 	if t.status == taskPending {
 		s.queue = slices.DeleteFunc(s.queue, func(other *task) bool { return other == t })

@@ -67,7 +67,7 @@ type versionStream struct {
 	outbox  *outbox
 	version string    // the last one appended
 	round   uint64    // the announcement to everybody that it has, or had no need of
-	seen    time.Time // when it was last known to be connected
+	alone   time.Time // since when it has no connection; zero while it has one
 }
 
 // announcement is a version, and the data of its event.
@@ -109,7 +109,7 @@ func (s *VersionService) OnConnect(id, token, url, lastEventID string) (event, e
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := s.streamLocked(id, identifier)
-	st.seen = time.Now()
+	st.alone = time.Time{}
 	s.catchUpLocked(st)
 	return st.outbox.Connect(token, url, lastEventID), nil
 }
@@ -117,7 +117,7 @@ func (s *VersionService) OnConnect(id, token, url, lastEventID string) (event, e
 func (s *VersionService) streamLocked(id, identifier string) *versionStream {
 	st := s.streams[id]
 	if st == nil {
-		st = &versionStream{outbox: newOutbox(identifier, s.conns, s.policy), seen: time.Now()}
+		st = &versionStream{outbox: newOutbox(identifier, s.conns, s.policy), alone: time.Now()}
 		s.streams[id] = st
 	}
 	return st
@@ -213,9 +213,12 @@ func (s *VersionService) tidy() {
 	known := len(s.streams)
 	for id, st := range s.streams {
 		_, waiting, bytes := st.outbox.Size()
-		if s.conns.Connected(st.outbox.identifier) {
-			st.seen = now
-		} else if now.Sub(st.seen) >= s.cfg.pendingTTL {
+		switch {
+		case s.conns.Connected(st.outbox.identifier):
+			st.alone = time.Time{}
+		case st.alone.IsZero():
+			st.alone = now
+		case now.Sub(st.alone) >= s.cfg.pendingTTL:
 			delete(s.streams, id)
 			s.met.RecordOutboxDropped(serviceVersion, "expired", waiting)
 			continue
@@ -242,7 +245,8 @@ func (s *VersionService) Events() (n int) {
 // version to everybody. The first one seen is where it starts from. What goes
 // wrong is logged when it begins and when it is over, and never announced.
 func (s *VersionService) Poll(ctx context.Context, target string, interval time.Duration) {
-	p := poller{url: target, client: &http.Client{Timeout: pollLimit}}
+	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: dial}
+	p := poller{url: target, client: &http.Client{Timeout: pollLimit, Transport: transport}}
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	for known, failing := "", false; ; {

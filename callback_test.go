@@ -1,0 +1,329 @@
+package main
+
+import (
+	"encoding/json"
+	"maps"
+	"math/rand/v2"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+// identifiers returns those that have a connection, sorted and joined by a
+// space.
+func (api *apiFixture) identifiers() string {
+	api.conns.mu.Lock()
+	defer api.conns.mu.Unlock()
+	return strings.Join(slices.Sorted(maps.Keys(api.conns.connections)), " ")
+}
+
+// callback posts a callback and returns the answer in one line.
+func (api *apiFixture) callback(body string) string {
+	return api.do("POST", "/api/sse/callback", body)
+}
+
+// callbackAccepted is the answer to a connect callback.
+const callbackAccepted = `200 {"event":{"id":"e-0","name":"connection_open","data":"{\"status\":\"connected\"}"}}`
+
+// checkCallbackRoutes connects to each target and wants that identifier.
+func checkCallbackRoutes(t *testing.T, api *apiFixture, routes map[string]string) {
+	t.Helper()
+	for target, want := range routes {
+		stream := api.connect(target)
+		if got := api.identifiers(); got != want {
+			t.Errorf("%s: got %q connected, want %q", target, got, want)
+		}
+		stream.leave()
+	}
+}
+
+func TestCallbackRoutesToTaskService(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	api.external("abc")
+	checkCallbackRoutes(t, api, map[string]string{
+		"/api/sse/tasks?task_id=abc":                           "task:abc",
+		"/api/sse/tasks/?task_id=abc":                          "task:abc",
+		"/api/sse/tasks/deep/er?x=1&task_id=abc&task_id=other": "task:abc",
+	})
+}
+
+func TestCallbackRoutesToVersionService(t *testing.T) {
+	t.Parallel()
+	checkCallbackRoutes(t, newAPI(t, ""), map[string]string{
+		"/api/sse/utils/version?request_id=abc":      "version:abc",
+		"/api/sse/utils/version/?request_id=a%20b":   "version:a b",
+		"/api/sse/utils/version/x?request_id=%C3%BC": "version:ü",
+	})
+}
+
+func TestCallbackUnknownURLReturns400(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	for _, target := range []string{
+		"/", "/?task_id=a", "*", "not a path",
+		"/api/sse?task_id=a",
+		"/api/sse/tasksfoo?task_id=a",             // no segment border
+		"/api/sse/utils/versions?request_id=a",    // the same
+		"/api/sse/utils?request_id=a",             // too short
+		"/API/sse/tasks?task_id=a",                // paths have a case
+		"//api/sse/tasks?task_id=a",               // another path
+		"/v1/api/sse/tasks?task_id=a",             // a prefix it is not
+		"/other?then=/api/sse/tasks&task_id=a",    // not in the path
+		"api/sse/tasks?task_id=a",                 // no request target
+		"/api/sse/%zztasks?task_id=a",             // no URL
+		"/api/sse/tasks\x7f?task_id=a",            // no URL
+		"/api/sse/utils/../tasksx?task_id=a",      // not cleaned
+		"/elsewhere/../api/sse/tasks?task_id=a#x", // the same
+	} {
+		got := api.callback(apiConnect("t", target))
+		if want := "400 " + string(marshal(map[string]string{"error": "Cannot route URL: " + target})); got != want {
+			t.Errorf("%s: got %s, want %s", target, got, want)
+		}
+	}
+	if got := api.identifiers(); got != "" {
+		t.Errorf("got %q connected, want nobody", got)
+	}
+}
+
+func TestCallbackSecret(t *testing.T) {
+	t.Parallel()
+	const secret = "s3cret&+%/ü"
+	api := newAPI(t, "SSE_CALLBACK_SECRET="+secret)
+	for query, want := range map[string]bool{
+		"":                                   false,
+		"?secret=":                           false,
+		"?secret=wr0ng":                      false,
+		"?secret=s3cret":                     false,
+		"?secret=s3cret&+%/ü":                false, // unescaped it is another one
+		"?Secret=" + url.QueryEscape(secret): false,
+		"?secret=" + url.QueryEscape(secret): true,
+	} {
+		got := api.do("POST", "/api/sse/callback"+query, apiConnect("t", "/api/sse/utils/version?request_id=r"))
+		refused := `401 {"error":"missing or wrong secret"}`
+		if wantAnswer := map[bool]string{true: callbackAccepted, false: refused}[want]; got != wantAnswer {
+			t.Errorf("%q: got %s, want %s", query, got, wantAnswer)
+		}
+	}
+	log := api.logged.String()
+	if got, want := strings.Count(log, `level=WARN msg="callback with a missing or wrong secret"`), 6; got != want {
+		t.Errorf("got %d warnings, want %d:\n%s", got, want, log)
+	}
+	if strings.Contains(log, "s3cret") || strings.Contains(log, "wr0ng") {
+		t.Errorf("a secret is in the log:\n%s", log)
+	}
+}
+
+func TestCallbackBody(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	const good = `{"action":"connect","token":"t","request":{"url":"/api/sse/utils/version?request_id=r","headers":{"user-agent":"x"}}}`
+	bad := map[string]string{
+		"no body":       ``,
+		"no JSON":       `action=connect`,
+		"no object":     `[` + good + `]`,
+		"null":          `null`,
+		"not UTF-8":     strings.Replace(good, `"x"`, "\"\xff\"", 1),
+		"two values":    good + good,
+		"twice a field": strings.Replace(good, `"token":"t"`, `"token":"t","token":"t"`, 1),
+		"other case":    strings.Replace(good, `"token"`, `"Token"`, 1),
+		"other action":  strings.Replace(good, `"connect"`, `"reconnect"`, 1),
+	}
+	for name, others := range map[string][]string{
+		`"action":"connect"`: {`"x":1`, `"action":null`, `"action":1`, `"action":""`, `"action":["connect"]`},
+		`"token":"t"`:        {`"x":1`, `"token":null`, `"token":1`, `"token":""`, `"token":{}`},
+		good[strings.Index(good, `"request"`) : len(good)-1]: {`"x":1`, `"request":null`, `"request":"/"`, `"request":[]`, `"request":{}`},
+		`"url":"/api/sse/utils/version?request_id=r"`:        {`"x":1`, `"url":null`, `"url":1`, `"url":""`, `"url":[]`},
+		`"headers":{"user-agent":"x"}`:                       {`"headers":null`, `"headers":1`, `"headers":"x"`, `"headers":[]`},
+		`"user-agent":"x"`:                                   {`"user-agent":null`, `"user-agent":1`, `"last-event-id":["close"]`},
+	} {
+		for _, other := range others {
+			bad[other+" for "+name] = strings.Replace(good, name, other, 1)
+		}
+	}
+	for name, body := range bad {
+		if got := api.callback(body); !strings.HasPrefix(got, `400 {"error":`) {
+			t.Errorf("%s: got %s, want 400", name, got)
+		}
+	}
+	if got, want := api.callback(`{"x":"`+strings.Repeat("x", maxCallback)+`"}`), `413 {"error":"request body too large"}`; got != want {
+		t.Errorf("a long body: got %s, want %s", got, want)
+	}
+	if got := api.identifiers(); got != "" {
+		t.Errorf("got %q connected, want nobody", got)
+	}
+	for name, body := range map[string]string{
+		"as it is":         good,
+		"no headers":       strings.Replace(good, `,"headers":{"user-agent":"x"}`, ``, 1),
+		"more fields":      strings.Replace(good, `{`, `{"x":null,`, 1),
+		"escapes":          strings.Replace(good, `"token"`, `"\u0074oken"`, 1),
+		"space all around": " \n" + strings.ReplaceAll(good, `,"`, " ,\t\"") + "\r\n",
+	} {
+		if got := api.callback(body); got != callbackAccepted {
+			t.Errorf("%s: got %s, want %s", name, got, callbackAccepted)
+		}
+	}
+}
+
+// The browser of a stream that was finished comes back by itself; only a
+// status such as this stops it for good.
+func TestCallbackFinishedStreamIsGone(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	for _, target := range []string{"/api/sse/tasks?task_id=a", "/api/sse/utils/version?request_id=r"} {
+		got, want := api.callback(apiConnect("t", target, "close")), `410 {"error":"this stream is finished"}`
+		if got != want || api.identifiers() != "" {
+			t.Errorf("%s: got %s and %q connected, want %s", target, got, api.identifiers(), want)
+		}
+	}
+}
+
+func TestCallbackDisconnect(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		connect := func(token string) { api.callback(apiConnect(token, "/api/sse/utils/version?request_id=r")) }
+		connect("t1")
+		connect("t2")
+		for _, tt := range []struct{ name, body, connected string }{
+			{"unknown token", apiDisconnect("t0"), "version:r"},
+			{"replaced token", apiDisconnect("t1"), "version:r"},
+			{"token alone", `{"action":"disconnect","token":"t0"}`, "version:r"},
+			{"no URL", `{"action":"disconnect","token":"t0","request":{}}`, "version:r"},
+			{"empty URL", `{"action":"disconnect","token":"t0","request":{"url":""}}`, "version:r"},
+			{"path that has no route", apiDisconnect("t2"), ""},
+			{"once more", apiDisconnect("t2"), ""},
+		} {
+			answer := api.callback(tt.body)
+			if got := api.identifiers(); got != tt.connected || answer != "200 {}" {
+				t.Errorf("%s: got %s and %q connected, want 200 {} and %q", tt.name, answer, got, tt.connected)
+			}
+		}
+	})
+}
+
+// Nobody new is let in while the process ends, but who leaves is noted.
+func TestCallbackWhileStopping(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		stream := api.subscribe("r")
+		api.stop(t.Context())
+		got, want := api.callback(apiConnect("t", "/api/sse/utils/version?request_id=s")), `503 {"error":"shutting down"}`
+		if got != want {
+			t.Errorf("connect: got %s, want %s", got, want)
+		}
+		stream.leave()
+		if got := api.identifiers(); got != "" {
+			t.Errorf("got %q connected, want nobody", got)
+		}
+	})
+}
+
+func TestOnConnectValidUUID(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		id := newToken()
+		api.connect("/api/sse/tasks?task_id=" + id)
+		api.connect("/api/sse/utils/version?request_id=" + id)
+		if got, want := api.identifiers(), "task:"+id+" version:"+id; got != want {
+			t.Errorf("got %q connected, want %q", got, want)
+		}
+	})
+}
+
+// A colon ends the service in an identifier: with one in an ID, two services
+// could come to share an identifier.
+func TestOnConnectRejectsColonInID(t *testing.T) {
+	t.Parallel()
+	checkCallbackRefusesID(t, "/api/sse/tasks?task_id=", "a:b", "a:b")
+	checkCallbackRefusesID(t, "/api/sse/tasks?task_id=", "%3A", ":")
+}
+
+func TestVersionOnConnectRejectsColon(t *testing.T) {
+	t.Parallel()
+	checkCallbackRefusesID(t, "/api/sse/utils/version?request_id=", "a:b", "a:b")
+	checkCallbackRefusesID(t, "/api/sse/utils/version?request_id=", "%3A", ":")
+}
+
+func TestCallbackRefusesBadIDs(t *testing.T) {
+	t.Parallel()
+	longest := strings.Repeat("ü", maxID/2)
+	for _, target := range []string{"/api/sse/tasks?task_id=", "/api/sse/utils/version?request_id="} {
+		for id, logged := range map[string]string{
+			"":                             "",
+			"&other=a":                     "",
+			"%zz":                          "",
+			"a%0Alevel=INFO":               "nlevel=INFO",
+			"%00":                          "x00",
+			"%7F":                          "",
+			"%C2%85":                       "u0085",
+			"%FF":                          "xff",
+			url.QueryEscape(longest) + "x": "üü",
+		} {
+			checkCallbackRefusesID(t, target, id, logged)
+		}
+		got := newAPI(t, "").callback(apiConnect("t", target+url.QueryEscape(longest)))
+		if !strings.HasPrefix(got, "200 ") {
+			t.Errorf("%s with %d bytes: got %s, want 200", target, len(longest), got)
+		}
+	}
+}
+
+// checkCallbackRefusesID connects with a bad ID and wants it in a warning,
+// quoted: with a line break in it, it must not look like another line.
+func checkCallbackRefusesID(t *testing.T, target, id, logged string) {
+	t.Helper()
+	api := newAPI(t, "")
+	got, want := api.callback(apiConnect("t", target+id)), `400 {"error":"`+errBadID.Error()+`"}`
+	if got != want || api.identifiers() != "" {
+		t.Errorf("%s%s: got %s and %q connected, want %s", target, id, got, api.identifiers(), want)
+	}
+	line, ok := strings.CutSuffix(api.logged.String(), "\n")
+	control := func(r rune) bool { return r < ' ' || r == utf8.RuneError }
+	if !ok || !strings.Contains(line, "level=WARN") || !strings.Contains(line, logged) || strings.ContainsFunc(line, control) {
+		t.Errorf("%s%s: got log %q, want one line, a warning with %s", target, id, line, logged)
+	}
+}
+
+func TestCallbackMalformedBodies(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	r := rand.New(rand.NewPCG(1, 2))
+	good := []string{apiConnect("t", "/api/sse/utils/version?request_id=r", "e-1"), apiDisconnect("t")}
+	for range 1000 {
+		body := apiMalformed(r, good[r.IntN(2)])
+		if got := api.callback(body); !strings.HasPrefix(got, `400 {"error":`) {
+			t.Errorf("%q: got %s, want 400", body, got)
+		}
+	}
+	if got := api.identifiers(); got != "" {
+		t.Errorf("got %q connected, want nobody", got)
+	}
+}
+
+// Whatever comes, the answer is JSON and says whose fault it is, and only a
+// body with the right fields is accepted.
+func FuzzCallbackBody(f *testing.F) {
+	f.Add(apiConnect("t", "/api/sse/tasks?task_id=a"))
+	f.Add(apiConnect("t", "/api/sse/utils/version?request_id=r", "e-1"))
+	f.Add(apiConnect("t", "/api/sse/utils/version?request_id=r", "close"))
+	f.Add(apiConnect("t", "/elsewhere"))
+	f.Add(apiConnect("t", "/api/sse/tasks?task_id=a%3Ab"))
+	f.Add(apiDisconnect("t"))
+	f.Add(`{"action":"connect","token":null,"request":[]}`)
+	f.Add(`{"action":"disconnect","token":"\ud800","request":{"url":"\\"}}`)
+	f.Fuzz(func(t *testing.T, body string) {
+		got := newAPI(t, "").callback(body)
+		status, answer, _ := strings.Cut(got, " ")
+		if !slices.Contains([]string{"200", "400", "410", "413"}, status) || !json.Valid([]byte(answer)) {
+			t.Errorf("%q: got %s, want 200 or 4xx and JSON", body, got)
+		}
+		// Maps, as only their names are exact.
+		var c, request map[string]json.RawMessage
+		json.Unmarshal([]byte(body), &c)
+		json.Unmarshal(c["request"], &request)
+		text := func(raw json.RawMessage) bool { return len(raw) > len(`""`) && raw[0] == '"' }
+		good := text(c["action"]) && text(c["token"]) && (text(request["url"]) || answer == "{}")
+		if status == "200" && !good {
+			t.Errorf("%q: got %s, want 400", body, got)
+		}
+	})
+}

@@ -1,0 +1,641 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	goparser "go/parser"
+	"go/token"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// apiFixture is a backend, put together and routed as by main, on a gateway
+// in memory. The epoch of its events is "e".
+type apiFixture struct {
+	*backend
+	t       testing.TB
+	handler http.Handler
+	gateway *apiGateway
+	logged  *apiLog
+	settle  func() // waits until nothing is under way, if that can be known
+}
+
+// newAPI makes one from settings like "API_TOKEN=x TASK_MAX_WORKERS=1".
+func newAPI(t testing.TB, settings string) *apiFixture {
+	t.Helper()
+	env := map[string]string{"LOG_LEVEL": "debug"}
+	for setting := range strings.FieldsSeq(settings) {
+		name, value, _ := strings.Cut(setting, "=")
+		env[name] = value
+	}
+	cfg, err := loadBackendConfig(getenvFrom(env))
+	if err != nil {
+		t.Fatal(err)
+	}
+	api := &apiFixture{t: t, gateway: &apiGateway{streams: map[string]*apiStream{}}, logged: &apiLog{}, settle: func() {}}
+	log, err := newLogger(getenvFrom(env), api.logged)
+	if err != nil {
+		t.Fatal(err)
+	}
+	api.backend = newBackend(cfg, "http://gateway.invalid", newRegistry("test"), log)
+	api.conns.gateway = api.gateway
+	api.tasks.policy.epoch, api.version.policy.epoch = "e", "e"
+	api.handler = api.routes(nil)
+	t.Cleanup(func() { api.stop(context.Background()) })
+	return api
+}
+
+// apiTest runs a story in a bubble of its own, where time begins at
+// 2000-01-01T00:00:00Z and passes only while everybody waits for it.
+func apiTest(t *testing.T, settings string, story func(t *testing.T, api *apiFixture)) {
+	t.Helper()
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		api := newAPI(t, settings)
+		api.settle = synctest.Wait
+		story(t, api)
+	})
+}
+
+// request sends a request with headers like "Accept: text/html".
+func (api *apiFixture) request(method, target, body string, headers ...string) *httptest.ResponseRecorder {
+	r := httptest.NewRequest(method, target, strings.NewReader(body))
+	for _, header := range headers {
+		name, value, _ := strings.Cut(header, ": ")
+		r.Header.Set(name, value)
+	}
+	w := httptest.NewRecorder()
+	api.handler.ServeHTTP(w, r)
+	return w
+}
+
+// do sends a request and returns the answer in one line: `404 {"error":"…"}`.
+func (api *apiFixture) do(method, target, body string, headers ...string) string {
+	w := api.request(method, target, body, headers...)
+	return strconv.Itoa(w.Code) + " " + strings.TrimSpace(w.Body.String())
+}
+
+// check sends a request and wants this answer, see do.
+func (api *apiFixture) check(method, target, body, want string, headers ...string) {
+	api.t.Helper()
+	if got := api.do(method, target, body, headers...); got != want {
+		api.t.Errorf("%s %s %.80s %q: got %.300s, want %.300s", method, target, body, headers, got, want)
+	}
+}
+
+// metric returns the value of one series of /metrics.
+func (api *apiFixture) metric(series string) float64 { return scrapeValue(scrapeAll(api.reg), series) }
+
+// apiGateway is a gateway in memory. It tells nobody when a stream ends.
+type apiGateway struct {
+	mu      sync.Mutex
+	streams map[string]*apiStream // open ones by token
+	err     error                 // what every send ends in; nil works
+}
+
+// apiStream is a stream that the backend has accepted.
+type apiStream struct {
+	api   *apiFixture
+	token string
+	got   []event // guarded by the gateway's mu
+}
+
+func (g *apiGateway) send(token string, e *event, end bool) (buffered bool, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	s := g.streams[token]
+	switch {
+	case g.err != nil:
+		return false, g.err
+	case s == nil:
+		return false, errUnknownToken
+	}
+	if e != nil {
+		s.got = append(s.got, *e)
+	}
+	if end {
+		delete(g.streams, token)
+	}
+	return false, nil
+}
+
+// fail makes every send from now on end in err; nil makes them work.
+func (g *apiGateway) fail(err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.err = err
+}
+
+// connect opens a stream as a gateway does, perhaps after a last event ID.
+func (api *apiFixture) connect(target string, lastEventID ...string) *apiStream {
+	api.t.Helper()
+	s := &apiStream{api: api, token: newToken()}
+	api.gateway.mu.Lock()
+	api.gateway.streams[s.token] = s
+	api.gateway.mu.Unlock()
+	w := api.request("POST", "/api/sse/callback", apiConnect(s.token, target, lastEventID...))
+	var answer struct{ Event event }
+	if err := json.Unmarshal(w.Body.Bytes(), &answer); w.Code != http.StatusOK || err != nil {
+		api.t.Fatalf("connecting to %s: got %d %s", target, w.Code, w.Body)
+	}
+	api.gateway.mu.Lock()
+	defer api.gateway.mu.Unlock()
+	s.got = append([]event{answer.Event}, s.got...) // the gateway holds back what came before
+	return s
+}
+
+// apiConnect is the body of a connect callback.
+func apiConnect(token, target string, lastEventID ...string) string {
+	headers := map[string]string{"user-agent": "test"}
+	if len(lastEventID) > 0 {
+		headers["last-event-id"] = lastEventID[0]
+	}
+	request := map[string]any{"url": target, "headers": headers}
+	return string(marshal(map[string]any{"action": "connect", "token": token, "request": request}))
+}
+
+// apiDisconnect is the body of a disconnect callback.
+func apiDisconnect(token string) string {
+	return fmt.Sprintf(`{"action":"disconnect","reason":"client_closed","token":%q,"request":{"url":"/","headers":{}}}`, token)
+}
+
+// lose makes the gateway forget the stream and tell nobody, as in a crash.
+func (s *apiStream) lose() {
+	s.api.gateway.mu.Lock()
+	defer s.api.gateway.mu.Unlock()
+	delete(s.api.gateway.streams, s.token)
+}
+
+// leave is the browser closing the stream, of which the gateway tells.
+func (s *apiStream) leave() {
+	s.lose()
+	s.api.do("POST", "/api/sse/callback", apiDisconnect(s.token))
+}
+
+func (s *apiStream) events() []event {
+	s.api.settle()
+	s.api.gateway.mu.Lock()
+	defer s.api.gateway.mu.Unlock()
+	return append([]event(nil), s.got...)
+}
+
+// text is all that the browser got, one line "id name data" an event.
+func (s *apiStream) text() string {
+	var lines strings.Builder
+	for _, e := range s.events() {
+		fmt.Fprintln(&lines, e.ID, e.Name, e.Data)
+	}
+	return lines.String()
+}
+
+// story is all that the browser got in short:
+// "connection_open task_started task_completed connection_close:task_completed",
+// "connection_open version:1 version:2".
+func (s *apiStream) story() string {
+	var words []string
+	for _, e := range s.events() {
+		var data struct {
+			EventType string `json:"event_type"`
+			Version   string
+			Reason    string
+		}
+		json.Unmarshal([]byte(e.Data), &data)
+		word := cmp.Or(data.EventType, e.Name)
+		if detail := data.Version + data.Reason; detail != "" {
+			word += ":" + detail
+		}
+		words = append(words, word)
+	}
+	return strings.Join(words, " ")
+}
+
+// checkStory wants what a browser got.
+func (s *apiStream) checkStory(want string) {
+	s.api.t.Helper()
+	if got := s.story(); got != want {
+		s.api.t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+// apiLog is what a log, or a process, wrote.
+type apiLog struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *apiLog) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *apiLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// apiRoutes are the backend's routes with one of some methods, "POST|DELETE",
+// as main.go lists them: one that is added there is tested here.
+func apiRoutes(t *testing.T, methods string) (routes [][2]string) {
+	t.Helper()
+	source, err := os.ReadFile("main.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`"(`+methods+`) (/api/[^"]*)"`).FindAllStringSubmatch(string(source), -1) {
+		routes = append(routes, [2]string{m[1], m[2]})
+	}
+	if len(routes) == 0 {
+		t.Fatalf("no route with %s in main.go", methods)
+	}
+	return routes
+}
+
+func TestRoutes(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	for _, tt := range []struct{ method, target, want, allow string }{
+		{"GET", "/healthz", `200 {"status":"ok"}`, ""},
+		{"GET", "/readyz", `200 {"status":"ready"}`, ""},
+		{"GET", "/api/tasks", `200 {"tasks":[]}`, ""},
+		{"GET", "/nothing", `404 {"error":"not found"}`, ""},
+		{"GET", "/api/tasks/", `404 {"error":"not found"}`, ""},
+		{"GET", "/api/tasks/x", `405 {"error":"method not allowed"}`, "DELETE"},
+		{"GET", "/api/sse/tasks", `404 {"error":"not found"}`, ""}, // streams are the gateway's
+		{"GET", "/api/sse/callback", `405 {"error":"method not allowed"}`, "POST"},
+		{"PUT", "/api/tasks", `405 {"error":"method not allowed"}`, "GET, HEAD, POST"},
+		{"DELETE", "/api/tasks/x/status", `405 {"error":"method not allowed"}`, "GET, HEAD"},
+		{"GET", "/api/deployments/version", `405 {"error":"method not allowed"}`, "POST"},
+		{"POST", "/healthz", `405 {"error":"method not allowed"}`, "GET, HEAD"},
+		{"POST", "/metrics", `405 {"error":"method not allowed"}`, "GET, HEAD"},
+		{"POST", "/", `405 {"error":"method not allowed"}`, "GET, HEAD"},
+	} {
+		w := api.request(tt.method, tt.target, "")
+		if got := fmt.Sprint(w.Code, " ", strings.TrimSpace(w.Body.String())); got != tt.want {
+			t.Errorf("%s %s: got %s, want %s", tt.method, tt.target, got, tt.want)
+		}
+		if got := w.Header().Get("Allow"); got != tt.allow {
+			t.Errorf("%s %s: got Allow %q, want %q", tt.method, tt.target, got, tt.allow)
+		}
+		if got := w.Header().Get("Content-Type"); got != "application/json" {
+			t.Errorf("%s %s: got Content-Type %q, want JSON", tt.method, tt.target, got)
+		}
+	}
+}
+
+func TestPageIsForDevelopmentOnly(t *testing.T) {
+	t.Parallel()
+	w := newAPI(t, "").request("GET", "/", "")
+	if w.Code != http.StatusOK || !bytes.Equal(w.Body.Bytes(), page) || w.Header().Get("Content-Security-Policy") == "" {
+		t.Errorf("in development: got %d and %d bytes, want 200, the page and a policy", w.Code, w.Body.Len())
+	}
+	production := newAPI(t, "APP_ENV=production API_TOKEN=a-long-enough-token")
+	production.check("GET", "/", "", `404 {"error":"not found"}`)
+}
+
+func TestMetricsRoute(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.start(`{"type":"external"}`)
+		api.start(`{"type":"failing","params":{"delay":0}}`)
+		api.subscribe("r")
+		api.settle()
+		body := api.request("GET", "/metrics", "").Body.String()
+		for series, want := range map[string]float64{
+			`tasks{status="running"}`:                                   1,
+			`tasks{status="failed"}`:                                    1,
+			`tasks{status="completed"}`:                                 0,
+			`task_executions_total{type="failing",status="failed"}`:     1,
+			`task_executions_total{type="external",status="completed"}`: 0,
+			`sse_outbox_events{service="task"}`:                         3,
+			`sse_outbox_events{service="version"}`:                      0,
+			`sse_gateway_active_connections{service="version"}`:         1,
+		} {
+			if got := scrapeValue(body, series); got != want {
+				t.Errorf("%s: got %v, want %v", series, got, want)
+			}
+		}
+	})
+}
+
+func TestAPIToken(t *testing.T) {
+	t.Parallel()
+	const token = "a-long-enough-token"
+	headers := map[string]bool{ // value, and whether it opens
+		"":                      false,
+		token:                   false,
+		"Bearer":                false,
+		"Bearer ":               false,
+		"Bearer " + token[1:]:   false,
+		"Bearer " + token + "x": false,
+		"Basic " + token:        false,
+		"Bearer " + token:       true,
+		"bearer " + token:       true, // a scheme's case does not matter (RFC 9110 section 11.1)
+	}
+	for _, environment := range []string{"development", "production"} {
+		api := newAPI(t, "APP_ENV="+environment+" API_TOKEN="+token)
+		check := func(method, target string, protected bool) {
+			t.Helper()
+			for value, opens := range headers {
+				w := api.request(method, target, "", "Authorization: "+value)
+				got, want := w.Code == http.StatusUnauthorized, protected && !opens
+				if got != want || want != (w.Header().Get("WWW-Authenticate") != "") {
+					t.Errorf("%s: %s %s with %q: got %d and WWW-Authenticate %q, want 401: %v",
+						environment, method, target, value, w.Code, w.Header().Get("WWW-Authenticate"), want)
+				}
+			}
+		}
+		for _, route := range apiRoutes(t, "POST|DELETE") {
+			check(route[0], route[1], route[1] != "/api/sse/callback") // that has a secret of its own
+		}
+		check("GET", "/api/tasks", environment == "production")
+		check("GET", "/api/tasks/x/status", false)
+		if strings.Contains(api.logged.String(), token) {
+			t.Errorf("%s: the token is in the log", environment)
+		}
+	}
+	if got, want := newAPI(t, "").do("POST", "/api/tasks", `{"type":"external"}`), "202 "; !strings.HasPrefix(got, want) {
+		t.Errorf("without a token configured: got %s, want %s", got, want)
+	}
+}
+
+// A page of another site must not make the browser of somebody who can reach
+// this server change anything here.
+func TestCrossSitePostRefused(t *testing.T) {
+	t.Parallel()
+	const refused = `403 {"error":"request from another site"}`
+	api := newAPI(t, "")
+	for _, route := range apiRoutes(t, "POST|DELETE") {
+		for header, want := range map[string]bool{
+			"Sec-Fetch-Site: cross-site":   true,
+			"Origin: https://evil.example": true,
+			"Origin: null":                 true,
+			"Sec-Fetch-Site: same-origin":  false,
+			"Sec-Fetch-Site: none":         false,
+			"Origin: http://example.com":   false, // the host of the request
+			"X-None: of these":             false, // not from a browser
+		} {
+			if got := api.do(route[0], route[1], "", header); (got == refused) != want {
+				t.Errorf("%s %s with %s: got %s, want refused: %v", route[0], route[1], header, got, want)
+			}
+		}
+	}
+	api.check("GET", "/api/tasks", "", `200 {"tasks":[]}`, "Sec-Fetch-Site: cross-site")
+}
+
+func TestStopping(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		stream := api.follow(api.start(`{"type":"external","params":{"task_id":"a"}}`))
+		api.stop(t.Context())
+		api.check("GET", "/readyz", "", `503 {"status":"not_ready"}`)
+		api.check("GET", "/healthz", "", `200 {"status":"ok"}`)
+		api.check("POST", "/api/tasks", `{"type":"external"}`, `503 {"error":"shutting down"}`)
+		api.check("POST", "/api/tasks/a/complete", `{}`, `503 {"error":"shutting down"}`)
+		api.check("POST", "/api/deployments/version", `{"version":"1"}`, `503 {"error":"shutting down"}`)
+		stream.checkStory("connection_open task_started task_failed connection_close:task_failed")
+	})
+}
+
+// A gateway that stays would hold streams that nobody sends to any more. They
+// end without a last word, so that the browsers come back to the next backend.
+func TestStoppingEndsStreamsOfASeparateGateway(t *testing.T) {
+	apiTest(t, "SSE_GATEWAY_URL=http://gateway.invalid", func(t *testing.T, api *apiFixture) {
+		stream := api.subscribe("r")
+		api.stop(t.Context())
+		stream.checkStory("connection_open")
+		if got := len(api.gateway.streams); got != 0 {
+			t.Errorf("got %d open streams, want none", got)
+		}
+	})
+}
+
+// Out of file descriptors, a server logs without end what it cannot do.
+func TestServerErrorsAreLoggedOnceASecond(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		server := newServer(api.log, api.handler)
+		for range 1000 {
+			server.ErrorLog.Print("no luck")
+			time.Sleep(2 * time.Millisecond)
+		}
+		log := api.logged.String()
+		if got := strings.Count(log, "level=WARN"); got != 2 || !strings.Contains(log, `err="no luck" skipped=499`) {
+			t.Errorf("got %d lines, want 2, of which the second tells how many were skipped:\n%s", got, log)
+		}
+	})
+}
+
+// apiMalformed makes a body that is no JSON of a good one.
+func apiMalformed(r *rand.Rand, good string) string {
+	i := r.IntN(len(good))
+	switch r.IntN(4) {
+	case 0:
+		return good[:i]
+	case 1: // a byte that is nowhere valid: a control character, or one that UTF-8 has not
+		bad := [...]string{"\x00", "\x08", "\x1f", "\xc0", "\xff"}
+		return good[:i] + bad[r.IntN(len(bad))] + good[i+1:]
+	case 2:
+		return good + good[i:]
+	default:
+		noise := make([]byte, r.IntN(200))
+		for i := range noise {
+			noise[i] = byte(r.IntN(256))
+		}
+		return string(noise)
+	}
+}
+
+func TestMalformedBodiesAreTheClientsFault(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.start(`{"type":"external","params":{"task_id":"a"}}`)
+		good := map[string]string{
+			"/api/sse/callback":             apiConnect("t", "/api/sse/tasks?task_id=a"),
+			"/api/tasks":                    `{"type":"demo","params":{"steps":1,"message":"m"}}`,
+			"/api/tasks/{task_id}/progress": `{"text":"t","value":0.5}`,
+			"/api/tasks/{task_id}/complete": `{"result":{"a":["b",1,null]}}`,
+			"/api/tasks/{task_id}/fail":     `{"error":"e"}`,
+			"/api/deployments/version":      `{"request_id":"r","version":"1","changelog":"c"}`,
+		}
+		routes := apiRoutes(t, "POST")
+		r := rand.New(rand.NewPCG(1, 2))
+		for range 1000 {
+			route := routes[r.IntN(len(routes))][1]
+			id := "a"
+			if good[route] == "" { // it takes no body: what may be wrong is the ID
+				id = "unknown"
+			}
+			body := apiMalformed(r, cmp.Or(good[route], "{}"))
+			got := api.do("POST", strings.Replace(route, "{task_id}", id, 1), body)
+			if !regexp.MustCompile(`^4\d\d \{"error":".+"\}$`).MatchString(got) {
+				t.Errorf("POST %s %q: got %s, want 4xx", route, body, got)
+			}
+		}
+		api.follow("a").checkStory("connection_open task_started")
+		if got := len(api.version.streams); got != 0 {
+			t.Errorf("got %d version streams, want none", got)
+		}
+	})
+}
+
+func TestCommands(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		args           string
+		code           int
+		stdout, stderr string
+	}{
+		{"version", 0, "sidecast " + version() + "\n", ""},
+		{"help", 0, usage, ""},
+		{"-h", 0, usage, ""},
+		{"-help", 0, usage, ""},
+		{"--help", 0, usage, ""},
+		{"start", 2, "", usage},
+		{"version now", 2, "", usage},
+	} {
+		var stdout, stderr strings.Builder
+		code := run(t.Context(), strings.Fields(tt.args), getenvFrom(nil), &stdout, &stderr)
+		if code != tt.code || stdout.String() != tt.stdout || stderr.String() != tt.stderr {
+			t.Errorf("%s: got %d, stdout %q, stderr %q\nwant %d, %q, %q",
+				tt.args, code, &stdout, &stderr, tt.code, tt.stdout, tt.stderr)
+		}
+	}
+}
+
+// Whoever deploys should see every mistake at the first try, and nothing but
+// the mistakes: nothing was started that would log.
+func TestBadConfigurationStartsNothing(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{
+		"ADDR": "localhost", "TASK_MAX_WORKERS": "0", // backend
+		"PORT": "http", "INTERNAL_ADDR": "3001", // gateway
+		"MAX_CONNECTIONS": "-1", "LOG_LEVEL": "loud", // both
+	}
+	for args, want := range map[string][]string{
+		"":        {"ADDR", "TASK_MAX_WORKERS", "MAX_CONNECTIONS", "LOG_LEVEL"},
+		"gateway": {"MAX_CONNECTIONS", "PORT", "INTERNAL_ADDR", "LOG_LEVEL"},
+	} {
+		var stderr strings.Builder
+		code := run(t.Context(), strings.Fields(args), getenvFrom(env), io.Discard, &stderr)
+		var got []string
+		for line := range strings.Lines(stderr.String()) {
+			name, _, _ := strings.Cut(line, " must be ")
+			got = append(got, name)
+		}
+		if fmt.Sprint(got) != fmt.Sprint(want) || code != 1 {
+			t.Errorf("sidecast %s: got %d and %q, want 1 and a line for each of %v", args, code, &stderr, want)
+		}
+	}
+}
+
+func TestTakenAddress(t *testing.T) {
+	t.Parallel()
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	env := getenvFrom(map[string]string{"ADDR": taken.Addr().String(), "INTERNAL_ADDR": taken.Addr().String(), "PORT": "0"})
+	for _, args := range [][]string{nil, {"gateway"}} {
+		var stderr strings.Builder
+		got := run(t.Context(), args, env, io.Discard, &stderr)
+		if got != 1 || !strings.Contains(stderr.String(), "address already in use") {
+			t.Errorf("sidecast %v: got %d and %q, want 1 and the reason", args, got, &stderr)
+		}
+	}
+}
+
+// Every way to run the program becomes ready, as its own health check sees
+// it, and ends without an error when it is told to.
+func TestRunUntilStopped(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name string
+		args []string
+		env  map[string]string
+	}{
+		{"embedded", nil, map[string]string{"ADDR": "127.0.0.1:0"}},
+		{"split", nil, map[string]string{"ADDR": "127.0.0.1:0", "SSE_GATEWAY_URL": "http://127.0.0.1:1"}},
+		{"gateway", []string{"gateway"}, map[string]string{"PORT": "0", "CALLBACK_URL": "http://127.0.0.1:1"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			stderr, exited := &apiLog{}, make(chan int, 1)
+			go func() { exited <- run(ctx, tt.args, getenvFrom(tt.env), io.Discard, stderr) }()
+			port := regexp.MustCompile(`msg=started url=http://\S+:(\d+) `)
+			eventually(t, 5*time.Second, "started", func() bool { return port.MatchString(stderr.String()) })
+			own := map[string]string{"ADDR": "127.0.0.1:" + port.FindStringSubmatch(stderr.String())[1]}
+			if got := run(ctx, []string{"healthcheck"}, getenvFrom(own), io.Discard, stderr); got != 0 {
+				t.Errorf("healthcheck: got %d, want 0", got)
+			}
+			stop()
+			if got := <-exited; got != 0 {
+				t.Errorf("exit code: got %d, want 0", got)
+			}
+			if t.Failed() {
+				t.Log(stderr)
+			}
+		})
+	}
+}
+
+func TestHealthcheckFails(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	server := httptest.NewServer(api.handler)
+	api.stop(t.Context())
+	addr := server.Listener.Addr().String()
+	check := func(addr, want string) {
+		t.Helper()
+		var stderr strings.Builder
+		code := run(t.Context(), []string{"healthcheck"}, getenvFrom(map[string]string{"ADDR": addr}), io.Discard, &stderr)
+		if code != 1 || !strings.Contains(stderr.String(), want) {
+			t.Errorf("got %d and %q, want 1 and %q", code, &stderr, want)
+		}
+	}
+	check(addr, "http://"+addr+"/readyz answered 503")
+	server.Close()
+	check(addr, "connection refused")
+	check("localhost", "ADDR must be host:port")
+}
+
+// One can build and review the program with nothing but Go.
+func TestNoDependencies(t *testing.T) {
+	t.Parallel()
+	mod, err := os.ReadFile("go.mod")
+	if err != nil || regexp.MustCompile(`(?m)^\s*(require|replace|tool)\b`).Match(mod) {
+		t.Errorf("go.mod: got %q, %v, want no require", mod, err)
+	}
+	files, err := filepath.Glob("*.go")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("got files %q, %v", files, err)
+	}
+	for _, name := range files {
+		file, err := goparser.ParseFile(token.NewFileSet(), name, nil, goparser.ImportsOnly)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, spec := range file.Imports {
+			// Only the standard library has paths whose first element has no dot.
+			path, _ := strconv.Unquote(spec.Path.Value)
+			if first, _, _ := strings.Cut(path, "/"); strings.Contains(first, ".") {
+				t.Errorf("%s imports %s", name, path)
+			}
+		}
+	}
+}

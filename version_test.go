@@ -1,0 +1,344 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+)
+
+// subscribe opens a stream for a request_id.
+func (api *apiFixture) subscribe(id string) *apiStream {
+	api.t.Helper()
+	return api.connect("/api/sse/utils/version?request_id=" + id)
+}
+
+// checkAnnounce posts an announcement and wants this answer.
+func (api *apiFixture) checkAnnounce(body, want string) {
+	api.t.Helper()
+	api.check("POST", "/api/deployments/version", body, want)
+}
+
+// checkAnnounced announces a version to one request_id and wants to hear
+// whether it was delivered.
+func (api *apiFixture) checkAnnounced(id, version string, delivered bool) {
+	api.t.Helper()
+	status := map[bool]string{true: "delivered", false: "queued"}[delivered]
+	api.checkAnnounce(fmt.Sprintf(`{"request_id":%q,"version":%q}`, id, version),
+		fmt.Sprintf(`202 {"delivered":%v,"requestId":%q,"status":%q}`, delivered, id, status))
+}
+
+// checkAnnouncedToAll announces a version to everybody and wants to hear how
+// many got it and how many did not.
+func (api *apiFixture) checkAnnouncedToAll(version string, delivered, failed int) {
+	api.t.Helper()
+	api.checkAnnounce(fmt.Sprintf(`{"version":%q}`, version),
+		fmt.Sprintf(`202 {"delivered":%d,"failed":%d,"version":%q}`, delivered, failed, version))
+}
+
+func TestVersionEvents(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		stream := api.subscribe("r")
+		const answer = `202 {"delivered":true,"requestId":"r","status":"delivered"}`
+		api.checkAnnounce(`{"request_id":"r","version":"1.0","changelog":"<b>new</b>\nand \"better\""}`, answer)
+		api.checkAnnounce(`{"request_id":"r","version":"1.1","changelog":""}`, answer)
+		api.checkAnnounce(`{"request_id":"r","version":"1.2"}`, answer)
+		want := `e-0 connection_open {"status":"connected"}
+e-1 version {"version":"1.0","changelog":"<b>new</b>\nand \"better\""}
+e-2 version {"version":"1.1"}
+e-3 version {"version":"1.2"}
+`
+		if got := stream.text(); got != want {
+			t.Errorf("got\n%s\nwant\n%s", got, want)
+		}
+	})
+}
+
+func TestVersionQueuedThenFlushed(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		for _, version := range []string{"1", "2", "3"} {
+			api.checkAnnounced("r", version, false)
+		}
+		stream := api.subscribe("r")
+		stream.checkStory("connection_open version:1 version:2 version:3")
+		api.checkAnnounced("r", "4", true)
+		stream.checkStory("connection_open version:1 version:2 version:3 version:4")
+		stream.leave()
+		api.checkAnnounced("r", "5", false)
+		api.subscribe("r").checkStory("connection_open version:5") // each is delivered once
+		api.subscribe("other").checkStory("connection_open")
+	})
+}
+
+// It is not known whether the browser has the event. So its stream is ended
+// at the next opportunity, and it comes back for what it lacks.
+func TestVersionKeptWhenSendFails(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		stream := api.subscribe("r")
+		api.gateway.fail(errors.New("no gateway"))
+		api.checkAnnounced("r", "1", false)
+		api.gateway.fail(nil)
+		api.checkAnnounced("r", "2", false)
+		stream.checkStory("connection_open")
+		stream.leave()
+		api.connect("/api/sse/utils/version?request_id=r", "e-0").checkStory("connection_open version:1 version:2")
+	})
+}
+
+func TestVersionPendingLimit(t *testing.T) {
+	for settings, want := range map[string]int{"": 100, "VERSION_PENDING_LIMIT=3": 3, "VERSION_PENDING_LIMIT=0": 150} {
+		t.Run(settings, func(t *testing.T) {
+			apiTest(t, settings, func(t *testing.T, api *apiFixture) {
+				story := "connection_open"
+				for version := range 150 {
+					api.checkAnnounced("r", fmt.Sprint(version), false)
+					if version >= 150-want {
+						story += fmt.Sprint(" version:", version)
+					}
+				}
+				if got := api.metric(`sse_outbox_dropped_total{service="version",reason="limit"}`); got != float64(150-want) {
+					t.Errorf("got %v dropped, want %d", got, 150-want)
+				}
+				api.subscribe("r").checkStory(story)
+			})
+		})
+	}
+}
+
+func TestVersionOutboxExpires(t *testing.T) {
+	apiTest(t, "VERSION_PENDING_SECONDS=1000", func(t *testing.T, api *apiFixture) {
+		go api.version.Tidy(t.Context())
+		checkEvents := func(want, wantExpired float64) {
+			t.Helper()
+			api.settle()
+			if got := api.metric(`sse_outbox_events{service="version"}`); got != want {
+				t.Errorf("got %v events, want %v", got, want)
+			}
+			if got := api.metric(`sse_outbox_dropped_total{service="version",reason="expired"}`); got != wantExpired {
+				t.Errorf("got %v expired, want %v", got, wantExpired)
+			}
+		}
+		api.subscribe("connected")
+		api.checkAnnounced("connected", "1", true)
+		api.checkAnnounced("never", "1", false)
+		api.checkAnnounced("never", "2", false)
+		left := api.subscribe("left")
+		time.Sleep(500 * time.Second)
+		left.leave()
+		api.checkAnnounced("left", "1", false)
+		time.Sleep(500*time.Second - time.Nanosecond)
+		checkEvents(4, 0)
+		time.Sleep(tidyInterval)
+		checkEvents(2, 2) // never's are gone
+		time.Sleep(500*time.Second + tidyInterval) // it has been looked for once before its time counts
+		checkEvents(1, 3)                          // left's too
+		api.subscribe("never").checkStory("connection_open")
+	})
+}
+
+// A laptop that slept for longer than its outbox was kept comes back with the
+// ID of an event that is not the one with the same number now.
+func TestVersionAfterExpiryIsNotSkipped(t *testing.T) {
+	apiTest(t, "VERSION_PENDING_SECONDS=1000", func(t *testing.T, api *apiFixture) {
+		go api.version.Tidy(t.Context())
+		stream := api.subscribe("r")
+		api.checkAnnouncedToAll("1", 1, 0)
+		stream.leave()
+		time.Sleep(2000 * time.Second)
+		api.checkAnnouncedToAll("2", 0, 0)
+		api.connect("/api/sse/utils/version?request_id=r", "e-1").checkStory("connection_open version:2")
+	})
+}
+
+func TestVersionBroadcast(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.checkAnnouncedToAll("1", 0, 0)
+		api.checkAnnounced("b", "own", false)
+		a, b := api.subscribe("a"), api.subscribe("b")
+		a.checkStory("connection_open version:1")
+		b.checkStory("connection_open version:own version:1") // what is its own comes first
+		c, lost := api.subscribe("c"), api.subscribe("lost")
+		c.checkStory("connection_open version:1")
+		c.leave()
+		lost.lose()
+		api.checkAnnouncedToAll("2", 2, 1)
+		a.checkStory("connection_open version:1 version:2")
+		b.checkStory("connection_open version:own version:1 version:2")
+		api.checkAnnouncedToAll("3", 2, 0)
+		api.subscribe("c").checkStory("connection_open version:3") // the latest, not all
+		api.subscribe("lost").checkStory("connection_open version:2 version:3")
+		api.subscribe("a").checkStory("connection_open") // it has everything
+	})
+}
+
+// A browser that has a version would offer its user to reload, for nothing.
+func TestVersionNotTwiceInARow(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		a, b := api.subscribe("a"), api.subscribe("b")
+		api.checkAnnounced("a", "1", true)
+		api.checkAnnouncedToAll("1", 1, 0) // only b lacks it
+		api.checkAnnouncedToAll("1", 0, 0)
+		a.checkStory("connection_open version:1")
+		b.checkStory("connection_open version:1")
+		api.checkAnnounced("c", "1", false)
+		api.subscribe("c").checkStory("connection_open version:1")
+		api.checkAnnouncedToAll("2", 3, 0)
+		api.checkAnnouncedToAll("1", 3, 0) // back to the old one is news again
+		a.checkStory("connection_open version:1 version:2 version:1")
+		api.checkAnnounced("a", "own", true)
+		api.subscribe("a").checkStory("connection_open") // also not the one before its last
+	})
+}
+
+func TestVersionBodies(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	long, longest := strings.Repeat("x", maxVersion+1), strings.Repeat("x", maxChangelog+1)
+	const (
+		badVersion   = `400 {"error":"version must be a string of 1 to 256 bytes"}`
+		badChangelog = `400 {"error":"changelog must be a string of at most 32768 bytes"}`
+	)
+	badID := `400 {"error":"` + errBadID.Error() + `"}`
+	for body, want := range map[string]string{
+		``:                                 `400 {"error":"body must be one JSON object"}`,
+		`{}`:                               badVersion,
+		`{"request_id":"r"}`:               badVersion,
+		`{"version":null}`:                 badVersion,
+		`{"version":""}`:                   badVersion,
+		`{"version":2}`:                    badVersion,
+		`{"version":"` + long + `"}`:       badVersion,
+		`{"version":"1","changelog":null}`: badChangelog,
+		`{"version":"1","changelog":[]}`:   badChangelog,
+		`{"version":"1","changelog":"` + longest + `"}`:                    badChangelog,
+		`{"version":"1","request_id":null}`:                                badID,
+		`{"version":"1","request_id":""}`:                                  badID,
+		`{"version":"1","request_id":"a:b"}`:                               badID,
+		`{"version":"1","request_id":"a\nb"}`:                              badID,
+		`{"version":"1","request_id":"` + long + `"}`:                      badID,
+		`{"x":"` + strings.Repeat("x", maxVersionBody) + `"}`:              `413 {"error":"request body too large"}`,
+		`{"version":"` + long[1:] + `","changelog":"` + longest[1:] + `"}`: `202 {"delivered":0,"failed":0,"version":"` + long[1:] + `"}`,
+	} {
+		api.checkAnnounce(body, want)
+	}
+	if got := len(api.version.streams); got != 0 {
+		t.Errorf("got %d outboxes, want none", got)
+	}
+}
+
+// Announcements for IDs that never connect must not fill the memory: those
+// that do not fit are refused until some have gone.
+func TestVersionMemoryIsBounded(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	api.checkAnnounced("a", "1", false)
+	one := api.version.held
+	if want := len(`{"version":"1"}`) + versionOverhead; one != want {
+		t.Errorf("got %d bytes held, want %d", one, want)
+	}
+	api.version.held = maxVersionHeld - one // as if others waited
+	api.checkAnnounced("b", "1", false)
+	api.checkAnnounce(`{"request_id":"c","version":"1"}`, `503 {"error":"too many announcements are waiting"}`)
+	if got := len(api.version.streams); got != 2 {
+		t.Errorf("got %d outboxes, want 2", got)
+	}
+	api.version.tidy() // counts what is there
+	if got, want := api.version.held, 2*one; got != want {
+		t.Errorf("got %d bytes held after tidying, want %d", got, want)
+	}
+	api.checkAnnounced("c", "1", false)
+}
+
+// versionFile is a server of a version.json whose every answer the test gives.
+type versionFile struct {
+	polls   chan *http.Request
+	answers chan http.HandlerFunc
+}
+
+func (f versionFile) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	select {
+	case f.polls <- r:
+		(<-f.answers)(w, r)
+	case <-r.Context().Done():
+	}
+}
+
+// versionAnswer answers a poll with a body, which has a validator if it is
+// 200.
+func versionAnswer(status int, body string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if status == http.StatusOK {
+			w.Header().Set("ETag", fmt.Sprintf(`"%d"`, len(body)))
+			w.Header().Set("Last-Modified", "Sat, 01 Jan 2000 00:00:00 GMT")
+		}
+		w.WriteHeader(status)
+		fmt.Fprint(w, body)
+	}
+}
+
+func TestVersionPoll(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	stream := api.subscribe("r")
+	file := versionFile{make(chan *http.Request), make(chan http.HandlerFunc)}
+	server := httptest.NewServer(file)
+	defer server.Close()
+	ctx, stop := context.WithCancel(t.Context())
+	stopped := make(chan bool)
+	go func() {
+		api.version.Poll(ctx, server.URL+"/version.json?key=hidden", time.Millisecond)
+		close(stopped)
+	}()
+
+	const failed, worksAgain = `level=ERROR msg="polling the frontend version"`, `level=INFO msg="polling the frontend version works again"`
+	noHTTP := func(w http.ResponseWriter, r *http.Request) {
+		conn, _, _ := w.(http.Hijacker).Hijack()
+		fmt.Fprint(conn, "hello\r\n")
+		conn.Close()
+	}
+	if r := <-file.polls; r.Header.Get("If-None-Match")+r.Header.Get("If-Modified-Since") != "" {
+		t.Errorf("first poll: got headers %v, want no condition", r.Header)
+	}
+	for _, tt := range []struct {
+		name              string
+		answer            http.HandlerFunc
+		story             string // of the stream, after that
+		errors, recovered int    // log lines so far, after that
+		etag              string // asked for at the next poll
+	}{
+		{"baseline", versionAnswer(200, `{"version":"1","changelog":"x"}`), "", 0, 0, `"31"`},
+		{"not modified", versionAnswer(304, ""), "", 0, 0, `"31"`},
+		{"the same in another form", versionAnswer(200, ` {"version":"1"}`), "", 0, 0, `"16"`},
+		{"no HTTP", noHTTP, "", 1, 0, `"16"`},
+		{"error", versionAnswer(500, `{"version":"500"}`), "", 1, 0, `"16"`},
+		{"missing", versionAnswer(404, `{"version":"404"}`), "", 1, 0, `"16"`},
+		{"not modified after errors", versionAnswer(304, ""), "", 1, 1, `"16"`},
+		{"a page", versionAnswer(200, `<!DOCTYPE html>`), "", 2, 1, `"16"`},
+		{"too large", versionAnswer(200, `{"version":"3"}`+strings.Repeat(" ", maxVersionBody)), "", 2, 1, `"16"`},
+		{"no version", versionAnswer(200, `{"version":null}`), "", 2, 1, `"16"`},
+		{"long version", versionAnswer(200, `{"version":"`+strings.Repeat("x", maxVersion+1)+`"}`), "", 2, 1, `"16"`},
+		{"bad changelog", versionAnswer(200, `{"version":"3","changelog":1}`), "", 2, 1, `"16"`},
+		{"new version", versionAnswer(200, `{"version":"2"}`), " version:2", 2, 2, `"15"`},
+		{"roll back", versionAnswer(200, `{"version":"1","build":7}`), " version:2 version:1", 2, 2, `"25"`},
+	} {
+		file.answers <- tt.answer
+		r := <-file.polls // so the last answer has been dealt with
+		stream.checkStory("connection_open" + tt.story)
+		log := api.logged.String()
+		if got, again := strings.Count(log, failed), strings.Count(log, worksAgain); got != tt.errors || again != tt.recovered {
+			t.Errorf("%s: got %d errors and %d ends of them in the log, want %d and %d", tt.name, got, again, tt.errors, tt.recovered)
+		}
+		if got := r.Header.Get("If-None-Match"); got != tt.etag || r.Header.Get("If-Modified-Since") == "" {
+			t.Errorf("%s: got headers %v, want If-None-Match %s and If-Modified-Since", tt.name, r.Header, tt.etag)
+		}
+	}
+	stop()
+	file.answers <- noHTTP
+	<-stopped
+	if log := api.logged.String(); strings.Contains(log, "hidden") {
+		t.Errorf("the log has the query, which may be a secret:\n%s", log)
+	}
+}
