@@ -50,10 +50,10 @@ type gatewayClient struct {
 	url    string // of /internal/send
 	client *http.Client
 
-	mu      sync.Mutex // guards the rest
-	batches bool       // the gateway takes them
-	posting int        // POSTs under way
-	waiting []*waitingSend
+	mu      sync.Mutex     // guards the rest
+	batches bool           // the gateway takes them
+	posting int            // POSTs under way
+	waiting []*waitingSend // one of each outbox at most, besides probes and ends
 }
 
 // waitingSend is one send that waits: for its turn, or for the result that
@@ -79,7 +79,7 @@ func newGatewayClient(baseURL string) *gatewayClient {
 			Transport: &http.Transport{
 				DialContext:         dial,
 				MaxIdleConnsPerHost: maxPosting,
-				IdleConnTimeout:     time.Minute,
+				IdleConnTimeout:     4 * time.Second, // before a Node.js gateway closes them, after 5
 				DisableCompression:  true,
 			},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },

@@ -1,0 +1,827 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// checkConsistency compares both maps, and the gauge with them, as they are at one instant.
+func checkConsistency(m *ConnectionManager) error {
+	m.mu.Lock()
+	now := &ConnectionManager{connections: maps.Clone(m.connections), tokens: maps.Clone(m.tokens)}
+	m.mu.Unlock()
+	for identifier, c := range now.connections {
+		if got, ok := now.tokens[c.token]; !ok || got != identifier {
+			return fmt.Errorf("connections[%q] has token %q, whose identifier is %q", identifier, c.token, got)
+		}
+	}
+	gauge := map[string]float64{}
+	for token, identifier := range now.tokens {
+		if c := now.connections[identifier]; c == nil || c.token != token {
+			return fmt.Errorf("tokens[%q] is %q, whose connection is %+v", token, identifier, c)
+		}
+		gauge[serviceOf(identifier)]++
+	}
+	if got := now.Active(); !maps.Equal(got, gauge) {
+		return fmt.Errorf("the gauge is %v, want %v", got, gauge)
+	}
+	return nil
+}
+
+// noConnectionMetrics takes what nobody reads.
+type noConnectionMetrics struct{}
+
+func (noConnectionMetrics) RecordSSEGatewayConnection(service, action string)            {}
+func (noConnectionMetrics) RecordSSEGatewayEvent(service, status string)                 {}
+func (noConnectionMetrics) RecordSSEGatewaySendDuration(service string, seconds float64) {}
+
+// senderFunc is a gateway that answers by itself.
+type senderFunc func(token string, e *event, end bool) (buffered bool, err error)
+
+func (f senderFunc) send(token string, e *event, end bool) (bool, error) { return f(token, e, end) }
+
+// errNoAnswer is any failure but a 404.
+var errNoAnswer = errors.New("no answer")
+
+// steppedGateway is a gateway whose every answer waits for the test to decide it.
+type steppedGateway struct {
+	mu       sync.Mutex
+	underWay []*stepped
+	closed   bool // answers 404 at once
+}
+
+// stepped is a send that waits for its answer.
+type stepped struct {
+	token  string
+	event  *event
+	end    bool
+	answer chan steppedAnswer
+}
+
+type steppedAnswer struct {
+	buffered bool
+	err      error
+}
+
+func (g *steppedGateway) send(token string, e *event, end bool) (bool, error) {
+	s := &stepped{token, e, end, make(chan steppedAnswer, 1)}
+	g.mu.Lock()
+	if g.closed {
+		s.answer <- steppedAnswer{err: errUnknownToken}
+	} else {
+		g.underWay = append(g.underWay, s)
+	}
+	g.mu.Unlock()
+	a := <-s.answer
+	return a.buffered, a.err
+}
+
+// String is how tests write a send: "a x-1 one" gives the stream a the event x-1 with the data one, "a close … end"
+// also ends it, "a end" does only that, and "a ?" asks for it.
+func (s *stepped) String() string {
+	words := []string{s.token}
+	if s.event != nil {
+		words = append(words, strings.TrimSpace(s.event.ID+" "+s.event.Data))
+	}
+	if s.end {
+		words = append(words, "end")
+	}
+	if len(words) == 1 {
+		words = append(words, "?")
+	}
+	return strings.Join(words, " ")
+}
+
+// all returns what is under way, in the order of the words.
+func (g *steppedGateway) all() []*stepped {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.SortedStableFunc(slices.Values(g.underWay), func(a, b *stepped) int {
+		return strings.Compare(a.String(), b.String())
+	})
+}
+
+func (g *steppedGateway) sends() (words []string) {
+	for _, s := range g.all() {
+		words = append(words, s.String())
+	}
+	return words
+}
+
+// reply answers a send.
+func (g *steppedGateway) reply(s *stepped, a steppedAnswer) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.underWay = slices.DeleteFunc(g.underWay, func(other *stepped) bool { return other == s })
+	s.answer <- a
+}
+
+// close answers 404 from now on, so that every sender comes to its end.
+func (g *steppedGateway) close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.closed = true
+	for _, s := range g.underWay {
+		s.answer <- steppedAnswer{err: errUnknownToken}
+	}
+	g.underWay = nil
+}
+
+// connTest is a ConnectionManager in a synctest bubble, with a gateway that only answers when the test says so. After
+// each step of the test everything else has come to rest and the invariants are checked.
+type connTest struct {
+	*testing.T
+	gateway *steppedGateway
+	conns   *ConnectionManager
+	log     bytes.Buffer
+}
+
+func testConns(t *testing.T, f func(t *connTest)) {
+	t.Helper()
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) { f(newConnTest(t)) })
+}
+
+func newConnTest(t *testing.T) *connTest {
+	c := &connTest{T: t, gateway: &steppedGateway{}}
+	log := slog.New(slog.NewTextHandler(&c.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	c.conns = newConnectionManager(c.gateway, log, noConnectionMetrics{})
+	t.Cleanup(c.gateway.close)
+	return c
+}
+
+// rest lets everything come to rest, and checks the invariants.
+func (t *connTest) rest() {
+	t.Helper()
+	synctest.Wait()
+	if err := checkConsistency(t.conns); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (t *connTest) onConnect(identifier, token string) (replaced string) {
+	t.Helper()
+	replaced = t.conns.OnConnect(identifier, token, "/stream")
+	t.rest()
+	return replaced
+}
+
+func (t *connTest) onDisconnect(token string) {
+	t.Helper()
+	t.conns.OnDisconnect(token)
+	t.rest()
+}
+
+// send begins to send an event without ID. Its outcome comes through the channel.
+func (t *connTest) send(identifier, token, data string) <-chan delivery {
+	t.Helper()
+	outcome := make(chan delivery, 1)
+	go func() { outcome <- t.conns.Send(identifier, token, &event{Data: data}, false) }()
+	t.rest()
+	return outcome
+}
+
+// The gateway answers a send that is under way.
+
+func (t *connTest) ok(send string)       { t.Helper(); t.answer(send, false, nil) }
+func (t *connTest) buffered(send string) { t.Helper(); t.answer(send, true, nil) }
+func (t *connTest) notFound(send string) { t.Helper(); t.answer(send, false, errUnknownToken) }
+func (t *connTest) fails(send string)    { t.Helper(); t.answer(send, false, errNoAnswer) }
+
+func (t *connTest) answer(send string, buffered bool, err error) {
+	t.Helper()
+	all := t.gateway.all()
+	i := slices.IndexFunc(all, func(s *stepped) bool { return s.String() == send })
+	if i < 0 {
+		t.Fatalf("%q is not under way, but %q", send, all)
+	}
+	t.gateway.reply(all[i], steppedAnswer{buffered, err})
+	t.rest()
+}
+
+func (t *connTest) wantUnderWay(want ...string) {
+	t.Helper()
+	slices.Sort(want)
+	if got := t.gateway.sends(); !slices.Equal(got, want) {
+		t.Fatalf("got %q under way, want %q", got, want)
+	}
+}
+
+// wantOutcome waits for the outcome of a send.
+func (t *connTest) wantOutcome(outcome <-chan delivery, want delivery) {
+	t.Helper()
+	if got := <-outcome; got != want {
+		t.Errorf("got outcome %d, want %d", got, want)
+	}
+}
+
+// wantConnections checks what is connected, each "identifier token".
+func (t *connTest) wantConnections(want ...string) {
+	t.Helper()
+	t.conns.mu.Lock()
+	var got []string
+	for identifier, c := range t.conns.connections {
+		got = append(got, identifier+" "+c.token)
+	}
+	t.conns.mu.Unlock()
+	slices.Sort(got)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Fatalf("got connections %q, want %q", got, want)
+	}
+}
+
+func TestOnConnectStoresBidirectionalMapping(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.wantConnections()
+		if replaced := t.onConnect("task:1", "a"); replaced != "" {
+			t.Errorf("replaced %q on a first connect", replaced)
+		}
+		t.onConnect("version:1", "b")
+		t.onConnect("version:2", "c")
+		t.wantConnections("task:1 a", "version:1 b", "version:2 c")
+		if want := map[string]float64{"task": 1, "version": 2}; !maps.Equal(t.conns.Active(), want) {
+			t.Errorf("got gauge %v, want %v", t.conns.Active(), want)
+		}
+		if !t.conns.Connected("task:1") || t.conns.Connected("task:2") {
+			t.Errorf("got connected %t, %t, want true, false", t.conns.Connected("task:1"), t.conns.Connected("task:2"))
+		}
+	})
+}
+
+func TestOnConnectReplacesConnection(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.onConnect("task:1", "a")
+		if got, want := t.onConnect("task:1", "b"), "a"; got != want {
+			t.Errorf("replaced %q, want %q", got, want)
+		}
+		t.wantConnections("task:1 b")
+		t.wantUnderWay() // the caller may hold a lock, so closing is a call of its own
+		t.conns.CloseReplaced("task:1", "a")
+		t.rest()
+		t.wantUnderWay(`a close {"reason":"replaced"} end`)
+		t.notFound(`a close {"reason":"replaced"} end`)
+		t.wantConnections("task:1 b")
+	})
+}
+
+func TestOnConnectSameTokenAgain(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.onConnect("task:1", "a")
+		if replaced := t.onConnect("task:1", "a"); replaced != "" { // or its only stream would be closed
+			t.Errorf("replaced %q by itself", replaced)
+		}
+		t.wantConnections("task:1 a")
+	})
+}
+
+func TestOnConnectTokenMovesToAnotherIdentifier(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.onConnect("task:1", "a")
+		t.onConnect("task:2", "b")
+		if got, want := t.onConnect("task:2", "a"), "b"; got != want {
+			t.Errorf("replaced %q, want %q", got, want)
+		}
+		t.wantConnections("task:2 a")
+	})
+}
+
+func TestOnDisconnectBidirectionalCleanup(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.onConnect("task:1", "a")
+		t.onConnect("task:2", "b")
+		t.onDisconnect("a")
+		t.wantConnections("task:2 b")
+		t.onDisconnect("b")
+		t.wantConnections()
+	})
+}
+
+// The gateway tells of the end of a stream when it finds the time, often after the browser has reconnected.
+func TestOnDisconnectStaleTokenIgnored(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		const old, current = "0123456789abcdef", "b"
+		t.onConnect("task:1", old)
+		t.onConnect("task:1", current)
+		t.log.Reset()
+		for _, token := range []string{old, "unknown", ""} {
+			t.onDisconnect(token)
+		}
+		t.wantConnections("task:1 b")
+		if got := t.log.String(); strings.Count(got, "level=DEBUG") != 3 || strings.Contains(got, old) {
+			t.Errorf("got log %s\nwant three debug records and no token in full", got)
+		}
+	})
+}
+
+// A 404 says that one stream is gone. By then its identifier may have another.
+func Test404RemovesOnlyTheTokenUsed(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.onConnect("task:1", "a")
+		outcome := t.send("task:1", "a", "one")
+		t.onConnect("task:1", "b")
+		t.notFound("a one")
+		t.wantOutcome(outcome, disconnected)
+		t.wantConnections("task:1 b")
+
+		outcome = t.send("task:1", "b", "one")
+		t.notFound("b one")
+		t.wantOutcome(outcome, disconnected)
+		t.wantConnections()
+	})
+}
+
+func TestSendOnlyToTheCurrentToken(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.onConnect("task:1", "a")
+		t.onConnect("task:1", "b")
+		for _, token := range []string{"a", "unknown", ""} {
+			t.wantOutcome(t.send("task:1", token, "one"), disconnected)
+		}
+		t.wantUnderWay()
+		outcome := t.send("task:1", "b", "one")
+		t.ok("b one")
+		t.wantOutcome(outcome, delivered)
+		outcome = t.send("task:1", "b", "two")
+		t.buffered("b two")
+		t.wantOutcome(outcome, heldBack)
+	})
+}
+
+// After a failure the browser may lack that event. A later one would hide the gap, so the stream is ended instead.
+func TestSendAfterFailureEndsTheStream(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		const token = "0123456789abcdef"
+		t.onConnect("task:1", token)
+		outcome := t.send("task:1", token, "one")
+		t.fails(token + " one")
+		t.wantOutcome(outcome, failed)
+		if got := t.log.String(); strings.Count(got, "level=ERROR") != 1 || strings.Contains(got, token) {
+			t.Errorf("got log %s\nwant one error and no token in full", got)
+		}
+		t.wantConnections("task:1 " + token)
+
+		for range 2 { // until the gateway says that the stream has ended
+			outcome = t.send("task:1", token, "two")
+			t.fails(token + " end")
+			t.wantOutcome(outcome, suspended)
+		}
+		outcome = t.send("task:1", token, "two")
+		t.ok(token + " end")
+		t.wantOutcome(outcome, suspended)
+		t.wantConnections("task:1 " + token)
+		outcome = t.send("task:1", token, "two")
+		t.notFound(token + " end")
+		t.wantOutcome(outcome, suspended)
+		t.wantConnections()
+	})
+}
+
+// The failure of a send to the old stream says nothing of the new one.
+func TestFailureOfReplacedTokenLeavesTheNewOneAlone(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.onConnect("task:1", "a")
+		t.send("task:1", "a", "one")
+		t.onConnect("task:1", "b")
+		t.fails("a one")
+		outcome := t.send("task:1", "b", "two")
+		t.ok("b two")
+		t.wantOutcome(outcome, delivered)
+	})
+}
+
+func TestProbe(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		probe := func(answer func(string), want delivery) {
+			t.Helper()
+			outcome := make(chan delivery, 1)
+			go func() { outcome <- t.conns.Probe("task:1", "a") }()
+			t.rest()
+			answer("a ?")
+			t.wantOutcome(outcome, want)
+		}
+		t.onConnect("task:1", "a")
+		probe(t.ok, delivered)
+		probe(t.buffered, heldBack)
+		probe(t.fails, failed)
+		t.wantConnections("task:1 a")
+		probe(t.notFound, disconnected)
+		t.wantConnections()
+	})
+}
+
+func TestSweepAsksOnlyForOldConnections(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.onConnect("task:1", "a")
+		time.Sleep(time.Minute / 2)
+		t.onConnect("task:2", "b")
+		time.Sleep(time.Minute / 2)
+		go t.conns.sweep(time.Minute)
+		t.rest()
+		t.wantUnderWay("a ?")
+		t.ok("a ?")
+		go t.conns.sweep(time.Minute) // a was asked for just now, b is still young
+		t.rest()
+		t.wantUnderWay()
+		t.wantConnections("task:1 a", "task:2 b")
+	})
+}
+
+func TestSweepRemovesOnlyWhatTheGatewayDoesNotKnow(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		for i, token := range []string{"a", "b", "c", "d", "e"} {
+			t.onConnect(fmt.Sprint("task:", i), token)
+		}
+		go t.conns.sweep(0)
+		t.rest()
+		t.ok("a ?")
+		t.buffered("b ?")
+		t.fails("c ?")
+		t.notFound("d ?")
+		t.onConnect("task:4", "f")
+		t.notFound("e ?") // replaced in the meantime
+		t.wantConnections("task:0 a", "task:1 b", "task:2 c", "task:4 f")
+	})
+}
+
+func TestSweepEndsStreamsWithAGap(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.onConnect("task:1", "a")
+		t.onConnect("task:2", "b")
+		t.send("task:1", "a", "one")
+		t.fails("a one")
+		go t.conns.sweep(0)
+		t.rest()
+		t.wantUnderWay("a end", "b ?")
+	})
+}
+
+func TestSweepBoundsItsSends(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		for i := range 3 * sweepers {
+			t.onConnect(fmt.Sprint("task:", i), fmt.Sprint("t", i))
+		}
+		go t.conns.sweep(0)
+		asked := 0
+		for t.rest(); len(t.gateway.sends()) > 0; asked++ {
+			if got, want := len(t.gateway.sends()), min(sweepers, 3*sweepers-asked); got != want {
+				t.Fatalf("%d sends under way after %d, want %d", got, asked, want)
+			}
+			t.ok(t.gateway.sends()[0])
+		}
+		if want := 3 * sweepers; asked != want {
+			t.Errorf("asked for %d connections, want %d", asked, want)
+		}
+	})
+}
+
+// A gateway that crashed sends no disconnect callbacks. One sweep makes the gauge true again.
+func TestSweepHealsTheGauge(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		ctx, cancel := context.WithCancel(t.Context())
+		go t.conns.Sweep(ctx, time.Minute)
+		for i := range 100 {
+			t.onConnect(fmt.Sprint("version:", i), fmt.Sprint("t", i))
+			time.Sleep(time.Second / 10)
+		}
+		t.gateway.close()
+		time.Sleep(time.Minute + time.Minute/8)
+		t.wantConnections()
+		cancel()
+		t.rest()
+	})
+}
+
+func TestDrain(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		drain := func(ctx context.Context) <-chan struct{} {
+			drained := make(chan struct{})
+			go func() { t.conns.Drain(ctx); close(drained) }()
+			return drained
+		}
+		<-drain(t.Context()) // nothing is under way
+		t.conns.CloseReplaced("task:1", "a")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		<-drain(ctx)
+		if ctx.Err() == nil || !strings.Contains(t.log.String(), "level=WARN") {
+			t.Errorf("got %v and log %s\nwant the time to be over, and a warning", ctx.Err(), t.log.String())
+		}
+		drained := drain(t.Context())
+		t.ok(`a close {"reason":"replaced"} end`)
+		<-drained
+	})
+}
+
+func TestEndAll(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.onConnect("task:1", "a")
+		t.onConnect("task:2", "b")
+		t.onConnect("task:2", "c")
+		ended := make(chan struct{})
+		go func() { t.conns.EndAll(t.Context()); close(ended) }()
+		t.rest()
+		t.wantUnderWay("a end", "c end")
+		t.ok("a end")
+		select {
+		case <-ended:
+			t.Error("did not wait for the last stream")
+		default:
+		}
+		t.fails("c end")
+		<-ended
+	})
+}
+
+// The counters tell connects and disconnect callbacks. What a 404 or a newer connection removes shows in the gauge.
+func TestRecordSSEGatewayConnection(t *testing.T) {
+	t.Parallel()
+	reg := newRegistry("test")
+	unknown := senderFunc(func(string, *event, bool) (bool, error) { return false, errUnknownToken })
+	m := newConnectionManager(unknown, slog.New(slog.DiscardHandler), newBackendMetrics(reg, nil))
+	m.OnConnect("task:1", "a", "/")
+	m.OnConnect("task:1", "b", "/") // replaces a
+	m.OnConnect("version:1", "c", "/")
+	m.OnConnect("version:2", "d", "/")
+	m.OnDisconnect("a") // stale
+	m.OnDisconnect("b")
+	m.OnDisconnect("b") // twice
+	m.OnDisconnect("c")
+	m.Send("version:2", "d", &event{}, false) // 404
+	wantSeries(t, reg, map[string]float64{
+		`sse_gateway_connections_total{service="task",action="connect"}`:       2,
+		`sse_gateway_connections_total{service="task",action="disconnect"}`:    1,
+		`sse_gateway_connections_total{service="version",action="connect"}`:    2,
+		`sse_gateway_connections_total{service="version",action="disconnect"}`: 1,
+	})
+}
+
+func TestRecordSSEGatewayEvent(t *testing.T) {
+	t.Parallel()
+	reg := newRegistry("test")
+	var answer error
+	m := newConnectionManager(senderFunc(func(string, *event, bool) (bool, error) { return false, answer }),
+		slog.New(slog.DiscardHandler), newBackendMetrics(reg, nil))
+	m.OnConnect("task:1", "a", "/")
+	m.Send("task:1", "a", &event{}, false)
+	answer = errNoAnswer
+	m.Send("task:1", "a", &event{}, false)
+	m.Send("task:1", "a", &event{}, false) // is not tried any more
+	m.OnConnect("task:1", "b", "/")
+	answer = errUnknownToken
+	m.Send("task:1", "b", &event{}, false)
+	wantSeries(t, reg, map[string]float64{
+		`sse_gateway_events_sent_total{service="task",status="success"}`: 1,
+		`sse_gateway_events_sent_total{service="task",status="error"}`:   2,
+		`sse_gateway_send_duration_seconds_count{service="task"}`:        3,
+	})
+}
+
+func wantSeries(t *testing.T, reg *registry, want map[string]float64) {
+	t.Helper()
+	text := scrapeFamilies(reg)
+	for series, want := range want {
+		if got := scrapeValue(text, series); got != want {
+			t.Errorf("%s: got %v, want %v", series, got, want)
+		}
+	}
+}
+
+// mutexWatch is a gateway, metrics and a log handler that must not be called under the ConnectionManager's mutex: the
+// gateway's next callback may need it before the call returns.
+type mutexWatch struct {
+	slog.Handler
+	t     *testing.T
+	conns *ConnectionManager
+	err   error // answer of the gateway
+	calls atomic.Int64
+}
+
+func (w *mutexWatch) called(by string) {
+	w.calls.Add(1)
+	if !w.conns.mu.TryLock() {
+		w.t.Errorf("%s is called under the mutex", by)
+		return
+	}
+	w.conns.mu.Unlock()
+}
+
+func (w *mutexWatch) send(string, *event, bool) (bool, error) {
+	w.called("gateway")
+	return false, w.err
+}
+
+func (w *mutexWatch) RecordSSEGatewayConnection(string, string)    { w.called("metrics") }
+func (w *mutexWatch) RecordSSEGatewayEvent(string, string)         { w.called("metrics") }
+func (w *mutexWatch) RecordSSEGatewaySendDuration(string, float64) { w.called("metrics") }
+func (w *mutexWatch) Enabled(context.Context, slog.Level) bool     { w.called("log"); return true }
+
+func (w *mutexWatch) Handle(context.Context, slog.Record) error {
+	w.called("log")
+	return nil
+}
+
+func TestNothingIsCalledUnderTheMutex(t *testing.T) {
+	t.Parallel()
+	w := &mutexWatch{t: t}
+	m := newConnectionManager(w, slog.New(w), w)
+	w.conns = m
+	for _, w.err = range []error{nil, errNoAnswer, errUnknownToken} {
+		m.OnConnect("task:1", "a", "/")
+		m.CloseReplaced("task:1", m.OnConnect("task:1", "b", "/"))
+		m.Drain(t.Context())
+		m.OnDisconnect("a")
+		m.Send("task:1", "b", &event{}, false)
+		m.Send("task:1", "b", &event{}, false)
+		m.sweep(0)
+		m.OnDisconnect("b")
+	}
+	if w.calls.Load() == 0 {
+		t.Error("nothing was called at all")
+	}
+}
+
+// Two identifiers and three streams: what happens to them, in every order that the network may choose. Only within a
+// sequence is the order given.
+func TestEveryInterleaving(t *testing.T) {
+	t.Parallel()
+	type state = map[string]string // token by identifier
+	type step struct {
+		name string
+		do   func(t *connTest, want state)
+	}
+	connect := func(identifier, token string) step {
+		return step{"connect " + token, func(t *connTest, want state) {
+			if got := t.onConnect(identifier, token); got != want[identifier] {
+				t.Errorf("replaced %q, want %q", got, want[identifier])
+			}
+			want[identifier] = token
+		}}
+	}
+	remove := func(identifier, token string, want state) {
+		if want[identifier] == token {
+			delete(want, identifier)
+		}
+	}
+	disconnect := func(identifier, token string) step {
+		return step{"disconnect " + token, func(t *connTest, want state) {
+			t.onDisconnect(token)
+			remove(identifier, token, want)
+		}}
+	}
+	send := func(identifier, token string) step {
+		return step{"send to " + token, func(t *connTest, want state) {
+			t.send(identifier, token, "one")
+			if want[identifier] == token {
+				t.wantUnderWay(token + " one")
+			} else {
+				t.wantUnderWay()
+			}
+		}}
+	}
+	notFound := func(identifier, token string) step {
+		return step{"404 for " + token, func(t *connTest, want state) {
+			if slices.Contains(t.gateway.sends(), token+" one") {
+				t.notFound(token + " one")
+				remove(identifier, token, want)
+			}
+		}}
+	}
+	sequences := [][]step{
+		{connect("task:1", "a"), disconnect("task:1", "a")},
+		{connect("task:1", "b"), disconnect("task:1", "b")},
+		{send("task:1", "a"), notFound("task:1", "a")},
+		{connect("version:1", "c"), disconnect("version:1", "c")},
+	}
+	orders := 0
+	interleave(sequences, nil, func(order []step) {
+		orders++
+		synctest.Test(t, func(t *testing.T) {
+			c, want := newConnTest(t), state{}
+			var names []string
+			for _, s := range order {
+				names = append(names, s.name)
+				s.do(c, want)
+				var connections []string
+				for identifier, token := range want {
+					connections = append(connections, identifier+" "+token)
+				}
+				c.wantConnections(connections...)
+				if t.Failed() {
+					t.Fatal("after ", strings.Join(names, ", "))
+				}
+			}
+		})
+	})
+	if want := 2520; orders != want { // 8! / (2! 2! 2! 2!)
+		t.Errorf("got %d orders, want %d", orders, want)
+	}
+}
+
+// interleave calls f with every order of all steps that keeps the order within each sequence.
+func interleave[S any](sequences [][]S, begun []S, f func(order []S)) {
+	done := true
+	for i, sequence := range sequences {
+		if len(sequence) > 0 {
+			done = false
+			rest := slices.Clone(sequences)
+			rest[i] = sequence[1:]
+			interleave(rest, append(slices.Clip(begun), sequence[0]), f)
+		}
+	}
+	if done {
+		f(begun)
+	}
+}
+
+// Thousands of steps, many at the same time. After each one its worker looks at the invariants, in the middle of what
+// the others do.
+func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
+	t.Parallel()
+	const workers, steps = 8, 4000
+	gateway := senderFunc(func(token string, _ *event, _ bool) (bool, error) {
+		runtime.Gosched() // others go on while a send is in flight
+		switch rand.N(4) {
+		case 0:
+			return false, errUnknownToken
+		case 1:
+			return false, errNoAnswer
+		}
+		return false, nil
+	})
+	m := newConnectionManager(gateway, slog.New(slog.DiscardHandler), noConnectionMetrics{})
+	identifiers := []string{"task:1", "task:2", "task:3", "version:1", "version:2"}
+	var made atomic.Int64
+	oldToken := func() string { // recent enough that it may be current
+		return fmt.Sprint("t", max(0, made.Load()-rand.N[int64](20)))
+	}
+	step := func() {
+		identifier := identifiers[rand.N(len(identifiers))]
+		switch rand.N(6) {
+		case 0, 1:
+			if replaced := m.OnConnect(identifier, fmt.Sprint("t", made.Add(1)), "/"); replaced != "" {
+				m.CloseReplaced(identifier, replaced)
+			}
+		case 2:
+			m.OnConnect(identifier, oldToken(), "/") // moves, or comes back
+		case 3:
+			m.OnDisconnect(oldToken())
+		case 4:
+			m.mu.Lock()
+			token := ""
+			if c := m.connections[identifier]; c != nil {
+				token = c.token
+			}
+			m.mu.Unlock()
+			m.Send(identifier, token, &event{}, false)
+		case 5:
+			m.sweep(0)
+		}
+	}
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			for range steps {
+				step()
+				if err := checkConsistency(m); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	m.Drain(t.Context())
+	for i := range made.Load() + 1 {
+		m.OnDisconnect(fmt.Sprint("t", i))
+	}
+	if got := m.Active(); len(got) != 0 || len(m.connections) != 0 || len(m.tokens) != 0 {
+		t.Errorf("got gauge %v, %d connections and %d tokens after all disconnected", got, len(m.connections), len(m.tokens))
+	}
+}
+
+func BenchmarkConnectionManagerSend(b *testing.B) {
+	m := newConnectionManager(senderFunc(func(string, *event, bool) (bool, error) { return false, nil }),
+		slog.New(slog.DiscardHandler), newBackendMetrics(newRegistry("test"), nil))
+	m.OnConnect("task:1", "a", "/")
+	e := event{ID: "x-1", Name: "task_event", Data: "{}"}
+	b.ReportAllocs()
+	for b.Loop() {
+		if got := m.Send("task:1", "a", &e, false); got != delivered {
+			b.Fatalf("got outcome %d, want %d", got, delivered)
+		}
+	}
+}

@@ -1,0 +1,410 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// newGatewayTest returns a client of a gateway that answers like this. No error may tell the path in its URL, /hush.
+func newGatewayTest(t *testing.T, answer http.HandlerFunc) *gatewayClient {
+	server := httptest.NewServer(answer)
+	t.Cleanup(server.Close)
+	c := newGatewayClient(server.URL + "/hush")
+	t.Cleanup(c.client.CloseIdleConnections)
+	return c
+}
+
+func TestGatewayClientWire(t *testing.T) {
+	t.Parallel()
+	var got string
+	c := newGatewayTest(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		got = strings.Join([]string{r.Method, r.RequestURI, r.Header.Get("Content-Type"), string(body)}, " ")
+	})
+	for _, test := range []struct {
+		event *event
+		end   bool
+		want  string
+	}{
+		{nil, false, `{"token":"t"}`},
+		{nil, true, `{"token":"t","close":true}`},
+		{&event{}, false, `{"token":"t","event":{"data":""}}`},
+		{&event{Name: "error", Data: "é\n"}, false, `{"token":"t","event":{"data":"é\n","name":"error"}}`},
+		{&event{"x-1", "version", `{"<&>":1}`}, true,
+			`{"token":"t","event":{"data":"{\"<&>\":1}","id":"x-1","name":"version"},"close":true}`},
+	} {
+		if _, err := c.send("t", test.event, test.end); err != nil {
+			t.Fatal(err)
+		}
+		if want := "POST /hush/internal/send application/json " + test.want; got != want {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+	}
+}
+
+func TestGatewayClientAnswers(t *testing.T) {
+	t.Parallel()
+	var status int
+	var body string
+	requests := 0
+	c := newGatewayTest(t, func(w http.ResponseWriter, r *http.Request) {
+		requests++
+		w.Header().Set("Location", "/elsewhere")
+		w.WriteHeader(status)
+		io.WriteString(w, body)
+	})
+	for _, test := range []struct {
+		status   int
+		body     string
+		buffered bool
+		want     string
+	}{
+		{200, `{"status":"ok"}`, false, ""},
+		{200, `{"status":"buffered"}`, true, ""},
+		{200, "", false, ""},
+		{404, `{"error":"unknown token"}`, false, "unknown token"},
+		{302, "", false, "gateway answered 302"},
+		{307, "", false, "gateway answered 307"}, // with this a client would POST again
+		{400, `{"status":"buffered"}`, false, "gateway answered 400"},
+		{500, strings.Repeat("x", 1<<20), false, "gateway answered 500"},
+		{503, "", false, "gateway answered 503"},
+	} {
+		status, body, requests = test.status, test.body, 0
+		buffered, err := c.send("t", nil, false)
+		got := ""
+		if err != nil {
+			got = err.Error()
+		}
+		if buffered != test.buffered || got != test.want {
+			t.Errorf("%d %.30q: got %t, %q, want %t, %q", status, body, buffered, got, test.buffered, test.want)
+		}
+		if errors.Is(err, errUnknownToken) != (status == 404) {
+			t.Errorf("%d: got unknown token %t", status, !(status == 404))
+		}
+		if requests != 1 {
+			t.Errorf("%d: got %d requests, want 1", status, requests)
+		}
+	}
+}
+
+// A send that failed is in doubt: nothing may be tried again, and the log of it must not tell the URL.
+func TestGatewayClientFailures(t *testing.T) {
+	t.Parallel()
+	var answer string
+	requests := 0
+	c := newGatewayTest(t, func(w http.ResponseWriter, r *http.Request) {
+		requests++
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		io.WriteString(conn, answer)
+	})
+	fails := func(what string, wantRequests int) {
+		t.Helper()
+		requests = 0
+		buffered, err := c.send("t", &event{Data: "data"}, false)
+		switch {
+		case err == nil || buffered || errors.Is(err, errUnknownToken):
+			t.Errorf("%s: got %t, %v", what, buffered, err)
+		case strings.Contains(err.Error(), "hush") || strings.Contains(err.Error(), "http://"):
+			t.Errorf("%s: got the URL in %v", what, err)
+		}
+		if requests != wantRequests {
+			t.Errorf("%s: got %d requests, want %d", what, requests, wantRequests)
+		}
+	}
+	fails("no answer", 1)
+	answer = "nonsense"
+	fails("no HTTP", 1)
+	answer = "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n" + `{"status":"buffered"`[:19]
+	fails("half an answer", 1)
+	c.url = "http://127.0.0.1:0/hush"
+	fails("no gateway", 0)
+	c.url = "http://hush\x7f"
+	fails("no URL", 0)
+}
+
+// The limit counts until the whole answer is there. Time is that of the bubble, so the network is a pipe.
+func TestGatewayClientLimit(t *testing.T) {
+	t.Parallel()
+	for name, answer := range map[string]string{
+		"no answer":     "",
+		"half a header": "HTTP/1.1 200 OK\r\nContent-",
+		"half a body":   "HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{",
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				near, far := net.Pipe()
+				go func() {
+					r, err := http.ReadRequest(bufio.NewReader(far))
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					io.Copy(io.Discard, r.Body)
+					io.WriteString(far, answer)
+					io.Copy(io.Discard, far) // until the client gives up
+				}()
+				c := newGatewayClient("http://hush")
+				c.client.Transport.(*http.Transport).DialContext = func(context.Context, string, string) (net.Conn, error) {
+					return near, nil
+				}
+				start := time.Now()
+				_, err := c.send("t", nil, false)
+				if got := time.Since(start); !errors.Is(err, context.DeadlineExceeded) || got != sendLimit {
+					t.Errorf("got %v after %s, want %v after %s", err, got, context.DeadlineExceeded, sendLimit)
+				}
+				if strings.Contains(err.Error(), "hush") {
+					t.Errorf("got the URL in %v", err)
+				}
+			})
+		})
+	}
+}
+
+// An answer that was not read to its end costs a new connection for every event.
+func TestGatewayClientReusesItsConnection(t *testing.T) {
+	t.Parallel()
+	status := http.StatusOK
+	connections := map[string]bool{}
+	c := newGatewayTest(t, func(w http.ResponseWriter, r *http.Request) {
+		connections[r.RemoteAddr] = true
+		w.WriteHeader(status)
+		io.WriteString(w, strings.Repeat("x", 2048)) // in chunks, because more than net/http buffers
+		w.(http.Flusher).Flush()
+	})
+	for _, status = range []int{200, 404, 500, 302, 200} {
+		c.send("t", nil, false)
+	}
+	if len(connections) != 1 {
+		t.Errorf("got %d connections, want 1", len(connections))
+	}
+}
+
+// postTest is a gatewayClient in a synctest bubble. Each of its POSTs waits for the test to answer it.
+type postTest struct {
+	*testing.T
+	client *gatewayClient
+	posts  chan *steppedPost // in their order
+}
+
+type steppedPost struct {
+	text   string // media type and body
+	answer chan steppedPostAnswer
+}
+
+type steppedPostAnswer struct {
+	status int
+	body   string
+	err    error
+}
+
+func testPosts(t *testing.T, f func(t *postTest)) {
+	t.Helper()
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p := &postTest{t, newGatewayClient("http://hush"), make(chan *steppedPost, 2*maxPosting)}
+		p.client.client.Transport = p
+		f(p)
+	})
+}
+
+// RoundTrip makes a postTest the network.
+func (t *postTest) RoundTrip(r *http.Request) (*http.Response, error) {
+	body, _ := io.ReadAll(r.Body)
+	p := &steppedPost{r.Header.Get("Content-Type") + " " + string(body), make(chan steppedPostAnswer)}
+	t.posts <- p
+	a := <-p.answer
+	return &http.Response{StatusCode: a.status, Body: io.NopCloser(strings.NewReader(a.body))}, a.err
+}
+
+// send gives an event, or nil, to a stream. The result, as "buffered error", comes through the channel.
+func (t *postTest) send(token string, e *event) <-chan string {
+	result := make(chan string, 1)
+	go func() {
+		buffered, err := t.client.send(token, e, false)
+		result <- fmt.Sprint(buffered, " ", err)
+	}()
+	synctest.Wait()
+	return result
+}
+
+// single and batch are the POSTs that ask for streams.
+func single(token string) string { return `application/json {"token":"` + token + `"}` }
+
+func batch(tokens ...string) string {
+	return `application/x-ndjson {"token":"` + strings.Join(tokens, "\"}\n{\"token\":\"") + "\"}\n"
+}
+
+// next returns the first POST that is under way and has not been looked at.
+func (t *postTest) next(want string) *steppedPost {
+	t.Helper()
+	select {
+	case p := <-t.posts:
+		if p.text != want {
+			t.Errorf("got POST %.200q, want %.200q", p.text, want)
+		}
+		return p
+	default:
+		t.Fatalf("nothing under way, want %.200q", want)
+		return nil
+	}
+}
+
+// wantNone checks that no other POST is under way.
+func (t *postTest) wantNone() {
+	t.Helper()
+	if n := len(t.posts); n > 0 {
+		t.Errorf("got %d more POSTs, the first is %.200q", n, (<-t.posts).text)
+	}
+}
+
+func (t *postTest) reply(p *steppedPost, status int, body string) {
+	p.answer <- steppedPostAnswer{status, body, nil}
+	synctest.Wait()
+}
+
+func (t *postTest) wantResult(result <-chan string, want string) {
+	t.Helper()
+	if got := <-result; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestGatewayClientBoundsItsPosts(t *testing.T) {
+	testPosts(t, func(t *postTest) {
+		for range 2*maxPosting + 1 {
+			t.send("t", nil)
+		}
+		for _, want := range []int{maxPosting, maxPosting, 1} {
+			if got := len(t.posts); got != want {
+				t.Errorf("got %d POSTs under way, want %d", got, want)
+			}
+			for range want {
+				t.reply(t.next(single("t")), 200, "")
+			}
+		}
+		last := t.send("t", nil) // finds that all have left
+		t.reply(t.next(single("t")), 200, "")
+		t.wantResult(last, "false <nil>")
+	})
+}
+
+// What comes while two POSTs are under way goes out with the next one, and each send gets its own result.
+func TestGatewayClientBatches(t *testing.T) {
+	testPosts(t, func(t *postTest) {
+		t.client.heard("batch")
+		results := map[string]<-chan string{}
+		for _, token := range []string{"a", "b", "c", "d", "e", "f"} {
+			results[token] = t.send(token, nil)
+		}
+		a, b := t.next(single("a")), t.next(single("b"))
+		t.wantNone()
+		t.reply(b, 404, "")
+		t.wantResult(results["b"], "false unknown token")
+		rest := t.next(batch("c", "d", "e", "f"))
+		g := t.send("g", nil)
+		t.reply(rest, 200, `{"status":"ok"}
+{"status":"buffered"}
+{"status":404}
+{"status":400,"error":"no"}
+`)
+		t.wantResult(results["c"], "false <nil>")
+		t.wantResult(results["d"], "true <nil>")
+		t.wantResult(results["e"], "false unknown token")
+		t.wantResult(results["f"], `false gateway answered "{\"status\":400,\"error\":\"no\"}"`)
+		t.reply(t.next(single("g")), 200, "")
+		t.reply(a, 200, `{"status":"buffered"}`)
+		t.wantResult(g, "false <nil>")
+		t.wantResult(results["a"], "true <nil>")
+		t.wantNone()
+	})
+}
+
+// A batch that failed is in doubt as a whole.
+func TestGatewayClientBatchFailures(t *testing.T) {
+	doubt := func(status, results int) string {
+		return fmt.Sprintf("false gateway answered %d and %d results to a batch of 2", status, results)
+	}
+	for name, test := range map[string]struct {
+		answer  steppedPostAnswer
+		want    string
+		batches bool // afterwards
+	}{
+		"no answer":        {steppedPostAnswer{err: errNoAnswer}, "false no answer", true},
+		"another gateway":  {steppedPostAnswer{status: 415}, doubt(415, 1), false},
+		"no such path":     {steppedPostAnswer{status: 404}, doubt(404, 1), false},
+		"too few results":  {steppedPostAnswer{status: 200, body: "1\n"}, doubt(200, 1), false},
+		"too many results": {steppedPostAnswer{status: 200, body: "1\n2\n3\n"}, doubt(200, 3), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			testPosts(t, func(t *postTest) {
+				t.client.heard("batch")
+				t.send("a", nil)
+				t.send("b", nil)
+				c, d := t.send("c", nil), t.send("d", nil)
+				t.reply(t.next(single("a")), 200, "")
+				second := t.next(single("b"))
+				t.next(batch("c", "d")).answer <- test.answer
+				t.wantResult(c, test.want)
+				t.wantResult(d, test.want)
+				t.reply(second, 200, "")
+				if t.client.batches != test.batches {
+					t.Errorf("takes batches: got %t, want %t", t.client.batches, test.batches)
+				}
+			})
+		})
+	}
+}
+
+func TestGatewayClientBoundsItsBatches(t *testing.T) {
+	testPosts(t, func(t *postTest) {
+		t.client.heard("batch")
+		t.send("a", nil)
+		t.send("b", nil)
+		var first []string
+		for i := range maxBatchSends + 1 {
+			token := fmt.Sprint("t", i)
+			first = append(first, token)
+			t.send(token, nil)
+		}
+		large := &event{Data: strings.Repeat("x", maxBatchBytes/2)}
+		t.send("c", large)
+		t.send("d", large)
+		a, b := t.next(single("a")), t.next(single("b"))
+		t.reply(a, 200, "")
+		t.reply(t.next(batch(first[:maxBatchSends]...)), 200, strings.Repeat(batchOK+"\n", maxBatchSends))
+		body := `{"token":"%s","event":{"data":"` + large.Data + `"}}`
+		rest := fmt.Sprintf("application/x-ndjson {\"token\":%q}\n"+body+"\n", first[maxBatchSends], "c")
+		t.reply(t.next(rest), 200, batchOK+"\n"+batchOK)
+		t.reply(t.next("application/json "+fmt.Sprintf(body, "d")), 200, "")
+		t.reply(b, 200, "")
+		t.wantNone()
+	})
+}
+
+func TestGatewayClientHears(t *testing.T) {
+	t.Parallel()
+	c := newGatewayClient("http://hush")
+	for features, want := range map[string]bool{
+		"batch": true, "a, batch ,b": true, "": false, "batches": false, "a;batch": false,
+	} {
+		c.heard(features)
+		if c.batches != want {
+			t.Errorf("%q: takes batches: got %t, want %t", features, c.batches, want)
+		}
+	}
+}
