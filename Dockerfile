@@ -1,0 +1,23 @@
+# Both roles in one image.
+#
+#   all in one: docker run -e API_TOKEN=… -p 8080:8080 sidecast
+#   backend:    docker run -e API_TOKEN=… -e SSE_CALLBACK_SECRET=… -e SSE_GATEWAY_URL=http://gateway:3000 sidecast
+#   gateway:    docker run -e ADDR= -e PORT=3000 \
+#                 -e CALLBACK_URL='http://backend:8080/api/sse/callback?secret=…' sidecast gateway
+#
+# The health check asks at ADDR, or without it at PORT: a gateway has no use for ADDR, so it is run with an empty one.
+
+FROM golang:1.26 AS build
+WORKDIR /src
+COPY . .
+RUN CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o /sidecast .
+
+FROM scratch
+# CA roots, for URLs with https.
+COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
+COPY --from=build /sidecast /sidecast
+USER 65532:65532
+ENV ADDR=:8080 APP_ENV=production
+EXPOSE 8080 3000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=5s CMD ["/sidecast", "healthcheck"]
+ENTRYPOINT ["/sidecast"]

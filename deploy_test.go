@@ -1,0 +1,608 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// These tests run what the Dockerfile and the files in deploy say, with nothing changed but addresses and intervals.
+
+// needs skips the test when the machine lacks a tool, which is a command or "root". Where CI is set it fails instead: a
+// skipped test proves nothing, so CI must install the tool.
+func needs(t testing.TB, tools ...string) {
+	t.Helper()
+	const text = "this test needs %s; run it as root where Debian's nginx-light, prometheus and systemd are installed"
+	for _, tool := range tools {
+		_, err := exec.LookPath(tool)
+		has := err == nil || tool == "root" && os.Geteuid() == 0
+		switch {
+		case has:
+		case os.Getenv("CI") != "":
+			t.Fatalf(text, tool)
+		default:
+			t.Skipf(text, tool)
+		}
+	}
+}
+
+// edited returns the text of a file, with each old string replaced by the new one that follows it. All must be there.
+func edited(t testing.TB, file string, oldNew ...string) string {
+	t.Helper()
+	content, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(content)
+	for pair := range slices.Chunk(oldNew, 2) {
+		if !strings.Contains(text, pair[0]) {
+			t.Fatalf("%s has no %q", file, pair[0])
+		}
+		text = strings.ReplaceAll(text, pair[0], pair[1])
+	}
+	return text
+}
+
+func writeFile(t testing.TB, file, text string) {
+	t.Helper()
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// tool runs a command that ends by itself and must succeed, and returns what it printed.
+func tool(t testing.TB, stdin, name string, args ...string) (out string) {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	cmd.Stdin = strings.NewReader(stdin)
+	printed, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %v\n%s", cmd, err, printed)
+	}
+	return string(printed)
+}
+
+const (
+	deployToken    = "api-token-of-a-test"
+	deploySecret   = "callback-secret-of-a-test"
+	deployPatience = 20 * time.Second // for what takes milliseconds, but not on a machine that is busy with other tests
+)
+
+// ask makes a request as a page of that site would, with the API token, and returns the answer's status and body.
+func ask(t testing.TB, method, target, body string) (status int, answer string) {
+	t.Helper()
+	req, err := http.NewRequest(method, target, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+deployToken)
+	req.Header.Set("Origin", "http://"+req.URL.Host)
+	if body != "" {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	client := http.Client{Timeout: deployPatience}
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	content, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(content)
+}
+
+// mustAsk is ask for what has to succeed.
+func mustAsk(t testing.TB, method, target, body string) (answer string) {
+	t.Helper()
+	status, answer := ask(t, method, target, body)
+	if status/100 != 2 {
+		t.Fatalf("%s %s: got %d %s", method, target, status, answer)
+	}
+	return answer
+}
+
+// startTask starts a task at the site of base and returns the path of its stream. The query is for an ingress.
+func startTask(t testing.TB, base, query, body string) (streamPath string) {
+	t.Helper()
+	var answer struct {
+		StreamURL string `json:"stream_url"`
+	}
+	if err := json.Unmarshal([]byte(mustAsk(t, "POST", base+"/api/tasks"+query, body)), &answer); err != nil {
+		t.Fatal(err)
+	}
+	return answer.StreamURL
+}
+
+// told returns what a page was told, but for connection_open, which comes with each connection: "1 task_started".
+func told(events []message) (all []string) {
+	for _, m := range events {
+		var data struct {
+			EventType              string `json:"event_type"`
+			Version, Error, Reason string
+		}
+		json.Unmarshal([]byte(m.Data), &data)
+		if m.Name != "connection_open" {
+			_, n, _ := strings.Cut(m.ID, "-")
+			all = append(all, strings.TrimSpace(n+" "+data.EventType+data.Version+data.Error+data.Reason))
+		}
+	}
+	return all
+}
+
+// waitTold waits until a page was told exactly this.
+func waitTold(t testing.TB, es *eventSource, want ...string) {
+	t.Helper()
+	es.waitFor(t, deployPatience, func(got []message) bool { return len(told(got)) >= len(want) })
+	if got := told(es.events()); !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// waitFinished waits until a page's stream has ended for good.
+func waitFinished(t testing.TB, es *eventSource) {
+	t.Helper()
+	if got := es.waitClosed(t, deployPatience); got != http.StatusGone {
+		t.Errorf("a finished stream ended with %d, want 410", got)
+	}
+}
+
+// The container
+
+// An image is the final stage of the Dockerfile, laid out in a folder. It is run with chroot(8), without any engine.
+type image struct {
+	root                    string // the folder
+	user                    string // uid:gid
+	env                     []string
+	entrypoint, healthcheck []string
+}
+
+// buildImage interprets the Dockerfile, as far as ours goes. It runs the go build here; what is copied from the build
+// stage besides, the CA roots, comes from this machine.
+func buildImage(t testing.TB) (img image) {
+	build, final, _ := strings.Cut(edited(t, "Dockerfile"), "\nFROM scratch\n")
+	stage := t.TempDir()
+	command := regexp.MustCompile(`\nRUN (.* go build .*)`).FindStringSubmatch(build)
+	if command == nil {
+		t.Fatal("Dockerfile: no go build")
+	}
+	tool(t, "", "sh", "-c", strings.Replace(command[1], "-o /", "-o "+stage+"/", 1))
+
+	img.root = t.TempDir()
+	for line := range strings.Lines(final) {
+		instruction, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
+		fields := strings.Fields(rest)
+		_, array, _ := strings.Cut(rest, "[") // the exec form, which needs no shell
+		switch instruction {
+		case "", "#", "EXPOSE":
+		case "COPY": // --from=build SOURCE DESTINATION
+			source := fields[1]
+			if _, err := os.Stat(stage + source); err == nil {
+				source = stage + source
+			}
+			tool(t, "", "install", "-D", source, img.root+fields[2])
+		case "USER":
+			img.user = rest
+		case "ENV":
+			img.env = fields
+		case "HEALTHCHECK":
+			json.Unmarshal([]byte("["+array), &img.healthcheck)
+		case "ENTRYPOINT":
+			json.Unmarshal([]byte("["+array), &img.entrypoint)
+		default:
+			t.Fatalf("Dockerfile: this test does not know %q", line)
+		}
+	}
+	return img
+}
+
+// inside is the command line that runs a command of the image.
+func (img image) inside(command []string, args ...string) []string {
+	return slices.Concat([]string{"chroot", "--userspec=" + img.user, "--groups=", img.root}, command, args)
+}
+
+// start runs the image as a container that answers at a port.
+func (img image) start(t testing.TB, port int, env []string, args ...string) *process {
+	t.Helper()
+	url := fmt.Sprintf("http://127.0.0.1:%d", port)
+	return newProcess(t, url, slices.Concat(img.env, env), img.inside(img.entrypoint, args...)...).mustStart(t)
+}
+
+// healthy runs the health check in the container of p.
+func (img image) healthy(p *process) bool {
+	command := img.inside(img.healthcheck)
+	cmd := exec.Command(command[0], command[1:]...)
+	cmd.Env = p.env
+	return cmd.Run() == nil
+}
+
+// The image has nothing but what the Dockerfile copies: no libc, so only a static binary runs, no shell, no /etc/hosts.
+func TestContainer(t *testing.T) {
+	needs(t, "root")
+	t.Parallel()
+	img := buildImage(t)
+	gatewayPort, backendPort := freePort(t), freePort(t)
+	gateway := img.start(t, gatewayPort, []string{
+		"ADDR=",
+		fmt.Sprintf("PORT=%d", gatewayPort),
+		fmt.Sprintf("CALLBACK_URL=http://localhost:%d/api/sse/callback?secret=%s", backendPort, deploySecret),
+	}, "gateway")
+	backend := img.start(t, backendPort, []string{
+		fmt.Sprintf("ADDR=localhost:%d", backendPort),
+		fmt.Sprintf("SSE_GATEWAY_URL=http://localhost:%d", gatewayPort),
+		"SSE_CALLBACK_SECRET=" + deploySecret,
+		"API_TOKEN=" + deployToken,
+	})
+
+	path := startTask(t, backend.URL, "", `{"type":"demo","params":{"steps":1}}`)
+	es := openEventSource(t, gateway.URL+path, retryScale(0.05))
+	waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
+	waitFinished(t, es)
+
+	for _, p := range []*process{gateway, backend} {
+		if !img.healthy(p) {
+			t.Errorf("%s: not healthy", p.URL)
+		}
+		info, err := os.Stat(fmt.Sprintf("/proc/%d", p.pid()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		owner := info.Sys().(*syscall.Stat_t)
+		if got := fmt.Sprintf("%d:%d", owner.Uid, owner.Gid); got != img.user || owner.Uid == 0 {
+			t.Errorf("%s: runs as %s, want %s, which must not be root", p.URL, got, img.user)
+		}
+		if got := p.stop(t); got != 0 {
+			t.Errorf("%s: exit code %d, want 0", p.URL, got)
+		}
+		if img.healthy(p) {
+			t.Errorf("%s: healthy after its end", p.URL)
+		}
+	}
+}
+
+// nginx
+
+// A host is a machine with a backend and its gateway.
+type host struct{ backend, gateway *process }
+
+// startHost starts a host whose backend also has env.
+func startHost(t testing.TB, env ...string) host {
+	t.Helper()
+	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	gateway := startOwnGateway(t, "CALLBACK_URL=http://"+addr+"/api/sse/callback?secret="+deploySecret)
+	backend := startBackend(t, append(env, "ADDR="+addr, "SSE_GATEWAY_URL="+gateway.URL,
+		"SSE_CALLBACK_SECRET="+deploySecret, "API_TOKEN="+deployToken)...)
+	return host{backend, gateway}
+}
+
+// address is where a process listens: host:port.
+func address(p *process) string { return strings.TrimPrefix(p.URL, "http://") }
+
+// front starts the nginx of a host.
+func (h host) front(t testing.TB) *process {
+	t.Helper()
+	return startNginx(t, "deploy/nginx.conf",
+		"server 127.0.0.1:8080", "server "+address(h.backend), "server 127.0.0.1:3000", "server "+address(h.gateway))
+}
+
+// startNginx starts nginx with a configuration of ours, edited so that it reaches what the test has. It takes root,
+// because Debian's nginx has its temporary folders in /var/lib.
+func startNginx(t testing.TB, file string, oldNew ...string) *process {
+	t.Helper()
+	dir, addr := t.TempDir(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	conf := filepath.Join(dir, "nginx.conf")
+	writeFile(t, conf, edited(t, file, append(oldNew,
+		"listen 80;", "listen "+addr+";", "http {", "http {\naccess_log off;")...))
+	return newProcess(t, "http://"+addr, nil,
+		"nginx", "-e", "stderr", "-c", conf, "-g", "daemon off; pid "+dir+"/pid;").mustStart(t)
+}
+
+func TestNginx(t *testing.T) {
+	needs(t, "nginx", "root")
+	t.Parallel()
+	host := startHost(t)
+	site := host.front(t).URL
+
+	if page := mustAsk(t, "GET", site+"/", ""); !strings.Contains(page, "new EventSource(") {
+		t.Errorf("the page is not ours: %.200s", page)
+	}
+	path := startTask(t, site, "", `{"type":"external","params":{"task_id":"t"}}`)
+	es := openEventSource(t, site+path, retryScale(0.05))
+	progress := func() { mustAsk(t, "POST", site+"/api/tasks/t/progress", `{"value":0.5}`) }
+	progress()
+	waitTold(t, es, "1 task_started", "2 progress_update") // at once: nothing is held back in a buffer
+
+	// Without the gateway nginx keeps the page trying, and then the page gets what it has missed.
+	host.gateway.kill(t)
+	before := es.opens()
+	eventually(t, deployPatience, "nginx answered in the gateway's place", func() bool { return es.opens() >= before+2 })
+	progress()
+	host.gateway.restart(t)
+	mustAsk(t, "POST", site+"/api/tasks/t/complete", `{"result":null}`)
+	waitTold(t, es, "1 task_started", "2 progress_update", "3 progress_update", "4 task_completed", "task_completed")
+	waitFinished(t, es)
+
+	for _, request := range []string{
+		"POST /internal/send", "POST /internal%2Fsend", "POST /x/../internal/send", "GET /api/sse/..%2f../internal/send",
+		"GET /metrics", "GET //metrics", "GET /%6Detrics", "GET /metrics?x", "GET /api/sse/../../metrics",
+		"POST /api/sse/callback", "POST /api/sse//callback?secret=" + deploySecret, "POST /api/sse/callbac%6b",
+	} {
+		method, target, _ := strings.Cut(request, " ")
+		if got, _ := ask(t, method, site+target, ""); got != http.StatusNotFound {
+			t.Errorf("%s: got %d, want 404", request, got)
+		}
+	}
+}
+
+// Replicas know nothing of each other. An ingress that hashes the id is all that makes them one service.
+func TestReplicas(t *testing.T) {
+	needs(t, "nginx", "root")
+	t.Parallel()
+
+	var mu sync.Mutex // guards version and pollers
+	version, pollers := "1.0", map[string]bool{}
+	versions := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		pollers[r.URL.RawQuery] = true
+		fmt.Fprintf(w, `{"version":%q}`, version)
+	}))
+	t.Cleanup(versions.Close)
+
+	poll := func(replica int) []string {
+		return []string{"FRONTEND_VERSION_POLL_SECONDS=0.3", fmt.Sprintf("FRONTEND_VERSION_URL=%s?%d", versions.URL, replica)}
+	}
+	dying, staying := startHost(t, poll(0)...), startHost(t, poll(1)...)
+	dyingNginx := dying.front(t)
+	embedded := startBackend(t, append(poll(2), "API_TOKEN="+deployToken)...)
+	backends := []*process{dying.backend, staying.backend, embedded}
+	ingress := startNginx(t, "deploy/nginx-replicas.conf", "10.0.0.1:80", address(dyingNginx),
+		"10.0.0.2:80", address(staying.front(t)), "10.0.0.3:80", address(embedded)).URL
+
+	// follow starts some external tasks, with a follower each.
+	follow := func(name string, n int) map[string]*eventSource {
+		followers := map[string]*eventSource{}
+		for i := range n {
+			id := fmt.Sprintf("%s-%d", name, i)
+			path := startTask(t, ingress, "?task_id="+id, `{"type":"external","params":{"task_id":"`+id+`"}}`)
+			followers[id] = openEventSource(t, ingress+path, retryScale(0.05))
+		}
+		for _, es := range followers {
+			waitTold(t, es, "1 task_started")
+		}
+		return followers
+	}
+	complete := func(id string) (status int) {
+		status, _ = ask(t, "POST", ingress+"/api/tasks/"+id+"/complete", `{"result":null}`)
+		return status
+	}
+
+	followers := follow("first", 300)
+	for i, b := range backends {
+		if n := scrapeValue(mustAsk(t, "GET", b.URL+"/metrics", ""), `tasks{status="running"}`); n < 40 {
+			t.Errorf("replica %d has %v of 300 tasks", i, n)
+		}
+	}
+	for id, es := range followers {
+		if got := complete(id); got != http.StatusOK {
+			t.Errorf("completing %s: got %d", id, got)
+		}
+		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
+	}
+
+	// An id that a backend chose says nothing of the replica; the route does.
+	for i := range 6 {
+		route := fmt.Sprintf("route=%d", i)
+		path := startTask(t, ingress, "?"+route, `{"type":"demo","params":{"steps":1}}`)
+		es := openEventSource(t, ingress+path+"&"+route)
+		waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
+	}
+
+	// Each replica polls for itself, and together they tell everybody.
+	eventually(t, deployPatience, "every replica has polled", func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(pollers) == len(backends)
+	})
+	var tabs []*eventSource
+	for i := range 40 {
+		tabs = append(tabs, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=tab-%d", ingress, i)))
+	}
+	for _, tab := range tabs {
+		tab.waitFor(t, deployPatience, func(got []message) bool { return len(got) == 1 })
+	}
+	for i, b := range backends {
+		series := `sse_gateway_active_connections{service="version"}`
+		if n := scrapeValue(mustAsk(t, "GET", b.URL+"/metrics", ""), series); n < 1 {
+			t.Errorf("replica %d has none of the %d version streams", i, len(tabs))
+		}
+	}
+	mu.Lock()
+	version = "1.1"
+	mu.Unlock()
+	for _, tab := range tabs {
+		waitTold(t, tab, "1 1.1")
+	}
+
+	// One replica dies. Its tasks are gone, as their followers learn; those of the others notice nothing.
+	followers = follow("second", 60)
+	lost := map[string]bool{}
+	for id := range followers {
+		status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", "")
+		lost[id] = status == http.StatusOK
+	}
+	for _, p := range []*process{dyingNginx, dying.gateway, dying.backend} {
+		p.kill(t)
+	}
+	for id, es := range followers {
+		if lost[id] {
+			waitTold(t, es, "1 task_started", "Task not found", "task_not_found")
+			waitFinished(t, es)
+		}
+	}
+	for id, es := range followers {
+		want := http.StatusOK
+		if lost[id] {
+			want = http.StatusNotFound
+		}
+		if got := complete(id); got != want {
+			t.Errorf("completing %s, on the dead replica: %v: got %d, want %d", id, lost[id], got, want)
+		}
+		if !lost[id] {
+			waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
+			if es.opens() != 1 {
+				t.Errorf("the follower of %s reconnected", id)
+			}
+		}
+	}
+}
+
+// Monitoring
+
+// metricNames returns the metrics that a PromQL expression names.
+func metricNames(expr string) (names []string) {
+	// What is in the way: matchers, ranges, labels, functions.
+	other := regexp.MustCompile(`\{.*?\}|\[.*?\]|\b(by|on|group_left) \(.*?\)|\w+\(`)
+	for _, word := range regexp.MustCompile(`\b[a-z]\w+`).FindAllString(other.ReplaceAllString(expr, " "), -1) {
+		if word != "sum" && word != "up" { // up is Prometheus' own
+			names = append(names, regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(word, ""))
+		}
+	}
+	return names
+}
+
+func TestMonitoring(t *testing.T) {
+	needs(t, "prometheus", "promtool")
+	t.Parallel()
+	host := startHost(t)
+	tool(t, "", "promtool", "check", "config", "deploy/prometheus.yml") // with its rules
+
+	families := map[string]bool{}
+	for _, p := range []*process{host.backend, host.gateway} {
+		page := mustAsk(t, "GET", p.URL+"/metrics", "")
+		tool(t, page, "promtool", "check", "metrics")
+		for _, m := range regexp.MustCompile(`(?m)^# TYPE (\S+)`).FindAllStringSubmatch(page, -1) {
+			families[m[1]] = true
+		}
+	}
+
+	dir := t.TempDir()
+	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	writeFile(t, dir+"/alerts.yml", edited(t, "deploy/alerts.yml"))
+	writeFile(t, dir+"/prometheus.yml", edited(t, "deploy/prometheus.yml", "15s", "200ms",
+		"127.0.0.1:8080", address(host.backend),
+		"127.0.0.1:3001", address(host.gateway)))
+	prometheus := newProcess(t, "http://"+addr, nil, "prometheus", "--log.level=warn", "--web.listen-address="+addr,
+		"--config.file="+dir+"/prometheus.yml", "--storage.tsdb.path="+dir+"/data")
+	prometheus.probe = "/-/ready"
+	prometheus.limit = deployPatience
+	prometheus.mustStart(t)
+	api := func(path string, data any) {
+		t.Helper()
+		answer := struct{ Data any }{data}
+		if err := json.Unmarshal([]byte(mustAsk(t, "GET", prometheus.URL+"/api/v1"+path, "")), &answer); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// series counts what Prometheus finds for an expression.
+	series := func(expr string) int {
+		t.Helper()
+		var data struct{ Result []any }
+		api("/query?query="+url.QueryEscape(expr), &data)
+		return len(data.Result)
+	}
+	eventually(t, deployPatience, "both roles are scraped, more than once", func() bool {
+		return series("up == 1") == 2 && series("count_over_time(up[1m]) > 1") == 2
+	})
+
+	// No graph of the dashboard is empty, and no family is missing there.
+	var dashboard struct {
+		Panels []struct {
+			Title   string
+			Targets []struct{ Expr string }
+		}
+	}
+	if err := json.Unmarshal([]byte(edited(t, "deploy/grafana.json", "$__rate_interval", "1m")), &dashboard); err != nil {
+		t.Fatal(err)
+	}
+	shown := map[string]bool{}
+	for _, panel := range dashboard.Panels {
+		for _, target := range panel.Targets {
+			for _, name := range metricNames(target.Expr) {
+				shown[name] = true
+			}
+			if series(target.Expr) == 0 {
+				t.Errorf("%s: nothing for %s", panel.Title, target.Expr)
+			}
+		}
+	}
+	for name := range families {
+		if !shown[name] {
+			t.Errorf("%s is not in the dashboard", name)
+		}
+	}
+
+	// The alerts can be evaluated, are about what there is, and are quiet while all is well.
+	type rule struct{ Name, Query, Health, LastError, State string }
+	var rules struct{ Groups []struct{ Rules []rule } }
+	eventually(t, deployPatience, "the alerts were evaluated", func() bool {
+		api("/rules", &rules)
+		return !slices.ContainsFunc(rules.Groups[0].Rules, func(r rule) bool { return r.Health == "unknown" })
+	})
+	for _, r := range rules.Groups[0].Rules {
+		if r.Health != "ok" || r.State != "inactive" {
+			t.Errorf("got %+v, want ok and inactive", r)
+		}
+		for _, name := range metricNames(r.Query) {
+			if !families[name] {
+				t.Errorf("%s: there is no metric %s", r.Name, name)
+			}
+		}
+	}
+}
+
+// Files that cannot be run here
+
+func TestSystemdUnit(t *testing.T) {
+	needs(t, "systemd-analyze")
+	t.Parallel()
+	dir := t.TempDir()
+	tool(t, "", "cp", "-r", "deploy/sidecast@backend.service.d", dir)
+	template := filepath.Join(dir, "sidecast@.service")
+	writeFile(t, template, edited(t, "deploy/sidecast@.service", "/usr/local/bin/sidecast", os.Args[0]))
+	for _, role := range []string{"gateway", "backend"} {
+		out := tool(t, "", "systemd-analyze", "verify", filepath.Join(dir, "sidecast@"+role+".service"))
+		if strings.Contains(out, "sidecast") { // it may also have something to say of the machine's own units
+			t.Errorf("%s: %s", role, out)
+		}
+	}
+	// From 0, the perfect sandbox, to 100, none.
+	tool(t, "", "systemd-analyze", "security", "--offline=true", "--threshold=20", template)
+}
+
+// The program does not miss a variable whose name is misspelt.
+func TestDeployedVariables(t *testing.T) {
+	config := edited(t, "config.go")
+	for _, file := range []string{"Dockerfile", "deploy/kubernetes.yaml", "deploy/sidecast@.service"} {
+		for _, m := range regexp.MustCompile(`\b([A-Z][A-Z_]+)(=|, value)`).FindAllStringSubmatch(edited(t, file), -1) {
+			own := m[1] == "CGO_ENABLED" || m[1] == "COMMAND"
+			if !own && !strings.Contains(config, `"`+m[1]+`"`) {
+				t.Errorf("%s: sidecast does not read %s", file, m[1])
+			}
+		}
+	}
+}
