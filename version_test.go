@@ -133,7 +133,7 @@ func TestVersionOutboxExpires(t *testing.T) {
 		time.Sleep(500*time.Second - time.Nanosecond)
 		checkEvents(4, 0)
 		time.Sleep(tidyInterval)
-		checkEvents(2, 2) // never's are gone
+		checkEvents(2, 2)                          // never's are gone
 		time.Sleep(500*time.Second + tidyInterval) // it has been looked for once before its time counts
 		checkEvents(1, 3)                          // left's too
 		api.subscribe("never").checkStory("connection_open")

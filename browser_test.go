@@ -1,0 +1,276 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// These tests have the last word on what a browser does: they drive Chromium by the DevTools protocol. It is spoken over
+// a pair of pipes, --remote-debugging-pipe, which needs no WebSocket: JSON messages that end in a NUL.
+
+// A site is what a browser sees: one origin, with a gateway process for the streams and a backend process for the rest.
+type site struct {
+	URL     string
+	gateway *process
+	backend *process
+}
+
+func startSite(t *testing.T) *site {
+	backendAddr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	s := &site{gateway: startOwnGateway(t, "RETRY_MILLISECONDS=100",
+		"CALLBACK_URL=http://"+backendAddr+"/api/sse/callback?secret=browser")}
+	s.backend = startBackend(t, "ADDR="+backendAddr, "SSE_GATEWAY_URL="+s.gateway.URL, "SSE_CALLBACK_SECRET=browser")
+	proxy := &httputil.ReverseProxy{
+		FlushInterval: -1,
+		Rewrite: func(r *httputil.ProxyRequest) {
+			target := s.backend.URL
+			if strings.HasPrefix(r.In.URL.Path, "/api/sse/") {
+				target = s.gateway.URL
+			}
+			u, _ := url.Parse(target)
+			r.SetURL(u)
+		},
+		// As a proxy should: an answer with another status would end the EventSource for good.
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { panic(http.ErrAbortHandler) },
+	}
+	front := httptest.NewServer(proxy)
+	t.Cleanup(front.Close)
+	s.URL = front.URL
+	return s
+}
+
+// post posts to the backend, as a script would.
+func (s *site) post(t *testing.T, path, body string) (answer map[string]any) {
+	t.Helper()
+	resp, err := http.Post(s.backend.URL+path, "application/json", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || resp.StatusCode/100 != 2 {
+		t.Fatalf("POST %s: got %s, %v", path, resp.Status, err)
+	}
+	return answer
+}
+
+func TestBrowserPage(t *testing.T) {
+	t.Parallel()
+	site := startSite(t)
+	tab := startBrowser(t).open(site.URL + "/")
+
+	// A task survives the gateway.
+	tab.run(`const form = document.querySelector("#demo-form");
+		form.elements.steps.value = 30; form.elements.delay.value = 0.1;
+		document.querySelector("#start-demo").click()`)
+	tab.wait(`document.querySelectorAll("#tasks [data-log] li[data-event-name=task_event]").length > 5`)
+	site.gateway.kill(t)
+	site.gateway.restart(t)
+	tab.wait(`document.querySelector("#tasks article[data-status=completed][data-state=closed]")`)
+	var ids []string
+	tab.get(`[...document.querySelectorAll("#tasks li[data-event-name=task_event]")].map(li => li.dataset.eventId)`, &ids)
+	wantIDs(t, ids, 32) // started, 30 steps, completed
+	if opens := tab.count(`document.querySelectorAll("#tasks li[data-event-name=connection_open]").length`); opens < 2 {
+		t.Errorf("the stream was opened %d times, want 2 or more: the gateway was killed", opens)
+	}
+
+	// A deployment reaches the page.
+	site.post(t, "/api/deployments/version", `{"version":"browser-2","changelog":"faster"}`)
+	tab.wait(`!document.querySelector("#version-banner").hidden &&
+		document.querySelector("#version-banner").textContent.includes("browser-2")`)
+}
+
+// A page that does nothing but open an EventSource is left in peace after the end.
+func TestBrowserEnd(t *testing.T) {
+	t.Parallel()
+	site := startSite(t)
+	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
+	browser := startBrowser(t)
+	follow := fmt.Sprintf(`window.source = new EventSource("/api/sse/tasks?task_id=%s"); window.got = [];
+		for (const name of ["connection_open", "task_event", "connection_close"])
+			source.addEventListener(name, e => got.push(name + " " + e.lastEventId + " " + e.data))`, task)
+	first, second := browser.open(site.URL+"/healthz"), browser.open(site.URL+"/healthz")
+	first.run(follow)
+	first.wait(`got.length == 2`)
+	second.run(follow)
+	second.wait(`got.length == 2`)
+	first.wait(`source.readyState == EventSource.CLOSED && got.at(-1) == 'connection_close close {"reason":"replaced"}'`)
+
+	site.post(t, "/api/tasks/"+task+"/progress", `{"text":"half","value":0.5}`)
+	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
+	second.wait(`source.readyState == EventSource.CLOSED && got.length == 5 &&
+		got.at(-1) == 'connection_close close {"reason":"task_completed"}'`)
+	if got := first.count(`got.length`); got != 3 {
+		t.Errorf("the replaced tab got %d events, want 3: it should stay away", got)
+	}
+}
+
+// wantIDs checks that ids are <epoch>-1 to <epoch>-<n>.
+func wantIDs(t *testing.T, ids []string, n int) {
+	t.Helper()
+	var want []string
+	for i := range n {
+		epoch, _, _ := strings.Cut(ids[0], "-")
+		want = append(want, epoch+"-"+strconv.Itoa(i+1))
+	}
+	if !slices.Equal(ids, want) {
+		t.Errorf("got events %q, want %q", ids, want)
+	}
+}
+
+// A browser is a headless Chromium.
+type browser struct {
+	t       *testing.T
+	mu      sync.Mutex // guards the rest
+	to      *os.File
+	next    int
+	answers map[int]chan json.RawMessage
+}
+
+func startBrowser(t *testing.T) *browser {
+	t.Helper()
+	needs(t, "chromium")
+	fromTest, toBrowser := newPipe(t)
+	fromBrowser, toTest := newPipe(t)
+	cmd := exec.Command("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+		"--user-data-dir="+t.TempDir(), "--remote-debugging-pipe")
+	cmd.ExtraFiles = []*os.File{fromTest, toTest} // descriptors 3 and 4
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	fromTest.Close()
+	toTest.Close()
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	b := &browser{t: t, to: toBrowser, answers: map[int]chan json.RawMessage{}}
+	go b.read(fromBrowser)
+	return b
+}
+
+func newPipe(t *testing.T) (r, w *os.File) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close(); w.Close() })
+	return r, w
+}
+
+// read hands out the answers, and passes over events.
+func (b *browser) read(from *os.File) {
+	for r := bufio.NewReader(from); ; {
+		message, err := r.ReadBytes(0)
+		if err != nil {
+			return
+		}
+		var m struct {
+			ID int `json:"id"`
+		}
+		json.Unmarshal(bytes.TrimRight(message, "\x00"), &m)
+		b.mu.Lock()
+		answer := b.answers[m.ID]
+		delete(b.answers, m.ID)
+		b.mu.Unlock()
+		if answer != nil {
+			answer <- bytes.TrimRight(message, "\x00")
+		}
+	}
+}
+
+// call calls a method of the protocol and decodes the answer's "result".
+func (b *browser) call(session, method string, params map[string]any, result any) {
+	b.t.Helper()
+	answer := make(chan json.RawMessage, 1)
+	b.mu.Lock()
+	b.next++
+	b.answers[b.next] = answer
+	message := map[string]any{"id": b.next, "method": method, "params": params}
+	if session != "" {
+		message["sessionId"] = session
+	}
+	text, _ := json.Marshal(message)
+	b.to.Write(append(text, 0))
+	b.mu.Unlock()
+	select {
+	case text := <-answer:
+		var m struct{ Result, Error json.RawMessage }
+		if err := json.Unmarshal(text, &m); err != nil || m.Error != nil {
+			b.t.Fatalf("%s: %s", method, text)
+		}
+		if err := json.Unmarshal(m.Result, result); err != nil {
+			b.t.Fatalf("%s: %v in %s", method, err, text)
+		}
+	case <-time.After(30 * time.Second):
+		b.t.Fatalf("%s: no answer", method)
+	}
+}
+
+// A tab is a page of a browser.
+type tab struct {
+	*browser
+	session string
+}
+
+func (b *browser) open(address string) *tab {
+	b.t.Helper()
+	var target struct{ TargetID string }
+	b.call("", "Target.createTarget", map[string]any{"url": address}, &target)
+	var attached struct{ SessionID string }
+	b.call("", "Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true}, &attached)
+	t := &tab{b, attached.SessionID}
+	t.wait(fmt.Sprintf(`location.href == %q && document.readyState == "complete"`, address))
+	return t
+}
+
+// get evaluates JavaScript in the page.
+func (t *tab) get(expression string, value any) {
+	t.t.Helper()
+	var answer struct {
+		Result           struct{ Value json.RawMessage }
+		ExceptionDetails json.RawMessage
+	}
+	t.call(t.session, "Runtime.evaluate", map[string]any{"expression": expression, "returnByValue": true}, &answer)
+	if answer.ExceptionDetails != nil {
+		t.t.Fatalf("%s: %s", expression, answer.ExceptionDetails)
+	}
+	if err := json.Unmarshal(answer.Result.Value, value); err != nil {
+		t.t.Fatalf("%s: %v", expression, err)
+	}
+}
+
+func (t *tab) run(script string) {
+	t.t.Helper()
+	var done bool
+	t.get("{"+script+"}; true", &done)
+}
+
+func (t *tab) count(expression string) (n int) {
+	t.t.Helper()
+	t.get(expression, &n)
+	return n
+}
+
+// wait waits until a condition is truthy.
+func (t *tab) wait(condition string) {
+	t.t.Helper()
+	eventually(t.t, 20*time.Second, condition, func() (ok bool) {
+		t.get("!!("+condition+")", &ok)
+		return ok
+	})
+}
