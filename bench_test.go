@@ -1,0 +1,122 @@
+package main
+
+import (
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const benchData = `{"event_type":"progress_update","task_id":"3f0c2b1e-8a6d-4c55-9f0e-2d7c1b4a9e10","data":{"text":"step 1","value":0.5}}`
+
+func BenchmarkAppendEvent(b *testing.B) {
+	b.ReportAllocs()
+	e := event{"k3v9x2ab-17", "task_event", benchData}
+	buf := appendEvent(nil, e)
+	b.SetBytes(int64(len(buf)))
+	for b.Loop() {
+		buf = appendEvent(buf[:0], e)
+	}
+}
+
+// BenchmarkSend sends an event to each of 10,000 streams by turns, over a connection that stays open, and waits for each
+// answer: the whole way through the gateway.
+func BenchmarkSend(b *testing.B) {
+	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
+	var requests []string
+	for _, token := range g.openMany(10000) {
+		requests = append(requests, sendText("application/json", encodeSend(token, &event{"k3v9x2ab-17", "task_event", benchData}, false)))
+	}
+	g.benchExchange(b, requests)
+}
+
+// BenchmarkSendBatch is BenchmarkSend with 100 events in a request.
+func BenchmarkSendBatch(b *testing.B) {
+	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
+	var batch []byte
+	for _, token := range g.openMany(100) {
+		batch = append(batch, encodeSend(token, &event{"k3v9x2ab-17", "task_event", benchData}, false)...)
+		batch = append(batch, '\n')
+	}
+	g.benchExchange(b, []string{sendText("application/x-ndjson", batch)})
+}
+
+// BenchmarkConnect is the life of a stream, from the connection to its disconnect callback.
+func BenchmarkConnect(b *testing.B) {
+	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		g.open("/api/sse/tasks?task_id=1", "User-Agent: benchmark", "Accept: text/event-stream").reset()
+		receive(b, g.disconnects)
+	}
+}
+
+// BenchmarkHeartbeatRound writes a heartbeat to each of 10,000 streams.
+func BenchmarkHeartbeatRound(b *testing.B) {
+	backend := newStubBackend(b, nil)
+	defer backend.server.Close()
+	gateway := newGateway(gatewayConfig{
+		CallbackURL:  secret(backend.server.URL + callbackTarget),
+		StreamBuffer: 1 << 20,
+		WriteTimeout: 10 * time.Second,
+		Retry:        time.Second,
+	}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+	server := httptest.NewServer(http.HandlerFunc(gateway.serveStream))
+	defer server.Close()
+	g := &gatewayFixture{stubBackend: backend, t: b, addr: server.Listener.Addr().String()}
+	g.openMany(10000)
+	b.ReportAllocs()
+	for b.Loop() {
+		for i := range gateway.shards {
+			for _, s := range gateway.shards[i].all() {
+				s.beat()
+			}
+		}
+	}
+}
+
+// openMany opens so many streams, or fewer if there are not enough file descriptors for both ends, whose clients read
+// whatever comes. It returns their tokens.
+func (g *gatewayFixture) openMany(n int) (tokens []string) {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		g.t.Fatal(err)
+	}
+	if most := int(limit.Cur/2) - 200; n > most {
+		g.t.Logf("%d streams instead of %d: RLIMIT_NOFILE is %d", most, n, limit.Cur)
+		n = most
+	}
+	for range n {
+		c := g.open("/x")
+		c.SetReadDeadline(time.Time{})
+		go io.Copy(io.Discard, c)
+		tokens = append(tokens, c.callback.Token)
+	}
+	return tokens
+}
+
+// benchExchange sends the requests by turns over one connection. Their answers must be equally long.
+func (g *gatewayFixture) benchExchange(b *testing.B, requests []string) {
+	conn := g.dial(requests[0])
+	if got := conn.reply(); !strings.HasPrefix(got, sentOK) {
+		b.Fatalf("got %s, want %s", got, sentOK)
+	}
+	conn.SetReadDeadline(time.Time{})
+	conn.write(requests[0])
+	conn.wire.Peek(1) // and with it comes the whole answer, which is written in one piece
+	answer := make([]byte, conn.wire.Buffered())
+	io.ReadFull(conn.wire, answer)
+	b.ReportAllocs()
+	i := 0
+	for b.Loop() {
+		i = (i + 1) % len(requests)
+		io.WriteString(conn, requests[i])
+		if _, err := io.ReadFull(conn.wire, answer); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -1,0 +1,493 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const (
+	// patience is how long a test waits for what should come at once.
+	patience = 10 * time.Second
+	// callbackSecret is part of every CALLBACK_URL here, and may be in no log and no answer.
+	callbackSecret = "secret-in-the-callback-url"
+)
+
+// A gatewayFixture is `sidecast gateway` in this process. The test plays the backend behind it and the clients before
+// it. When the test is over, the backend must have heard of the end of each stream that it accepted, once, and the log
+// must hold neither the secret nor a whole token.
+type gatewayFixture struct {
+	*stubBackend
+	t        testing.TB
+	addr     string // host:port of the streams
+	internal string // base URL of /internal/send and /metrics
+	logged   *gatewayLog
+	client   *http.Client
+	stop     func() int // does what SIGTERM does, and returns the exit code
+}
+
+// newGatewayFixture starts a gateway with settings like "MAX_CONNECTIONS=2 CORS_ALLOW_ORIGIN=*".
+func newGatewayFixture(t testing.TB, settings string, answer backendAnswer) *gatewayFixture {
+	t.Helper()
+	g := &gatewayFixture{stubBackend: newStubBackend(t, answer), t: t, logged: &gatewayLog{}}
+	g.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
+	env := map[string]string{
+		"PORT":                       "0",
+		"LOG_LEVEL":                  "debug",
+		"CALLBACK_URL":               g.server.URL + callbackTarget,
+		"HEARTBEAT_INTERVAL_SECONDS": "3600", // only tests of it want to see one
+	}
+	for setting := range strings.FieldsSeq(settings) {
+		name, value, _ := strings.Cut(setting, "=")
+		env[name] = value
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	code := make(chan int, 1)
+	go func() { code <- run(ctx, []string{"gateway"}, getenvFrom(env), io.Discard, g.logged) }()
+	g.stop = sync.OnceValue(func() int {
+		g.client.CloseIdleConnections()
+		cancel()
+		return <-code
+	})
+	t.Cleanup(func() {
+		g.stop()
+		g.server.Close()
+		g.check()
+	})
+	var started []string
+	eventually(t, patience, "started", func() bool {
+		started = regexp.MustCompile(`msg=started url=http://\S*:(\d+)`).FindStringSubmatch(g.logged.String())
+		return started != nil
+	})
+	g.addr = "127.0.0.1:" + started[1]
+	g.internal = "http://" + g.addr
+	if addr := env["INTERNAL_ADDR"]; addr != "" {
+		g.internal = "http://" + addr
+	}
+	return g
+}
+
+// check is what must hold of every gateway that has ended.
+func (g *gatewayFixture) check() {
+	logged := g.logged.String()
+	if strings.Contains(logged, callbackSecret) {
+		g.t.Error("the secret of CALLBACK_URL is in the log")
+	}
+	for token, n := range g.balance {
+		if n != 0 {
+			g.t.Errorf("a stream was accepted, less its disconnect callbacks: got %d, want 0", n)
+		}
+		if strings.Contains(logged, token) {
+			g.t.Errorf("a whole token is in the log: %s", token)
+		}
+	}
+	if g.t.Failed() {
+		g.t.Logf("log of the gateway:\n%s", logged)
+	}
+}
+
+// dial opens a connection and sends text on it.
+func (g *gatewayFixture) dial(text string) *streamClient {
+	g.t.Helper()
+	conn, err := (&net.Dialer{Control: smallSocket}).Dial("tcp", g.addr)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.t.Cleanup(func() { conn.Close() })
+	method, _, _ := strings.Cut(text, " ")
+	c := &streamClient{TCPConn: conn.(*net.TCPConn), t: g.t, wire: bufio.NewReader(conn), method: method}
+	c.write(text)
+	return c
+}
+
+// smallSocket makes a connection like one over a network. Over loopback, 4 MiB may be under way to a client that reads
+// nothing, so that it would take long to look slow.
+func smallSocket(_, _ string, raw syscall.RawConn) (err error) {
+	controlErr := raw.Control(func(fd uintptr) {
+		err = errors.Join(
+			syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_MAXSEG, 1400),
+			syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 32<<10))
+	})
+	return errors.Join(controlErr, err)
+}
+
+// request sends a request with headers like "Accept: text/html", and does not wait for the answer.
+func (g *gatewayFixture) request(method, target string, headers ...string) *streamClient {
+	g.t.Helper()
+	lines := append([]string{method + " " + target + " HTTP/1.1", "Host: gateway.test"}, headers...)
+	return g.dial(strings.Join(lines, "\r\n") + "\r\n\r\n")
+}
+
+func (g *gatewayFixture) get(target string, headers ...string) *streamClient {
+	g.t.Helper()
+	return g.request("GET", target, headers...)
+}
+
+// open opens a stream up to the point where its events begin.
+func (g *gatewayFixture) open(target string, headers ...string) *streamClient {
+	g.t.Helper()
+	c := g.get(target, headers...)
+	c.callback = receive(g.t, g.connects)
+	c.begin()
+	return c
+}
+
+// post posts body to /internal/send and returns the answer in one line: `404 {"error":"…"}`. Any goroutine may call it.
+func (g *gatewayFixture) post(contentType, body string) string {
+	resp, err := g.client.Post(g.internal+"/internal/send", contentType, strings.NewReader(body))
+	if err != nil {
+		return err.Error()
+	}
+	defer resp.Body.Close()
+	answer, _ := io.ReadAll(resp.Body)
+	return strconv.Itoa(resp.StatusCode) + " " + strings.TrimSpace(string(answer))
+}
+
+// sendText is a POST of body to /internal/send, as it goes over the wire.
+func sendText(contentType string, body []byte) string {
+	return fmt.Sprintf("POST /internal/send HTTP/1.1\r\nHost: h\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s",
+		contentType, len(body), body)
+}
+
+const (
+	sentOK       = `200 {"status":"ok"}`
+	sentBuffered = `200 {"status":"buffered"}`
+	sentGone     = `404 {"error":"unknown token"}`
+)
+
+// probe asks whether a stream is alive, send sends an event that has no more than data, and end ends the stream. They
+// return what post does.
+func (g *gatewayFixture) probe(token string) string {
+	return g.post("application/json", fmt.Sprintf(`{"token":%q}`, token))
+}
+
+func (g *gatewayFixture) send(token, data string) string {
+	return g.post("application/json", fmt.Sprintf(`{"token":%q,"event":{"data":%q}}`, token, data))
+}
+
+func (g *gatewayFixture) end(token string) string {
+	return g.post("application/json", fmt.Sprintf(`{"token":%q,"close":true}`, token))
+}
+
+// metric returns the value of one series of /metrics.
+func (g *gatewayFixture) metric(series string) float64 {
+	resp, err := g.client.Get(g.internal + "/metrics")
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, _ := io.ReadAll(resp.Body)
+	return scrapeValue(string(text), series)
+}
+
+// waitMetric waits until a series has the value that it must come to.
+func (g *gatewayFixture) waitMetric(series string, want float64) {
+	g.t.Helper()
+	eventually(g.t, patience, fmt.Sprint(series, " ", want), func() bool { return g.metric(series) == want })
+}
+
+// A streamClient is a connection to the gateway. It reads only when the test asks it to.
+type streamClient struct {
+	*net.TCPConn
+	t        testing.TB
+	method   string
+	wire     *bufio.Reader
+	body     *bufio.Reader // of the answer, without the framing
+	callback callbackCall  // by which the stream came about, for those that were opened
+}
+
+func (c *streamClient) write(text string) {
+	if _, err := io.WriteString(c, text); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// answer reads the head of the next answer.
+func (c *streamClient) answer() *http.Response {
+	c.t.Helper()
+	c.SetReadDeadline(time.Now().Add(patience))
+	resp, err := http.ReadResponse(c.wire, &http.Request{Method: c.method})
+	if err == nil && resp.StatusCode == http.StatusContinue {
+		resp, err = http.ReadResponse(c.wire, &http.Request{Method: c.method})
+	}
+	if err != nil {
+		c.t.Fatalf("reading an answer: %v", err)
+	}
+	c.body = bufio.NewReader(resp.Body)
+	return resp
+}
+
+// reply reads an answer in JSON and returns it in the form of post.
+func (c *streamClient) reply() string {
+	c.t.Helper()
+	resp := c.answer()
+	if got := resp.Header.Get("Content-Type"); got != "application/json" && got != "application/x-ndjson" {
+		c.t.Errorf("Content-Type: got %q, want application/json or application/x-ndjson", got)
+	}
+	body, err := c.rest()
+	if err != nil {
+		c.t.Errorf("reading an answer: %v", err)
+	}
+	return strconv.Itoa(resp.StatusCode) + " " + strings.TrimSpace(body)
+}
+
+// begin reads the head of a stream and its first line, which is the reconnection time in milliseconds.
+func (c *streamClient) begin() (retry int) {
+	c.t.Helper()
+	resp := c.answer()
+	if got := resp.Header.Get("Content-Type"); resp.StatusCode != http.StatusOK || got != "text/event-stream" {
+		c.t.Fatalf("got status %d and content type %q, want a stream", resp.StatusCode, got)
+	}
+	first := c.line()
+	retry, err := strconv.Atoi(strings.TrimPrefix(first, "retry: "))
+	if err != nil {
+		c.t.Fatalf("the stream begins with %q, want retry", first)
+	}
+	return retry
+}
+
+// line reads a line of the stream.
+func (c *streamClient) line() string {
+	c.t.Helper()
+	c.SetReadDeadline(time.Now().Add(patience))
+	line, err := c.body.ReadString('\n')
+	if err != nil {
+		c.t.Fatalf("reading a stream: %v after %.100q", err, line)
+	}
+	return line[:len(line)-1]
+}
+
+// event reads up to the next blank line, and returns what stands before it.
+func (c *streamClient) event() string {
+	c.t.Helper()
+	lines := []string{c.line()}
+	for lines[len(lines)-1] != "" {
+		lines = append(lines, c.line())
+	}
+	return strings.Join(lines[:len(lines)-1], "\n")
+}
+
+// rest reads to the end, which is without an error only if the gateway ended the body as HTTP asks for.
+func (c *streamClient) rest() (string, error) {
+	c.SetReadDeadline(time.Now().Add(patience))
+	text, err := io.ReadAll(c.body)
+	return string(text), err
+}
+
+// wantData reads events that have no more than data of one line.
+func (c *streamClient) wantData(want ...string) {
+	c.t.Helper()
+	for i, data := range want {
+		if got := c.event(); got != "data: "+data {
+			c.t.Fatalf("event %d of %d: got %.100q, want data %.100q", i+1, len(want), got, data)
+		}
+	}
+}
+
+// wantEnd checks that the stream ends now, and cleanly.
+func (c *streamClient) wantEnd() {
+	c.t.Helper()
+	if rest, err := c.rest(); rest != "" || err != nil {
+		c.t.Errorf("got %.100q, %v; want a clean end of the stream", rest, err)
+	}
+}
+
+// wantTransient reads a stream that only tells the browser to come back, and why.
+func (c *streamClient) wantTransient(reason string) (retry int) {
+	c.t.Helper()
+	retry = c.begin()
+	if got, want := c.line(), ": "+reason; got != want {
+		c.t.Errorf("got %q, want %q", got, want)
+	}
+	c.wantEnd()
+	return retry
+}
+
+// reset closes the connection in such a way that the gateway's next read or write fails.
+func (c *streamClient) reset() {
+	c.SetLinger(0)
+	c.Close()
+}
+
+// A backendAnswer answers a callback; nil accepts. What it says to a disconnect callback means nothing.
+type backendAnswer func(w http.ResponseWriter, c callbackCall)
+
+func answering(status int, body string) backendAnswer {
+	return func(w http.ResponseWriter, _ callbackCall) {
+		w.WriteHeader(status)
+		io.WriteString(w, body)
+	}
+}
+
+// holding answers callbacks of one action when gate is closed, and others at once.
+func holding(action string, gate <-chan struct{}, answer backendAnswer) backendAnswer {
+	return func(w http.ResponseWriter, c callbackCall) {
+		if c.Action == action {
+			c.await(gate)
+		}
+		answer(w, c)
+	}
+}
+
+// A callbackCall is a callback as it came.
+type callbackCall struct {
+	Action, Reason, Token string
+	Request               struct {
+		URL     string
+		Headers map[string]string
+	}
+	body    string
+	givenUp <-chan struct{} // closed when the gateway waits for the answer no more
+}
+
+// await holds the answer back until gate is closed. What the gateway gave up meanwhile gets none.
+func (c callbackCall) await(gate <-chan struct{}) {
+	select {
+	case <-gate:
+	case <-c.givenUp:
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// number is 410 for the target /410.
+func (c callbackCall) number() int {
+	n, _ := strconv.Atoi(strings.TrimPrefix(c.Request.URL, "/"))
+	return n
+}
+
+// callbackTarget is the request target of the stub backend's callbacks.
+const callbackTarget = "/callback?secret=" + callbackSecret
+
+// A stubBackend takes callbacks.
+type stubBackend struct {
+	server      *httptest.Server
+	t           testing.TB
+	answer      backendAnswer
+	connects    chan callbackCall // in the order of arrival, before they are answered
+	disconnects chan callbackCall
+
+	mu      sync.Mutex
+	balance map[string]int // by token: connects accepted less disconnects
+}
+
+func newStubBackend(t testing.TB, answer backendAnswer) *stubBackend {
+	if answer == nil {
+		answer = answering(http.StatusOK, "")
+	}
+	b := &stubBackend{
+		t:           t,
+		answer:      answer,
+		connects:    make(chan callbackCall, 1<<14),
+		disconnects: make(chan callbackCall, 1<<14),
+		balance:     map[string]int{},
+	}
+	b.server = httptest.NewServer(b)
+	return b
+}
+
+func (b *stubBackend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body)
+	c := callbackCall{body: string(body), givenUp: r.Context().Done()}
+	if err == nil {
+		err = json.Unmarshal(body, &c)
+	}
+	if err != nil || r.Method != "POST" || r.RequestURI != callbackTarget || r.Header.Get("Content-Type") != "application/json" ||
+		r.Header.Get("Sse-Gateway-Features") != "batch, id" {
+		b.t.Errorf("got an odd callback: %s %s, %v, %s, %v", r.Method, r.RequestURI, r.Header, body, err)
+	}
+	sw := &statusWriter{w, http.StatusOK}
+	switch c.Action {
+	case "connect":
+		b.connects <- c
+		b.answer(sw, c)
+		if sw.status/100 == 2 {
+			b.count(c.Token, +1)
+		}
+	case "disconnect":
+		b.disconnects <- c
+		b.count(c.Token, -1)
+		b.answer(sw, c)
+	default:
+		b.t.Errorf("got a callback with action %q", c.Action)
+	}
+}
+
+func (b *stubBackend) count(token string, n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.balance[token] += n
+}
+
+// wantDisconnect waits for a disconnect callback of the stream that c opened.
+func (b *stubBackend) wantDisconnect(c *streamClient, reason string) {
+	b.t.Helper()
+	got := receive(b.t, b.disconnects)
+	if got.Token != c.callback.Token || got.Reason != reason {
+		b.t.Errorf("disconnect callback: got token %s, reason %q; want %s, %q", got.Token, got.Reason, c.callback.Token, reason)
+	}
+}
+
+// A statusWriter remembers the status that was answered.
+type statusWriter struct {
+	http.ResponseWriter
+	status int
+}
+
+func (w *statusWriter) WriteHeader(status int) {
+	w.status = status
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// A gatewayLog is a log that can be read while it is written.
+type gatewayLog struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *gatewayLog) Write(line []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(line)
+}
+
+func (l *gatewayLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// receive receives what must come.
+func receive[T any](t testing.TB, from <-chan T) (v T) {
+	t.Helper()
+	select {
+	case v = <-from:
+	case <-time.After(patience):
+		t.Fatalf("no %T within %v", v, patience)
+	}
+	return v
+}
+
+// jsonValue is what encoding/json makes of text.
+func jsonValue(t testing.TB, text string) (v any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), &v); err != nil {
+		t.Fatalf("%v in %s", err, text)
+	}
+	return v
+}

@@ -1,0 +1,225 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"reflect"
+	"strings"
+	"testing"
+	"testing/iotest"
+	"unicode/utf8"
+)
+
+func TestParseObject(t *testing.T) {
+	for _, tt := range []struct {
+		text    string
+		want    object
+		wantErr error
+	}{
+		// Members keep their text, whatever it is and whatever stands around it.
+		{`{}`, object{}, nil},
+		{" \t\r\n{ \t\r\n} \t\r\n", object{}, nil},
+		{`{"a":1}`, object{"a": []byte(`1`)}, nil},
+		{"{ \"a\"\t:\r\n-1.5e+3 , \"b\" : true }", object{"a": []byte(`-1.5e+3`), "b": []byte(`true`)}, nil},
+		{"{\"a\":null\r,\"b\":false\t}", object{"a": []byte(`null`), "b": []byte(`false`)}, nil},
+		{`{"a":"","b":"x"}`, object{"a": []byte(`""`), "b": []byte(`"x"`)}, nil},
+		{`{"a":{"b":[{"c":"}]"}]},"d":[]}`, object{"a": []byte(`{"b":[{"c":"}]"}]}`), "d": []byte(`[]`)}, nil},
+		{`{"a":[ 1 , [ ] , { } ] }`, object{"a": []byte(`[ 1 , [ ] , { } ]`)}, nil},
+		{`{"a":"\"}\\","b":"{[,: ]}"}`, object{"a": []byte(`"\"}\\"`), "b": []byte(`"{[,: ]}"`)}, nil},
+
+		// Names are exact, but an escape in one means what it says.
+		{`{"a":1,"A":2," a":3,"":4}`, object{"a": []byte(`1`), "A": []byte(`2`), " a": []byte(`3`), "": []byte(`4`)}, nil},
+		{`{"\u0061\"}":1}`, object{`a"}`: []byte(`1`)}, nil},
+		{`{"é":"\ud83d\ude00"}`, object{"é": []byte(`"\ud83d\ude00"`)}, nil},
+		{`{"a":1,"a":1}`, nil, errDuplicate},
+		{`{"a":1,"\u0061":2}`, nil, errDuplicate},
+		{`{"a":{"b":1,"b":2}}`, object{"a": []byte(`{"b":1,"b":2}`)}, nil}, // whoever reads a looks at it
+
+		// One object, and nothing else.
+		{``, nil, errNotJSON}, {` `, nil, errNotJSON}, {`null`, nil, errNotJSON}, {`[]`, nil, errNotJSON},
+		{`"{}"`, nil, errNotJSON}, {`1`, nil, errNotJSON}, {`{}{}`, nil, errNotJSON}, {`{},`, nil, errNotJSON},
+		{`{} x`, nil, errNotJSON}, {"{}\x00", nil, errNotJSON}, {"\ufeff{}", nil, errNotJSON}, {"\v{}", nil, errNotJSON},
+		{`{`, nil, errNotJSON}, {`{"a"`, nil, errNotJSON}, {`{"a":`, nil, errNotJSON}, {`{"a":1`, nil, errNotJSON},
+		{`{"a":1,}`, nil, errNotJSON}, {`{a:1}`, nil, errNotJSON}, {`{'a':1}`, nil, errNotJSON}, {`{"a":01}`, nil, errNotJSON},
+		{`{"a":"`, nil, errNotJSON}, {`{"a":"\x"}`, nil, errNotJSON}, {"{\"a\":\"\n\"}", nil, errNotJSON},
+		{`{"a":NaN}`, nil, errNotJSON}, {`{"a":1}//`, nil, errNotJSON}, {`{"a" 1}`, nil, errNotJSON},
+		{"{\"a\":\"\xff\"}", nil, errNotJSON}, {"{\"\xc3\":1}", nil, errNotJSON},
+	} {
+		got, err := parseObject([]byte(tt.text))
+		if err != tt.wantErr || !reflect.DeepEqual(got, tt.want) {
+			t.Errorf("%q: got %q, %v; want %q, %v", tt.text, got, err, tt.want, tt.wantErr)
+		}
+	}
+}
+
+func TestParseValues(t *testing.T) {
+	for _, tt := range []struct {
+		raw                string
+		str                string
+		number             float64
+		isString, isNumber bool
+	}{
+		{raw: `"a"`, str: "a", isString: true},
+		{raw: `""`, isString: true},
+		{raw: `"\u00e9\n\/\ud83d\ude00"`, str: "é\n/😀", isString: true},
+		{raw: `"\ud83d"`, str: "\ufffd", isString: true},
+		{raw: `"1"`, str: "1", isString: true},
+		{raw: `-0.5e1`, number: -5, isNumber: true},
+		{raw: `0`, isNumber: true},
+		{raw: `1e999`}, {raw: `null`}, {raw: `true`}, {raw: `{}`}, {raw: `["a"]`}, {raw: ``},
+	} {
+		str, err := parseString([]byte(tt.raw))
+		if str != tt.str || (err == nil) != tt.isString || err != nil && err != errFieldType {
+			t.Errorf("parseString(%s): got %q, %v; want %q, a string: %v", tt.raw, str, err, tt.str, tt.isString)
+		}
+		number, err := parseNumber([]byte(tt.raw))
+		if number != tt.number || (err == nil) != tt.isNumber || err != nil && err != errFieldType {
+			t.Errorf("parseNumber(%s): got %v, %v; want %v, a number: %v", tt.raw, number, err, tt.number, tt.isNumber)
+		}
+	}
+}
+
+func TestObjectStr(t *testing.T) {
+	o := object{"text": []byte(`"x"`), "empty": []byte(`""`), "null": []byte(`null`), "number": []byte(`1`)}
+	for _, tt := range []struct {
+		name, want string
+		wantOK     bool
+		wantErr    error
+	}{
+		{"text", "x", true, nil},
+		{"empty", "", true, nil},
+		{"absent", "", false, nil},
+		{"Text", "", false, nil},
+		{"null", "", false, errFieldType},
+		{"number", "", false, errFieldType},
+	} {
+		if got, ok, err := o.str(tt.name); got != tt.want || ok != tt.wantOK || err != tt.wantErr {
+			t.Errorf("%s: got %q, %v, %v; want %q, %v, %v", tt.name, got, ok, err, tt.want, tt.wantOK, tt.wantErr)
+		}
+	}
+}
+
+func TestReadJSON(t *testing.T) {
+	const limit = 16
+	brokenOff := io.MultiReader(strings.NewReader("{"), iotest.ErrReader(io.ErrUnexpectedEOF))
+	for _, tt := range []struct {
+		name, contentType string
+		body              io.Reader
+		wantErr           error
+		wantStatus        int // of writeBodyError
+	}{
+		{"json", "application/json", strings.NewReader(`{}`), nil, 0},
+		{"a parameter", "Application/JSON; charset=utf-8", strings.NewReader(`{}`), nil, 0},
+		{"no type", "", strings.NewReader(`{}`), nil, 0},
+		{"at the limit", "application/json", strings.NewReader(`{"a":"12345678"}`), nil, 0},
+		{"beyond it", "application/json", strings.NewReader(`{"a":"123456789"}`), errBodyTooLarge, 413},
+		{"a form", "application/x-www-form-urlencoded", strings.NewReader(`{}`), errMediaType, 415},
+		{"text", "text/plain", strings.NewReader(`{}`), errMediaType, 415},
+		{"json in name only", "application/jsonp", strings.NewReader(`{}`), errMediaType, 415},
+		{"an empty parameter", "application/json;", strings.NewReader(`{}`), nil, 0},
+		{"two types", "application/json, text/plain", strings.NewReader(`{}`), errMediaType, 415},
+		{"no body", "application/json", strings.NewReader(``), errNotJSON, 400},
+		{"broken off", "application/json", brokenOff, errNotJSON, 400},
+		{"twice", "application/json", strings.NewReader(`{"a":1,"a":1}`), errDuplicate, 400},
+	} {
+		r := httptest.NewRequest(http.MethodPost, "/", tt.body)
+		r.Header.Set("Content-Type", tt.contentType)
+		w := httptest.NewRecorder()
+		_, err := readJSON(w, r, limit)
+		if err != tt.wantErr {
+			t.Errorf("%s: got error %v, want %v", tt.name, err, tt.wantErr)
+		}
+		if err == nil {
+			continue
+		}
+		writeBodyError(w, err)
+		wantBody := `{"error":"` + tt.wantErr.Error() + "\"}\n"
+		if w.Code != tt.wantStatus || w.Body.String() != wantBody || w.Header().Get("Content-Type") != "application/json" {
+			t.Errorf("%s: got %d %q, want %d %q", tt.name, w.Code, w.Body, tt.wantStatus, wantBody)
+		}
+	}
+}
+
+// A page never holds our JSON, so HTML in it stays readable.
+func TestMarshal(t *testing.T) {
+	const text = "<&>\u2028\n\"é"
+	want := `"<&>\u2028\n\"é"`
+	for name, got := range map[string][]byte{"marshal": marshal(text), "appendString": appendString(nil, text)} {
+		if string(got) != want {
+			t.Errorf("%s: got %s, want %s", name, got, want)
+		}
+	}
+}
+
+// Strings are encoded and decoded by code of our own where that is faster, so encoding/json must agree.
+func FuzzString(f *testing.F) {
+	f.Add("")
+	f.Add(`{"text":"a\\b"}`)
+	f.Add("\\\"\\")
+	f.Add("\x00\xff\u2028é\n<")
+	f.Fuzz(func(t *testing.T, text string) {
+		standard, err := json.Marshal(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := decodeBoth(t, standard)
+		if got := decodeBoth(t, appendString(nil, text)); got != want {
+			t.Errorf("appendString(%q): got a JSON string for %q, want for %q", text, got, want)
+		}
+		if inside := []byte(`"` + text + `"`); json.Valid(inside) && utf8.Valid(inside) {
+			decodeBoth(t, inside)
+		}
+	})
+}
+
+// decodeBoth decodes a JSON string by parseString and by encoding/json.
+func decodeBoth(t *testing.T, raw []byte) string {
+	t.Helper()
+	var want string
+	if err := json.Unmarshal(raw, &want); err != nil {
+		t.Errorf("%s: %v", raw, err)
+	}
+	if got, err := parseString(raw); got != want || err != nil {
+		t.Errorf("parseString(%s): got %q, %v; want %q", raw, got, err, want)
+	}
+	return want
+}
+
+// The members of an object are found without a parser of our own for what is in them, so encoding/json must agree.
+func FuzzParseObject(f *testing.F) {
+	f.Add([]byte(`{"a":{"b":[1,"}",{"c":null}]},"d":"\"\\" , "e" : -1.5e3}`))
+	f.Add([]byte(" {\t\"a\"\r\n:\n[ ] }\n"))
+	f.Add([]byte(`{"a":1,"\u0061":2}`))
+	f.Add([]byte(`{"a":1}{`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		got, err := parseObject(text)
+		want, wantErr := slowObject(text)
+		if err != wantErr || !reflect.DeepEqual(got, want) {
+			t.Errorf("%q: got %q, %v; want %q, %v", text, got, err, want, wantErr)
+		}
+	})
+}
+
+// slowObject is parseObject by means of encoding/json's own reader of tokens.
+func slowObject(text []byte) (object, error) {
+	dec := json.NewDecoder(bytes.NewReader(text))
+	if start, err := dec.Token(); err != nil || start != json.Delim('{') || !utf8.Valid(text) || !json.Valid(text) {
+		return nil, errNotJSON
+	}
+	o := object{}
+	for dec.More() {
+		name, _ := dec.Token()
+		var value json.RawMessage
+		if err := dec.Decode(&value); err != nil {
+			return nil, err
+		}
+		if _, ok := o[name.(string)]; ok {
+			return nil, errDuplicate
+		}
+		o[name.(string)] = value
+	}
+	return o, nil
+}

@@ -1,0 +1,331 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+)
+
+func TestSendAnswers(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	c := g.open("/x")
+	const (
+		invalid  = `400 {"error":"body must be one JSON object"}`
+		badType  = `400 {"error":"a field has the wrong type"}`
+		twice    = `400 {"error":"a field stands twice"}`
+		noToken  = `400 {"error":"token is missing or empty"}`
+		noData   = `400 {"error":"event data is missing"}`
+		badField = `400 {"error":"event name and id must not contain CR, LF or NUL"}`
+	)
+	for _, tt := range []struct {
+		body string // with $ for the token
+		want string
+		wire string // what the client reads
+	}{
+		{`{"token":"$","event":{"data":"a"}}`, sentOK, "data: a"},
+		{`{"token":"$","event":{"id":"k-1","name":"n","data":"a\nb\r\nc\rd"},"close":false}`, sentOK,
+			"id: k-1\nevent: n\ndata: a\ndata: b\ndata: c\ndata: d"},
+		{`{"token":"$","event":{"id":"","name":"","data":""}}`, sentOK, "data: "},
+		{` { "close" : false , "event" : { "data" : "\u00e9\u0000" } , "token" : "$" } `, sentOK, "data: é\x00"},
+		{`{"token":"$","event":{"data":"a","retry":1},"more":{"token":1}}`, sentOK, "data: a"},
+		{`{"token":"$","Event":{"data":"a"},"CLOSE":true}`, sentOK, ""}, // names are exact, so this asks no more than the next
+
+		// Is the stream alive? Nothing is written.
+		{`{"token":"$"}`, sentOK, ""},
+		{`{"token":"$","close":false}`, sentOK, ""},
+
+		{``, invalid, ""}, {`null`, invalid, ""}, {`[]`, invalid, ""}, {`"$"`, invalid, ""}, {`{"token":"$"`, invalid, ""},
+		{`{"token":"$"}{"token":"$"}`, invalid, ""}, {`{"token":"$"} x`, invalid, ""}, {"{\"token\":\"$\",\"x\":\"\xff\"}", invalid, ""},
+		{`{}`, noToken, ""}, {`{"token":""}`, noToken, ""}, {`{"Token":"$"}`, noToken, ""}, {`{"event":{"data":"a"}}`, noToken, ""},
+		{`{"token":null}`, badType, ""}, {`{"token":1}`, badType, ""}, {`{"token":["$"]}`, badType, ""},
+		{`{"token":"$","event":null}`, badType, ""}, {`{"token":"$","event":"a"}`, badType, ""},
+		{`{"token":"$","event":[]}`, badType, ""}, {`{"token":"$","event":true}`, badType, ""},
+		{`{"token":"$","event":{"data":null}}`, badType, ""}, {`{"token":"$","event":{"data":{}}}`, badType, ""},
+		{`{"token":"$","event":{"data":"a","id":1}}`, badType, ""}, {`{"token":"$","event":{"data":"a","name":null}}`, badType, ""},
+		{`{"token":"$","close":null}`, badType, ""}, {`{"token":"$","close":0}`, badType, ""},
+		{`{"token":"$","close":"true"}`, badType, ""}, {`{"token":"$","event":{"data":"a"},"close":{}}`, badType, ""},
+		{`{"token":"$","event":{}}`, noData, ""}, {`{"token":"$","event":{"Data":"a"}}`, noData, ""},
+		{`{"token":"$","event":{"id":"1","name":"n"}}`, noData, ""},
+		{`{"token":"$","event":{"data":"a","id":"1\n"}}`, badField, ""}, {`{"token":"$","event":{"data":"a","name":"\r"}}`, badField, ""},
+		{`{"token":"$","event":{"data":"a","id":"\u0000"}}`, badField, ""},
+		{`{"token":"$","event":{"data":"a","name":"n\ndata: b"}}`, badField, ""},
+		{`{"token":"$","token":"$"}`, twice, ""}, {`{"token":"$","event":{"data":"a","data":"b"}}`, twice, ""},
+
+		{`{"token":"00000000-0000-4000-8000-000000000000"}`, sentGone, ""},
+		{`{"token":"?","event":{"data":"a"},"close":true}`, sentGone, ""},
+		{`{"token":"$ "}`, sentGone, ""},
+
+		{`{"token":"$","x":"` + strings.Repeat("x", 1<<20) + `"}`, `413 {"error":"request body too large"}`, ""},
+	} {
+		if got := g.post("application/json", strings.ReplaceAll(tt.body, "$", c.callback.Token)); got != tt.want {
+			t.Errorf("%.100s: got %s, want %s", tt.body, got, tt.want)
+		}
+		if tt.wire != "" {
+			if got := c.event(); got != tt.wire {
+				t.Errorf("%.100s: the client got %q, want %q", tt.body, got, tt.wire)
+			}
+		}
+	}
+	for contentType, want := range map[string]string{
+		"application/json;charset=UTF-8":    sentOK,
+		"Application/JSON":                  sentOK,
+		"":                                  `415 {"error":"content type must be application/json"}`,
+		"text/plain":                        `415 {"error":"content type must be application/json"}`,
+		"application/x-www-form-urlencoded": `415 {"error":"content type must be application/json"}`,
+	} {
+		if got := g.post(contentType, `{"token":"`+c.callback.Token+`"}`); got != want {
+			t.Errorf("Content-Type %q: got %s, want %s", contentType, got, want)
+		}
+	}
+	// The last event comes before the end; then the stream is gone, before the client has done anything.
+	last := g.post("application/json", `{"close":true,"event":{"data":"last"},"token":"`+c.callback.Token+`"}`)
+	if probe := g.probe(c.callback.Token); last != sentOK || probe != sentGone {
+		t.Errorf("event and close: got %s, then %s; want %s, then %s", last, probe, sentOK, sentGone)
+	}
+	c.wantData("last")
+	c.wantEnd()
+}
+
+func TestSendWhileConnecting(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	g := newGatewayFixture(t, "", holding("connect", gate, answering(200, `{"event":{"data":"first"}}`)))
+	c := g.get("/x")
+	token := receive(t, g.connects).Token
+	if got := g.send(token, "last"); got != sentBuffered {
+		t.Errorf("send: got %s, want %s", got, sentBuffered)
+	}
+	if got := g.end(token); got != sentBuffered {
+		t.Errorf("close: got %s, want %s", got, sentBuffered)
+	}
+	if got := g.send(token, "too late"); got != sentGone {
+		t.Errorf("send behind the close: got %s, want %s", got, sentGone)
+	}
+	close(gate)
+	c.begin()
+	c.wantData("first", "last")
+	c.wantEnd()
+}
+
+// Whatever comes in, it is the sender's fault, and the stream that it may mean goes on.
+func TestMalformedBodies(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	c := g.open("/x")
+	valid := []byte(`{"token":"` + c.callback.Token + `","event":{"id":"1","name":"n","data":"\u00e9\n"},"close":true}`)
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 1000 {
+		body := slices.Clone(valid)
+		for json.Valid(body) {
+			switch at := random.IntN(len(body)); random.IntN(4) {
+			case 0:
+				body = body[:at]
+			case 1:
+				body[at] = byte(random.Uint32())
+			case 2:
+				body = slices.Delete(body, at, at+1)
+			case 3:
+				body = slices.Insert(body, at, `{}[]",:\`[random.IntN(8)])
+			}
+		}
+		if got := g.post("application/json", string(body)); !strings.HasPrefix(got, `4`) {
+			t.Errorf("%q: got %s, want a status 4xx", body, got)
+		}
+	}
+	g.send(c.callback.Token, "live")
+	c.wantData("live")
+}
+
+// The gateway serves a connection that has brought one send by code of its own. Nobody must see where that code knows
+// no further and gives the connection back to net/http, so every request is answered as on a fresh connection.
+func TestSendConnection(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	body := `{"token":"` + g.open("/x").callback.Token + `"}`
+	length := fmt.Sprintf("Content-Length: %d\r\n", len(body))
+	const post, jsonType = "POST /internal/send HTTP/1.1\r\nHost: h\r\n", "Content-Type: application/json\r\n"
+	plain := post + jsonType + length + "\r\n" + body
+	for _, request := range []string{
+		plain,
+		post + strings.ToLower(jsonType+length) + "\r\n" + body,
+		post + "content-LENGTH:" + strconv.Itoa(len(body)) + "\t\r\nCONTENT-type:\tApplication/Json \t;charset=utf-8\r\n\r\n" + body,
+		post + jsonType + length + "Connection: Keep-Alive\r\nUser-Agent: a:b\r\nX-Empty:\r\n\r\n" + body,
+		post + jsonType + length + "Connection: close\r\n\r\n" + body,
+		post + jsonType + length + "Expect: 100-continue\r\n\r\n" + body,
+		post + jsonType + length + length + "\r\n" + body,
+		post + jsonType + length + "Content-Length: 1\r\n\r\n" + body,
+		post + jsonType + "Content-Length: -1\r\n\r\n" + body,
+		post + jsonType + "Content-Length: 0\r\n\r\n",
+		post + jsonType + "Content-Length: 99999999999999999999\r\n\r\n",
+		post + jsonType + "Content-Length : 1\r\n\r\n" + body,
+		post + jsonType + "\r\n",
+		post + jsonType + fmt.Sprintf("Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", len(body), body),
+		post + jsonType + "Transfer-Encoding: chunked\r\n\r\nz\r\n",
+		post + jsonType + " folded: x\r\n" + length + "\r\n" + body,
+		post + jsonType + length + "no colon\r\n\r\n" + body,
+		post + jsonType + length + "X: " + strings.Repeat("x", 32<<10) + "\r\n\r\n" + body,
+		post + length + "\r\n" + body,
+		post + "Content-Type: text/plain\r\n" + length + "\r\n" + body,
+		post + "Content-Type: application/x-ndjson\r\n" + length + "\r\n" + body,
+		post + jsonType + "Content-Length: 1048577\r\n\r\n" + strings.Repeat(" ", 1<<20+1),
+		strings.ReplaceAll(plain, "\r\n", "\n"),
+		strings.Replace(plain, "HTTP/1.1", "HTTP/1.0", 1),
+		strings.Replace(plain, "/internal/send", "/internal/send?x=1", 1),
+		strings.Replace(plain, "/internal/send", "http://h/internal/send", 1),
+		strings.Replace(plain, "POST", "PUT", 1),
+		strings.Replace(plain, "POST", "post", 1),
+		"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n",
+		"POST /healthz HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx",
+		"GET /a%zz HTTP/1.1\r\nHost: h\r\n\r\n",
+		"POST\r\n\r\n",
+	} {
+		fresh, used := g.dial(request), g.dial(plain)
+		if got := used.reply(); got != sentOK {
+			t.Fatalf("got %s, want %s", got, sentOK)
+		}
+		used.write(request)
+		want, got := fresh.answer(), used.answer()
+		wantText, _ := fresh.rest()
+		gotText, _ := used.rest()
+		gotType, wantType := got.Header.Get("Content-Type"), want.Header.Get("Content-Type")
+		if got.StatusCode != want.StatusCode || gotType != wantType || gotText != wantText || got.Close != want.Close {
+			t.Errorf("%.300q: got %s %s %q, to be closed: %v; want %s %s %q, %v",
+				request, got.Status, gotType, gotText, got.Close, want.Status, wantType, wantText, want.Close)
+		}
+	}
+}
+
+// Requests need not come one at a time, nor whole; and a stream may follow them.
+func TestSendConnectionPipelined(t *testing.T) {
+	t.Parallel()
+	const events = 200
+	g := newGatewayFixture(t, "", nil)
+	c := g.open("/x")
+	var requests strings.Builder
+	var want []string
+	for i := range events {
+		want = append(want, strconv.Itoa(i)+strings.Repeat("x", i*i%5000))
+		requests.WriteString(sendText("application/json", encodeSend(c.callback.Token, &event{Data: want[i]}, false)))
+	}
+	requests.WriteString("GET /behind HTTP/1.1\r\nHost: h\r\n\r\n")
+	conn := g.dial("")
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		random := rand.New(rand.NewPCG(3, 4))
+		for text := requests.String(); text != ""; {
+			n := min(len(text), 1+random.IntN(1<<random.IntN(15)))
+			conn.write(text[:n])
+			text = text[n:]
+		}
+	})
+	for i := range events {
+		if got := conn.reply(); got != sentOK {
+			t.Fatalf("answer %d: got %s, want %s", i, got, sentOK)
+		}
+	}
+	writer.Wait()
+	c.wantData(want...)
+	conn.callback = receive(t, g.connects)
+	conn.begin()
+	g.send(conn.callback.Token, "live")
+	conn.wantData("live")
+}
+
+func TestBatch(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	g := newGatewayFixture(t, "", func(w http.ResponseWriter, c callbackCall) {
+		if c.Request.URL == "/held" {
+			c.await(gate)
+		}
+	})
+	open, ended, held := g.open("/x"), g.open("/x"), g.get("/held")
+	held.callback = receive(t, g.connects)
+	lines := []struct{ body, want string }{
+		{`{"token":"$open","event":{"data":"1"}}`, `{"status":"ok"}`},
+		{`{"token":"$held","event":{"data":"a"}}`, `{"status":"buffered"}`},
+		{`{"token":"$open","event":{"data":"2"},`, `{"status":400,"error":"body must be one JSON object"}`},
+		{`{"token":"$open","event":{"id":"3"}}`, `{"status":400,"error":"event data is missing"}`},
+		{`{"token":"unknown","event":{"data":"4"}}`, `{"status":404}`},
+		{`{"token":"$ended","event":{"data":"last"},"close":true}` + "\r", `{"status":"ok"}`},
+		{`{"token":"$ended"}`, `{"status":404}`},
+		{`{"token":"$open","event":{"data":"` + strings.Repeat("x", 1<<20) + `"}}`, `{"status":413}`},
+		{"\t {\"token\":\"$open\",\"event\":{\"data\":\"5\"}} ", `{"status":"ok"}`},
+		{`{"token":"$open"}`, `{"status":"ok"}`},
+	}
+	var bodies, want []string
+	for _, line := range lines {
+		bodies, want = append(bodies, line.body), append(want, line.want)
+	}
+	tokens := strings.NewReplacer("$open", open.callback.Token, "$ended", ended.callback.Token, "$held", held.callback.Token)
+	batch := tokens.Replace(strings.Join(bodies, "\n"))
+	if got, want := g.post("application/x-ndjson", batch), "200 "+strings.Join(want, "\n"); got != want {
+		t.Errorf("got:\n%s\nwant:\n%s", got, want)
+	}
+	if got, want := g.post("application/x-ndjson", ""), "200 "; got != want {
+		t.Errorf("an empty batch: got %s, want %s", got, want)
+	}
+	if got, want := g.post("application/x-ndjson", strings.Repeat("\n", 4<<20+1)), `413 {"error":"request body too large"}`; got != want {
+		t.Errorf("a batch of more than 4 MiB: got %s, want %s", got, want)
+	}
+	close(gate)
+	held.begin()
+	held.wantData("a")
+	open.wantData("1", "5")
+	ended.wantData("last")
+	ended.wantEnd()
+}
+
+// What is taken is what encoding/json reads, and it is taken again when a client encodes it anew.
+func FuzzSendBody(f *testing.F) {
+	f.Add([]byte(`{"token":"a","event":{"id":"1","name":"n","data":"a\nb"},"close":true}`))
+	f.Add([]byte(`{"token":"a"}`))
+	f.Add([]byte(`{"token":null,"event":{"data":1,"data":2},"close":0}`))
+	f.Add([]byte(` { "close" : false , "event" : { "data" : "\ud800" } , "token" : "\u0000" } `))
+	g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		r := httptest.NewRequest("POST", "/internal/send", bytes.NewReader(body))
+		r.Header.Set("Content-Type", "application/json")
+		w := httptest.NewRecorder()
+		g.serveSend(w, r)
+		m, err := parseSend(body)
+		wantStatus := http.StatusNotFound
+		if err != nil {
+			wantStatus = http.StatusBadRequest
+		}
+		if w.Code != wantStatus {
+			t.Errorf("%q: got status %d, want %d after %v", body, w.Code, wantStatus, err)
+		}
+		if err != nil {
+			return
+		}
+		o, err := slowObject(body)
+		e, eventErr := slowObject(o["event"])
+		if err != nil || m.event != nil && eventErr != nil {
+			t.Skip() // a field that means nothing to us stands twice
+		}
+		text := func(o object, name string) (s string) { json.Unmarshal(o[name], &s); return s }
+		want := sendRequest{token: text(o, "token"), end: string(o["close"]) == "true"}
+		if o["event"] != nil {
+			want.event = &event{ID: text(e, "id"), Name: text(e, "name"), Data: text(e, "data")}
+		}
+		if !reflect.DeepEqual(m, want) {
+			t.Errorf("%q: got %+v, want %+v", body, m, want)
+		}
+		again, err := parseSend(encodeSend(m.token, m.event, m.end))
+		if err != nil || !reflect.DeepEqual(again, m) {
+			t.Errorf("%q: got %+v, and %+v, %v when encoded anew", body, m, again, err)
+		}
+	})
+}

@@ -1,0 +1,698 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+func TestStreamBeginning(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "RETRY_MILLISECONDS=1000",
+		answering(200, `{"event":{"id":"e-0","name":"connection_open","data":"{}"}}`))
+	c := g.get("/api/sse/tasks?task_id=1", "Accept: text/event-stream", "Accept-Encoding: gzip, br")
+	resp := c.answer()
+	if _, err := http.ParseTime(resp.Header.Get("Date")); err != nil {
+		t.Errorf("Date: %v", err)
+	}
+	resp.Header.Del("Date")
+	wantHeader := http.Header{
+		"Content-Type":      {"text/event-stream"},
+		"Cache-Control":     {"no-cache, no-transform"},
+		"X-Accel-Buffering": {"no"},
+	}
+	if resp.Status != "200 OK" || !reflect.DeepEqual(resp.Header, wantHeader) || !resp.Close {
+		t.Errorf("got %s, %v, to be closed: %v; want 200 OK, %v, true", resp.Status, resp.Header, resp.Close, wantHeader)
+	}
+	if got := c.line(); !regexp.MustCompile(`^retry: (1\d\d\d|2000)$`).MatchString(got) {
+		t.Errorf("first line: got %q, want retry from 1000 to 2000", got)
+	}
+	if got, want := c.event(), "id: e-0\nevent: connection_open\ndata: {}"; got != want {
+		t.Errorf("got %q, want the event of the callback, %q", got, want)
+	}
+	g.send(receive(t, g.connects).Token, "live")
+	c.wantData("live")
+}
+
+func TestCallbackBodies(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	c := g.open("/api/sse/tasks?task_id=1", "User-Agent: test", "X-Twice: a", "x-tWICE: b,c", "Cookie: a=1", "Cookie: b=2; c=3",
+		"LAST-EVENT-ID: e-7", "X-Empty:", `X-Odd: "<&>\`)
+	c.Close()
+	token := c.callback.Token
+	if !regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`).MatchString(token) {
+		t.Errorf("token: got %q, want a UUID of version 4", token)
+	}
+	request := `"request":{"url":"/api/sse/tasks?task_id=1","headers":{"host":"gateway.test","user-agent":"test",
+		"x-twice":"a, b,c","cookie":"a=1; b=2; c=3","last-event-id":"e-7","x-empty":"","x-odd":"\"<&>\\"}}`
+	for _, tt := range []struct{ got, want string }{
+		{c.callback.body, `{"action":"connect","token":"` + token + `",` + request + `}`},
+		{receive(t, g.disconnects).body, `{"action":"disconnect","reason":"client_closed","token":"` + token + `",` + request + `}`},
+	} {
+		if !reflect.DeepEqual(jsonValue(t, tt.got), jsonValue(t, tt.want)) {
+			t.Errorf("got %s, want %s", tt.got, tt.want)
+		}
+	}
+}
+
+// The backend routes by the target, so it gets the client's own, not one that was made clean on the way.
+func TestTargetByteForByte(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	for _, target := range []string{
+		"/", "/?", "//a/../b?x=%2F", "/./%2e%2E//", "/ä?ö=€", "/%C3%A4?%zz&;", "/a+b%20c?d+e%20f", "/?a=1&a=2#f", "/\"<>\\^`{|}",
+		"http://elsewhere.test/a?b", "/metrics/", "//metrics", "/a/../metrics", "/internal/send/", "/internal//send", "/healthz/x",
+		"/Readyz",
+	} {
+		if got := g.open(target).callback.Request.URL; got != target {
+			t.Errorf("got %q, want %q", got, target)
+		}
+	}
+}
+
+// The backend knows the token before the client has a stream, and may use it.
+func TestBufferedEvents(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	g := newGatewayFixture(t, "", holding("connect", gate, answering(201, `{"event":{"data":"first"}}`)))
+	c := g.get("/x")
+	token := receive(t, g.connects).Token
+	for _, got := range []string{g.probe(token), g.send(token, "1"), g.send(token, "2")} {
+		if got != sentBuffered {
+			t.Errorf("during the callback: got %s, want %s", got, sentBuffered)
+		}
+	}
+	close(gate)
+	c.begin()
+	c.wantData("first", "1", "2")
+	if got := g.send(token, "3"); got != sentOK {
+		t.Errorf("after the callback: got %s, want %s", got, sentOK)
+	}
+	c.wantData("3")
+}
+
+// A send that arrives while the buffer is flushed must not overtake it. Each round is another chance for it to do so.
+func TestBufferedEventsKeepOrder(t *testing.T) {
+	t.Parallel()
+	const events = 40
+	padding := strings.Repeat("x", 2000) // makes the flush take its time
+	var want []string
+	for i := range events {
+		want = append(want, strconv.Itoa(i)+padding)
+	}
+	gates := make(chan chan struct{}, 1)
+	g := newGatewayFixture(t, "", func(w http.ResponseWriter, c callbackCall) {
+		if c.Action == "connect" {
+			c.await(<-gates)
+			io.WriteString(w, `{"event":{"data":"first"}}`)
+		}
+	})
+	for range 40 {
+		gate := make(chan struct{})
+		gates <- gate
+		c := g.get("/x")
+		token := receive(t, g.connects).Token
+		var sender sync.WaitGroup
+		sender.Go(func() {
+			for i, data := range want {
+				if i == events/4 {
+					close(gate)
+				}
+				if got := g.send(token, data); got != sentBuffered && got != sentOK {
+					t.Errorf("event %d: got %s", i, got)
+				}
+			}
+		})
+		c.begin()
+		c.wantData("first")
+		c.wantData(want...)
+		sender.Wait()
+		c.Close()
+	}
+}
+
+func TestOddCallbackAnswers(t *testing.T) {
+	t.Parallel()
+	answers := []struct {
+		body   string
+		event  string // that the stream begins with
+		ends   bool
+		logged bool
+	}{
+		{body: ``}, {body: " \r\n"}, {body: `{}`}, {body: `{"event":{"data":"a"},"close":false}`, event: "data: a"},
+		{body: `{"event":{"id":"1","name":"n","data":"a\nb","more":1},"more":[]}`, event: "id: 1\nevent: n\ndata: a\ndata: b"},
+		{body: `{"event":{"data":""}}`, event: "data: "},
+		{body: `{"close":true}`, ends: true},
+		{body: `{"event":{"data":"a"},"close":true}`, event: "data: a", ends: true},
+
+		{body: `OK`, logged: true}, {body: `null`, logged: true}, {body: `[]`, logged: true}, {body: `{"event":`, logged: true},
+		{body: `{"event":{"data":"a"}}{}`, logged: true}, {body: "{\"event\":{\"data\":\"\xff\"}}", logged: true},
+		{body: `{"event":null}`, logged: true}, {body: `{"event":"a"}`, logged: true}, {body: `{"event":{}}`, logged: true},
+		{body: `{"event":{"data":1}}`, logged: true}, {body: `{"event":{"data":"a","id":null}}`, logged: true},
+		{body: `{"event":{"data":"a","name":"b\nc"}}`, logged: true},
+		{body: `{"Event":{"data":"a"},"CLOSE":true}`},
+		{body: `{"close":1}`, logged: true}, {body: `{"close":"true"}`, logged: true}, {body: `{"close":null}`, logged: true},
+		{body: `{"event":1,"close":true}`, ends: true, logged: true},
+		{body: `{"event":{"data":"a"},"close":1}`, event: "data: a", logged: true},
+		{body: `{"event":{"data":"` + strings.Repeat("x", 1<<20) + `"}}`, logged: true},
+	}
+	g := newGatewayFixture(t, "", func(w http.ResponseWriter, c callbackCall) {
+		io.WriteString(w, answers[c.number()].body)
+	})
+	for i, tt := range answers {
+		before := len(g.logged.String())
+		c := g.open("/" + strconv.Itoa(i))
+		if tt.event != "" {
+			if got := c.event(); got != tt.event {
+				t.Errorf("%.80s: got %q, want %q", tt.body, got, tt.event)
+			}
+		}
+		if tt.ends {
+			c.wantEnd()
+		} else {
+			g.send(c.callback.Token, "next")
+			c.wantData("next")
+		}
+		if logged := strings.Contains(g.logged.String()[before:], "level=WARN"); logged != tt.logged {
+			t.Errorf("%.80s: got a warning in the log: %v, want %v", tt.body, logged, tt.logged)
+		}
+	}
+}
+
+// Refusing
+
+// transient are the refusals after which a browser has to come back; it gives up for good on any status but 200.
+var transient = []int{408, 425, 429, 500, 502, 503, 504, 599}
+
+func TestRefusedByBackend(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "RETRY_MILLISECONDS=50", func(w http.ResponseWriter, c callbackCall) {
+		w.Header().Set("Location", "/elsewhere")
+		answering(c.number(), `{"event":{"data":"not for the client"}}`)(w, c)
+	})
+	retries := map[int]bool{}
+	for _, status := range append([]int{300, 301, 302, 303, 307, 308, 400, 401, 403, 404, 409, 410, 422, 451}, transient...) {
+		target := "/" + strconv.Itoa(status)
+		want := strconv.Itoa(status) + ` {"error":"connection rejected"}`
+		if got := g.get(target).reply(); got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+		browser := g.get(target, "Accept: text/html, Text/Event-Stream;q=0.9")
+		if !slices.Contains(transient, status) {
+			if got := browser.reply(); got != want {
+				t.Errorf("to a browser: got %s, want %s", got, want)
+			}
+			continue
+		}
+		retry := browser.wantTransient("connection rejected")
+		if retry < 50 || retry > 100 {
+			t.Errorf("%d to a browser: got retry %d, want 50 to 100", status, retry)
+		}
+		retries[retry] = true
+	}
+	if len(retries) == 1 {
+		t.Errorf("all browsers return after the same time: %v", retries)
+	}
+	g.waitMetric("gateway_streams", 0)
+}
+
+// A break in the backend's answer is no answer.
+func TestBackendUnreachable(t *testing.T) {
+	t.Parallel()
+	nobody := newGatewayFixture(t, "CALLBACK_URL=http://127.0.0.1:1"+callbackTarget, nil)
+	notHTTP := newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
+		conn, _, _ := http.NewResponseController(w).Hijack()
+		io.WriteString(conn, "220 smtp.test\r\n")
+		conn.Close()
+		panic(http.ErrAbortHandler)
+	})
+	for _, g := range []*gatewayFixture{nobody, notHTTP} {
+		if got, want := g.get("/x").reply(), `503 {"error":"backend unreachable"}`; got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+		g.get("/x", "Accept: text/event-stream").wantTransient("backend unreachable")
+		if got := g.metric(`gateway_callbacks_total{action="connect",status="error"}`); got != 2 {
+			t.Errorf("callbacks that failed: got %v, want 2", got)
+		}
+		if !strings.Contains(g.logged.String(), `msg="callback failed" action=connect err=`) {
+			t.Error("the failure is not in the log")
+		}
+		g.waitMetric("gateway_streams", 0)
+	}
+}
+
+// The time limit covers the whole answer. A backend that accepted and then stalls is told that nothing came of it.
+func TestBackendTooSlow(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", func(w http.ResponseWriter, c callbackCall) {
+		if c.Action == "disconnect" {
+			return
+		}
+		if c.Request.URL == "/stalls" {
+			io.WriteString(w, `{"event":`)
+			http.NewResponseController(w).Flush()
+			<-c.givenUp
+			return
+		}
+		<-c.givenUp
+		panic(http.ErrAbortHandler)
+	})
+	began := time.Now()
+	silent, stalls, browser := g.get("/silent"), g.get("/stalls"), g.get("/silent", "Accept: text/event-stream")
+	for _, c := range []*streamClient{silent, stalls} {
+		if got, want := c.reply(), `504 {"error":"backend too slow"}`; got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
+	browser.wantTransient("backend too slow")
+	if took := time.Since(began); took < 5*time.Second {
+		t.Errorf("the answers took %v, want 5 s", took)
+	}
+	g.waitMetric(`gateway_callbacks_total{action="connect",status="timeout"}`, 3)
+	g.waitMetric("gateway_streams", 0)
+}
+
+func TestNoCallbackURL(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "CALLBACK_URL=", nil)
+	if got, want := g.get("/x").reply(), `503 {"error":"no callback URL configured"}`; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	g.get("/x", "Accept: text/event-stream").wantTransient("no callback URL configured")
+	if got, want := g.get("/readyz").reply(), `503 {"configured":false,"status":"not_ready"}`; got != want {
+		t.Errorf("readyz: got %s, want %s", got, want)
+	}
+}
+
+func TestMaxConnections(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "MAX_CONNECTIONS=2 RETRY_MILLISECONDS=3000", nil)
+	first, second := g.open("/1"), g.open("/2")
+	refused := g.get("/3").answer()
+	if got := refused.Header.Get("Retry-After"); refused.StatusCode != 503 || !regexp.MustCompile(`^[3-6]$`).MatchString(got) {
+		t.Errorf("got %s with Retry-After %q, want 503 with 3 to 6", refused.Status, got)
+	}
+	g.get("/3", "Accept: text/event-stream").wantTransient("no capacity")
+	first.Close()
+	g.waitMetric("gateway_streams", 1)
+	for _, c := range []*streamClient{second, g.open("/3")} { // nobody was evicted
+		g.send(c.callback.Token, "live")
+		c.wantData("live")
+	}
+}
+
+func TestRequestsThatOpenNoStream(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	for _, method := range []string{"HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "get"} {
+		resp := g.request(method, "/x", "Accept: text/event-stream").answer()
+		if got := resp.Header.Get("Allow"); resp.StatusCode != 405 || got != "GET" {
+			t.Errorf("%s: got %s with Allow %q, want 405 with GET", method, resp.Status, got)
+		}
+	}
+	const noBody = `400 {"error":"a stream request has no body"}`
+	for _, tt := range []struct {
+		name, request string
+		want          string // the beginning of status and body; net/http's own answers are no JSON
+	}{
+		{"body", "GET /x HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc", noBody},
+		{"chunked body", "GET /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", noBody},
+		{"empty chunked body", "GET /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", noBody},
+		{"long path", "GET /" + strings.Repeat("x", 8<<10) + " HTTP/1.1\r\nHost: h\r\n\r\n", `414 {"error":"request target too long"}`},
+		{"long query", "GET /?" + strings.Repeat("x", 8<<10) + " HTTP/1.1\r\nHost: h\r\n\r\n", `414 {"error":"request target too long"}`},
+		{"not UTF-8", "GET /\xff HTTP/1.1\r\nHost: h\r\n\r\n", `400 {"error":"request target is not UTF-8"}`},
+		{"large header", "GET /x HTTP/1.1\r\nHost: h\r\nX: " + strings.Repeat("x", 32<<10) + "\r\n\r\n", "431 "},
+		{"many headers", "GET /x HTTP/1.1\r\nHost: h\r\n" + strings.Repeat("X: x\r\n", 8<<10) + "\r\n", "431 "},
+		{"no host", "GET /x HTTP/1.1\r\n\r\n", "400 "},
+		{"not HTTP", "hello\r\n\r\n", "400 "},
+	} {
+		c := g.dial(tt.request)
+		status := c.answer().StatusCode
+		body, _ := c.rest()
+		if got := fmt.Sprint(status, " ", body); !strings.HasPrefix(got, tt.want) {
+			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
+		}
+	}
+	if n := len(g.connects); n != 0 {
+		t.Errorf("the backend was asked %d times, want never", n)
+	}
+	g.open("/" + strings.Repeat("x", 8<<10-1))
+}
+
+// More at once would take the backend's sockets and the gateway's own; the rest must wait, not fail.
+func TestConnectCallbacksAreBounded(t *testing.T) {
+	t.Parallel()
+	const clients, bound = 300, 256
+	underWay := make(chan struct{}, bound)
+	gate := make(chan struct{})
+	g := newGatewayFixture(t, "", func(w http.ResponseWriter, c callbackCall) {
+		if c.Action == "disconnect" {
+			return
+		}
+		select {
+		case underWay <- struct{}{}:
+		default:
+			t.Errorf("more than %d callbacks are under way", bound)
+		}
+		c.await(gate)
+		<-underWay
+	})
+	var waiting []*streamClient
+	for range clients {
+		waiting = append(waiting, g.get("/x"))
+	}
+	g.waitMetric("gateway_streams", clients)
+	eventually(t, patience, "all callbacks that may be under way", func() bool { return len(underWay) == bound })
+	close(gate)
+	for _, c := range waiting {
+		c.begin()
+	}
+}
+
+// Ending
+
+func TestDisconnectReasons(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	for _, tt := range []struct {
+		name   string
+		end    func(c *streamClient)
+		reason string
+	}{
+		{"the client closes", func(c *streamClient) { c.Close() }, "client_closed"},
+		{"the client resets", (*streamClient).reset, "client_closed"},
+		{"the client closes its half", func(c *streamClient) { c.CloseWrite() }, "client_closed"},
+		{"the client sends a byte", func(c *streamClient) { c.write("x") }, "client_closed"},
+		{"the client sends a request", func(c *streamClient) { c.write("GET / HTTP/1.1\r\nHost: h\r\n\r\n") }, "client_closed"},
+		{"the backend ends it", func(c *streamClient) { g.end(c.callback.Token) }, "server_closed"},
+	} {
+		c := g.open("/x")
+		tt.end(c)
+		got := receive(t, g.disconnects)
+		if got.Token != c.callback.Token || got.Reason != tt.reason {
+			t.Errorf("%s: got %q of %s, want %q of %s", tt.name, got.Reason, got.Token, tt.reason, c.callback.Token)
+		}
+		if got := g.send(c.callback.Token, "late"); got != sentGone {
+			t.Errorf("%s: got %s for a later send, want %s", tt.name, got, sentGone)
+		}
+	}
+	g.waitMetric("gateway_streams", 0)
+}
+
+// What a client sends behind its request cannot be meant for a stream; a proxy may take it for another's request.
+func TestPipelinedBytesEndTheStream(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	c := g.dial("GET /1 HTTP/1.1\r\nHost: h\r\n\r\nGET /2 HTTP/1.1\r\nHost: h\r\n\r\n")
+	c.callback = receive(t, g.connects)
+	g.wantDisconnect(c, "client_closed")
+	g.waitMetric("gateway_streams", 0)
+	if n := len(g.connects); n != 0 {
+		t.Error("the backend was asked about the second request")
+	}
+}
+
+// Whether the client leaves before or after the backend's answer is a race, which either may win.
+func TestClientLeavesDuringCallback(t *testing.T) {
+	t.Parallel()
+	gates := make(chan chan struct{}, 1)
+	g := newGatewayFixture(t, "", func(w http.ResponseWriter, c callbackCall) {
+		if c.Action == "connect" {
+			c.await(<-gates)
+		}
+		w.WriteHeader(c.number())
+	})
+	leave := []func(*streamClient){func(c *streamClient) { c.Close() }, (*streamClient).reset}
+	for i := range 120 {
+		status := []int{200, 204, 410}[i%3]
+		gate := make(chan struct{})
+		gates <- gate
+		c := g.get(fmt.Sprint("/", status))
+		c.callback = receive(t, g.connects)
+		var answer sync.WaitGroup
+		answer.Go(func() { close(gate) })
+		leave[i%2](c)
+		answer.Wait()
+		if status == 410 {
+			continue // and there must be no disconnect callback
+		}
+		if got := receive(t, g.disconnects); got.Token != c.callback.Token || got.Reason == "server_closed" {
+			t.Errorf("got disconnect of %s with reason %q, want of %s", got.Token, got.Reason, c.callback.Token)
+		}
+		if got := g.send(c.callback.Token, "late"); got != sentGone {
+			t.Errorf("got %s for a later send, want %s", got, sentGone)
+		}
+	}
+	g.waitMetric("gateway_streams", 0)
+}
+
+// The backend may hold a lock of its own while it ends a stream, so the end must not wait for its callback. There are
+// more streams here than disconnect callbacks may be under way.
+func TestEndDoesNotWaitForTheCallback(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	g := newGatewayFixture(t, "", holding("disconnect", gate, answering(200, "")))
+	for range 50 {
+		c := g.open("/x")
+		if got := g.end(c.callback.Token); got != sentOK {
+			t.Errorf("got %s, want %s", got, sentOK)
+		}
+		c.wantEnd()
+	}
+	g.waitMetric("gateway_streams", 0)
+	close(gate)
+}
+
+func TestMaxStreamSeconds(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "MAX_STREAM_SECONDS=0.5", nil)
+	began := time.Now()
+	c := g.open("/x")
+	c.wantEnd()
+	if took := time.Since(began); took < 400*time.Millisecond {
+		t.Errorf("the stream ended after %v, want 0.4 to 0.5 s", took)
+	}
+	g.wantDisconnect(c, "server_closed")
+}
+
+func TestGatewayShutdown(t *testing.T) {
+	t.Parallel()
+	connecting, disconnecting := make(chan struct{}), make(chan struct{})
+	g := newGatewayFixture(t, "", func(w http.ResponseWriter, c callbackCall) {
+		switch {
+		case c.Action == "disconnect":
+			c.await(disconnecting)
+		case c.Request.URL == "/late":
+			c.await(connecting)
+		}
+	})
+	var open []*streamClient
+	for range 200 {
+		open = append(open, g.open("/x"))
+	}
+	late := g.get("/late") // is being opened when the shutdown comes
+	receive(t, g.connects)
+
+	code := make(chan int, 1)
+	go func() { code <- g.stop() }()
+	var ends []time.Time
+	var mu sync.Mutex
+	var clients sync.WaitGroup
+	for _, c := range open {
+		clients.Go(func() {
+			c.wantEnd()
+			mu.Lock()
+			defer mu.Unlock()
+			ends = append(ends, time.Now())
+		})
+	}
+	clients.Wait()
+	if spread := ends[len(ends)-1].Sub(ends[0]); spread < 50*time.Millisecond {
+		t.Errorf("all browsers lost their streams within %v and return in one wave", spread)
+	}
+	if got, want := g.get("/readyz").reply(), `503 {"configured":true,"status":"not_ready"}`; got != want {
+		t.Errorf("readyz: got %s, want %s", got, want)
+	}
+	if resp := g.get("/x").answer(); resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
+		t.Errorf("a new stream: got %s, %v; want 503 with Retry-After", resp.Status, resp.Header)
+	}
+	close(connecting)
+	late.begin()
+	late.wantEnd()
+	close(disconnecting)
+	if got := receive(t, code); got != 0 {
+		t.Errorf("got exit code %d, want 0", got)
+	}
+	for range len(open) + 1 {
+		if got := receive(t, g.disconnects); got.Reason != "server_closed" {
+			t.Errorf("got disconnect reason %q, want server_closed", got.Reason)
+		}
+	}
+}
+
+// Whoever runs the gateway kills it after a while, so a backend that hangs must not keep it.
+func TestGatewayShutdownIsBounded(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", holding("disconnect", nil, answering(200, "")))
+	c := g.open("/x")
+	began := time.Now()
+	code := g.stop()
+	if took := time.Since(began); took > 5*time.Second || code != 0 {
+		t.Errorf("got exit code %d after %v, want 0 within 5 s", code, took)
+	}
+	c.wantEnd()
+}
+
+// Living
+
+func TestHeartbeat(t *testing.T) {
+	t.Parallel()
+	const interval, beats = 100 * time.Millisecond, 5
+	g := newGatewayFixture(t, "HEARTBEAT_INTERVAL_SECONDS=0.1", nil)
+	began := time.Now()
+	c, old := g.open("/x"), g.dial("GET /x HTTP/1.0\r\n\r\n")
+	old.begin()
+	for range beats {
+		for _, c := range []*streamClient{c, old} {
+			if got, want := c.line(), ": heartbeat"; got != want {
+				t.Errorf("got %q, want %q", got, want)
+			}
+		}
+	}
+	if took := time.Since(began); took < interval*(beats-2) {
+		t.Errorf("%d heartbeats came within %v, want one each %v", beats, took, interval)
+	}
+}
+
+func TestGatewayCORS(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ settings, origin, credentials string }{
+		{"MAX_CONNECTIONS=1", "", ""},
+		{"MAX_CONNECTIONS=1 CORS_ALLOW_ORIGIN=*", "*", ""},
+		{"MAX_CONNECTIONS=1 CORS_ALLOW_ORIGIN=https://app.test", "https://app.test", "true"},
+	} {
+		g := newGatewayFixture(t, tt.settings, nil)
+		for name, resp := range map[string]*http.Response{
+			"stream":       g.get("/x", "Origin: https://app.test").answer(),
+			"refusal":      g.get("/x", "Origin: https://app.test").answer(),
+			"transient":    g.get("/x", "Origin: https://app.test", "Accept: text/event-stream").answer(),
+			"wrong method": g.request("PUT", "/x", "Origin: https://app.test").answer(),
+			"other origin": g.get("/x", "Origin: https://evil.test").answer(),
+		} {
+			origin, credentials := resp.Header.Get("Access-Control-Allow-Origin"), resp.Header.Get("Access-Control-Allow-Credentials")
+			if origin != tt.origin || credentials != tt.credentials {
+				t.Errorf("%s: %s: got origin %q, credentials %q; want %q, %q", tt.settings, name, origin, credentials, tt.origin, tt.credentials)
+			}
+		}
+	}
+}
+
+func TestGatewayPaths(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	for _, tt := range []struct{ method, target, want string }{
+		{"GET", "/healthz", `200 {"status":"ok"}`},
+		{"GET", "/readyz", `200 {"configured":true,"status":"ready"}`},
+		{"GET", "/readyz?x=1", `200 {"configured":true,"status":"ready"}`},
+		{"POST", "/healthz", `405 {"error":"method not allowed"}`},
+		{"DELETE", "/readyz", `405 {"error":"method not allowed"}`},
+		{"POST", "/metrics", `405 {"error":"method not allowed"}`},
+		{"GET", "/internal/send", `405 {"error":"method not allowed"}`},
+	} {
+		if got := g.request(tt.method, tt.target, "Accept: text/event-stream").reply(); got != tt.want {
+			t.Errorf("%s %s: got %s, want %s", tt.method, tt.target, got, tt.want)
+		}
+	}
+	if n := len(g.connects); n != 0 {
+		t.Errorf("the backend was asked %d times, want never", n)
+	}
+}
+
+// Browsers reach the public port. With INTERNAL_ADDR, what is for the backend alone must not even look like a stream there.
+func TestInternalAddr(t *testing.T) {
+	t.Parallel()
+	addr := "127.0.0.1:" + strconv.Itoa(freePort(t))
+	g := newGatewayFixture(t, "INTERNAL_ADDR="+addr, nil)
+	for _, request := range []string{"POST /internal/send", "GET /internal/send", "GET /metrics", "HEAD /metrics"} {
+		method, target, _ := strings.Cut(request, " ")
+		if got := g.request(method, target, "Accept: text/event-stream").answer().StatusCode; got != 404 {
+			t.Errorf("public %s: got %d, want 404", request, got)
+		}
+	}
+	resp, err := g.client.Get(g.internal + "/x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if n := len(g.connects); resp.StatusCode != 404 || n != 0 {
+		t.Errorf("internal GET /x: got %s, want 404; the backend was asked %d times, want never", resp.Status, n)
+	}
+	c := g.open("/x")
+	g.send(c.callback.Token, "live")
+	c.wantData("live")
+	g.waitMetric("gateway_streams", 1)
+}
+
+func TestGatewayMetrics(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	g := newGatewayFixture(t, "", holding("connect", gate, func(w http.ResponseWriter, c callbackCall) {
+		if c.Request.URL == "/no" {
+			w.WriteHeader(403)
+		}
+	}))
+	first, refused := g.get("/yes"), g.get("/no")
+	calls := map[string]string{}
+	for range 2 {
+		c := receive(t, g.connects)
+		calls[c.Request.URL] = c.Token
+	}
+	token := calls["/yes"]
+	g.send(token, "1")
+	g.send(token, "2")
+	close(gate)
+	first.begin()
+	refused.reply()
+	g.send(token, "3")
+	g.probe(token) // is no event
+	g.probe("")
+	g.post("text/plain", `{"token":"`+token+`"}`)
+	second := g.open("/yes")
+	g.end(second.callback.Token)
+	g.wantDisconnect(second, "server_closed")
+	g.send(second.callback.Token, "late")
+	g.send("unknown", "4")
+	third := g.open("/yes")
+	third.Close()
+	g.wantDisconnect(third, "client_closed")
+	g.waitMetric(`gateway_callbacks_total{action="disconnect",status="accepted"}`, 2)
+	for series, want := range map[string]float64{
+		`gateway_streams`:                                              1,
+		`gateway_streams_opened_total`:                                 3,
+		`gateway_streams_closed_total{reason="client_closed"}`:         1,
+		`gateway_streams_closed_total{reason="server_closed"}`:         1,
+		`gateway_streams_closed_total{reason="error"}`:                 0,
+		`gateway_events_total{status="written"}`:                       1,
+		`gateway_events_total{status="buffered"}`:                      2,
+		`gateway_events_total{status="unknown_token"}`:                 2,
+		`gateway_events_total{status="invalid"}`:                       2,
+		`gateway_callbacks_total{action="connect",status="accepted"}`:  3,
+		`gateway_callbacks_total{action="connect",status="rejected"}`:  1,
+		`gateway_callbacks_total{action="connect",status="timeout"}`:   0,
+		`gateway_callback_duration_seconds_count{action="connect"}`:    4,
+		`gateway_callback_duration_seconds_count{action="disconnect"}`: 2,
+	} {
+		if got := g.metric(series); got != want {
+			t.Errorf("%s: got %v, want %v", series, got, want)
+		}
+	}
+}

@@ -1,0 +1,181 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// After all that a gateway may meet, mixed for SIDECAST_SOAK (a duration, 2s by default), nothing of it is left: no
+// stream, goroutine, descriptor or memory, and the metrics agree with each other.
+func TestSoak(t *testing.T) {
+	t.Parallel()
+	length := 2 * time.Second
+	if text := os.Getenv("SIDECAST_SOAK"); text != "" {
+		var err error
+		if length, err = time.ParseDuration(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := newSoak(t)
+	s.stall() // what it allocates once, it has allocated
+	s.wait("the first stream has ended", func() bool { return s.metric("gateway_streams") == 0 })
+	goroutines, descriptors := s.metric("go_goroutines"), s.metric("process_open_fds")
+	heap := s.metric("go_memstats_heap_alloc_bytes")
+
+	acts := []func(){s.visit, s.visit, s.send, s.send, s.stall, s.misbehave}
+	end := time.Now().Add(length)
+	var clients sync.WaitGroup
+	for range 8 {
+		clients.Go(func() {
+			for time.Now().Before(end) {
+				acts[rand.IntN(len(acts))]()
+			}
+		})
+	}
+	clients.Wait()
+
+	s.wait("all streams have ended", func() bool { return s.metric("gateway_streams") == 0 })
+	opened, closed := s.metric("gateway_streams_opened_total"), 0.0
+	for _, reason := range []string{clientClosed, serverClosed, streamError} {
+		n := s.metric(fmt.Sprintf("gateway_streams_closed_total{reason=%q}", reason))
+		closed += n
+		if n == 0 {
+			t.Errorf("no stream ended with reason %s", reason)
+		}
+	}
+	if opened != closed {
+		t.Errorf("%v streams opened and %v closed, want as many", opened, closed)
+	}
+	s.wait("goroutines, descriptors and heap are back where they began", func() bool {
+		return s.metric("go_goroutines") <= goroutines && s.metric("process_open_fds") <= descriptors &&
+			s.metric("go_memstats_heap_alloc_bytes") <= heap+1<<20
+	})
+}
+
+// soak is a gateway process, its backend, and what its clients do.
+type soak struct {
+	t       *testing.T
+	gateway *process
+	backend *stubBackend
+	client  *http.Client
+}
+
+func newSoak(t *testing.T) *soak {
+	backend := newStubBackend(t, nil)
+	t.Cleanup(backend.server.Close)
+	return &soak{
+		t:       t,
+		backend: backend,
+		gateway: startOwnGateway(t, "CALLBACK_URL="+backend.server.URL+callbackTarget, "HEARTBEAT_INTERVAL_SECONDS=0.2",
+			"WRITE_TIMEOUT_SECONDS=0.5", "STREAM_BUFFER_BYTES=65536", "MAX_STREAM_SECONDS=1"),
+		client: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, // its descriptors would be counted
+	}
+}
+
+func (s *soak) dial(text string) net.Conn {
+	conn, err := (&net.Dialer{Control: smallSocket}).Dial("tcp", strings.TrimPrefix(s.gateway.URL, "http://"))
+	if err != nil {
+		s.t.Error(err)
+		return nil
+	}
+	io.WriteString(conn, text)
+	return conn
+}
+
+const soakRequest = "GET /soak HTTP/1.1\r\nHost: h\r\nAccept: text/event-stream\r\n\r\n"
+
+// visit opens a stream, reads for a while, and leaves in a way of its own; sometimes it stays until it is sent away.
+func (s *soak) visit() {
+	conn := s.dial(soakRequest)
+	if conn == nil {
+		return
+	}
+	defer conn.Close()
+	if rand.IntN(50) == 0 {
+		io.Copy(io.Discard, conn)
+		return
+	}
+	conn.SetReadDeadline(time.Now().Add(rand.N(50 * time.Millisecond)))
+	io.Copy(io.Discard, conn)
+	if rand.IntN(2) == 0 {
+		conn.(*net.TCPConn).SetLinger(0)
+	}
+}
+
+// send posts to a stream that was opened lately, and perhaps ends it.
+func (s *soak) send() {
+	select {
+	case c := <-s.backend.connects:
+		s.post(fmt.Sprintf(`{"token":%q,"event":{"data":"x"},"close":%t}`, c.Token, rand.IntN(2) == 0))
+	default:
+		s.post(`{"token":"nobody","event":{"data":"x"}}`)
+	}
+}
+
+func (s *soak) post(body string) (status int) {
+	resp, err := s.client.Post(s.gateway.URL+"/internal/send", "application/json", strings.NewReader(body))
+	if err != nil {
+		s.t.Error(err)
+		return 0
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
+// stall opens a stream, reads nothing, and has it sent more than may wait.
+func (s *soak) stall() {
+	conn := s.dial(soakRequest)
+	if conn == nil {
+		return
+	}
+	defer conn.Close()
+	select {
+	case c := <-s.backend.connects: // perhaps another's, which stands it
+		big := fmt.Sprintf(`{"token":%q,"event":{"data":%q}}`, c.Token, strings.Repeat("x", 60<<10))
+		for s.post(big) == http.StatusOK {
+		}
+	case <-time.After(time.Second):
+	}
+}
+
+// misbehave sends what no browser and no backend does.
+func (s *soak) misbehave() {
+	bad := []string{
+		"", "GET", "GET / HTTP/1.1\r\n", "\x00\x01\x02\r\n\r\n", "GET / HTTP/9.9\r\n\r\n",
+		"POST /soak HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello",
+		soakRequest + "and more", soakRequest + soakRequest,
+		"POST /internal/send HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
+		sendText("application/json", []byte("null")) + sendText("application/json", []byte(`{"token":""}`)),
+		sendText("application/x-ndjson", []byte("{}\n\n\"\"\n")), sendText("text/plain", nil),
+		"GET /" + strings.Repeat("x", 40<<10) + " HTTP/1.1\r\nHost: h\r\n\r\n",
+	}
+	if conn := s.dial(bad[rand.IntN(len(bad))]); conn != nil {
+		conn.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+		io.Copy(io.Discard, conn)
+		conn.Close()
+	}
+}
+
+func (s *soak) metric(series string) float64 {
+	resp, err := s.client.Get(s.gateway.URL + "/metrics")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, _ := io.ReadAll(resp.Body)
+	return scrapeValue(string(text), series)
+}
+
+// wait is for longer than the gateway keeps idle connections to the backend.
+func (s *soak) wait(what string, cond func() bool) {
+	s.t.Helper()
+	eventually(s.t, 20*time.Second, what, cond)
+}

@@ -1,0 +1,83 @@
+package main
+
+import (
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestAppendEvent(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		in   event
+		want string
+	}{
+		{"everything", event{"k3v9-17", "task_event", "{}"}, "id: k3v9-17\nevent: task_event\ndata: {}\n\n"},
+		{"data alone", event{Data: "x"}, "data: x\n\n"},
+		{"no data", event{ID: "1"}, "id: 1\ndata: \n\n"},
+		{"LF", event{Data: "a\nb"}, "data: a\ndata: b\n\n"},
+		{"CR", event{Data: "a\rb"}, "data: a\ndata: b\n\n"},
+		{"CRLF is one end", event{Data: "a\r\nb"}, "data: a\ndata: b\n\n"},
+		{"LFCR is two", event{Data: "a\n\rb"}, "data: a\ndata: \ndata: b\n\n"},
+		{"ends of line alone", event{Data: "\n\r\n\r"}, "data: \ndata: \ndata: \ndata: \n\n"},
+		{"a forged field", event{Data: "a\nid: 9\n\nretry: 1"}, "data: a\ndata: id: 9\ndata: \ndata: retry: 1\n\n"},
+		{"spaces are kept", event{" 1 ", " e ", " d "}, "id:  1 \nevent:  e \ndata:  d \n\n"},
+		{"other separators are text", event{Data: "a\u2028b\u0085c\vd\x00e"}, "data: a\u2028b\u0085c\vd\x00e\n\n"},
+	} {
+		if got := string(appendEvent([]byte("before|"), tt.in)); got != "before|"+tt.want {
+			t.Errorf("%s: got %q, want %q behind what was there", tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestAppendRetryAndComment(t *testing.T) {
+	got := string(appendComment(appendRetry(nil, 2500), "no capacity"))
+	if want := "retry: 2500\n: no capacity\n"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	// A blank line would make a browser forget the last event ID of an earlier stream.
+	p := parser{lastEventID: "k3v9-17"}
+	if messages := p.feed([]byte(heartbeat + got)); messages != nil || p.lastEventID != "k3v9-17" {
+		t.Errorf("got messages %q and last event ID %q, want none and the old one", messages, p.lastEventID)
+	}
+}
+
+func TestEventValidate(t *testing.T) {
+	for text, want := range map[string]error{
+		"": nil, "k3v9-17": nil, "é:\t ": nil,
+		"a\nb": errEventField, "a\r": errEventField, "\x00": errEventField,
+	} {
+		if got := (event{ID: text, Data: "\r\n\x00"}).validate(); got != want {
+			t.Errorf("ID %q: got %v, want %v", text, got, want)
+		}
+		if got := (event{Name: text}).validate(); got != want {
+			t.Errorf("Name %q: got %v, want %v", text, got, want)
+		}
+	}
+}
+
+// Whatever an event holds, a browser reads back that event and nothing else, and is at the start of a line again.
+func FuzzAppendEvent(f *testing.F) {
+	f.Add("k3v9-17", "task_event", "{\"text\":\"a\"}")
+	f.Add("", "", "")
+	f.Add(" 1", ":", "a\r\n\nb\r")
+	f.Add("\ufeff", "message", "data: x\xff\n\n\x00id: 7")
+	f.Fuzz(func(t *testing.T, id, name, data string) {
+		e := event{id, name, data}
+		if e.validate() != nil {
+			t.Skip()
+		}
+		wire := appendEvent(appendEvent(nil, e), event{ID: "end", Name: "end", Data: "end"})
+		decoded := func(s string) string { return strings.ToValidUTF8(s, "\ufffd") }
+		want := []message{
+			{decoded(id), decoded(name), decoded(strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(data))},
+			{"end", "end", "end"},
+		}
+		if name == "" {
+			want[0].Name = "message"
+		}
+		if got := new(parser).feed(wire); !slices.Equal(got, want) {
+			t.Errorf("got %q, want %q from %q", got, want, wire)
+		}
+	})
+}

@@ -1,0 +1,207 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net/http/httputil"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// muchData are the data of events of 16 KiB, which together are many times what the sockets between the gateway and a
+// client take.
+func muchData() []string {
+	data := make([]string, 64)
+	for i := range data {
+		data[i] = strconv.Itoa(i) + strings.Repeat("x", 16<<10)
+	}
+	return data
+}
+
+// An event is one chunk, whose size must be right to the byte. HTTP/1.0 has no chunks.
+func TestFraming(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "RETRY_MILLISECONDS=2", nil)
+	for _, tt := range []struct {
+		request   string
+		frame     func(text string) string
+		wantAtEnd string
+	}{
+		{"GET /x HTTP/1.1\r\nHost: h\r\n\r\n", func(s string) string { return fmt.Sprintf("%x\r\n%s\r\n", len(s), s) }, "0\r\n\r\n"},
+		{"GET /x HTTP/1.0\r\n\r\n", func(s string) string { return s }, ""},
+	} {
+		c := g.dial(tt.request)
+		token := receive(t, g.connects).Token
+		c.SetReadDeadline(time.Now().Add(patience))
+		for line := "head"; line != "\r\n"; {
+			line, _ = c.wire.ReadString('\n')
+		}
+		want := []string{tt.frame("retry: 2\n"), tt.frame("retry: 3\n"), tt.frame("retry: 4\n")}
+		if got := c.wireString(len(want[0])); !slices.Contains(want, got) {
+			t.Errorf("%q: got %q, want one of %q", tt.request, got, want)
+		}
+		for _, size := range []int{8, 15, 16, 255, 256, 4095, 4096, 65535, 65536, 1 << 19} {
+			data := strings.Repeat("x", size-len("data: \n\n"))
+			g.send(token, data)
+			want := tt.frame("data: " + data + "\n\n")
+			if got := c.wireString(len(want)); got != want {
+				t.Errorf("%q: event of %d bytes: got %.20q… of %d bytes, want %.20q… of %d", tt.request, size, got, len(got), want, len(want))
+			}
+		}
+		g.end(token)
+		if got, err := io.ReadAll(c.wire); err != nil || string(got) != tt.wantAtEnd {
+			t.Errorf("%q: got %q, %v at the end, want %q", tt.request, got, err, tt.wantAtEnd)
+		}
+	}
+}
+
+// wireString reads n bytes as they came.
+func (c *streamClient) wireString(n int) string {
+	text := make([]byte, n)
+	n, _ = io.ReadFull(c.wire, text)
+	return string(text[:n])
+}
+
+func TestChunkedHeartbeat(t *testing.T) {
+	got, err := io.ReadAll(httputil.NewChunkedReader(strings.NewReader(chunkedHeartbeat + lastChunk)))
+	if err != nil || string(got) != heartbeat {
+		t.Errorf("got %q, %v; want %q", got, err, heartbeat)
+	}
+}
+
+// What the socket does not take waits and is written by another goroutine, and the order stays, also at the points
+// where the work passes from one to the other.
+func TestSlowClientGetsEverything(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304", nil)
+	c := g.open("/x")
+	data := muchData()
+	send := func() {
+		for _, d := range data {
+			if got := g.send(c.callback.Token, d); got != sentOK {
+				t.Errorf("got %s, want %s", got, sentOK)
+			}
+		}
+	}
+	send() // while the client reads nothing
+	var sender sync.WaitGroup
+	sender.Go(send) // while it reads
+	c.wantData(data...)
+	c.wantData(data...)
+	sender.Wait()
+	g.send(c.callback.Token, "live")
+	c.wantData("live")
+
+	// The end comes behind everything else, however long that takes.
+	send()
+	if got := g.end(c.callback.Token); got != sentOK {
+		t.Errorf("end: got %s, want %s", got, sentOK)
+	}
+	if got := g.send(c.callback.Token, "late"); got != sentGone {
+		t.Errorf("behind the end: got %s, want %s", got, sentGone)
+	}
+	c.wantData(data...)
+	c.wantEnd()
+	g.wantDisconnect(c, "server_closed")
+}
+
+// A client that does not read must cost no more than its buffer, and nobody else anything.
+func TestBufferOverflowCutsTheStream(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
+	c, other := g.open("/x"), g.open("/x")
+	accepted := 0
+	for _, d := range muchData() {
+		got := g.send(c.callback.Token, d)
+		if got == sentGone {
+			break
+		}
+		if got != sentOK {
+			t.Fatalf("got %s, want %s", got, sentOK)
+		}
+		accepted++
+	}
+	g.wantDisconnect(c, "error")
+	if accepted == len(muchData()) {
+		t.Errorf("all %d events were accepted", accepted)
+	}
+	if _, err := c.rest(); err == nil {
+		t.Error("the client got a clean end, want an error, for it misses an event")
+	}
+	g.send(other.callback.Token, "live")
+	other.wantData("live")
+	g.waitMetric(`gateway_streams_closed_total{reason="error"}`, 1)
+	g.waitMetric("gateway_streams", 1)
+}
+
+// A stream that ends before it has begun must not leave its client without an answer and without an end.
+func TestBufferOverflowDuringCallback(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=1024", holding("connect", gate, answering(200, "")))
+	c := g.get("/x")
+	c.callback = receive(t, g.connects)
+	for _, want := range []string{sentBuffered, sentGone, sentGone} {
+		if got := g.send(c.callback.Token, strings.Repeat("x", 600)); got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
+	close(gate)
+	c.SetReadDeadline(time.Now().Add(patience))
+	if _, err := io.ReadAll(c.wire); err != nil {
+		t.Errorf("the client got no end: %v", err)
+	}
+	g.wantDisconnect(c, "error")
+	g.waitMetric("gateway_streams", 0)
+}
+
+func TestWriteTimeoutCutsTheStream(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "WRITE_TIMEOUT_SECONDS=0.5 STREAM_BUFFER_BYTES=4194304", nil)
+	c := g.open("/x")
+	began := time.Now()
+	for _, d := range muchData() {
+		g.send(c.callback.Token, d)
+	}
+	g.wantDisconnect(c, "error")
+	if took := time.Since(began); took < 500*time.Millisecond {
+		t.Errorf("cut after %v, want 0.5 s", took)
+	}
+	if got := g.send(c.callback.Token, "late"); got != sentGone {
+		t.Errorf("got %s for a later send, want %s", got, sentGone)
+	}
+	if _, err := c.rest(); err == nil {
+		t.Error("the client got a clean end, want an error")
+	}
+}
+
+func TestConcurrentSenders(t *testing.T) {
+	t.Parallel()
+	const senders, events = 6, 60
+	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304", nil)
+	c := g.open("/x")
+	padding := strings.Repeat("x", 4<<10) // all together are more than the sockets take
+	var all sync.WaitGroup
+	for sender := range senders {
+		all.Go(func() {
+			for i := range events {
+				if got := g.send(c.callback.Token, fmt.Sprint(sender, " ", i, " ", padding)); got != sentOK {
+					t.Errorf("got %s, want %s", got, sentOK)
+				}
+			}
+		})
+	}
+	all.Wait()
+	var next [senders]int
+	for range senders * events {
+		var sender, i int
+		if _, err := fmt.Sscanf(c.event(), "data: %d %d "+padding, &sender, &i); err != nil || i != next[sender] {
+			t.Fatalf("sender %d: got event %d, %v; want %d", sender, i, err, next[sender])
+		}
+		next[sender]++
+	}
+}
