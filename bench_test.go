@@ -1,11 +1,14 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -43,6 +46,45 @@ func BenchmarkSendBatch(b *testing.B) {
 		batch = append(batch, '\n')
 	}
 	g.benchExchange(b, []string{sendText("application/x-ndjson", batch)})
+}
+
+// BenchmarkGroupCommit sends from 64 goroutines, and from one, through a real gateway process to 1,000
+// clients: with a POST for each event, and in batches of what comes together.
+func BenchmarkGroupCommit(b *testing.B) {
+	for _, features := range []string{"", featureBatch} {
+		for _, senders := range []int{1, 64} {
+			b.Run(fmt.Sprintf("features=%s/senders=%d", features, senders), func(b *testing.B) {
+				backend := newStubBackend(b, nil)
+				b.Cleanup(backend.server.Close)
+				p := startOwnGateway(b, "CALLBACK_URL="+backend.server.URL+callbackTarget)
+				g := &gatewayFixture{stubBackend: backend, t: b, addr: strings.TrimPrefix(p.URL, "http://")}
+				client := newGatewayClient(p.URL)
+				client.heard(features)
+				m := newConnectionManager(client, slog.New(slog.DiscardHandler), noConnectionMetrics{})
+				tokens := g.openMany(1000)
+				for _, token := range tokens {
+					m.OnConnect("task:"+token, token, "/")
+				}
+				e := event{"k3v9x2ab-17", "task_event", benchData}
+				b.ReportAllocs()
+				b.ResetTimer()
+				var next atomic.Int64
+				var work sync.WaitGroup
+				for range senders {
+					work.Go(func() {
+						for i := next.Add(1); i <= int64(b.N); i = next.Add(1) {
+							token := tokens[int(i)%len(tokens)]
+							if got := m.Send("task:"+token, token, &e, false); got != delivered {
+								b.Errorf("got %v, want %v", got, delivered)
+								return
+							}
+						}
+					})
+				}
+				work.Wait()
+			})
+		}
+	}
 }
 
 // BenchmarkConnect is the life of a stream, from the connection to its disconnect callback.

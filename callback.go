@@ -20,9 +20,43 @@ const maxCallback = 256 << 10
 
 // service is what a callback is routed to.
 type service interface {
-	// OnConnect registers token as the connection of the service's id and
-	// returns the event that begins its stream, or errBadID.
-	OnConnect(id, token, url, lastEventID string) (event, error)
+	// OnConnect registers the connection of the service's id. It returns the
+	// event that begins its stream, and whether that ends it, or errBadID.
+	OnConnect(id string, c connectRequest) (open event, end bool, err error)
+}
+
+// connectRequest is a stream that wants to be the connection of an
+// identifier.
+type connectRequest struct {
+	token       string
+	url         string // raw request target
+	lastEventID string // its Last-Event-ID header
+	order       requestOrder
+}
+
+// orderHeader is the header of connect callbacks by which a gateway says how
+// many requests for streams it had had by this one: <gateway>-<n>, where
+// gateway is another for each run of it. Callbacks may overtake each other.
+const orderHeader = "Sse-Gateway-Request"
+
+// requestOrder is the place of a request among those of a gateway's run.
+type requestOrder struct {
+	gateway string // "" if unknown
+	n       uint64
+}
+
+func parseOrder(header string) requestOrder {
+	gateway, number, _ := strings.Cut(header, "-")
+	n, err := strconv.ParseUint(number, 10, 64)
+	if err != nil {
+		return requestOrder{}
+	}
+	return requestOrder{gateway, n}
+}
+
+// before reports whether the request is known to be older than other.
+func (o requestOrder) before(other requestOrder) bool {
+	return o.gateway != "" && o.gateway == other.gateway && o.n < other.n
 }
 
 // callbackHandler is POST /api/sse/callback, by which a gateway asks who may
@@ -39,13 +73,16 @@ type callbackHandler struct {
 
 // callback is the body.
 type callback struct {
-	action string
-	token  string
-	url    string // raw request target of the stream; may be empty on disconnect
-	lastID string // its Last-Event-ID header
+	action         string
+	connectRequest // but for the token, empty on disconnect
 }
 
-// answerEvent is the event of the answer to a connect callback.
+// connectAnswer is the answer to a connect callback.
+type connectAnswer struct {
+	Event answerEvent `json:"event"`
+	Close bool        `json:"close,omitempty"`
+}
+
 type answerEvent struct {
 	ID   string `json:"id,omitempty"`
 	Name string `json:"name"`
@@ -79,15 +116,16 @@ func (h *callbackHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		writeJSON(w, http.StatusOK, struct{}{})
 		return
 	}
-	h.connect(w, c)
+	c.order = parseOrder(r.Header.Get(orderHeader))
+	h.connect(w, c.connectRequest)
 }
 
-func (h *callbackHandler) connect(w http.ResponseWriter, c callback) {
+func (h *callbackHandler) connect(w http.ResponseWriter, c connectRequest) {
 	switch {
 	case h.closing.Load():
 		writeError(w, http.StatusServiceUnavailable, "shutting down")
 		return
-	case c.lastID == closeID:
+	case c.lastEventID == closeID:
 		writeError(w, http.StatusGone, "this stream is finished")
 		return
 	}
@@ -96,13 +134,13 @@ func (h *callbackHandler) connect(w http.ResponseWriter, c callback) {
 		writeError(w, http.StatusBadRequest, "Cannot route URL: "+c.url)
 		return
 	}
-	open, err := service.OnConnect(id, c.token, c.url, c.lastID)
+	open, end, err := service.OnConnect(id, c)
 	if err != nil {
 		h.log.Warn("refusing a connection", "id", strconv.Quote(id[:min(len(id), 2*maxID)]), "err", err)
 		writeError(w, http.StatusBadRequest, err.Error())
 		return
 	}
-	writeJSON(w, http.StatusOK, map[string]answerEvent{"event": answerEvent(open)})
+	writeJSON(w, http.StatusOK, connectAnswer{answerEvent(open), end})
 }
 
 // route finds the service and the ID that a stream's target names.
@@ -162,7 +200,7 @@ func parseCallback(body []byte) (c callback, err error) {
 	if err != nil {
 		return c, err
 	}
-	c.lastID, err = headerValue(request["headers"], "last-event-id")
+	c.lastEventID, err = headerValue(request["headers"], "last-event-id")
 	return c, err
 }
 

@@ -61,6 +61,7 @@ type outbox struct {
 	reason string  // of the end; once set, nothing more is appended
 
 	token   string // the connection that the rest is about; "" for none
+	order   requestOrder
 	sent    uint64 // the last number that token was given
 	closed  bool   // token was given the end
 	stalled bool   // the last send failed; the next event tries again
@@ -124,26 +125,32 @@ func (o *outbox) End(reason string) {
 	o.wakeLocked()
 }
 
-// Connect makes token the connection, in place of any other, and returns the
-// event that begins its stream. Delivery goes on after lastEventID if that is
-// an event of this outbox, and from the start otherwise.
-func (o *outbox) Connect(token, url, lastEventID string) event {
+// Connect makes a stream the connection, in place of any other, and returns
+// the event that begins it. Delivery goes on after its last event ID if that
+// is an event of this outbox, and from the start otherwise. A stream that was
+// asked for before the connection is the one that is replaced: the event it
+// begins with ends it.
+func (o *outbox) Connect(c connectRequest) (open event, end bool) {
 	o.mu.Lock()
+	if c.order.before(o.order) && o.conns.Connected(o.identifier) {
+		o.mu.Unlock()
+		return closeEvent("replaced"), true
+	}
 	o.sent = o.start
-	if n, ok := o.parseID(lastEventID); ok && n <= o.last {
+	if n, ok := o.parseID(c.lastEventID); ok && n <= o.last {
 		o.sent = n
 		o.confirmLocked(n)
 	}
-	replaced := o.conns.OnConnect(o.identifier, token, url) // in one order with token
-	o.token, o.closed, o.stalled, o.unsure = token, false, false, false
+	replaced := o.conns.OnConnect(o.identifier, c.token, c.url) // in one order with token
+	o.token, o.order, o.closed, o.stalled, o.unsure = c.token, c.order, false, false, false
 	o.notifyLocked()
-	open := event{ID: o.id(o.sent), Name: "connection_open", Data: `{"status":"connected"}`}
+	open = event{ID: o.id(o.sent), Name: "connection_open", Data: `{"status":"connected"}`}
 	o.wakeLocked()
 	o.mu.Unlock()
 	if replaced != "" {
 		o.conns.CloseReplaced(o.identifier, replaced)
 	}
-	return open
+	return open, false
 }
 
 // Wait waits until event n was given to a connection. It returns false when

@@ -69,7 +69,8 @@ func (t *outboxTest) keep(data string) {
 // connect connects a stream and checks after which event it begins.
 func (t *outboxTest) connect(token, lastEventID, wantOpen string) {
 	t.Helper()
-	if got := t.outbox.Connect(token, "/stream", lastEventID).ID; got != wantOpen {
+	open, _ := t.outbox.Connect(connectRequest{token: token, url: "/stream", lastEventID: lastEventID})
+	if got := open.ID; got != wantOpen {
 		t.Errorf("%s with last event ID %q: begins after %q, want %q", token, lastEventID, got, wantOpen)
 	}
 	t.rest()
@@ -96,7 +97,7 @@ func closing(token, reason string) string {
 
 func TestOutboxNumbersEvents(t *testing.T) {
 	testOutbox(t, taskLike(), func(t *outboxTest) {
-		open := t.outbox.Connect("a", "/stream", "")
+		open, _ := t.outbox.Connect(connectRequest{token: "a", url: "/stream", lastEventID: ""})
 		if want := (event{"x-0", "connection_open", `{"status":"connected"}`}); open != want {
 			t.Errorf("begins with %q, want %q", open, want)
 		}
@@ -110,6 +111,27 @@ func TestOutboxNumbersEvents(t *testing.T) {
 			t.Errorf("got event %q, want %q", got, want)
 		}
 		t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
+	})
+}
+
+// A browser gave up an attempt whose callback then came after that of its next one. To take the dead stream for the newer
+// one would tell the only page that it was replaced.
+func TestRaceCallbackOvertakesAnother(t *testing.T) {
+	testOutbox(t, taskLike(), func(t *outboxTest) {
+		connect := func(token, order string) (event, bool) {
+			defer t.rest()
+			return t.outbox.Connect(connectRequest{token: token, order: parseOrder(order)})
+		}
+		connect("b", "gateway-12")
+		if open, end := connect("a", "gateway-9"); open != closeEvent("replaced") || !end {
+			t.Errorf("the overtaken stream begins with %v and ends at once: %t; want replaced, true", open, end)
+		}
+		t.append("one")
+		t.delivers("b x-1 one")
+		connect("c", "another-1") // after the gateway restarted
+		t.delivers(closing("b", "replaced"), "c x-1 one")
+		connect("d", "") // a gateway that does not count
+		t.delivers(closing("c", "replaced"), "d x-1 one")
 	})
 }
 
@@ -600,7 +622,7 @@ func TestRaceTwoConnectsAtOnce(t *testing.T) {
 		for range 100 {
 			var both sync.WaitGroup
 			for _, token := range []string{"a", "b"} {
-				both.Go(func() { t.outbox.Connect(token, "/stream", "") })
+				both.Go(func() { t.outbox.Connect(connectRequest{token: token, url: "/stream", lastEventID: ""}) })
 			}
 			both.Wait()
 			t.rest()
@@ -689,7 +711,7 @@ func TestOutboxKeepsOneOrderForManyProducers(t *testing.T) {
 	}), slog.New(slog.DiscardHandler), noConnectionMetrics{})
 	policy := taskLike()
 	o := newOutbox("task:1", conns, &policy)
-	o.Connect("a", "/", "")
+	o.Connect(connectRequest{token: "a", url: "/", lastEventID: ""})
 	var wg sync.WaitGroup
 	for range producers {
 		wg.Go(func() {
@@ -790,7 +812,7 @@ func (w *world) connect(b *simBrowser) {
 	s := &simStream{token: fmt.Sprint("t", len(w.streams)), browser: b}
 	w.streams = append(w.streams, s)
 	b.stream = s
-	s.first = w.outbox.Connect(s.token, "/stream", b.lastID)
+	s.first, _ = w.outbox.Connect(connectRequest{token: s.token, url: "/stream", lastEventID: b.lastID})
 	w.rest()
 	after, _ := w.outbox.parseID(s.first.ID)
 	for n := range after {
@@ -1060,7 +1082,7 @@ func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 					id := newToken()
 					all[i] = newOutbox("version:"+id, conns, &policy)
 					if connect {
-						all[i].Connect(newToken(), "/api/sse/utils/version?request_id="+id, "")
+						all[i].Connect(connectRequest{token: newToken(), url: "/api/sse/utils/version?request_id=" + id, lastEventID: ""})
 					}
 				}
 				b.ReportMetric(float64(inUse()-before)/identifiers, "B/identifier")

@@ -37,8 +37,8 @@ const (
 	maxDisconnecting = 32
 	goodbyeLimit     = 30 * time.Second
 
-	// Streams end one after the other at shutdown, a millisecond apart but
-	// within endSpread in all, so that the browsers do not return in one wave.
+	// Streams that end together do so one after the other, a millisecond apart
+	// but within endSpread in all, lest the browsers return in one wave.
 	endSpread = 3 * time.Second
 )
 
@@ -55,6 +55,9 @@ type gateway struct {
 	disconnecting chan struct{}
 
 	returned *returnListener // connections that sendLoop gives back to net/http
+
+	name     string        // of this run of the gateway
+	requests atomic.Uint64 // for streams, so far
 
 	shards  [16]shard    // by the token's last digit
 	count   atomic.Int64 // registered streams
@@ -93,6 +96,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 		connecting:    make(chan struct{}, maxConnecting),
 		disconnecting: make(chan struct{}, maxDisconnecting),
 		returned:      newReturnListener(),
+		name:          newEpoch(),
 	}
 	for i := range g.shards {
 		g.shards[i].streams = map[string]*stream{}
@@ -293,6 +297,7 @@ type callbackAnswer struct {
 // otherwise it is the status for the client. An answer beside a status means
 // that the backend accepted and then did not finish its answer.
 func (g *gateway) connect(r *http.Request, s *stream) (status int, text string, answer *callbackAnswer) {
+	order := fmt.Sprintf("%s-%d", g.name, g.requests.Add(1))
 	ctx, cancel := context.WithTimeout(context.Background(), callbackLimit)
 	defer cancel()
 	select {
@@ -304,7 +309,7 @@ func (g *gateway) connect(r *http.Request, s *stream) (status int, text string, 
 	case <-r.Context().Done(): // the client left before the backend was asked
 		return http.StatusServiceUnavailable, "client left", nil
 	}
-	code, body, err := g.call(ctx, "connect", "", s)
+	code, body, err := g.call(ctx, "connect", "", s, order)
 	switch {
 	case err == nil && code/100 == 2:
 		return 0, "", g.parseAnswer(body)
@@ -335,14 +340,14 @@ func (g *gateway) sayGoodbye(s *stream, reason string) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), callbackLimit)
 	defer cancel()
-	g.call(ctx, "disconnect", reason, s)
+	g.call(ctx, "disconnect", reason, s, "")
 }
 
 // call makes one callback and counts it. The status is set as soon as the
 // backend sent one, also when its body then failed.
-func (g *gateway) call(ctx context.Context, action, reason string, s *stream) (status int, body []byte, err error) {
+func (g *gateway) call(ctx context.Context, action, reason string, s *stream, order string) (status int, body []byte, err error) {
 	start := time.Now()
-	status, body, err = g.post(ctx, encodeCallback(action, reason, s))
+	status, body, err = g.post(ctx, encodeCallback(action, reason, s), order)
 	g.met.callbackSeconds.with(action).observe(time.Since(start).Seconds())
 	outcome := "accepted"
 	switch {
@@ -360,13 +365,16 @@ func (g *gateway) call(ctx context.Context, action, reason string, s *stream) (s
 	return status, body, err
 }
 
-func (g *gateway) post(ctx context.Context, payload []byte) (status int, body []byte, err error) {
+func (g *gateway) post(ctx context.Context, payload []byte, order string) (status int, body []byte, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, string(g.cfg.CallbackURL), bytes.NewReader(payload))
 	if err != nil {
 		return 0, nil, withoutURL(err)
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set(featuresHeader, featureBatch+", id")
+	if order != "" {
+		req.Header.Set(orderHeader, order)
+	}
 	resp, err := g.client.Do(req)
 	if err != nil {
 		return 0, nil, withoutURL(err)
@@ -504,6 +512,19 @@ func (sh *shard) all() []*stream {
 // and waits for their disconnect callbacks. When ctx ends it gives up.
 func (g *gateway) shutdown(ctx context.Context) {
 	g.closing.Store(true)
+	g.endAll(ctx)
+	for g.busy.Load() > 0 {
+		select {
+		case <-ctx.Done():
+			g.log.Warn("ending with streams or disconnect callbacks under way", "count", g.busy.Load())
+			return
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// endAll ends the streams of now, a few each millisecond.
+func (g *gateway) endAll(ctx context.Context) {
 	var streams []*stream
 	for i := range g.shards {
 		streams = append(streams, g.shards[i].all()...)
@@ -518,14 +539,14 @@ func (g *gateway) shutdown(ctx context.Context) {
 		case <-time.After(time.Millisecond):
 		}
 	}
-	for g.busy.Load() > 0 {
-		select {
-		case <-ctx.Done():
-			g.log.Warn("ending with streams or disconnect callbacks under way", "count", g.busy.Load())
-			return
-		case <-time.After(5 * time.Millisecond):
-		}
-	}
+}
+
+// serveReset is POST /internal/reset, by which a backend that has just begun
+// says that it knows none of the streams. They end, and the browsers come back.
+func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) {
+	g.log.Info("ending the streams of an earlier backend", "streams", g.count.Load())
+	g.spawn(func() { g.endAll(context.Background()) })
+	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 }
 
 // gauges registers the gateway's gauges.

@@ -155,23 +155,25 @@ func newTaskService(cfg taskConfig, epoch string, conns *ConnectionManager, log 
 	}
 }
 
-// OnConnect lets token follow a task. Somebody who asks for a task that is
+// OnConnect lets a stream follow a task. Somebody who asks for a task that is
 // not known is told so on the stream, which then ends.
-func (s *TaskService) OnConnect(id, token, url, lastEventID string) (event, error) {
+func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
 	identifier, err := newIdentifier(serviceTask, id)
 	if err != nil {
-		return event{}, err
+		return event{}, false, err
 	}
 	s.mu.Lock()
 	t := s.tasks[id]
 	s.mu.Unlock()
 	if t != nil {
-		return t.outbox.Connect(token, url, lastEventID), nil
+		open, end = t.outbox.Connect(c)
+		return open, end, nil
 	}
 	o := newOutbox(identifier, s.conns, s.unknown)
 	o.Append(string(marshal(map[string]string{"error": "Task not found", "task_id": id})), true)
 	o.End("task_not_found")
-	return o.Connect(token, url, ""), nil
+	open, end = o.Connect(c)
+	return open, end, nil
 }
 
 // Start makes a task. One that runs here starts as soon as a worker is free;

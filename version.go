@@ -99,19 +99,20 @@ func newVersionService(cfg versionConfig, epoch string, conns *ConnectionManager
 	}
 }
 
-// OnConnect lets token follow the versions for a request_id: first its own
+// OnConnect lets a stream follow the versions for a request_id: first its own
 // pending events, then the latest announcement to everybody that it lacks.
-func (s *VersionService) OnConnect(id, token, url, lastEventID string) (event, error) {
+func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
 	identifier, err := newIdentifier(serviceVersion, id)
 	if err != nil {
-		return event{}, err
+		return event{}, false, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := s.streamLocked(id, identifier)
 	st.alone = time.Time{}
 	s.catchUpLocked(st)
-	return st.outbox.Connect(token, url, lastEventID), nil
+	open, end = st.outbox.Connect(c)
+	return open, end, nil
 }
 
 func (s *VersionService) streamLocked(id, identifier string) *versionStream {
