@@ -64,11 +64,17 @@ type ConnectionManager struct {
 
 	// mu guards both maps. Whenever it is free,
 	// connections[id].token == t if and only if tokens[t] == id.
-	// Under it there is map work only.
+	// Under it, and it guards replaced too, there is map work only.
 	mu          sync.Mutex
 	connections map[string]*connection // by identifier
 	tokens      map[string]string      // identifier by token
+
+	// replaced has the identifiers of streams that could not be told of their
+	// end, by token. What is beyond maxReplaced is left to the client.
+	replaced map[string]string
 }
+
+const maxReplaced = 10000
 
 // connection is the one current connection of an identifier.
 type connection struct {
@@ -86,6 +92,7 @@ func newConnectionManager(gateway sender, log *slog.Logger, met connectionMetric
 		met:         met,
 		connections: map[string]*connection{},
 		tokens:      map[string]string{},
+		replaced:    map[string]string{},
 	}
 }
 
@@ -110,12 +117,20 @@ func (m *ConnectionManager) OnConnect(identifier, token, url string) (replaced s
 }
 
 // CloseReplaced tells a replaced stream that it is at its end. It returns at
-// once.
+// once. If the gateway does not answer, the next sweep tries again: nobody
+// else knows of that stream any more.
 func (m *ConnectionManager) CloseReplaced(identifier, token string) {
 	m.background(func() {
 		e := closeEvent("replaced")
-		if _, err := m.send(identifier, token, &e, true); err != nil {
-			m.log.Debug("closing a replaced stream", "identifier", identifier, "token", mask(token), "err", err)
+		_, err := m.send(identifier, token, &e, true)
+		if err == nil || errors.Is(err, errUnknownToken) {
+			return
+		}
+		m.log.Warn("closing a replaced stream", "identifier", identifier, "token", mask(token), "err", err)
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if len(m.replaced) < maxReplaced {
+			m.replaced[token] = identifier
 		}
 	})
 }
@@ -297,7 +312,12 @@ func (m *ConnectionManager) sweep(interval time.Duration) {
 			due = append(due, check{identifier, c.token, c.suspect})
 		}
 	}
+	replaced := m.replaced
+	m.replaced = map[string]string{}
 	m.mu.Unlock()
+	for token, identifier := range replaced {
+		m.CloseReplaced(identifier, token)
+	}
 
 	checks := make(chan check)
 	var workers sync.WaitGroup

@@ -469,6 +469,27 @@ func TestSweepEndsStreamsWithAGap(t *testing.T) {
 	})
 }
 
+// Nobody but the sweep remembers a replaced stream that could not be told: it would stay open, and deaf.
+func TestSweepClosesReplacedStreamsAgain(t *testing.T) {
+	testConns(t, func(t *connTest) {
+		t.conns.CloseReplaced("task:1", "a")
+		t.rest()
+		t.fails(closing("a", "replaced"))
+		for range 2 {
+			t.conns.sweep(time.Minute)
+			t.rest()
+			t.wantUnderWay(closing("a", "replaced"))
+			t.fails(closing("a", "replaced"))
+		}
+		t.conns.sweep(time.Minute)
+		t.rest()
+		t.notFound(closing("a", "replaced"))
+		t.conns.sweep(time.Minute)
+		t.rest()
+		t.wantUnderWay()
+	})
+}
+
 func TestSweepBoundsItsSends(t *testing.T) {
 	testConns(t, func(t *connTest) {
 		for i := range 3 * sweepers {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"strings"
@@ -47,7 +48,7 @@ var errUnknownToken = errors.New("unknown token")
 // turn takes the rest along. The caller sends one event of a token after the
 // other, so their order is kept.
 type gatewayClient struct {
-	url    string // of /internal/send
+	url    string // with /internal/
 	client *http.Client
 
 	mu      sync.Mutex     // guards the rest
@@ -73,7 +74,7 @@ type sendResult struct {
 
 func newGatewayClient(baseURL string) *gatewayClient {
 	return &gatewayClient{
-		url: baseURL + "/internal/send",
+		url: baseURL + "/internal/",
 		client: &http.Client{
 			Timeout: sendLimit,
 			Transport: &http.Transport{
@@ -155,6 +156,16 @@ func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, e
 	return s.buffered, s.err
 }
 
+// reset tells a gateway that runs already that its streams are not known
+// here, so that it ends them and the browsers come back. Otherwise, after a
+// backend that was killed, they would wait for ever. A gateway that does not
+// know of it, or does not run yet, is fine.
+func (c *gatewayClient) reset(log *slog.Logger) {
+	if status, _, err := c.do("reset", oneSend, []byte("{}")); err != nil || status != http.StatusOK {
+		log.Debug("resetting the gateway", "status", status, "err", err)
+	}
+}
+
 // takeLocked returns s and what may go out with it.
 func (c *gatewayClient) takeLocked(s *waitingSend) []*waitingSend {
 	n, size := 0, len(s.body)
@@ -183,7 +194,7 @@ func (c *gatewayClient) post(batch []*waitingSend) {
 }
 
 func (c *gatewayClient) postOne(body []byte) (r sendResult, err error) {
-	status, answer, err := c.do("application/json", body)
+	status, answer, err := c.do("send", oneSend, body)
 	switch {
 	case err != nil:
 		return r, err
@@ -201,7 +212,7 @@ func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 		body.Write(s.body)
 		body.WriteByte('\n')
 	}
-	status, answer, err := c.do(ndjson, body.Bytes())
+	status, answer, err := c.do("send", ndjson, body.Bytes())
 	if err != nil {
 		return err
 	}
@@ -226,8 +237,8 @@ func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 
 // do makes a POST and reads the answer to its end, or the connection would
 // not be used again.
-func (c *gatewayClient) do(contentType string, body []byte) (status int, answer []byte, err error) {
-	resp, err := c.client.Post(c.url, contentType, bytes.NewReader(body))
+func (c *gatewayClient) do(what, contentType string, body []byte) (status int, answer []byte, err error) {
+	resp, err := c.client.Post(c.url+what, contentType, bytes.NewReader(body))
 	if err != nil {
 		return 0, nil, withoutURL(err)
 	}

@@ -39,11 +39,13 @@ const usage = `usage: sidecast [command]
 Settings come from environment variables: see README.md.
 `
 
-// stopLimit bounds everything between the signal to stop and the exit, and
-// drainLimit the part of it for events that are on their way to a gateway.
+// stopLimit bounds everything between the signal to stop and the exit. Parts
+// of it are drainLimit, for events that are on their way to a gateway, and
+// finishLimit, for requests that are being answered at the end.
 const (
-	stopLimit  = 4500 * time.Millisecond
-	drainLimit = 2 * time.Second
+	stopLimit   = 4500 * time.Millisecond
+	drainLimit  = 2 * time.Second
+	finishLimit = 500 * time.Millisecond
 )
 
 //go:embed index.html
@@ -204,12 +206,13 @@ func (g *gateway) routes(reg *registry, internal bool) http.Handler {
 	mux.HandleFunc("GET /readyz", g.serveReady)
 	if internal {
 		mux.HandleFunc("POST /internal/send", g.serveSend)
+		mux.HandleFunc("POST /internal/reset", g.serveReset)
 		mux.Handle("GET /metrics", reg)
 	}
 	own := jsonErrors(mux)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
-		case "/healthz", "/readyz", "/internal/send", "/metrics":
+		case "/healthz", "/readyz", "/internal/send", "/internal/reset", "/metrics":
 			own.ServeHTTP(w, r)
 		default:
 			g.serveStream(w, r)
@@ -221,6 +224,7 @@ func (g *gateway) routes(reg *registry, internal bool) http.Handler {
 func (g *gateway) internalRoutes(reg *registry) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /internal/send", g.serveSend)
+	mux.HandleFunc("POST /internal/reset", g.serveReset)
 	mux.Handle("GET /metrics", reg)
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
@@ -269,6 +273,7 @@ type backend struct {
 	cfg      backendConfig
 	log      *slog.Logger
 	reg      *registry
+	gateway  *gatewayClient
 	conns    *ConnectionManager
 	tasks    *TaskService
 	version  *VersionService
@@ -281,8 +286,8 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 	met := newBackendMetrics(reg, kinds)
 	epoch := newEpoch()
 	b := &backend{cfg: cfg, log: log, reg: reg}
-	client := newGatewayClient(gatewayURL)
-	b.conns = newConnectionManager(client, log, met)
+	b.gateway = newGatewayClient(gatewayURL)
+	b.conns = newConnectionManager(b.gateway, log, met)
 	b.tasks = newTaskService(taskConfig{
 		workers:    cfg.TaskWorkers,
 		queueLimit: cfg.TaskQueueLimit,
@@ -299,7 +304,7 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		tasks:   b.tasks,
 		version: b.version,
 		conns:   b.conns,
-		heard:   client.heard,
+		heard:   b.gateway.heard,
 		log:     log,
 		closing: &b.closing,
 	}
@@ -315,6 +320,9 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 
 // work starts what the backend does besides answering, until ctx ends.
 func (b *backend) work(ctx context.Context) {
+	if b.cfg.GatewayURL != "" {
+		go b.gateway.reset(b.log)
+	}
 	go b.conns.Sweep(ctx, b.cfg.Sweep)
 	go b.version.Tidy(ctx)
 	if b.cfg.FrontendVersionURL != "" {
@@ -446,8 +454,10 @@ func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop 
 	last, cancelLast := context.WithTimeout(context.Background(), stopLimit)
 	defer cancelLast()
 	stop(last)
+	last, cancelLast = context.WithTimeout(last, finishLimit)
+	defer cancelLast()
 	for _, s := range servers {
-		s.Shutdown(last)
+		s.Shutdown(last) // waits for connections that have brought no request yet, too
 		s.Close()
 	}
 	return code
