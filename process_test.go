@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -210,11 +211,18 @@ func envValue(env []string, key string) (value string) {
 	return value
 }
 
+// portsGiven has the ports that freePort returned: tests run in parallel.
+var portsGiven sync.Map
+
 // freePort returns a TCP port without a listener. It is below the range that outgoing connections and ":0" get theirs
 // from on Linux and macOS, so none of those takes it before the process binds it, nor during a restart.
 func freePort(t testing.TB) int {
+	t.Helper()
 	for range 100 {
 		port := 20000 + rand.IntN(10000)
+		if _, taken := portsGiven.LoadOrStore(port, true); taken {
+			continue
+		}
 		if l, err := net.Listen("tcp", fmt.Sprintf(":%d", port)); err == nil {
 			l.Close()
 			return port

@@ -1,0 +1,243 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// A job is an external task that gets reports all the time, and everybody who has ever followed it.
+type job struct {
+	*task
+	texts   []string // of its reports so far
+	clients []*eventSource
+}
+
+// event tells event n of the job, or of another when it has fewer, as story does. The job must have all its reports.
+func (j *job) event(n int) string {
+	switch reports := len(j.texts); {
+	case n == 1:
+		return "task_started"
+	case n < reports+2:
+		return "progress_update " + j.texts[n-2]
+	case n == reports+2:
+		return "task_completed"
+	}
+	return "nothing"
+}
+
+// check reports whether the task's events are the first n of the job, each once and in order. Without IDs a stream that
+// was interrupted begins again; that is all it may do.
+func (j *job) check(events []message) (n int, err error) {
+	for _, m := range events {
+		if m.Name != "task_event" {
+			continue
+		}
+		switch got := story([]message{m})[0]; {
+		case got == j.event(n+1):
+			n++
+		case m.ID == "" && got == j.event(1):
+			n = 1
+		default:
+			return n, fmt.Errorf("got %q with ID %q after %q", got, m.ID, j.event(n))
+		}
+		if want := j.outbox.id(uint64(n)); m.ID != "" && m.ID != want {
+			return n, fmt.Errorf("got ID %q, want %q", m.ID, want)
+		}
+	}
+	return n, nil
+}
+
+// current returns the clients of the job that have not given up.
+func (j *job) current() (clients []*eventSource) {
+	for _, es := range j.clients {
+		if es.state() != "closed" {
+			clients = append(clients, es)
+		}
+	}
+	return clients
+}
+
+// A chaos is a system in which everything happens at the same time.
+type chaos struct {
+	*system
+	jobs  []*job
+	limit time.Duration // for the rest to arrive: the longer the chaos, the more events has a task
+}
+
+// rivals makes a further client follow each of n tasks.
+func (c *chaos) rivals(n int) {
+	for range n {
+		j := c.jobs[rand.IntN(len(c.jobs))]
+		j.clients = append(j.clients, c.follow(j.id))
+	}
+}
+
+// disturb cuts the streams of clients at random, and now and then adds a rival.
+func (c *chaos) disturb(d time.Duration) {
+	tick := time.NewTicker(25 * time.Millisecond)
+	defer tick.Stop()
+	for end := time.Now().Add(d); time.Now().Before(end); <-tick.C {
+		if rand.IntN(8) == 0 {
+			c.rivals(1)
+		}
+		j := c.jobs[rand.IntN(len(c.jobs))]
+		if es := j.clients[rand.IntN(len(j.clients))]; es.state() == "open" {
+			es.cut()
+		}
+	}
+}
+
+// Whatever happens between the backend and a browser, the browser ends up with every event once and in order, and no
+// two of them fight for one task. Which of several wins is open: one that was cut when it was replaced does not know of
+// it, comes back and replaces its successor. So each client gets the first events of its task, and then, for good,
+// either the rest or connection_close "replaced"; and exactly one client of each task gets the rest.
+//
+// SIDECAST_CHAOS_ROUNDS makes it last longer: 1.5 s and a crash of the gateway each.
+func TestChaos(t *testing.T) {
+	t.Parallel()
+	rounds := 3
+	if n, err := strconv.Atoi(os.Getenv("SIDECAST_CHAOS_ROUNDS")); err == nil {
+		rounds = n
+	}
+	c := &chaos{
+		system: newSystem(t, startGateway, "TASK_EVENT_LIMIT=1000000000"),
+		limit:  time.Duration(rounds) * soon,
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var reporters sync.WaitGroup
+	for range 20 {
+		task, _, err := c.tasks.Start(externalTask, object{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		j := &job{task: task, clients: []*eventSource{c.follow(task.id)}}
+		c.jobs = append(c.jobs, j)
+		reporters.Go(func() {
+			for tick := time.Tick(10 * time.Millisecond); ctx.Err() == nil; <-tick {
+				text := fmt.Sprintf("report %d on %s", len(j.texts), j.id)
+				j.texts = append(j.texts, text)
+				c.tasks.Progress(j.id, text, 0)
+			}
+		})
+	}
+	first := c.jobs[0].clients[0]
+	wantStory(t, first, "task_started")
+	ids := first.events()[0].ID != ""
+	for range rounds {
+		c.disturb(1500 * time.Millisecond)
+		c.rivals(5) // their connect callbacks are under way when the gateway dies
+		c.gateway.restart(t)
+	}
+	c.disturb(1500 * time.Millisecond)
+	stop()
+	reporters.Wait()
+
+	for _, j := range c.jobs {
+		if !ids { // nothing else keeps rivals away
+			for _, es := range j.clients[1:] {
+				es.close()
+			}
+		}
+		eventually(t, soon, "one client of each task is left, and connected", func() bool {
+			current := j.current()
+			return len(current) == 1 && current[0].state() == "open"
+		})
+	}
+	c.wantConnections("task", len(c.jobs))
+	if err := checkConsistency(c.conns); err != nil {
+		t.Error(err)
+	}
+	if ids {
+		c.wantStreams(len(c.jobs))
+	}
+	for _, j := range c.jobs {
+		c.finish(j, ids)
+	}
+	if ids {
+		c.wantConnections("task", 0)
+		c.wantStreams(0)
+	}
+}
+
+// finish completes the task and checks what each client got in the end.
+func (c *chaos) finish(j *job, ids bool) {
+	winner := j.current()[0]
+	c.complete(j.id)
+	winner.waitFor(c.t, c.limit, completed)
+	for _, es := range j.clients {
+		if ids && es.waitClosed(c.t, soon) != http.StatusGone {
+			c.t.Errorf("%s: a client gave up at status %d, want 410", j.id, es.failure())
+		}
+		n, err := j.check(es.events())
+		if err != nil {
+			c.t.Errorf("%s: %v", j.id, err)
+			continue
+		}
+		want := []string{"connection_close replaced"}
+		if es == winner {
+			want = []string{"task_completed", "connection_close task_completed"}
+			n--
+		}
+		if got := story(es.events())[n:]; ids && !slices.Equal(got, want) {
+			c.t.Errorf("%s: after %d events a client got %q, want %q", j.id, n, got, want)
+		}
+	}
+}
+
+func completed(events []message) bool {
+	return slices.ContainsFunc(events, func(m message) bool {
+		return strings.Contains(m.Data, `"event_type":"task_completed"`)
+	})
+}
+
+// Reports of many workers have one order: that of the IDs in the answers, which is that of a follower's events.
+func TestIntegrationReporters(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway, "TASK_EVENT_LIMIT=1000000000")
+	task, _, err := s.tasks.Start(externalTask, object{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	es := s.follow(task.id)
+	var (
+		reporters sync.WaitGroup
+		mu        sync.Mutex // guards what follows
+		accepted  int
+		texts     = map[string]string{} // by event ID
+	)
+	ctx, stop := context.WithTimeout(t.Context(), 5*time.Second)
+	defer stop()
+	for reporter := range 50 {
+		reporters.Go(func() {
+			tick := time.Tick(50 * time.Millisecond) // of all at the same time
+			for n := 0; ctx.Err() == nil; n++ {
+				text := fmt.Sprintf("report %d of reporter %d", n, reporter)
+				eventID := s.progress(task.id, text)
+				mu.Lock()
+				accepted++
+				texts[eventID] = text
+				mu.Unlock()
+				<-tick
+			}
+		})
+	}
+	reporters.Wait()
+	s.complete(task.id)
+	j := &job{task: task}
+	for n := range accepted {
+		j.texts = append(j.texts, texts[task.outbox.id(uint64(n+2))])
+	}
+	if _, err := j.check(es.waitFor(t, soon, completed)); err != nil {
+		t.Error(err)
+	}
+}

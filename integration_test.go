@@ -1,0 +1,727 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Both roles together, as a browser and an API client see them: a gateway is always a process of its own here.
+
+// soon is how long to wait for what takes milliseconds on an idle machine.
+const soon = 20 * time.Second
+
+// A visitor uses the program from outside.
+type visitor struct {
+	t            testing.TB
+	client       *http.Client
+	api, streams string // base URLs: of the backend, and of whoever holds the streams
+}
+
+func newVisitor(t testing.TB, api, streams string) visitor {
+	transport := &http.Transport{MaxIdleConnsPerHost: 100}
+	t.Cleanup(transport.CloseIdleConnections)
+	return visitor{t, &http.Client{Transport: transport}, api, streams}
+}
+
+// post returns the answer of the API as "status body". Any goroutine may call it.
+func (v visitor) post(path, body string) (answer string) {
+	v.t.Helper()
+	resp, err := v.client.Post(v.api+path, "application/json", strings.NewReader(body))
+	if err != nil {
+		v.t.Error(err)
+		return ""
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		v.t.Error(err)
+	}
+	return fmt.Sprintf("%d %s", resp.StatusCode, bytes.TrimSpace(text))
+}
+
+func (v visitor) wantPost(path, body, want string) {
+	v.t.Helper()
+	if got := v.post(path, body); got != want {
+		v.t.Errorf("POST %s %s: got %s, want %s", path, body, got, want)
+	}
+}
+
+// field returns a string of the answer to a POST that must succeed.
+func (v visitor) field(path, body, name string) string {
+	v.t.Helper()
+	answer := v.post(path, body)
+	fields := map[string]string{}
+	if _, text, _ := strings.Cut(answer, " "); json.Unmarshal([]byte(text), &fields) != nil || fields[name] == "" {
+		v.t.Errorf("POST %s %s: got %s, want a %s", path, body, answer, name)
+	}
+	return fields[name]
+}
+
+// start starts a task and returns its ID.
+func (v visitor) start(kind, params string) (id string) {
+	v.t.Helper()
+	return v.field("/api/tasks", fmt.Sprintf(`{"type":%q,"params":%s}`, kind, params), "task_id")
+}
+
+// progress and complete report on an external task and return the ID of the event that the report became.
+func (v visitor) progress(id, text string) (eventID string) {
+	v.t.Helper()
+	return v.field("/api/tasks/"+id+"/progress", fmt.Sprintf(`{"text":%q,"value":0.5}`, text), "event_id")
+}
+
+func (v visitor) complete(id string) (eventID string) {
+	v.t.Helper()
+	return v.field("/api/tasks/"+id+"/complete", `{"result":"good"}`, "event_id")
+}
+
+// wantAnnounced announces a version to one request_id.
+func (v visitor) wantAnnounced(id, version string, delivered bool) {
+	v.t.Helper()
+	status := map[bool]string{true: "delivered", false: "queued"}[delivered]
+	v.wantPost("/api/deployments/version", fmt.Sprintf(`{"request_id":%q,"version":%q}`, id, version),
+		fmt.Sprintf(`202 {"delivered":%t,"requestId":%q,"status":%q}`, delivered, id, status))
+}
+
+// wantBroadcast announces a version to everybody.
+func (v visitor) wantBroadcast(version string, delivered int) {
+	v.t.Helper()
+	v.wantPost("/api/deployments/version", fmt.Sprintf(`{"version":%q}`, version),
+		fmt.Sprintf(`202 {"delivered":%d,"failed":0,"version":%q}`, delivered, version))
+}
+
+// follow opens the stream of a task, and subscribe that of the versions for a request_id.
+func (v visitor) follow(id string, opts ...func(*eventSource)) *eventSource {
+	v.t.Helper()
+	return openEventSource(v.t, v.streams+taskPath(id), opts...)
+}
+
+func (v visitor) subscribe(id string) *eventSource {
+	v.t.Helper()
+	return openEventSource(v.t, v.streams+versionPath(id))
+}
+
+func taskPath(id string) string    { return "/api/sse/tasks?task_id=" + url.QueryEscape(id) }
+func versionPath(id string) string { return "/api/sse/utils/version?request_id=" + url.QueryEscape(id) }
+
+func waitOpen(t testing.TB, sources ...*eventSource) {
+	t.Helper()
+	for _, es := range sources {
+		eventually(t, soon, "event source open", func() bool { return es.state() == "open" })
+	}
+}
+
+// story tells events in a few words each, without connection_open: a gateway need not pass on what the backend answers
+// to its callback.
+func story(events []message) (lines []string) {
+	for _, m := range events {
+		var data struct {
+			EventType              string                       `json:"event_type"`
+			Data                   struct{ Text, Error string } // of a task_event
+			Error, Reason, Version string                       // of the others
+		}
+		json.Unmarshal([]byte(m.Data), &data) // a result is no such Data
+		detail := cmp.Or(data.Data.Text, data.Data.Error, data.Error, data.Reason, data.Version)
+		if m.Name != "connection_open" {
+			lines = append(lines, strings.TrimSpace(cmp.Or(data.EventType, m.Name)+" "+detail))
+		}
+	}
+	return lines
+}
+
+// wantStory waits until es has as many events as want tells of, and compares. It does not mind what follows them.
+func wantStory(t testing.TB, es *eventSource, want ...string) {
+	t.Helper()
+	var got []string
+	es.waitFor(t, soon, func(events []message) bool { got = story(events); return len(got) >= len(want) })
+	if got = got[:len(want)]; !slices.Equal(got, want) {
+		t.Errorf("got the events %q, want %q", got, want)
+	}
+}
+
+// wantEnd is wantStory for a stream that ends with connection_close. A browser comes back with the ID of that event, is
+// told 410, and stays away. A gateway that sends no IDs cannot bring that about.
+func wantEnd(t testing.TB, es *eventSource, want ...string) {
+	t.Helper()
+	wantStory(t, es, want...)
+	if events := es.events(); events[len(events)-1].ID == "" {
+		return
+	}
+	if got := es.waitClosed(t, soon); got != http.StatusGone {
+		t.Errorf("the event source gave up at status %d, want 410", got)
+	}
+	if got := story(es.events()); len(got) != len(want) {
+		t.Errorf("after the end came %q", got[len(want):])
+	}
+}
+
+// A system is a backend in this process, where tests can look into it, a gateway process, and a visitor of both. When
+// its test ends, the invariants of the ConnectionManager must hold.
+type system struct {
+	visitor
+	*backend
+	gateway *process
+	server  *server // the latest one of the backend
+}
+
+// newSystem starts both roles. start is startGateway or startOwnGateway; env is for both roles.
+func newSystem(t testing.TB, start func(testing.TB, ...string) *process, env ...string) *system {
+	t.Helper()
+	l := listen(t, fmt.Sprintf("127.0.0.1:%d", freePort(t)))
+	env = append([]string{
+		"ADDR=" + l.Addr().String(), "SSE_CALLBACK_SECRET=shared",
+		"CALLBACK_URL=http://" + l.Addr().String() + "/api/sse/callback?secret=shared",
+		"RETRY_MILLISECONDS=50", // tests need less patience than browsers
+	}, env...)
+	cfg, err := loadBackendConfig(func(key string) string { return envValue(env, key) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := os.CreateTemp(t.TempDir(), "log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	gateway := start(t, env...)
+	log := slog.New(slog.NewTextHandler(out, nil))
+	s := &system{
+		visitor: newVisitor(t, "http://"+cfg.Addr, gateway.URL),
+		backend: newBackend(cfg, gateway.URL, newRegistry("test"), log),
+		gateway: gateway,
+	}
+	s.serve(l)
+	s.work(t.Context())
+	t.Cleanup(func() {
+		s.down()
+		if err := checkConsistency(s.conns); err != nil {
+			t.Error(err)
+		}
+		if text, _ := os.ReadFile(out.Name()); t.Failed() {
+			t.Logf("log of the backend:\n%s", text)
+		}
+		out.Close()
+	})
+	return s
+}
+
+// listen waits for an address that is free but for a process which another test is starting: until its exec it has a
+// copy of all our descriptors.
+func listen(t testing.TB, addr string) (l net.Listener) {
+	t.Helper()
+	eventually(t, soon, "listening on "+addr, func() (ok bool) {
+		var err error
+		l, err = net.Listen("tcp", addr)
+		return err == nil
+	})
+	return l
+}
+
+func (s *system) serve(l net.Listener) {
+	s.server = newServer(s.log, s.routes(nil), l)
+	go s.server.Serve(l)
+}
+
+// down makes the backend unreachable, and up reachable again. Its work goes on all the while.
+func (s *system) down() { s.server.Close() }
+func (s *system) up()   { s.serve(listen(s.t, s.cfg.Addr)) }
+
+// metric returns the value of a series of the backend.
+func (s *system) metric(series string) float64 { return scrapeValue(scrapeAll(s.reg), series) }
+
+// wantConnections waits until the gauge of a service is n.
+func (s *system) wantConnections(service string, n int) {
+	s.t.Helper()
+	eventually(s.t, soon, fmt.Sprintf("%d connections of service %s", n, service), func() bool {
+		return s.metric(fmt.Sprintf("sse_gateway_active_connections{service=%q}", service)) == float64(n)
+	})
+}
+
+// wantStreams waits until the gateway has n streams, by its own account.
+func (s *system) wantStreams(n int) {
+	s.t.Helper()
+	eventually(s.t, soon, fmt.Sprintf("%d streams of the gateway", n), func() bool {
+		resp, err := s.client.Get(s.gateway.URL + "/metrics")
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		page, _ := io.ReadAll(resp.Body)
+		return scrapeValue(string(page), "gateway_streams") == float64(n)
+	})
+}
+
+func TestIntegrationTaskProgress(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway)
+	es := s.follow(s.start("demo", `{"steps":2}`))
+	wantEnd(t, es, "task_started", "progress_update step 1 of 2", "progress_update step 2 of 2",
+		"task_completed", "connection_close task_completed")
+	s.wantConnections("task", 0)
+}
+
+func TestIntegrationFailingTask(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway)
+	es := s.follow(s.start("failing", `{"error_message":"out of paper"}`))
+	wantEnd(t, es, "task_started", "task_failed out of paper", "connection_close task_failed")
+}
+
+func TestIntegrationUnknownTask(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway)
+	wantEnd(t, s.follow("nobody-knows"), "error Task not found", "connection_close task_not_found")
+	s.wantConnections("task", 0)
+}
+
+func TestIntegrationExternalTask(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway)
+	id := s.start("external", `{"task_id":"nightly","title":"Report of the night"}`)
+	es := s.follow(id)
+	eventIDs := []string{s.progress(id, "half"), s.progress(id, "nearly"), s.complete(id)}
+	s.wantPost("/api/tasks/nightly/progress", `{"text":"late","value":1}`, `409 {"error":"task is finished"}`)
+	wantEnd(t, es, "task_started", "progress_update half", "progress_update nearly",
+		"task_completed", "connection_close task_completed")
+	var got []string
+	for _, m := range es.events() {
+		if m.ID != "" && m.Name == "task_event" {
+			got = append(got, m.ID)
+		}
+	}
+	if got != nil && !slices.Equal(got[1:], eventIDs) {
+		t.Errorf("got event IDs %q after the first, want %q as in the answers to the reports", got[1:], eventIDs)
+	}
+}
+
+func TestIntegrationClientLeaves(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway)
+	es := s.follow(s.start("external", `{}`))
+	wantStory(t, es, "task_started")
+	s.wantConnections("task", 1)
+	es.close()
+	s.wantConnections("task", 0)
+	if got := s.metric(`sse_gateway_connections_total{service="task",action="disconnect"}`); got != 1 {
+		t.Errorf("got %v disconnects, want 1", got)
+	}
+}
+
+func TestIntegrationReplacement(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway)
+	id := s.start("external", `{}`)
+	first := s.follow(id)
+	wantStory(t, first, "task_started")
+	second := s.follow(id)
+	wantStory(t, second, "task_started")
+	wantEnd(t, first, "task_started", "connection_close replaced")
+}
+
+// Tabs that reconnect would throw each other out in turns, for ever and each with a replay of the whole task.
+func TestIntegrationReplacedTabStaysAway(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startOwnGateway)
+	id := s.start("external", `{}`)
+	var tabs []*eventSource
+	for range 3 {
+		tab := s.follow(id)
+		wantStory(t, tab, "task_started")
+		tabs = append(tabs, tab)
+	}
+	for _, tab := range tabs[:2] {
+		wantEnd(t, tab, "task_started", "connection_close replaced")
+	}
+	s.wantConnections("task", 1)
+	s.complete(id)
+	wantEnd(t, tabs[2], "task_started", "task_completed", "connection_close task_completed")
+	for i, tab := range tabs {
+		if tab.attempts() != 2 || tab.opens() != 1 {
+			t.Errorf("tab %d: got %d attempts and %d opens, want 2 and 1", i, tab.attempts(), tab.opens())
+		}
+	}
+}
+
+func TestIntegrationVersionPending(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway)
+	s.wantAnnounced("me", "1.0", false)
+	s.wantAnnounced("me", "1.1", false)
+	es := s.subscribe("me")
+	wantStory(t, es, "version 1.0", "version 1.1")
+	s.wantAnnounced("me", "1.2", true)
+	wantStory(t, es, "version 1.0", "version 1.1", "version 1.2")
+}
+
+func TestIntegrationVersionConnected(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway)
+	me, other := s.subscribe("me"), s.subscribe("other")
+	waitOpen(t, me, other)
+	s.wantAnnounced("me", "1.0", true)
+	s.wantAnnounced("other", "1.1", true)
+	wantStory(t, me, "version 1.0")
+	wantStory(t, other, "version 1.1")
+}
+
+func TestIntegrationBroadcast(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway)
+	early := []*eventSource{s.subscribe("a"), s.subscribe("b"), s.subscribe("c")}
+	waitOpen(t, early...)
+	s.wantBroadcast("1.0", 3)
+	late := s.subscribe("d")
+	wantStory(t, late, "version 1.0")
+	s.wantBroadcast("1.0", 0) // they all have it
+	s.wantBroadcast("1.1", 4)
+	for _, es := range append(early, late) {
+		wantStory(t, es, "version 1.0", "version 1.1")
+	}
+}
+
+func TestIntegrationRejectedConnect(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway)
+	es := openEventSource(t, s.streams+"/api/sse/elsewhere")
+	if got := es.waitClosed(t, soon); got != http.StatusBadRequest || es.attempts() != 1 {
+		t.Errorf("gave up at status %d after %d attempts, want 400 after 1", got, es.attempts())
+	}
+}
+
+func TestIntegrationCallbackSecret(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway, "SSE_CALLBACK_SECRET=not what the gateway says")
+	es := s.follow(s.start("external", `{}`))
+	if got := es.waitClosed(t, soon); got != http.StatusUnauthorized || es.attempts() != 1 {
+		t.Errorf("gave up at status %d after %d attempts, want 401 after 1", got, es.attempts())
+	}
+	s.wantConnections("task", 0)
+}
+
+func TestIntegrationPageReload(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway)
+	id := s.start("external", `{}`)
+	s.progress(id, "1")
+	before := s.follow(id)
+	wantStory(t, before, "task_started", "progress_update 1")
+	before.close()
+	s.progress(id, "2")
+	wantStory(t, s.follow(id), "task_started", "progress_update 1", "progress_update 2")
+}
+
+// A browser that comes back gets exactly the rest. It comes back twice because connection_open, the only event of the
+// second connection, must not make it forget how far it was.
+func TestIntegrationReconnect(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startOwnGateway)
+	id := s.start("external", `{}`)
+	es := s.follow(id)
+	s.progress(id, "1")
+	wantStory(t, es, "task_started", "progress_update 1")
+	es.cut()
+	es.waitFor(t, soon, func(events []message) bool { return events[len(events)-1].Name == "connection_open" })
+	es.cut()
+	s.progress(id, "2")
+	s.complete(id)
+	wantEnd(t, es, "task_started", "progress_update 1", "progress_update 2",
+		"task_completed", "connection_close task_completed")
+	if got := es.opens(); got != 3 {
+		t.Errorf("got %d opens, want 3", got)
+	}
+}
+
+// What is left to a browser that lost the connection between the last event and connection_close.
+func TestIntegrationReconnectAfterTheLastEvent(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startOwnGateway)
+	id := s.start("external", `{}`)
+	last := s.complete(id)
+	es := s.follow(id, func(es *eventSource) { es.request.Header.Set("Last-Event-ID", last) })
+	wantEnd(t, es, "connection_close task_completed")
+}
+
+// startSplit starts each role in a process of its own, the gateway with start.
+func startSplit(t testing.TB, start func(testing.TB, ...string) *process) (v visitor, backend *process) {
+	t.Helper()
+	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	gateway := start(t, "CALLBACK_URL=http://"+addr+"/api/sse/callback?secret=shared", "RETRY_MILLISECONDS=50")
+	backend = startBackend(t, "ADDR="+addr, "SSE_GATEWAY_URL="+gateway.URL+"/", "SSE_CALLBACK_SECRET=shared")
+	return newVisitor(t, backend.URL, gateway.URL), backend
+}
+
+// One command and two commands do the same.
+func TestIntegrationProcesses(t *testing.T) {
+	t.Parallel()
+	embedded := startBackend(t)
+	split, _ := startSplit(t, startGateway)
+	for _, v := range []visitor{newVisitor(t, embedded.URL, embedded.URL), split} {
+		wantStory(t, v.follow(v.start("demo", `{"steps":1}`)), "task_started", "progress_update step 1 of 1",
+			"task_completed", "connection_close task_completed")
+	}
+}
+
+// The streams that a gateway holds for a backend which stops must end: the next backend does not know of them, and the
+// browsers would wait for ever.
+func TestIntegrationBackendRestarts(t *testing.T) {
+	t.Parallel()
+	v, backend := startSplit(t, startOwnGateway)
+	es := v.subscribe("me")
+	waitOpen(t, es)
+	v.wantAnnounced("me", "1.0", true)
+	if code := backend.stop(t); code != 0 {
+		t.Errorf("exit code %d, want 0 within 5 s", code)
+	}
+	eventually(t, soon, "stream ended", func() bool { return es.attempts() > 1 })
+	backend.restart(t)
+	v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`) // delivered now or when it is back
+	wantStory(t, es, "version 1.0", "version 1.1")
+}
+
+// A backend that is killed cannot end its streams. The next one has the gateway do it.
+func TestIntegrationBackendKilled(t *testing.T) {
+	t.Parallel()
+	v, backend := startSplit(t, startOwnGateway)
+	es := v.subscribe("me")
+	waitOpen(t, es)
+	backend.kill(t)
+	backend.restart(t)
+	v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`)
+	wantStory(t, es, "version 1.1")
+}
+
+// A browser opens connections ahead of requests, and an http.Server that shuts down waits for them for 5 s.
+func TestIntegrationSilentConnection(t *testing.T) {
+	t.Parallel()
+	gateway := startOwnGateway(t)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(gateway.URL, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	began := time.Now()
+	if code := gateway.stop(t); code != 0 || time.Since(began) > 3*time.Second {
+		t.Errorf("exit code %d after %v, want 0 at once", code, time.Since(began))
+	}
+}
+
+// A stream cut off without its last chunk would be an error to every client but a browser, and a proxy may log it.
+func TestIntegrationGatewayStops(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startOwnGateway)
+	const streams = 20
+	ended := make(chan error, streams)
+	for i := range streams {
+		resp, err := s.client.Get(s.streams + versionPath(fmt.Sprint(i)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			defer resp.Body.Close()
+			_, err := io.Copy(io.Discard, resp.Body)
+			ended <- err
+		}()
+	}
+	s.wantConnections("version", streams)
+	if code := s.gateway.stop(t); code != 0 {
+		t.Errorf("exit code %d, want 0 within 5 s", code)
+	}
+	if got := len(s.conns.Active()); got != 0 {
+		t.Errorf("%d services have connections after the gateway's exit, want 0: it tells the backend before", got)
+	}
+	for range streams {
+		if err := <-ended; err != nil {
+			t.Errorf("a stream ended with %v, want its last chunk", err)
+		}
+	}
+}
+
+func TestIntegrationBackendStops(t *testing.T) {
+	t.Parallel()
+	backend := startBackend(t)
+	v := newVisitor(t, backend.URL, backend.URL)
+	es := v.follow(v.start("demo", `{"delay":60}`))
+	wantStory(t, es, "task_started")
+	if code := backend.stop(t); code != 0 {
+		t.Errorf("exit code %d, want 0 within 5 s", code)
+	}
+	wantStory(t, es, "task_started", "task_failed server is shutting down", "connection_close task_failed")
+}
+
+// A load balancer must send nobody to a process that is on its way out, however long that way is. Here a peer that does
+// not answer makes it long.
+func TestIntegrationReadinessAtStop(t *testing.T) {
+	t.Parallel()
+	held, release := context.WithCancel(t.Context())
+	peer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if body, _ := io.ReadAll(r.Body); !bytes.Contains(body, []byte(`"action":"connect"`)) {
+			<-held.Done()
+		}
+	}))
+	t.Cleanup(peer.Close)
+
+	gateway := startOwnGateway(t, "CALLBACK_URL="+peer.URL)
+	waitOpen(t, openEventSource(t, gateway.URL))
+
+	backend := startBackend(t, "SSE_GATEWAY_URL="+peer.URL)
+	v := newVisitor(t, backend.URL, peer.URL)
+	id := v.start("external", `{}`)
+	v.post("/api/sse/callback", fmt.Sprintf(`{"action":"connect","token":"t","request":{"url":%q}}`, taskPath(id)))
+
+	for _, p := range []*process{gateway, backend} {
+		p.signal(syscall.SIGTERM)
+		eventually(t, soon, "readiness 503", func() bool {
+			resp, err := v.client.Get(p.URL + "/readyz")
+			if err != nil {
+				t.Fatalf("%v is gone before its work is done: %v", p.command, err)
+			}
+			resp.Body.Close()
+			return resp.StatusCode == http.StatusServiceUnavailable
+		})
+	}
+	v.wantPost("/api/tasks", `{"type":"demo"}`, `503 {"error":"shutting down"}`)
+	release()
+	for _, p := range []*process{gateway, backend} {
+		eventually(t, 5*time.Second, "exit", func() bool { return p.exited.Err() != nil })
+		if code := p.exitCode(); code != 0 {
+			t.Errorf("%v: exit code %d, want 0", p.command, code)
+		}
+	}
+}
+
+// A gateway that crashes tells nobody who was connected. Those who come back count once, those who do not count for no
+// longer than a sweep.
+func TestIntegrationSweep(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startGateway, "CONNECTION_SWEEP_SECONDS=2")
+	stays := s.subscribe("stays")
+	var leaves []*eventSource
+	for i := range 20 {
+		leaves = append(leaves, s.subscribe(fmt.Sprint(i)))
+	}
+	s.wantConnections("version", 21)
+	s.gateway.kill(t)
+	for _, es := range leaves {
+		es.close()
+	}
+	s.gateway.restart(t)
+	began := time.Now()
+	s.wantConnections("version", 1)
+	if took := time.Since(began); took > 2*s.cfg.Sweep {
+		t.Errorf("the gauge was wrong for %v, want one sweep of %v", took, s.cfg.Sweep)
+	}
+	s.wantAnnounced("stays", "1.0", true)
+	wantStory(t, stays, "version 1.0")
+}
+
+// An EventSource gives up for good at any status but 200, so that a backend which is away for seconds would cost every
+// page its stream.
+func TestIntegrationBackendUnreachable(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, startOwnGateway, "RETRY_MILLISECONDS=200")
+	id := s.start("external", `{}`)
+	clients := []*eventSource{s.follow(id)}
+	for i := range 20 {
+		clients = append(clients, s.subscribe(fmt.Sprint(i)))
+	}
+	for _, es := range clients {
+		es.waitFor(t, soon, func(events []message) bool { return len(events) > 0 })
+	}
+	s.down()
+	for _, es := range clients {
+		es.cut()
+	}
+	if _, err := s.tasks.Progress(id, "meanwhile", 0); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(3 * time.Second) // the outage
+	s.up()
+	for _, es := range clients[1:] {
+		es.waitFor(t, soon, func(events []message) bool { return len(events) == 2 }) // connection_open again
+	}
+	s.wantBroadcast("1.0", 20)
+	for _, es := range clients[1:] {
+		wantStory(t, es, "version 1.0")
+		if es.attempts() < 4 {
+			t.Errorf("got %d attempts, want several during the outage", es.attempts())
+		}
+	}
+	s.complete(id)
+	wantEnd(t, clients[0], "task_started", "progress_update meanwhile",
+		"task_completed", "connection_close task_completed")
+}
+
+// BenchmarkReplay gives a fresh page the 1,000 events of a finished task.
+func BenchmarkReplay(b *testing.B) {
+	const events = 1000
+	s := newSystem(b, startGateway)
+	id := s.start("external", `{}`)
+	for range events - 2 {
+		s.tasks.Progress(id, "a text of usual length", 0.5)
+	}
+	s.complete(id)
+	for b.Loop() {
+		resp, err := s.client.Get(s.streams + taskPath(id))
+		if err != nil {
+			b.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if got := bytes.Count(body, []byte("event: task_event\n")); got != events || err != nil {
+			b.Fatalf("got %d events and error %v, want %d", got, err, events)
+		}
+	}
+	b.ReportMetric(events*float64(b.N)/b.Elapsed().Seconds(), "events/s")
+}
+
+// BenchmarkBroadcast announces a version to 1,000 streams with one POST, until all of them have it, and compares that
+// with an announcement to one of them.
+func BenchmarkBroadcast(b *testing.B) {
+	const streams = 1000
+	s := newSystem(b, startGateway)
+	arrived := make(chan struct{}, streams)
+	for i := range streams {
+		resp, err := s.client.Get(s.streams + versionPath(fmt.Sprint(i)))
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { resp.Body.Close() })
+		go func() {
+			for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+				if lines.Text() == "event: version" {
+					arrived <- struct{}{}
+				}
+			}
+		}()
+	}
+	s.wantConnections("version", streams)
+	announce := func(body string, n int) time.Duration {
+		began := time.Now()
+		s.post("/api/deployments/version", body)
+		for range n {
+			<-arrived
+		}
+		return time.Since(began)
+	}
+	var single, all time.Duration
+	for n := 0; b.Loop(); n++ {
+		single += announce(fmt.Sprintf(`{"request_id":"0","version":"single %d"}`, n), 1)
+		all += announce(fmt.Sprintf(`{"version":"all %d"}`, n), streams)
+	}
+	b.ReportMetric(float64(all.Nanoseconds())/float64(b.N), "ns/op") // in place of the time of both
+	b.ReportMetric(float64(single.Nanoseconds())/float64(b.N), "ns/single")
+	b.ReportMetric(float64(all)/float64(single), "ratio")
+}
