@@ -33,9 +33,6 @@ var (
 )
 
 func parseSend(body []byte) (m sendRequest, err error) {
-	if !isObject(body) {
-		return m, errNotJSON
-	}
 	var token, sent, end []byte
 	if err := pick(body, field{"token", &token}, field{"event", &sent}, field{"close", &end}); err != nil {
 		return m, err
@@ -135,7 +132,7 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	status, text := g.answerSend(nil, mediaType, body)
 	if r.ProtoAtLeast(1, 1) && !r.Close {
 		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
-			g.keepSending(conn, rw.Reader, appendAnswer(nil, mediaType, status, text))
+			g.keepSending(conn, rw.Reader, appendAnswer(nil, time.Now(), mediaType, status, text))
 			return
 		}
 	}
@@ -243,6 +240,7 @@ const (
 func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
 	var text, answer []byte
 	var deadline time.Time
+	now := time.Now()
 	for {
 		mediaType, head, size, plain := parsePlainSend(buf)
 		if !plain {
@@ -250,14 +248,10 @@ func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
 			g.returned.give(&returnedConn{conn, bytes.NewReader(buf)})
 			return
 		}
-		if now := time.Now(); deadline.Sub(now) < sendIdle-sendIdleSlack { // not each time: it costs a timer
-			deadline = now.Add(sendIdle)
-			conn.SetDeadline(deadline)
-		}
 		if size > 0 && len(buf) >= size {
 			var status int
 			status, text = g.answerSend(text[:0], mediaType, buf[head:size])
-			answer = appendAnswer(answer[:0], mediaType, status, text)
+			answer = appendAnswer(answer[:0], now, mediaType, status, text)
 			if _, err := conn.Write(answer); err != nil {
 				conn.Close()
 				return
@@ -269,8 +263,13 @@ func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
 			buf = append(buf[:0], rest...)
 			continue
 		}
+		if deadline.Sub(now) < sendIdle-sendIdleSlack { // not each time: it costs a timer
+			deadline = now.Add(sendIdle)
+			conn.SetDeadline(deadline)
+		}
 		buf = growBuffer(buf, size)
 		n, err := conn.Read(buf[len(buf):cap(buf)])
+		now = time.Now()
 		buf = buf[:len(buf)+n]
 		if err != nil {
 			conn.Close()
@@ -358,7 +357,7 @@ func equalFold(b []byte, lower string) bool {
 }
 
 // appendAnswer appends a response.
-func appendAnswer(b []byte, mediaType string, status int, body []byte) []byte {
+func appendAnswer(b []byte, now time.Time, mediaType string, status int, body []byte) []byte {
 	b = append(b, "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)
 	b = append(b, ' ')
@@ -366,7 +365,7 @@ func appendAnswer(b []byte, mediaType string, status int, body []byte) []byte {
 	b = append(b, "\r\nContent-Type: "...)
 	b = append(b, mediaType...)
 	b = append(b, "\r\nDate: "...)
-	b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
+	b = now.UTC().AppendFormat(b, http.TimeFormat)
 	b = append(b, "\r\nContent-Length: "...)
 	b = strconv.AppendInt(b, int64(len(body)), 10)
 	b = append(b, "\r\n\r\n"...)

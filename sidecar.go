@@ -435,21 +435,19 @@ func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
 	if len(bytes.TrimSpace(body)) == 0 {
 		return a
 	}
-	if len(body) > maxAnswer || !isObject(body) {
-		g.log.Warn("ignoring the callback's answer: not a JSON object")
-		return a
+	var sent, end []byte
+	err := errBodyTooLarge
+	if len(body) <= maxAnswer {
+		err = pick(body, field{"event", &sent}, field{"close", &end})
 	}
-	for name, value := range members(body) {
-		var err error
-		switch name {
-		case "event":
-			a.event, err = parseEvent(value)
-		case "close":
-			a.end, err = parseBool(value)
-		}
-		if err != nil {
-			g.log.Warn("ignoring a field of the callback's answer", "field", name, "err", err)
-		}
+	if err == nil && sent != nil {
+		a.event, err = parseEvent(sent)
+	}
+	if err != nil {
+		g.log.Warn("ignoring the callback's answer", "err", err)
+	}
+	if a.end, err = parseBool(end); end != nil && err != nil {
+		g.log.Warn("ignoring close in the callback's answer", "err", err)
 	}
 	return a
 }
