@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"mime"
@@ -218,8 +219,13 @@ func skipString(text []byte, i int) int {
 	if at(text, i) != '"' {
 		return -1
 	}
-	for i++; i < len(text); i++ {
-		switch c := text[i]; {
+	i++
+	for next := i; i < len(text); i++ {
+		if i >= next {
+			i += plainPrefix(text[i:])
+			next = i + 8
+		}
+		switch c := at(text, i); {
 		case c == '"':
 			return i + 1
 		case c < ' ':
@@ -238,6 +244,21 @@ func skipString(text []byte, i int) int {
 		}
 	}
 	return -1
+}
+
+// plainPrefix returns how many bytes a string certainly goes on for: it looks
+// at 8 at a time for a quote, a backslash or a control character. Each term
+// is not zero if and only if a byte of x is such a one.
+func plainPrefix(text []byte) (n int) {
+	const ones, highs = 0x0101010101010101, 0x8080808080808080
+	for ; n+8 <= len(text); n += 8 {
+		x := binary.LittleEndian.Uint64(text[n:])
+		quote, backslash := x^('"'*ones), x^('\\'*ones)
+		if ((quote-ones)&^quote|(backslash-ones)&^backslash|(x-' '*ones)&^x)&highs != 0 {
+			break
+		}
+	}
+	return n
 }
 
 func isHex(digits []byte) bool {

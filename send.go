@@ -232,8 +232,8 @@ func (g *gateway) send(m sendRequest) sendStatus {
 const (
 	sendIdle      = 2 * time.Minute // a silent connection is closed
 	sendIdleSlack = 10 * time.Second
-	sendBuffer    = 4 << 10  // bytes that a connection's buffer begins with
-	sendBufferMax = 64 << 10 // a larger one is not kept between requests
+	sendBuffer    = 4 << 10   // bytes that a connection's buffer begins with
+	sendBufferMax = 256 << 10 // a larger one is not kept between requests
 )
 
 // sendLoop serves conn; buf is what has been read of it already.
