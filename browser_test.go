@@ -5,6 +5,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -44,6 +46,7 @@ func startSite(t *testing.T) *site {
 			u, _ := url.Parse(target)
 			r.SetURL(u)
 		},
+		ErrorLog: log.New(io.Discard, "", 0), // streams break, that is the test
 		// As a proxy should: an answer with another status would end the EventSource for good.
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { panic(http.ErrAbortHandler) },
 	}
