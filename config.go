@@ -24,13 +24,14 @@ const (
 	minSecretLength = 16                 // characters, in production
 )
 
-// gatewayConfig configures the gateway role. The gateway embedded in a backend uses all but the first three.
+// gatewayConfig configures the gateway role. The gateway embedded in a backend uses all but Addr and CallbackURL.
 // Here and below, seconds may have decimals and are above 0 and at most a year; a count that has no other upper bound
 // is at most 1<<30.
 type gatewayConfig struct {
 	// Addr is the public listen address: PORT (default 3000; 0 lets the system choose) on every interface.
 	Addr string
-	// InternalAddr (INTERNAL_ADDR, default "") alone serves /internal/send and /metrics. When empty, Addr serves them too.
+	// InternalAddr (INTERNAL_ADDR, default "") serves pprof and /metrics, and with a gateway that runs alone it is the one
+	// address that serves /metrics and /internal/send. When empty, its public address does, and nothing serves pprof.
 	InternalAddr string
 	// CallbackURL (CALLBACK_URL, default "") gets the callbacks; its query may carry their secret, so it is never printed.
 	// When empty, readiness and every stream are 503.
@@ -129,7 +130,6 @@ func loadGatewayConfig(getenv func(string) string) (gatewayConfig, error) {
 	r := envReader{getenv: getenv}
 	c := r.embeddedGateway()
 	c.Addr = r.portAddr()
-	c.InternalAddr = r.addr("INTERNAL_ADDR", "")
 	c.CallbackURL = secret(r.url("CALLBACK_URL", " #"))
 	return c, errors.Join(r.errs...)
 }
@@ -176,6 +176,7 @@ type envReader struct {
 // embeddedGateway reads what a gateway needs in either role.
 func (r *envReader) embeddedGateway() gatewayConfig {
 	return gatewayConfig{
+		InternalAddr:    r.addr("INTERNAL_ADDR", ""),
 		Heartbeat:       r.seconds("HEARTBEAT_INTERVAL_SECONDS", "15"),
 		MaxConnections:  r.number("MAX_CONNECTIONS", 0, 0, maxCount),
 		StreamBuffer:    r.number("STREAM_BUFFER_BYTES", 1<<20, 1<<10, 1<<30),

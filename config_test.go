@@ -73,6 +73,7 @@ func TestConfigEveryVariable(t *testing.T) {
 		"CORS_ALLOW_ORIGIN": "https://Example.com:8443",
 	}
 	wantGateway := gatewayConfig{
+		InternalAddr:    "[::1]:13",
 		Heartbeat:       15 * time.Second,
 		MaxConnections:  16,
 		StreamBuffer:    1717,
@@ -103,7 +104,6 @@ func TestConfigEveryVariable(t *testing.T) {
 		t.Errorf("backend: got %+v, %v\nwant %+v", got, err, wantBackend)
 	}
 	wantGateway.Addr = ":12"
-	wantGateway.InternalAddr = "[::1]:13"
 	wantGateway.CallbackURL = "http://localhost/cb?secret=14"
 	if got, err := loadGatewayConfig(getenvFrom(env)); err != nil || got != wantGateway {
 		t.Errorf("gateway: got %+v, %v\nwant %+v", got, err, wantGateway)
@@ -134,7 +134,7 @@ func TestConfigTellsEveryProblemAtOnce(t *testing.T) {
 	// Both roles have a gateway, and configProblems joins what they say.
 	want := map[string]int{
 		"HEARTBEAT_INTERVAL_SECONDS": 2, "MAX_CONNECTIONS": 2, "STREAM_BUFFER_BYTES": 2, "WRITE_TIMEOUT_SECONDS": 2,
-		"MAX_STREAM_SECONDS": 2, "RETRY_MILLISECONDS": 2, "CORS_ALLOW_ORIGIN": 2,
+		"MAX_STREAM_SECONDS": 2, "RETRY_MILLISECONDS": 2, "CORS_ALLOW_ORIGIN": 2, "INTERNAL_ADDR": 2,
 	}
 	for name := range env {
 		want[name] = max(want[name], 1)

@@ -62,6 +62,17 @@ func (v visitor) wantPost(path, body, want string) {
 	}
 }
 
+// status returns that of a GET.
+func (v visitor) status(target string) int {
+	v.t.Helper()
+	resp, err := v.client.Get(target)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
 // field returns a string of the answer to a POST that must succeed.
 func (v visitor) field(path, body, name string) string {
 	v.t.Helper()
@@ -501,6 +512,23 @@ func TestIntegrationBackendKilled(t *testing.T) {
 	backend.restart(t)
 	v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`)
 	wantStory(t, es, "version 1.1")
+}
+
+// Profiles tell too much for a public address, and take a core for as long as they are asked to.
+func TestIntegrationProfiles(t *testing.T) {
+	t.Parallel()
+	for _, start := range []func(testing.TB, ...string) *process{startOwnGateway, startBackend} {
+		internal := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+		p := start(t, "INTERNAL_ADDR="+internal, "CALLBACK_URL=http://127.0.0.1:1/")
+		for path, want := range map[string]int{"/debug/pprof/goroutine": 200, "/metrics": 200, "/healthz": 404} {
+			if got := newVisitor(t, "", "").status("http://" + internal + path); got != want {
+				t.Errorf("%s%s: got %d, want %d", internal, path, got, want)
+			}
+		}
+		if got := newVisitor(t, "", "").status(p.URL + "/debug/pprof/goroutine"); got == 200 {
+			t.Errorf("%s has profiles", p.URL)
+		}
+	}
 }
 
 // A browser opens connections ahead of requests, and an http.Server that shuts down waits for them for 5 s.

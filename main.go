@@ -90,26 +90,30 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		fmt.Fprintln(stderr, err)
 		return 1
 	}
-	public, err := net.Listen("tcp", cfg.Addr)
+	listeners, err := openListeners(cfg.Addr, cfg.Gateway.InternalAddr)
 	if err != nil {
 		log.Error("listening", "err", err)
 		return 1
 	}
 	reg := newRegistry(version())
+	var internal []*server
+	if len(listeners) > 1 {
+		internal = append(internal, newServer(log, internalRoutes(nil, reg), listeners[1]))
+	}
 	if cfg.GatewayURL != "" {
 		b := newBackend(cfg, cfg.GatewayURL, reg, log)
-		servers := []*server{newServer(log, b.routes(nil), public)}
+		servers := append([]*server{newServer(log, b.routes(nil), listeners[0])}, internal...)
 		return serve(ctx, log, servers, b.work, b.stop)
 	}
 
 	// The embedded gateway is the same as the other one, and speaks to the
 	// backend in the same way: over HTTP, through a loopback port of its own.
-	internal, err := net.Listen("tcp", "127.0.0.1:0")
+	loopback, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		log.Error("listening", "err", err)
 		return 1
 	}
-	base := "http://" + internal.Addr().String()
+	base := "http://" + loopback.Addr().String()
 	if cfg.CallbackSecret == "" {
 		cfg.CallbackSecret = secret(rand.Text())
 	}
@@ -120,10 +124,10 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	inside := http.NewServeMux()
 	inside.HandleFunc("POST /internal/send", g.serveSend)
 	inside.Handle("POST /api/sse/callback", b.callback)
-	servers := []*server{
-		newServer(log, b.routes(g), public),
-		newServer(log, jsonErrors(inside), internal, g.returned),
-	}
+	servers := append([]*server{
+		newServer(log, b.routes(g), listeners[0]),
+		newServer(log, jsonErrors(inside), loopback, g.returned),
+	}, internal...)
 	work := func(ctx context.Context) {
 		g.work(ctx)
 		b.work(ctx)
@@ -144,26 +148,36 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 	reg := newRegistry(version())
 	g := newGateway(cfg, log, newGatewayMetrics(reg))
 	g.gauges(reg)
-	public, err := net.Listen("tcp", cfg.Addr)
+	listeners, err := openListeners(cfg.Addr, cfg.InternalAddr)
 	if err != nil {
 		log.Error("listening", "err", err)
 		return 1
 	}
-	servers := []*server{newServer(log, g.routes(reg, cfg.InternalAddr == ""), public)}
-	if cfg.InternalAddr == "" {
-		servers[0].listeners = append(servers[0].listeners, g.returned)
-	} else {
-		internal, err := net.Listen("tcp", cfg.InternalAddr)
-		if err != nil {
-			log.Error("listening", "err", err)
-			return 1
-		}
-		servers = append(servers, newServer(log, g.internalRoutes(reg), internal, g.returned))
+	servers := []*server{newServer(log, g.routes(reg, len(listeners) == 1), listeners[0])}
+	if len(listeners) > 1 {
+		servers = append(servers, newServer(log, internalRoutes(g, reg), listeners[1]))
 	}
+	sends := servers[len(servers)-1]
+	sends.listeners = append(sends.listeners, g.returned)
 	if cfg.CallbackURL == "" {
 		log.Warn("CALLBACK_URL is not set: streams are refused")
 	}
 	return serve(ctx, log, servers, g.work, g.shutdown)
+}
+
+// openListeners listens on the addresses, but for those that are empty.
+func openListeners(addrs ...string) (listeners []net.Listener, err error) {
+	for _, addr := range addrs {
+		if addr == "" {
+			continue
+		}
+		l, err := net.Listen("tcp", addr)
+		if err != nil {
+			return nil, err
+		}
+		listeners = append(listeners, l)
+	}
+	return listeners, nil
 }
 
 // Routes
@@ -220,11 +234,14 @@ func (g *gateway) routes(reg *registry, internal bool) http.Handler {
 	})
 }
 
-// internalRoutes are those of the gateway's INTERNAL_ADDR.
-func (g *gateway) internalRoutes(reg *registry) http.Handler {
+// internalRoutes are those of INTERNAL_ADDR. The gateway, if it runs alone,
+// takes events there.
+func internalRoutes(g *gateway, reg *registry) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST /internal/send", g.serveSend)
-	mux.HandleFunc("POST /internal/reset", g.serveReset)
+	if g != nil {
+		mux.HandleFunc("POST /internal/send", g.serveSend)
+		mux.HandleFunc("POST /internal/reset", g.serveReset)
+	}
 	mux.Handle("GET /metrics", reg)
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)

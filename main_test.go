@@ -525,8 +525,8 @@ func TestBadConfigurationStartsNothing(t *testing.T) {
 		"MAX_CONNECTIONS": "-1", "LOG_LEVEL": "loud", // both
 	}
 	for args, want := range map[string][]string{
-		"":        {"ADDR", "TASK_MAX_WORKERS", "MAX_CONNECTIONS", "LOG_LEVEL"},
-		"gateway": {"MAX_CONNECTIONS", "PORT", "INTERNAL_ADDR", "LOG_LEVEL"},
+		"":        {"ADDR", "TASK_MAX_WORKERS", "INTERNAL_ADDR", "MAX_CONNECTIONS", "LOG_LEVEL"},
+		"gateway": {"INTERNAL_ADDR", "MAX_CONNECTIONS", "PORT", "LOG_LEVEL"},
 	} {
 		var stderr strings.Builder
 		code := run(t.Context(), strings.Fields(args), getenvFrom(env), io.Discard, &stderr)

@@ -617,6 +617,19 @@ func TestGatewayPaths(t *testing.T) {
 	}
 }
 
+// A backend that has just begun knows none of the streams.
+func TestReset(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	old := g.open("/x")
+	if got := g.request("POST", "/internal/reset", "Content-Length: 0").reply(); got != sentOK {
+		t.Errorf("got %s, want %s", got, sentOK)
+	}
+	old.wantEnd()
+	g.wantDisconnect(old, "server_closed")
+	g.open("/x")
+}
+
 // Browsers reach the public port. With INTERNAL_ADDR, what is for the backend alone must not even look like a stream there.
 func TestInternalAddr(t *testing.T) {
 	t.Parallel()
