@@ -238,15 +238,15 @@ func (g *gateway) open(w http.ResponseWriter, r *http.Request, s *stream, a *cal
 		header.Set("Transfer-Encoding", "chunked")
 	}
 	conn, rw, err := http.NewResponseController(w).Hijack()
+	var raw syscall.RawConn
+	if err == nil {
+		raw, err = conn.(syscall.Conn).SyscallConn()
+	}
 	if err != nil {
 		g.log.Error("taking over a connection", "err", err)
 		g.unregister(s)
 		g.spawn(func() { g.sayGoodbye(s, streamError) })
 		return
-	}
-	raw, err := conn.(syscall.Conn).SyscallConn()
-	if err != nil {
-		g.log.Error("taking over a connection", "err", err)
 	}
 	var head bytes.Buffer
 	head.WriteString("HTTP/1.1 200 OK\r\n")
