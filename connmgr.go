@@ -62,9 +62,8 @@ type ConnectionManager struct {
 	met     connectionMetrics
 	active  atomic.Int64 // goroutines of background
 
-	// mu guards both maps. Whenever it is free,
+	// mu guards the maps; under it there is map work only. Whenever it is free,
 	// connections[id].token == t if and only if tokens[t] == id.
-	// Under it, and it guards replaced too, there is map work only.
 	mu          sync.Mutex
 	connections map[string]*connection // by identifier
 	tokens      map[string]string      // identifier by token

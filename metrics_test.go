@@ -4,7 +4,6 @@ import (
 	"math"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -344,14 +343,9 @@ func TestMetricsProcLinux(t *testing.T) {
 
 // promtool is the reference reader of the format; it also knows how metrics should be named.
 func TestMetricsPromtool(t *testing.T) {
-	promtool, err := exec.LookPath("promtool")
-	if err != nil {
-		t.Skip("promtool is not installed")
-	}
+	needs(t, "promtool")
 	r, _, _ := bothRoles()
-	cmd := exec.Command(promtool, "check", "metrics")
-	cmd.Stdin = strings.NewReader(scrapeAll(r))
-	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
-		t.Errorf("%v:\n%s", err, out)
+	if out := tool(t, scrapeAll(r), "promtool", "check", "metrics"); out != "" {
+		t.Error(out)
 	}
 }
