@@ -219,8 +219,9 @@ func TestSendConnectionPipelined(t *testing.T) {
 		requests.WriteString(sendText("application/json", encodeSend(c.callback.Token, &event{Data: want[i]}, false)))
 	}
 	requests.WriteString("GET /behind HTTP/1.1\r\nHost: h\r\n\r\n")
-	conn := g.dial("")
 	var writer sync.WaitGroup
+	t.Cleanup(writer.Wait)
+	conn := g.dial("")
 	writer.Go(func() {
 		random := rand.New(rand.NewPCG(3, 4))
 		for text := requests.String(); text != ""; {

@@ -79,6 +79,27 @@ func TestTargetByteForByte(t *testing.T) {
 	}
 }
 
+// Callbacks may overtake each other, so each says where its request stands among all. The end of a stream has no place.
+func TestCallbacksTellTheOrder(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	var run string
+	for i := range 3 {
+		c := g.open("/x")
+		name, n, _ := strings.Cut(c.callback.header.Get("Sse-Gateway-Request"), "-")
+		if run == "" {
+			run = name
+		}
+		if want := strconv.Itoa(i + 1); run == "" || name != run || n != want {
+			t.Errorf("request %s: got %s of %q, want it of %q", want, n, name, run)
+		}
+		c.Close()
+		if got := receive(t, g.disconnects).header.Get("Sse-Gateway-Request"); got != "" {
+			t.Errorf("disconnect callback: got %q, want none", got)
+		}
+	}
+}
+
 // The backend knows the token before the client has a stream, and may use it.
 func TestBufferedEvents(t *testing.T) {
 	t.Parallel()
@@ -116,12 +137,13 @@ func TestBufferedEventsKeepOrder(t *testing.T) {
 			io.WriteString(w, `{"event":{"data":"first"}}`)
 		}
 	})
+	var sender sync.WaitGroup
+	t.Cleanup(sender.Wait)
 	for range 40 {
 		gate := make(chan struct{})
 		gates <- gate
 		c := g.get("/x")
 		token := receive(t, g.connects).Token
-		var sender sync.WaitGroup
 		sender.Go(func() {
 			for i, data := range want {
 				if i == events/4 {
@@ -360,11 +382,11 @@ func TestConnectCallbacksAreBounded(t *testing.T) {
 		}
 		select {
 		case underWay <- struct{}{}:
+			c.await(gate)
+			<-underWay
 		default:
 			t.Errorf("more than %d callbacks are under way", bound)
 		}
-		c.await(gate)
-		<-underWay
 	})
 	var waiting []*streamClient
 	for range clients {
@@ -470,6 +492,32 @@ func TestEndDoesNotWaitForTheCallback(t *testing.T) {
 	}
 	g.waitMetric("gateway_streams", 0)
 	close(gate)
+}
+
+// A backend that has just begun knows no stream. All end, and those that come later stay.
+func TestReset(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	g := newGatewayFixture(t, "", func(_ http.ResponseWriter, c callbackCall) {
+		if c.Request.URL == "/held" {
+			c.await(gate)
+		}
+	})
+	open, held := g.open("/x"), g.get("/held")
+	receive(t, g.connects)
+	resp, err := g.client.Post(g.internal+"/internal/reset", "", nil)
+	if err != nil || resp.StatusCode != 200 {
+		t.Fatalf("got %v, %v; want 200", resp, err)
+	}
+	resp.Body.Close()
+	open.wantEnd()
+	g.wantDisconnect(open, "server_closed")
+	close(gate)
+	held.begin()
+	held.wantEnd()
+	later := g.open("/x")
+	g.send(later.callback.Token, "live")
+	later.wantData("live")
 }
 
 func TestMaxStreamSeconds(t *testing.T) {
@@ -617,25 +665,12 @@ func TestGatewayPaths(t *testing.T) {
 	}
 }
 
-// A backend that has just begun knows none of the streams.
-func TestReset(t *testing.T) {
-	t.Parallel()
-	g := newGatewayFixture(t, "", nil)
-	old := g.open("/x")
-	if got := g.request("POST", "/internal/reset", "Content-Length: 0").reply(); got != sentOK {
-		t.Errorf("got %s, want %s", got, sentOK)
-	}
-	old.wantEnd()
-	g.wantDisconnect(old, "server_closed")
-	g.open("/x")
-}
-
 // Browsers reach the public port. With INTERNAL_ADDR, what is for the backend alone must not even look like a stream there.
 func TestInternalAddr(t *testing.T) {
 	t.Parallel()
 	addr := "127.0.0.1:" + strconv.Itoa(freePort(t))
 	g := newGatewayFixture(t, "INTERNAL_ADDR="+addr, nil)
-	for _, request := range []string{"POST /internal/send", "GET /internal/send", "GET /metrics", "HEAD /metrics"} {
+	for _, request := range []string{"POST /internal/send", "GET /internal/send", "POST /internal/reset", "GET /metrics", "HEAD /metrics"} {
 		method, target, _ := strings.Cut(request, " ")
 		if got := g.request(method, target, "Accept: text/event-stream").answer().StatusCode; got != 404 {
 			t.Errorf("public %s: got %d, want 404", request, got)

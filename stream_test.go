@@ -89,6 +89,7 @@ func TestSlowClientGetsEverything(t *testing.T) {
 	}
 	send() // while the client reads nothing
 	var sender sync.WaitGroup
+	t.Cleanup(sender.Wait)
 	sender.Go(send) // while it reads
 	c.wantData(data...)
 	c.wantData(data...)
@@ -177,6 +178,22 @@ func TestWriteTimeoutCutsTheStream(t *testing.T) {
 	if _, err := c.rest(); err == nil {
 		t.Error("the client got a clean end, want an error")
 	}
+}
+
+// The limit is for each write, not for the stream.
+func TestStreamOutlivesTheWriteTimeout(t *testing.T) {
+	t.Parallel()
+	const timeout = time.Second
+	g := newGatewayFixture(t, "WRITE_TIMEOUT_SECONDS=1", nil)
+	c := g.open("/x")
+	data := muchData()[:24] // enough to make the gateway wait for the client once
+	for _, d := range data {
+		g.send(c.callback.Token, d)
+	}
+	c.wantData(data...)
+	time.Sleep(timeout * 5 / 4)
+	g.send(c.callback.Token, "live")
+	c.wantData("live")
 }
 
 func TestConcurrentSenders(t *testing.T) {
