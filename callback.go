@@ -232,6 +232,12 @@ func (o object) required(name string) (string, error) {
 	return value, err
 }
 
+// hasBearer reports whether the request has that bearer token (RFC 6750).
+func hasBearer(r *http.Request, want secret) bool {
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	return strings.EqualFold(scheme, "Bearer") && sameSecret(token, want)
+}
+
 // sameSecret compares in a time that tells nothing of either, also not the
 // length.
 func sameSecret(got string, want secret) bool {

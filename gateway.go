@@ -160,10 +160,19 @@ func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, e
 // here, so that it ends them and the browsers come back. Otherwise, after a
 // backend that was killed, they would wait for ever. A gateway that does not
 // know of it, or does not run yet, is fine.
-func (c *gatewayClient) reset(log *slog.Logger) {
-	if status, _, err := c.do("reset", oneSend, []byte("{}")); err != nil || status != http.StatusOK {
-		log.Debug("resetting the gateway", "status", status, "err", err)
+func (c *gatewayClient) reset(callbackSecret secret, log *slog.Logger) {
+	req, err := http.NewRequest(http.MethodPost, c.url+"reset", strings.NewReader("{}"))
+	if err == nil {
+		req.Header.Set("Content-Type", oneSend)
+		req.Header.Set("Authorization", "Bearer "+string(callbackSecret))
+		var resp *http.Response
+		if resp, err = c.client.Do(req); err == nil {
+			resp.Body.Close()
+			log.Debug("reset the gateway", "status", resp.StatusCode)
+			return
+		}
 	}
+	log.Debug("resetting the gateway", "err", withoutURL(err))
 }
 
 // takeLocked returns s and what may go out with it.
@@ -194,7 +203,7 @@ func (c *gatewayClient) post(batch []*waitingSend) {
 }
 
 func (c *gatewayClient) postOne(body []byte) (r sendResult, err error) {
-	status, answer, err := c.do("send", oneSend, body)
+	status, answer, err := c.do(oneSend, body)
 	switch {
 	case err != nil:
 		return r, err
@@ -212,7 +221,7 @@ func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 		body.Write(s.body)
 		body.WriteByte('\n')
 	}
-	status, answer, err := c.do("send", ndjson, body.Bytes())
+	status, answer, err := c.do(ndjson, body.Bytes())
 	if err != nil {
 		return err
 	}
@@ -237,8 +246,8 @@ func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 
 // do makes a POST and reads the answer to its end, or the connection would
 // not be used again.
-func (c *gatewayClient) do(what, contentType string, body []byte) (status int, answer []byte, err error) {
-	resp, err := c.client.Post(c.url+what, contentType, bytes.NewReader(body))
+func (c *gatewayClient) do(contentType string, body []byte) (status int, answer []byte, err error) {
+	resp, err := c.client.Post(c.url+"send", contentType, bytes.NewReader(body))
 	if err != nil {
 		return 0, nil, withoutURL(err)
 	}

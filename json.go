@@ -37,13 +37,15 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64, buf *bytes.Bu
 }
 
 // isJSON reports whether the request says that its body is JSON.
-func isJSON(r *http.Request) bool {
+func isJSON(r *http.Request) bool { return hasMediaType(r, "application/json") }
+
+func hasMediaType(r *http.Request, want string) bool {
 	value := r.Header.Get("Content-Type")
-	if value == "application/json" {
+	if value == want {
 		return true
 	}
 	mediaType, _, err := mime.ParseMediaType(value)
-	return err == nil && mediaType == "application/json"
+	return err == nil && mediaType == want
 }
 
 // readJSON reads a body of at most limit bytes as one JSON object. A request

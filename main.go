@@ -338,7 +338,7 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 // work starts what the backend does besides answering, until ctx ends.
 func (b *backend) work(ctx context.Context) {
 	if b.cfg.GatewayURL != "" {
-		go b.gateway.reset(b.log)
+		go b.gateway.reset(b.cfg.CallbackSecret, b.log)
 	}
 	go b.conns.Sweep(ctx, b.cfg.Sweep)
 	go b.version.Tidy(ctx)
@@ -372,9 +372,8 @@ func (b *backend) serveReady(w http.ResponseWriter, r *http.Request) {
 // is one, and nobody during the shutdown.
 func (b *backend) protect(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 		switch {
-		case b.cfg.APIToken != "" && !(strings.EqualFold(scheme, "Bearer") && sameSecret(token, b.cfg.APIToken)):
+		case b.cfg.APIToken != "" && !hasBearer(r, b.cfg.APIToken):
 			w.Header().Set("WWW-Authenticate", `Bearer realm="sidecast"`)
 			writeError(w, http.StatusUnauthorized, "missing or wrong API token")
 		case b.closing.Load():

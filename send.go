@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -113,7 +114,7 @@ const (
 // for the requests that will follow: see sendLoop.
 func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	mediaType, limit := oneSend, int64(maxSend)
-	if r.Header.Get("Content-Type") == ndjson {
+	if hasMediaType(r, ndjson) {
 		mediaType, limit = ndjson, maxBatch
 	} else if !isJSON(r) {
 		g.met.events.with("invalid").Inc()
@@ -292,6 +293,12 @@ func growBuffer(buf []byte, size int) []byte {
 
 const plainSend = "POST /internal/send HTTP/1.1\r\n"
 
+// hostBytes are those of a host and port. harmless are the headers that HTTP
+// clients add by themselves, and that mean nothing here.
+const hostBytes = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-_:[]"
+
+var harmless = []string{"user-agent", "accept-encoding", "accept", "accept-language", "sec-fetch-mode", "traceparent", "tracestate"}
+
 // parsePlainSend looks at the head of a request. size is that of the whole
 // request, 0 while the head is incomplete; plain is false if the request is
 // anything but a POST /internal/send with a Content-Length.
@@ -303,40 +310,55 @@ func parsePlainSend(buf []byte) (mediaType string, head, size int, plain bool) {
 	if head <= len(plainSend) {
 		return "", 0, 0, head < 4 && len(buf) <= maxHeader
 	}
-	length := -1
+	length, hosts := -1, 0
 	for rest := buf[len(plainSend) : head-2]; len(rest) > 0; {
 		line, after, _ := bytes.Cut(rest, []byte("\r\n"))
 		rest = after
 		name, value, ok := bytes.Cut(line, []byte(":"))
-		if !ok || bytes.IndexByte(line, '\n') >= 0 || bytes.ContainsAny(name, " \t") {
+		value = bytes.Trim(value, " \t")
+		if !ok || !isPlain(name) || !isPlain(value) {
 			return "", 0, 0, false
 		}
-		value = bytes.Trim(value, " \t")
 		switch {
+		case equalFold(name, "host"):
+			hosts++
+			ok = len(value) > 0 && len(bytes.Trim(value, hostBytes)) == 0
 		case equalFold(name, "content-length"):
 			n, err := strconv.ParseUint(string(value), 10, 31)
-			if err != nil || length >= 0 {
-				return "", 0, 0, false
-			}
+			ok = err == nil && length < 0
 			length = int(n)
 		case equalFold(name, "content-type"):
-			value, _, _ = bytes.Cut(value, []byte(";"))
-			switch {
-			case equalFold(value, oneSend):
+			ok = mediaType == ""
+			switch string(value) {
+			case oneSend:
 				mediaType = oneSend
-			case equalFold(value, ndjson):
+			case ndjson:
 				mediaType = ndjson
+			default:
+				ok = false
 			}
 		case equalFold(name, "connection"):
-			if !equalFold(value, "keep-alive") {
-				return "", 0, 0, false
-			}
-		case equalFold(name, "transfer-encoding"), equalFold(name, "expect"), equalFold(name, "upgrade"):
+			ok = equalFold(value, "keep-alive")
+		default: // others may change what the request means
+			ok = slices.ContainsFunc(harmless, func(known string) bool { return equalFold(name, known) })
+		}
+		if !ok {
 			return "", 0, 0, false
 		}
 	}
 	fits := mediaType == oneSend && length <= maxSend || mediaType == ndjson && length <= maxBatch
-	return mediaType, head, head + length, fits && length >= 0
+	return mediaType, head, head + length, fits && length >= 0 && hosts == 1
+}
+
+// isPlain reports whether part of a header has nothing but visible ASCII and
+// spaces.
+func isPlain(part []byte) bool {
+	for _, c := range part {
+		if c < ' ' || c > '~' {
+			return false
+		}
+	}
+	return true
 }
 
 // equalFold compares with a lower-case ASCII text.

@@ -181,7 +181,8 @@ func (g *gateway) shard(token string) *shard {
 	if token == "" {
 		return &g.shards[0]
 	}
-	return &g.shards[token[len(token)-1]%16]
+	digit := token[len(token)-1]
+	return &g.shards[(digit&15+digit>>6*9)%16] // hexadecimal, in lower case
 }
 
 func (g *gateway) lookup(token string) *stream {
@@ -313,7 +314,7 @@ func (g *gateway) connect(r *http.Request, s *stream) (status int, text string, 
 	switch {
 	case err == nil && code/100 == 2:
 		return 0, "", g.parseAnswer(body)
-	case err == nil && code >= 300:
+	case code >= 300: // whatever became of its body
 		return code, "connection rejected", nil
 	case errors.Is(err, context.DeadlineExceeded):
 		status, text = http.StatusGatewayTimeout, "backend too slow"
@@ -440,14 +441,19 @@ func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
 	if len(body) <= maxAnswer {
 		err = pick(body, field{"event", &sent}, field{"close", &end})
 	}
-	if err == nil && sent != nil {
-		a.event, err = parseEvent(sent)
-	}
 	if err != nil {
 		g.log.Warn("ignoring the callback's answer", "err", err)
+		return a
 	}
-	if a.end, err = parseBool(end); end != nil && err != nil {
-		g.log.Warn("ignoring close in the callback's answer", "err", err)
+	if sent != nil {
+		if a.event, err = parseEvent(sent); err != nil {
+			g.log.Warn("ignoring the event in the callback's answer", "err", err)
+		}
+	}
+	if end != nil {
+		if a.end, err = parseBool(end); err != nil {
+			g.log.Warn("ignoring close in the callback's answer", "err", err)
+		}
 	}
 	return a
 }
@@ -540,8 +546,21 @@ func (g *gateway) endAll(ctx context.Context) {
 }
 
 // serveReset is POST /internal/reset, by which a backend that has just begun
-// says that it knows none of the streams. They end, and the browsers come back.
+// says that it knows none of the streams. They end, and the browsers come
+// back. It shows the secret that CALLBACK_URL has, if it has one.
 func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) {
+	want := ""
+	if u, err := url.Parse(string(g.cfg.CallbackURL)); err == nil {
+		want = u.Query().Get("secret")
+	}
+	switch {
+	case !isJSON(r): // a form of another site has no such type
+		writeBodyError(w, errMediaType)
+		return
+	case want != "" && !hasBearer(r, secret(want)):
+		writeError(w, http.StatusUnauthorized, "missing or wrong secret")
+		return
+	}
 	g.log.Info("ending the streams of an earlier backend", "streams", g.count.Load())
 	g.spawn(func() { g.endAll(context.Background()) })
 	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})

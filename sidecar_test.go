@@ -182,7 +182,7 @@ func TestOddCallbackAnswers(t *testing.T) {
 		{body: `{"event":{"data":1}}`, logged: true}, {body: `{"event":{"data":"a","id":null}}`, logged: true},
 		{body: `{"event":{"data":"a","name":"b\nc"}}`, logged: true},
 		{body: `{"Event":{"data":"a"},"CLOSE":true}`},
-		{body: `{"close":1}`, logged: true}, {body: `{"close":"true"}`, logged: true}, {body: `{"close":null}`, logged: true},
+		{body: `{"close":true}}`, logged: true}, {body: `{"close":1}`, logged: true}, {body: `{"close":"true"}`, logged: true}, {body: `{"close":null}`, logged: true},
 		{body: `{"event":1,"close":true}`, ends: true, logged: true},
 		{body: `{"event":{"data":"a"},"close":1}`, event: "data: a", logged: true},
 		{body: `{"event":{"data":"` + strings.Repeat("x", 1<<20) + `"}}`, logged: true},
@@ -505,11 +505,22 @@ func TestReset(t *testing.T) {
 	})
 	open, held := g.open("/x"), g.get("/held")
 	receive(t, g.connects)
-	resp, err := g.client.Post(g.internal+"/internal/reset", "", nil)
-	if err != nil || resp.StatusCode != 200 {
-		t.Fatalf("got %v, %v; want 200", resp, err)
+	const json = "Content-Type: application/json"
+	for _, tt := range []struct {
+		want    string
+		headers []string
+	}{
+		{`415 {"error":"content type must be application/json"}`, []string{"Authorization: Bearer " + callbackSecret}},
+		{`401 {"error":"missing or wrong secret"}`, []string{json}},
+		{`401 {"error":"missing or wrong secret"}`, []string{json, "Authorization: Bearer guessed"}},
+		{sentOK, []string{json, "Authorization: Bearer " + callbackSecret}},
+	} {
+		g.send(open.callback.Token, "still here")
+		open.wantData("still here")
+		if got := g.request("POST", "/internal/reset", append(tt.headers, "Content-Length: 0")...).reply(); got != tt.want {
+			t.Errorf("reset with %q: got %s, want %s", tt.headers, got, tt.want)
+		}
 	}
-	resp.Body.Close()
 	open.wantEnd()
 	g.wantDisconnect(open, "server_closed")
 	close(gate)

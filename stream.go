@@ -11,6 +11,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
 // Why a stream ended, as the disconnect callback and the metrics say it.
@@ -58,7 +59,10 @@ type stream struct {
 	pending  []byte // framed bytes, at most limits.buffer with those being drained
 	draining int    // bytes that drain is writing
 	drains   bool   // drain runs; nobody else writes
-	ending   bool   // ends when pending is written; takes nothing more
+	written  uint64 // bytes given to the socket
+	taken    uint64 // of which the client had acknowledged so many at tookAt, and none since
+	tookAt   time.Time
+	ending   bool // ends when pending is written; takes nothing more
 	ended    bool
 	reason   string      // set with ended
 	lifetime *time.Timer // ends a stream that has been open for long enough; nil without a limit
@@ -118,7 +122,6 @@ func (s *stream) send(frame []byte, end bool) sendStatus {
 // open begins the response on conn: head, then what was buffered meanwhile.
 // From here on conn belongs to the stream.
 func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool, lifetime time.Duration) {
-	limitUnacknowledged(raw, s.limits.writeTimeout)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.conn, s.raw = conn, raw
@@ -137,23 +140,46 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 	}
 }
 
-// limitUnacknowledged makes the kernel break a connection whose client has
-// not acknowledged anything for so long: one that left without a word takes
-// no heartbeat, but for a quarter of an hour the socket's own buffer does.
-func limitUnacknowledged(raw syscall.RawConn, limit time.Duration) {
-	const userTimeout = 18 // TCP_USER_TIMEOUT of Linux, in milliseconds
-	if runtime.GOOS == "linux" {
-		raw.Control(func(fd uintptr) {
-			syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, userTimeout, int(limit.Milliseconds()))
-		})
+// stuckLocked reports whether the client has taken nothing for the write
+// timeout, although there is something to take. What counts is what it has
+// acknowledged: the socket's own buffer takes heartbeats for a quarter of an
+// hour after a client has left without a word, and while a slow one takes all
+// the time it may not have room for a long while.
+func (s *stream) stuckLocked() bool {
+	queued, ok := unacknowledged(s.raw)
+	now, taken := time.Now(), s.written-uint64(queued)
+	if taken != s.taken || ok && queued == 0 {
+		s.taken, s.tookAt = taken, now
+		return false
 	}
+	return now.Sub(s.tookAt) >= s.limits.writeTimeout
 }
 
-// beat writes a heartbeat, unless the client has bytes to take anyway.
+// unacknowledged returns how many bytes are in the socket's own buffer. Only
+// Linux tells; elsewhere the client counts as having taken them.
+func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
+	const outQueue = 0x5411 // SIOCOUTQ
+	if runtime.GOOS != "linux" {
+		return 0, false
+	}
+	var count int32
+	err := raw.Control(func(fd uintptr) {
+		_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, fd, outQueue, uintptr(unsafe.Pointer(&count)))
+		ok = errno == 0
+	})
+	return int(count), ok && err == nil
+}
+
+// beat writes a heartbeat, unless the client has bytes to take anyway. It ends
+// the stream of a client that has not taken those before.
 func (s *stream) beat() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.conn == nil || s.ended || s.drains {
+		return
+	}
+	if s.stuckLocked() {
+		s.endLocked(streamError)
 		return
 	}
 	if s.chunked {
@@ -184,6 +210,7 @@ func (s *stream) writeLocked(frame []byte) {
 			s.endLocked(streamError)
 			return
 		}
+		s.written += uint64(n)
 		if n == len(frame) {
 			return
 		}
@@ -236,8 +263,9 @@ func (s *stream) endLocked(reason string) {
 // small enough that the room it makes in the buffer is soon seen.
 const drainWrite = 64 << 10
 
-// drain writes what is pending, with a fresh deadline for each write that
-// made progress, until nothing is left.
+// drain writes what is pending until nothing is left. Its deadline passes
+// also when the client takes bytes, but not enough for the socket to have
+// room; then it goes on.
 func (s *stream) drain() {
 	for {
 		s.mu.Lock()
@@ -252,6 +280,7 @@ func (s *stream) drain() {
 			s.mu.Unlock()
 			return
 		}
+		s.stuckLocked() // counts from now on
 		s.mu.Unlock()
 		for len(buf) > 0 {
 			s.conn.SetWriteDeadline(time.Now().Add(s.limits.writeTimeout))
@@ -259,7 +288,9 @@ func (s *stream) drain() {
 			buf = buf[n:]
 			s.mu.Lock()
 			s.draining -= n
-			if err != nil && !(n > 0 && errors.Is(err, os.ErrDeadlineExceeded)) {
+			s.written += uint64(n)
+			stuck := s.stuckLocked()
+			if err != nil && (stuck || !errors.Is(err, os.ErrDeadlineExceeded)) {
 				s.endLocked(streamError)
 				buf = nil
 			}

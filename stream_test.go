@@ -196,6 +196,40 @@ func TestStreamOutlivesTheWriteTimeout(t *testing.T) {
 	c.wantData("live")
 }
 
+// The limit is for a client that takes nothing. One that reads slowly, but reads on, keeps its stream.
+func TestSlowReaderIsKept(t *testing.T) {
+	t.Parallel()
+	const timeout = time.Second
+	g := newGatewayFixture(t, "WRITE_TIMEOUT_SECONDS=1 STREAM_BUFFER_BYTES=4194304", nil)
+	c := g.open("/x")
+	for _, d := range muchData() { // 1 MiB, of which it takes 160 KiB a second
+		g.send(c.callback.Token, d)
+	}
+	for began := time.Now(); time.Since(began) < 4*timeout; time.Sleep(timeout / 10) {
+		if _, err := io.CopyN(io.Discard, c.body, 16<<10); err != nil {
+			t.Fatalf("after %v: %v", time.Since(began), err)
+		}
+	}
+	if got := g.send(c.callback.Token, "live"); got != sentOK {
+		t.Fatalf("got %s, want %s", got, sentOK)
+	}
+	for c.line() != "data: live" {
+	}
+}
+
+// A client that stops taking heartbeats has left without a word, or might as well have.
+func TestClientThatAcknowledgesNothing(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "WRITE_TIMEOUT_SECONDS=0.3 HEARTBEAT_INTERVAL_SECONDS=0.05", nil)
+	c := g.open("/x")
+	for _, d := range muchData()[:8] { // more than its window, less than the gateway's socket takes
+		if got := g.send(c.callback.Token, d[:min(len(d), 32<<10)]); got != sentOK {
+			t.Fatalf("got %s, want %s", got, sentOK)
+		}
+	}
+	g.wantDisconnect(c, "error")
+}
+
 func TestConcurrentSenders(t *testing.T) {
 	t.Parallel()
 	const senders, events = 6, 60
