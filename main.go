@@ -102,6 +102,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	}
 	if cfg.GatewayURL != "" {
 		b := newBackend(cfg, cfg.GatewayURL, reg, log)
+		b.gateway.reset(cfg.CallbackSecret, log) // before it has streams of its own
 		servers := append([]*server{newServer(log, b.routes(nil), listeners[0])}, internal...)
 		return serve(ctx, log, servers, b.work, b.stop)
 	}
@@ -337,9 +338,6 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 
 // work starts what the backend does besides answering, until ctx ends.
 func (b *backend) work(ctx context.Context) {
-	if b.cfg.GatewayURL != "" {
-		go b.gateway.reset(b.cfg.CallbackSecret, b.log)
-	}
 	go b.conns.Sweep(ctx, b.cfg.Sweep)
 	go b.version.Tidy(ctx)
 	if b.cfg.FrontendVersionURL != "" {
