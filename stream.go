@@ -60,9 +60,8 @@ type stream struct {
 	draining int    // bytes that drain is writing
 	drains   bool   // drain runs; nobody else writes
 	written  uint64 // bytes given to the socket
-	taken    uint64 // of which the client had acknowledged so many at tookAt, and none since
-	tookAt   time.Time
-	ending   bool // ends when pending is written; takes nothing more
+	uptake   uptake // of the client
+	ending   bool   // ends when pending is written; takes nothing more
 	ended    bool
 	reason   string      // set with ended
 	lifetime *time.Timer // ends a stream that has been open for long enough; nil without a limit
@@ -147,12 +146,30 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 // the time it may not have room for a long while.
 func (s *stream) stuckLocked() bool {
 	queued, ok := unacknowledged(s.raw)
-	now, taken := time.Now(), s.written-uint64(queued)
-	if taken != s.taken || ok && queued == 0 {
-		s.taken, s.tookAt = taken, now
-		return false
+	return s.uptake.stuck(s.written-uint64(queued), !ok || queued > 0, time.Now(), s.limits.writeTimeout)
+}
+
+// uptake is how far a client had come when it was last seen to lack
+// something.
+type uptake struct {
+	taken uint64    // bytes
+	since time.Time // when it was first seen there; zero if it lacked nothing
+}
+
+// stuck notes how far the client is now, and reports whether it has been there
+// for the limit. It counts from the first look at which something is lacking,
+// not from the last byte that was taken: that may be long ago when an event
+// has just been sent.
+func (u *uptake) stuck(taken uint64, lacks bool, now time.Time, limit time.Duration) bool {
+	switch {
+	case !lacks:
+		u.since = time.Time{}
+	case taken != u.taken || u.since.IsZero():
+		u.taken, u.since = taken, now
+	default:
+		return now.Sub(u.since) >= limit
 	}
-	return now.Sub(s.tookAt) >= s.limits.writeTimeout
+	return false
 }
 
 // unacknowledged returns how many bytes are in the socket's own buffer. Only

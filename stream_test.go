@@ -256,3 +256,30 @@ func TestConcurrentSenders(t *testing.T) {
 		next[sender]++
 	}
 }
+
+// A heartbeat may look at a client that has not yet had the time to acknowledge an event, be it the first one of all or
+// one after a long while.
+func TestUptake(t *testing.T) {
+	t.Parallel()
+	var u uptake
+	began := time.Now()
+	for _, step := range []struct {
+		seconds int
+		taken   uint64
+		lacks   bool
+		want    bool
+	}{
+		{0, 0, true, false}, // the head has just been sent
+		{15, 100, false, false},
+		{30, 100, true, false}, // an event has just been sent
+		{45, 200, true, false}, // that one was taken, another was just sent
+		{54, 200, true, false},
+		{55, 200, true, true},
+		{56, 201, true, false},
+		{66, 201, true, true},
+	} {
+		if got := u.stuck(step.taken, step.lacks, began.Add(time.Duration(step.seconds)*time.Second), 10*time.Second); got != step.want {
+			t.Errorf("%+v: got %v", step, got)
+		}
+	}
+}
