@@ -514,6 +514,41 @@ func TestIntegrationBackendKilled(t *testing.T) {
 	wantStory(t, es, "version 1.1")
 }
 
+// Without file descriptors the gateway can accept nobody. It must neither crash nor spin, and come round by itself.
+func TestIntegrationOutOfDescriptors(t *testing.T) {
+	t.Parallel()
+	backend := newStubBackend(t, nil)
+	t.Cleanup(backend.server.Close)
+	p := gatewayProcess(t, []string{"CALLBACK_URL=" + backend.server.URL + callbackTarget},
+		"sh", "-c", "ulimit -n 40; exec "+os.Args[0]+" gateway").mustStart(t)
+	var conns []net.Conn
+	for range 100 {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(p.URL, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprint(conn, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+		conns = append(conns, conn)
+	}
+	eventually(t, soon, "accepting fails", func() bool { return strings.Contains(p.output(), "too many open files") })
+	time.Sleep(2 * time.Second) // it is the number of lines in that time that counts
+	for _, conn := range conns {
+		conn.Close()
+	}
+	if n := strings.Count(p.output(), "msg=\"http server\""); n > 5 {
+		t.Errorf("%d lines of log in about 2 s, want one a second", n)
+	}
+	eventually(t, soon, "recovered", func() bool {
+		status, err := http.Get(p.URL + "/readyz")
+		if err != nil {
+			return false
+		}
+		status.Body.Close()
+		return status.StatusCode == http.StatusOK
+	})
+}
+
 // Profiles tell too much for a public address, and take a core for as long as they are asked to.
 func TestIntegrationProfiles(t *testing.T) {
 	t.Parallel()
