@@ -161,48 +161,49 @@ func (g *gateway) keepSending(conn net.Conn, read *bufio.Reader, answer []byte) 
 // answerSend does what the body of POST /internal/send says. It returns the
 // status of the answer and its body, appended to text.
 func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, []byte) {
-	if mediaType == ndjson {
-		for line := range bytes.Lines(body) {
-			if line = bytes.TrimSpace(line); len(line) > 0 {
-				text = append(g.answerLine(text, line), '\n')
-			}
+	if mediaType == oneSend {
+		status, result := g.take(body)
+		name := `{"status":`
+		if status != http.StatusOK {
+			name = `{"error":`
 		}
-		return http.StatusOK, text
+		return status, append(appendString(append(text, name...), result), "}\n"...)
+	}
+	for line := range bytes.Lines(body) {
+		if line = bytes.TrimSpace(line); len(line) == 0 {
+			continue
+		}
+		switch status, result := g.take(line); status {
+		case http.StatusOK:
+			text = append(appendString(append(text, `{"status":`...), result), "}\n"...)
+		case http.StatusBadRequest:
+			text = append(appendString(append(text, `{"status":400,"error":`...), result), "}\n"...)
+		default:
+			text = append(strconv.AppendInt(append(text, `{"status":`...), int64(status), 10), "}\n"...)
+		}
+	}
+	return http.StatusOK, text
+}
+
+// take does what one send request says. It returns the status for it, and
+// what became of it or the error's text.
+func (g *gateway) take(body []byte) (status int, result string) {
+	if len(body) > maxSend { // a line; a body of its own has been refused
+		g.met.events.with("invalid").Inc()
+		return http.StatusRequestEntityTooLarge, errBodyTooLarge.Error()
 	}
 	m, err := parseSend(body)
 	if err != nil {
 		g.met.events.with("invalid").Inc()
-		text = appendString(append(text, `{"error":`...), err.Error())
-		return http.StatusBadRequest, append(text, "}\n"...)
+		return http.StatusBadRequest, err.Error()
 	}
 	switch g.send(m) {
 	case sendWritten:
-		return http.StatusOK, append(text, `{"status":"ok"}`+"\n"...)
+		return http.StatusOK, "ok"
 	case sendBuffered:
-		return http.StatusOK, append(text, `{"status":"buffered"}`+"\n"...)
+		return http.StatusOK, "buffered"
 	}
-	return http.StatusNotFound, append(text, `{"error":"unknown token"}`+"\n"...)
-}
-
-// answerLine does what one line of a batch says.
-func (g *gateway) answerLine(text, line []byte) []byte {
-	if len(line) > maxSend {
-		g.met.events.with("invalid").Inc()
-		return append(text, `{"status":413}`...)
-	}
-	m, err := parseSend(line)
-	if err != nil {
-		g.met.events.with("invalid").Inc()
-		text = appendString(append(text, `{"status":400,"error":`...), err.Error())
-		return append(text, '}')
-	}
-	switch g.send(m) {
-	case sendWritten:
-		return append(text, batchOK...)
-	case sendBuffered:
-		return append(text, batchBuffered...)
-	}
-	return append(text, batchUnknown...)
+	return http.StatusNotFound, errUnknownToken.Error()
 }
 
 // send gives an event to its stream.
