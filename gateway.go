@@ -38,6 +38,13 @@ const (
 	featureBatch   = "batch"
 )
 
+// event is one message to a browser. An empty ID or Name is left out.
+type event struct {
+	ID   string
+	Name string
+	Data string
+}
+
 // errUnknownToken says that the gateway has no such stream, or no more.
 var errUnknownToken = errors.New("unknown token")
 
@@ -216,12 +223,11 @@ func (c *gatewayClient) postOne(body []byte) (r sendResult, err error) {
 }
 
 func (c *gatewayClient) postBatch(batch []*waitingSend) error {
-	var body bytes.Buffer
+	var body []byte
 	for _, s := range batch {
-		body.Write(s.body)
-		body.WriteByte('\n')
+		body = append(append(body, s.body...), '\n')
 	}
-	status, answer, err := c.do(ndjson, body.Bytes())
+	status, answer, err := c.do(ndjson, body)
 	if err != nil {
 		return err
 	}
@@ -261,7 +267,12 @@ func (c *gatewayClient) do(contentType string, body []byte) (status int, answer 
 
 // encodeSend is the body of POST /internal/send, or a line of a batch.
 func encodeSend(token string, e *event, end bool) []byte {
-	b := appendString([]byte(`{"token":`), token)
+	size := 128
+	if e != nil {
+		size += len(e.Data) + len(e.Data)/4 // with room for escapes
+	}
+	b := append(make([]byte, 0, size), `{"token":`...)
+	b = appendString(b, token)
 	if e != nil {
 		b = append(b, `,"event":{"data":`...)
 		b = appendString(b, e.Data)

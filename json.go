@@ -7,8 +7,10 @@ import (
 	"errors"
 	"mime"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -69,11 +71,15 @@ type object map[string]json.RawMessage
 func parseObject(text []byte) (object, error) {
 	o := object{}
 	duplicate := false
-	valid := scanObject(text, func(name, value []byte) {
-		key, _ := parseString(name)
-		_, ok := o[key]
-		duplicate = duplicate || ok
-		o[key] = value
+	valid := scanObject(text, func(name []byte, i int) int {
+		end := skipValue(text, i, 1)
+		if end >= 0 {
+			key, _ := parseString(name)
+			_, ok := o[key]
+			duplicate = duplicate || ok
+			o[key] = text[i:end]
+		}
+		return end
 	})
 	switch {
 	case !valid:
@@ -84,24 +90,19 @@ func parseObject(text []byte) (object, error) {
 	return o, nil
 }
 
-// field is a member that pick looks for, and where its value goes.
+// field is a member that pick looks for: where its value goes and, if that is
+// an object, what is looked for in there.
 type field struct {
-	name  string
-	value *[]byte
+	name   string
+	value  *[]byte
+	inside []field
 }
 
 // pick is parseObject for some members only, which it finds without a map.
 // The value of an absent one stays nil.
 func pick(text []byte, wanted ...field) error {
 	duplicate := false
-	valid := scanObject(text, func(name, value []byte) {
-		for _, f := range wanted {
-			if isString(name, f.name) {
-				duplicate = duplicate || *f.value != nil
-				*f.value = value
-			}
-		}
-	})
+	valid := scanObject(text, picker(text, 0, wanted, &duplicate))
 	switch {
 	case !valid:
 		return errNotJSON
@@ -109,6 +110,27 @@ func pick(text []byte, wanted ...field) error {
 		return errDuplicate
 	}
 	return nil
+}
+
+// picker returns the memberFunc for an object in which some members are wanted.
+func picker(text []byte, depth int, wanted []field, duplicate *bool) memberFunc {
+	return func(name []byte, i int) int {
+		k := slices.IndexFunc(wanted, func(f field) bool { return isString(name, f.name) })
+		if k < 0 {
+			return skipValue(text, i, depth+1)
+		}
+		f, end := wanted[k], -1
+		if f.inside != nil && at(text, i) == '{' {
+			end = skipObject(text, i, depth+1, picker(text, depth+1, f.inside, duplicate))
+		} else {
+			end = skipValue(text, i, depth+1)
+		}
+		if end >= 0 {
+			*duplicate = *duplicate || *f.value != nil
+			*f.value = text[i:end]
+		}
+		return end
+	}
 }
 
 // str returns a string member; absent is "" and false.
@@ -121,10 +143,14 @@ func (o object) str(name string) (value string, ok bool, err error) {
 	return value, err == nil, err
 }
 
-// scanObject reports whether text is one JSON object in UTF-8 (RFC 8259), and
-// calls visit for its members in their order. It passes over the text once;
-// json.Valid alone takes longer than all else that is done with an event.
-func scanObject(text []byte, visit func(name, value []byte)) bool {
+// memberFunc is called for the members of an object in their order. It returns
+// what skipValue does for the value, which begins at i.
+type memberFunc func(name []byte, i int) (end int)
+
+// scanObject reports whether text is one JSON object in UTF-8 (RFC 8259). It
+// passes over the text once; json.Valid alone takes longer than all else that
+// is done with an event.
+func scanObject(text []byte, visit memberFunc) bool {
 	i := skipSpace(text, 0)
 	return at(text, i) == '{' && skipSpace(text, skipObject(text, i, 0, visit)) == len(text) && utf8.Valid(text)
 }
@@ -157,7 +183,7 @@ func skipValue(text []byte, i, depth int) int {
 	case c == '"':
 		return skipString(text, i)
 	case c == '{':
-		return skipObject(text, i, depth, nil)
+		return skipObject(text, i, depth, func(_ []byte, i int) int { return skipValue(text, i, depth+1) })
 	case c == '[':
 		return skipArray(text, i, depth)
 	case c == '-' || '0' <= c && c <= '9':
@@ -171,7 +197,7 @@ func skipValue(text []byte, i, depth int) int {
 	return -1
 }
 
-func skipObject(text []byte, i, depth int, visit func(name, value []byte)) int {
+func skipObject(text []byte, i, depth int, visit memberFunc) int {
 	i = skipSpace(text, i+1)
 	if at(text, i) == '}' {
 		return i + 1
@@ -182,12 +208,7 @@ func skipObject(text []byte, i, depth int, visit func(name, value []byte)) int {
 		if at(text, colon) != ':' {
 			return -1
 		}
-		value := skipSpace(text, colon+1)
-		end := skipValue(text, value, depth+1)
-		if end >= 0 && visit != nil {
-			visit(text[i:nameEnd], text[value:end])
-		}
-		i = skipSpace(text, end)
+		i = skipSpace(text, visit(text[i:nameEnd], skipSpace(text, colon+1)))
 		switch at(text, i) {
 		case '}':
 			return i + 1
@@ -248,19 +269,28 @@ func skipString(text []byte, i int) int {
 	return -1
 }
 
-// plainPrefix returns how many bytes a string certainly goes on for: it looks
-// at 8 at a time for a quote, a backslash or a control character. Each term
-// is not zero if and only if a byte of x is such a one.
+// plainPrefix returns how many bytes a string certainly goes on for: up to 32
+// or 8 bytes before a quote, a backslash or a control character.
 func plainPrefix(text []byte) (n int) {
-	const ones, highs = 0x0101010101010101, 0x8080808080808080
-	for ; n+8 <= len(text); n += 8 {
-		x := binary.LittleEndian.Uint64(text[n:])
-		quote, backslash := x^('"'*ones), x^('\\'*ones)
-		if ((quote-ones)&^quote|(backslash-ones)&^backslash|(x-' '*ones)&^x)&highs != 0 {
+	for ; n+32 <= len(text); n += 32 {
+		b := text[n : n+32]
+		if special(b)|special(b[8:])|special(b[16:])|special(b[24:]) != 0 {
 			break
 		}
 	}
+	for n+8 <= len(text) && special(text[n:]) == 0 {
+		n += 8
+	}
 	return n
+}
+
+// special looks at 8 bytes at a time. It is not 0 if and only if one of them
+// is a quote, a backslash or a control character: what borrows from the next
+// byte in one of the subtractions is such a one itself.
+func special(b []byte) uint64 {
+	const ones, highs = 0x0101010101010101, 0x8080808080808080
+	x := binary.LittleEndian.Uint64(b)
+	return (((x ^ '"'*ones) - ones) | ((x ^ '\\'*ones) - ones) | (x - ' '*ones)) &^ x & highs
 }
 
 func isHex(digits []byte) bool {
@@ -310,35 +340,53 @@ func isString(raw []byte, s string) bool {
 	return decoded == s
 }
 
-// parseString decodes a JSON string; any other value is errFieldType. Quotes
-// and backslashes, which are all that JSON inside a string usually needs, are
-// decoded here, as encoding/json takes several times as long.
+// parseString decodes a JSON string; any other value is errFieldType.
 func parseString(raw []byte) (string, error) {
-	if len(raw) == 0 || raw[0] != '"' {
+	if at(raw, 0) != '"' {
 		return "", errFieldType
 	}
-	inner := raw[1 : len(raw)-1]
-	i := bytes.IndexByte(inner, '\\')
+	if bytes.IndexByte(raw, '\\') >= 0 {
+		raw = bytes.Clone(raw)
+	}
+	return string(unquote(raw)), nil
+}
+
+// unquote decodes a JSON string in place, as it never needs more room for it.
+// An escape that is half of a surrogate pair becomes U+FFFD.
+func unquote(raw []byte) []byte {
+	rest := raw[1 : len(raw)-1]
+	i := bytes.IndexByte(rest, '\\')
 	if i < 0 {
-		return string(inner), nil
+		return rest
 	}
-	var b strings.Builder
-	b.Grow(len(inner))
-	for ; i >= 0; i = bytes.IndexByte(inner, '\\') {
-		c := inner[i+1]
-		if c != '"' && c != '\\' {
-			var s string
-			if err := json.Unmarshal(raw, &s); err != nil {
-				return "", errFieldType
+	said := rest[:0]
+	for ; i >= 0; i = bytes.IndexByte(rest, '\\') {
+		said = append(said, rest[:i]...)
+		c := rest[i+1]
+		rest = rest[i+2:]
+		switch c {
+		case '"', '\\', '/':
+			said = append(said, c)
+		case 'u':
+			r := hexRune(rest)
+			rest = rest[4:]
+			if utf16.IsSurrogate(r) && bytes.HasPrefix(rest, []byte(`\u`)) {
+				if pair := utf16.DecodeRune(r, hexRune(rest[2:])); pair != utf8.RuneError {
+					r, rest = pair, rest[6:]
+				}
 			}
-			return s, nil
+			said = utf8.AppendRune(said, r)
+		default:
+			said = append(said, "\b\f\n\r\t"[strings.IndexByte("bfnrt", c)])
 		}
-		b.Write(inner[:i])
-		b.WriteByte(c)
-		inner = inner[i+2:]
 	}
-	b.Write(inner)
-	return b.String(), nil
+	return append(said, rest...)
+}
+
+// hexRune is what the four hexadecimal digits of an escape say.
+func hexRune(digits []byte) rune {
+	n, _ := strconv.ParseUint(string(digits[:4]), 16, 16)
+	return rune(n)
 }
 
 // parseNumber decodes a JSON number; any other value is errFieldType.

@@ -65,6 +65,22 @@ func TestParseObjectDepth(t *testing.T) {
 	}
 }
 
+// Strings are looked at many bytes at a time, which must not hide what stands anywhere among them.
+func TestStringEnd(t *testing.T) {
+	for n := range 80 {
+		for _, filler := range []string{"x", "\x7f", "!", "#", "[", "]", "é"} {
+			plain := strings.Repeat(filler, n)
+			for end, want := range map[string]bool{`"`: true, `\""`: true, `\\"`: true, "\x1f\"": false, "\x00\"": false, `\x"`: false, ``: false} {
+				text := `"` + plain + end + plain
+				want := map[bool]int{true: 1 + len(plain) + len(end), false: -1}[want]
+				if got := skipString([]byte(text), 0); got != want {
+					t.Errorf("%q: got %d, want %d", text, got, want)
+				}
+			}
+		}
+	}
+}
+
 func TestParseValues(t *testing.T) {
 	for _, tt := range []struct {
 		raw                string

@@ -21,31 +21,35 @@ const (
 )
 
 // sendRequest is the body of POST /internal/send. With neither an event nor
-// end it only asks whether the stream is alive.
+// end it only asks whether the stream is alive. All that is bytes is part of
+// the body that it was read from.
 type sendRequest struct {
-	token string
-	event *event
+	token []byte
+	event sentEvent
 	end   bool
 }
 
+// sentEvent is an event as the gateway reads it. Without data it is none.
+type sentEvent struct{ id, name, data []byte }
+
 var (
-	errNoToken = errors.New("token is missing or empty")
-	errNoData  = errors.New("event data is missing")
+	errNoToken    = errors.New("token is missing or empty")
+	errNoData     = errors.New("event data is missing")
+	errEventField = errors.New("event name and id must not contain CR, LF or NUL")
 )
 
+// parseSend reads a body, whose strings it decodes in place.
 func parseSend(body []byte) (m sendRequest, err error) {
-	var token, sent, end []byte
-	if err := pick(body, field{"token", &token}, field{"event", &sent}, field{"close", &end}); err != nil {
+	var token, end []byte
+	var e eventFields
+	if err := pick(body, field{"token", &token, nil}, e.field(), field{"close", &end, nil}); err != nil {
 		return m, err
 	}
-	if token == nil {
-		return m, errNoToken
-	}
-	if m.token, err = parseString(token); err == nil && m.token == "" {
+	if m.token, err = parseText(token); err == nil && len(m.token) == 0 {
 		err = errNoToken
 	}
-	if err == nil && sent != nil {
-		m.event, err = parseEvent(sent)
+	if err == nil {
+		m.event, err = e.parse()
 	}
 	if err == nil && end != nil {
 		m.end, err = parseBool(end)
@@ -53,32 +57,43 @@ func parseSend(body []byte) (m sendRequest, err error) {
 	return m, err
 }
 
-func parseEvent(text []byte) (*event, error) {
-	if text[0] != '{' {
-		return nil, errFieldType
+// eventFields are the member "event" of an object, and its members.
+type eventFields struct{ text, id, name, data []byte }
+
+func (f *eventFields) field() field {
+	return field{"event", &f.text, []field{{"id", &f.id, nil}, {"name", &f.name, nil}, {"data", &f.data, nil}}}
+}
+
+func (f *eventFields) parse() (e sentEvent, err error) {
+	switch {
+	case f.text == nil:
+		return e, nil
+	case f.text[0] != '{':
+		return e, errFieldType
+	case f.data == nil:
+		return e, errNoData
 	}
-	var id, name, data []byte
-	if err := pick(text, field{"id", &id}, field{"name", &name}, field{"data", &data}); err != nil {
-		return nil, err
+	if e.id, err = parseText(f.id); err == nil {
+		e.name, err = parseText(f.name)
 	}
-	if data == nil {
-		return nil, errNoData
-	}
-	var e event
-	var err error
-	if e.Data, err = parseString(data); err == nil && id != nil {
-		e.ID, err = parseString(id)
-	}
-	if err == nil && name != nil {
-		e.Name, err = parseString(name)
+	if err == nil && !(isOneLine(e.id) && isOneLine(e.name)) {
+		err = errEventField
 	}
 	if err == nil {
-		err = e.validate()
+		e.data, err = parseText(f.data)
 	}
-	if err != nil {
-		return nil, err
+	return e, err
+}
+
+// parseText decodes a JSON string in place; that of an absent one is nil.
+func parseText(raw []byte) ([]byte, error) {
+	switch at(raw, 0) {
+	case 0:
+		return nil, nil
+	case '"':
+		return unquote(raw), nil
 	}
-	return &e, nil
+	return nil, errFieldType
 }
 
 func parseBool(value []byte) (bool, error) {
@@ -133,7 +148,7 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	status, text := g.answerSend(nil, mediaType, body)
 	if r.ProtoAtLeast(1, 1) && !r.Close {
 		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
-			g.keepSending(conn, rw.Reader, appendAnswer(nil, time.Now(), mediaType, status, text))
+			g.keepSending(conn, rw.Reader, appendAnswer(nil, new(httpDate).at(time.Now()), mediaType, status, text))
 			return
 		}
 	}
@@ -211,14 +226,14 @@ func (g *gateway) send(m sendRequest) sendStatus {
 	status := sendGone
 	s := g.lookup(m.token)
 	switch {
-	case m.event == nil && s == nil:
+	case m.event.data == nil && s == nil:
 		return status
-	case m.event == nil:
+	case m.event.data == nil:
 		return s.send(nil, m.end)
 	case s != nil:
 		buf := frames.Get().(*[]byte)
 		defer frames.Put(buf)
-		*buf = appendEvent(reserveChunk(*buf), *m.event)
+		*buf = appendEvent(reserveChunk(*buf), m.event.id, m.event.name, m.event.data)
 		status = s.send(s.chunk(buf), m.end)
 	}
 	g.met.events.with(status.String()).Inc()
@@ -241,6 +256,7 @@ const (
 // sendLoop serves conn; buf is what has been read of it already.
 func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
 	var text, answer []byte
+	var date httpDate
 	var deadline time.Time
 	now := time.Now()
 	for {
@@ -253,7 +269,7 @@ func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
 		if size > 0 && len(buf) >= size {
 			var status int
 			status, text = g.answerSend(text[:0], mediaType, buf[head:size])
-			answer = appendAnswer(answer[:0], now, mediaType, status, text)
+			answer = appendAnswer(answer[:0], date.at(now), mediaType, status, text)
 			if _, err := conn.Write(answer); err != nil {
 				conn.Close()
 				return
@@ -379,8 +395,21 @@ func equalFold(b []byte, lower string) bool {
 	return true
 }
 
+// httpDate is a Date header's value, made anew once a second.
+type httpDate struct {
+	second int64
+	text   []byte
+}
+
+func (d *httpDate) at(now time.Time) []byte {
+	if second := now.Unix(); second != d.second {
+		d.second, d.text = second, now.UTC().AppendFormat(d.text[:0], http.TimeFormat)
+	}
+	return d.text
+}
+
 // appendAnswer appends a response.
-func appendAnswer(b []byte, now time.Time, mediaType string, status int, body []byte) []byte {
+func appendAnswer(b, date []byte, mediaType string, status int, body []byte) []byte {
 	b = append(b, "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)
 	b = append(b, ' ')
@@ -388,7 +417,7 @@ func appendAnswer(b []byte, now time.Time, mediaType string, status int, body []
 	b = append(b, "\r\nContent-Type: "...)
 	b = append(b, mediaType...)
 	b = append(b, "\r\nDate: "...)
-	b = now.UTC().AppendFormat(b, http.TimeFormat)
+	b = append(b, date...)
 	b = append(b, "\r\nContent-Length: "...)
 	b = strconv.AppendInt(b, int64(len(body)), 10)
 	b = append(b, "\r\n\r\n"...)

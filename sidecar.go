@@ -158,7 +158,7 @@ func (g *gateway) register(r *http.Request) *stream {
 		return nil
 	}
 	s := &stream{token: newToken(), request: encodeRequest(r), chunked: r.ProtoAtLeast(1, 1), limits: &g.limits}
-	sh := g.shard(s.token)
+	sh := g.shard(s.token[len(s.token)-1])
 	sh.mu.Lock()
 	sh.streams[s.token] = s
 	sh.mu.Unlock()
@@ -170,26 +170,24 @@ func (g *gateway) register(r *http.Request) *stream {
 }
 
 func (g *gateway) unregister(s *stream) {
-	sh := g.shard(s.token)
+	sh := g.shard(s.token[len(s.token)-1])
 	sh.mu.Lock()
 	delete(sh.streams, s.token)
 	sh.mu.Unlock()
 	g.count.Add(-1)
 }
 
-func (g *gateway) shard(token string) *shard {
-	if token == "" {
-		return &g.shards[0]
-	}
-	digit := token[len(token)-1]
+// shard returns the shard of the tokens with this last digit.
+func (g *gateway) shard(digit byte) *shard {
 	return &g.shards[(digit&15+digit>>6*9)%16] // hexadecimal, in lower case
 }
 
-func (g *gateway) lookup(token string) *stream {
-	sh := g.shard(token)
+// lookup returns the stream of a token, which is not empty.
+func (g *gateway) lookup(token []byte) *stream {
+	sh := g.shard(token[len(token)-1])
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	return sh.streams[token]
+	return sh.streams[string(token)]
 }
 
 // refuse answers a request that gets no stream. A browser's EventSource gives
@@ -254,8 +252,8 @@ func (g *gateway) open(w http.ResponseWriter, r *http.Request, s *stream, a *cal
 	header.Write(&head)
 	head.WriteString("\r\n")
 	first := appendRetry(reserveChunk(nil), g.retry())
-	if a.event != nil {
-		first = appendEvent(first, *a.event)
+	if a.event.data != nil {
+		first = appendEvent(first, a.event.id, a.event.name, a.event.data)
 	}
 	head.Write(s.chunk(&first))
 
@@ -290,7 +288,7 @@ func (g *gateway) spawn(f func()) {
 
 // callbackAnswer is what the backend said to a connect callback.
 type callbackAnswer struct {
-	event *event
+	event sentEvent
 	end   bool
 }
 
@@ -436,19 +434,18 @@ func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
 	if len(bytes.TrimSpace(body)) == 0 {
 		return a
 	}
-	var sent, end []byte
+	var e eventFields
+	var end []byte
 	err := errBodyTooLarge
 	if len(body) <= maxAnswer {
-		err = pick(body, field{"event", &sent}, field{"close", &end})
+		err = pick(body, e.field(), field{"close", &end, nil})
 	}
 	if err != nil {
 		g.log.Warn("ignoring the callback's answer", "err", err)
 		return a
 	}
-	if sent != nil {
-		if a.event, err = parseEvent(sent); err != nil {
-			g.log.Warn("ignoring the event in the callback's answer", "err", err)
-		}
+	if a.event, err = e.parse(); err != nil {
+		g.log.Warn("ignoring the event in the callback's answer", "err", err)
 	}
 	if end != nil {
 		if a.end, err = parseBool(end); err != nil {

@@ -1,9 +1,8 @@
 package main
 
 import (
-	"errors"
+	"bytes"
 	"strconv"
-	"strings"
 )
 
 // The wire form of Server-Sent Events, WHATWG HTML section 9.2.5 "Parsing an
@@ -13,26 +12,12 @@ import (
 // heartbeat is a comment: it keeps proxies from closing an idle stream.
 const heartbeat = ": heartbeat\n"
 
-// event is one message of a stream. An empty ID or Name is left out, so the
-// browser keeps its last event ID and dispatches a "message".
-type event struct {
-	ID   string
-	Name string
-	Data string
-}
+// isOneLine reports whether an ID or name stays on its line, and whether the
+// browser takes it: an ID with NUL it ignores (section 9.2.6).
+func isOneLine(s []byte) bool { return !bytes.ContainsAny(s, "\r\n\x00") }
 
-// errEventField says that an ID or Name would break out of its line, or that
-// the browser would ignore it (NUL in an ID, section 9.2.6).
-var errEventField = errors.New("event name and id must not contain CR, LF or NUL")
-
-func (e event) validate() error {
-	if strings.ContainsAny(e.ID, "\r\n\x00") || strings.ContainsAny(e.Name, "\r\n\x00") {
-		return errEventField
-	}
-	return nil
-}
-
-// appendEvent appends a valid event:
+// appendEvent appends an event. Without an ID the browser keeps its last event
+// ID, without a name it dispatches a "message"; each must be on one line.
 //
 //	id: k3v9-17
 //	event: task_event
@@ -41,35 +26,34 @@ func (e event) validate() error {
 //	(blank line)
 //
 // The data is cut at CRLF, LF and CR, which the browser gives back as LF.
-func appendEvent(b []byte, e event) []byte {
-	if e.ID != "" {
+func appendEvent(b, id, name, data []byte) []byte {
+	if len(id) > 0 {
 		b = append(b, "id: "...)
-		b = append(b, e.ID...)
+		b = append(b, id...)
 		b = append(b, '\n')
 	}
-	if e.Name != "" {
+	if len(name) > 0 {
 		b = append(b, "event: "...)
-		b = append(b, e.Name...)
+		b = append(b, name...)
 		b = append(b, '\n')
 	}
-	rest := e.Data
-	lineEnd := func(s string) int { return strings.IndexAny(s, "\r\n") }
-	if strings.IndexByte(rest, '\r') < 0 { // as nearly always, and several times faster
-		lineEnd = func(s string) int { return strings.IndexByte(s, '\n') }
+	lineEnd := func(s []byte) int { return bytes.IndexAny(s, "\r\n") }
+	if bytes.IndexByte(data, '\r') < 0 { // as nearly always, and several times faster
+		lineEnd = func(s []byte) int { return bytes.IndexByte(s, '\n') }
 	}
 	for {
 		b = append(b, "data: "...)
-		i := lineEnd(rest)
+		i := lineEnd(data)
 		if i < 0 {
-			b = append(b, rest...)
+			b = append(b, data...)
 			return append(b, "\n\n"...)
 		}
-		b = append(b, rest[:i]...)
+		b = append(b, data[:i]...)
 		b = append(b, '\n')
-		if strings.HasPrefix(rest[i:], "\r\n") {
+		if bytes.HasPrefix(data[i:], []byte("\r\n")) {
 			i++
 		}
-		rest = rest[i+1:]
+		data = data[i+1:]
 	}
 }
 
