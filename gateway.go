@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
 	"sync"
 	"time"
@@ -21,7 +22,7 @@ const (
 	// So many POSTs are under way at once, to a gateway that takes batches and
 	// to one that does not. What comes meanwhile waits, and in the first case
 	// goes out together.
-	maxPostingBatches = 2
+	maxPostingBatches = 4
 	maxPosting        = 128
 
 	// The most that a batch holds. It is far from the gateway's own limit, so
@@ -132,6 +133,11 @@ func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, e
 	}
 	if c.posting < limit {
 		c.posting++
+		if c.batches {
+			c.mu.Unlock()
+			runtime.Gosched() // others that are about to send come along
+			c.mu.Lock()
+		}
 	} else {
 		s.wake = make(chan struct{}, 1)
 		c.waiting = append(c.waiting, s)
