@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -62,8 +63,10 @@ func BenchmarkGroupCommit(b *testing.B) {
 				client.heard(features)
 				m := newConnectionManager(client, slog.New(slog.DiscardHandler), noConnectionMetrics{})
 				tokens := g.openMany(1000)
-				for _, token := range tokens {
-					m.OnConnect("task:"+token, token, "/")
+				identifiers := make([]string, len(tokens))
+				for i, token := range tokens {
+					identifiers[i] = "task:" + token
+					m.OnConnect(identifiers[i], token, "/")
 				}
 				e := event{"k3v9x2ab-17", "task_event", benchData}
 				b.ReportAllocs()
@@ -73,8 +76,8 @@ func BenchmarkGroupCommit(b *testing.B) {
 				for range senders {
 					work.Go(func() {
 						for i := next.Add(1); i <= int64(b.N); i = next.Add(1) {
-							token := tokens[int(i)%len(tokens)]
-							if got := m.Send("task:"+token, token, &e, false); got != delivered {
+							k := int(i) % len(tokens)
+							if got := m.Send(identifiers[k], tokens[k], &e, false); got != delivered {
 								b.Errorf("got %v, want %v", got, delivered)
 								return
 							}
@@ -132,13 +135,34 @@ func (g *gatewayFixture) openMany(n int) (tokens []string) {
 		g.t.Logf("%d streams instead of %d: RLIMIT_NOFILE is %d", most, n, limit.Cur)
 		n = most
 	}
+	var clients []int
 	for range n {
 		c := g.open("/x")
-		c.SetReadDeadline(time.Time{})
-		go io.Copy(io.Discard, c)
+		raw, err := c.SyscallConn()
+		if err != nil {
+			g.t.Fatal(err)
+		}
+		raw.Control(func(fd uintptr) {
+			client, _ := syscall.Dup(int(fd))
+			clients = append(clients, client)
+		})
+		c.Close()
 		tokens = append(tokens, c.callback.Token)
 	}
+	go readAll(g.t.Context(), clients)
 	return tokens
+}
+
+// readAll reads whatever comes to the sockets, a few times a second, until ctx ends. A goroutine for each that waits
+// would take as much of the processors as the gateway does; browsers are on other machines.
+func readAll(ctx context.Context, clients []int) {
+	buf := make([]byte, 64<<10)
+	for ctx.Err() == nil {
+		for _, fd := range clients {
+			syscall.Recvfrom(fd, buf, syscall.MSG_DONTWAIT)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
 }
 
 // benchExchange sends the requests by turns over one connection. Their answers must be equally long.
