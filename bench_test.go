@@ -1,10 +1,10 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -124,44 +124,60 @@ func BenchmarkHeartbeatRound(b *testing.B) {
 	}
 }
 
-// openMany opens so many streams, or fewer if there are not enough file descriptors for both ends, whose clients read
-// whatever comes. It returns their tokens.
+// openMany opens about so many streams, whose clients read whatever comes. It returns their tokens.
 func (g *gatewayFixture) openMany(n int) (tokens []string) {
-	var limit syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		g.t.Fatal(err)
-	}
-	if most := int(limit.Cur/2) - 200; n > most {
-		g.t.Logf("%d streams instead of %d: RLIMIT_NOFILE is %d", most, n, limit.Cur)
-		n = most
-	}
-	var clients []int
-	for range n {
+	var clients quietClients
+	for range atMost(g.t, n) {
 		c := g.open("/x")
-		raw, err := c.SyscallConn()
-		if err != nil {
-			g.t.Fatal(err)
-		}
-		raw.Control(func(fd uintptr) {
-			client, _ := syscall.Dup(int(fd))
-			clients = append(clients, client)
-		})
-		c.Close()
+		clients = append(clients, quiet(g.t, c.TCPConn))
 		tokens = append(tokens, c.callback.Token)
 	}
-	go readAll(g.t.Context(), clients)
+	go func() {
+		for ; g.t.Context().Err() == nil; time.Sleep(100 * time.Millisecond) {
+			clients.read(func([]byte) {})
+		}
+	}()
 	return tokens
 }
 
-// readAll reads whatever comes to the sockets, a few times a second, until ctx ends. A goroutine for each that waits
-// would take as much of the processors as the gateway does; browsers are on other machines.
-func readAll(ctx context.Context, clients []int) {
+// atMost is n, or less if there are not enough file descriptors for both ends of n connections.
+func atMost(t testing.TB, n int) int {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if most := int(limit.Cur/2) - 200; n > most {
+		t.Logf("%d streams instead of %d: RLIMIT_NOFILE is %d", most, n, limit.Cur)
+		return most
+	}
+	return n
+}
+
+// quietClients are sockets that only read looks at. Goroutines that wait for what comes would take as much of the
+// processors as the gateway does; browsers are on other machines.
+type quietClients []int
+
+// quiet returns the socket of a connection, which it closes.
+func quiet(t testing.TB, conn *net.TCPConn) (fd int) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(polled uintptr) { fd, err = syscall.Dup(int(polled)) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	t.Cleanup(func() { syscall.Close(fd) })
+	return fd
+}
+
+// read passes on what has come to each client.
+func (c quietClients) read(got func(text []byte)) {
 	buf := make([]byte, 64<<10)
-	for ctx.Err() == nil {
-		for _, fd := range clients {
-			syscall.Recvfrom(fd, buf, syscall.MSG_DONTWAIT)
-		}
-		time.Sleep(100 * time.Millisecond)
+	for _, fd := range c {
+		n, _, _ := syscall.Recvfrom(fd, buf, syscall.MSG_DONTWAIT)
+		got(buf[:max(n, 0)])
 	}
 }
 
