@@ -85,15 +85,41 @@ func newGatewayClient(baseURL string) *gatewayClient {
 		url: baseURL + "/internal/",
 		client: &http.Client{
 			Timeout: sendLimit,
-			Transport: &http.Transport{
+			Transport: direct{&http.Transport{
 				DialContext:         dial,
 				MaxIdleConnsPerHost: maxPosting,
 				IdleConnTimeout:     4 * time.Second, // before a Node.js gateway closes them, after 5
 				DisableCompression:  true,
-			},
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+			}},
 		},
 	}
+}
+
+// direct is a transport to the other role. No redirect leads away from it: an
+// http.Client would follow, or quote what the Location says in an error.
+type direct struct{ *http.Transport }
+
+func (d direct) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := d.Transport.RoundTrip(r)
+	if err == nil {
+		resp.Header.Del("Location")
+	}
+	return resp, err
+}
+
+// readAnswer reads the body of a response, at most limit bytes, and closes it.
+// It must be read to its end, or the connection is not used again. What comes
+// after a 101 has no end, and no deadline either (RFC 9110 section 15.2.2).
+func readAnswer(resp *http.Response, limit int64) ([]byte, error) {
+	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		return nil, errors.New("reading the answer: unasked change of protocol")
+	}
+	body, err := io.ReadAll(io.LimitReader(resp.Body, limit))
+	if err != nil {
+		return nil, fmt.Errorf("reading the answer: %w", err)
+	}
+	return body, nil
 }
 
 // dial connects to localhost by its addresses, as a container that holds
@@ -256,19 +282,13 @@ func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 	return nil
 }
 
-// do makes a POST and reads the answer to its end, or the connection would
-// not be used again.
 func (c *gatewayClient) do(contentType string, body []byte) (status int, answer []byte, err error) {
 	resp, err := c.client.Post(c.url+"send", contentType, bytes.NewReader(body))
 	if err != nil {
 		return 0, nil, withoutURL(err)
 	}
-	defer resp.Body.Close()
-	answer, err = io.ReadAll(io.LimitReader(resp.Body, maxBatchBytes))
-	if err != nil {
-		return 0, nil, fmt.Errorf("reading the gateway's answer: %w", err)
-	}
-	return resp.StatusCode, answer, nil
+	answer, err = readAnswer(resp, maxBatchBytes)
+	return resp.StatusCode, answer, err
 }
 
 // encodeSend is the body of POST /internal/send, or a line of a batch.

@@ -159,7 +159,7 @@ func TestGatewayClientLimit(t *testing.T) {
 					io.Copy(io.Discard, far) // until the client gives up
 				}()
 				c := newGatewayClient("http://hush")
-				c.client.Transport.(*http.Transport).DialContext = func(context.Context, string, string) (net.Conn, error) {
+				c.client.Transport.(direct).DialContext = func(context.Context, string, string) (net.Conn, error) {
 					return near, nil
 				}
 				start := time.Now()
@@ -172,6 +172,23 @@ func TestGatewayClientLimit(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// What follows a 101 is read by nobody: it has no end, and no time limit of the client reaches it.
+func TestGatewayClientSwitchesNoProtocol(t *testing.T) {
+	t.Parallel()
+	c := newGatewayTest(t, func(w http.ResponseWriter, r *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		t.Cleanup(func() { conn.Close() })
+		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
+	})
+	if _, err := c.send("t", nil, false); err == nil || !strings.Contains(err.Error(), "change of protocol") {
+		t.Errorf("got %v, want an unasked change of protocol", err)
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -37,6 +36,10 @@ const (
 	maxDisconnecting = 32
 	goodbyeLimit     = 30 * time.Second
 
+	// askingGrace is how long connect callbacks may still take in a shutdown;
+	// then their clients are told to come back.
+	askingGrace = 2 * time.Second
+
 	// Streams that end together do so one after the other, a millisecond apart
 	// but within endSpread in all, lest the browsers return in one wave.
 	endSpread = 3 * time.Second
@@ -53,6 +56,8 @@ type gateway struct {
 
 	connecting    chan struct{} // a slot for each connect callback under way
 	disconnecting chan struct{}
+	asking        context.Context // of connect callbacks
+	stopAsking    context.CancelFunc
 
 	returned *returnListener // connections that sendLoop gives back to net/http
 
@@ -77,24 +82,26 @@ type shard struct {
 }
 
 func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gateway {
+	asking, stopAsking := context.WithCancel(context.Background())
 	g := &gateway{
 		cfg:    cfg,
 		limits: streamLimits{buffer: cfg.StreamBuffer, writeTimeout: cfg.WriteTimeout},
 		log:    log,
 		met:    met,
 		client: &http.Client{
-			Transport: &http.Transport{
+			Transport: direct{&http.Transport{
 				DialContext:         dial,
 				MaxIdleConnsPerHost: maxConnecting + maxDisconnecting,
 				IdleConnTimeout:     10 * time.Second, // after a storm they would cost more than the streams
 				ReadBufferSize:      callbackBuffer,
 				WriteBufferSize:     callbackBuffer,
 				DisableCompression:  true,
-			},
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+			}},
 		},
 		connecting:    make(chan struct{}, maxConnecting),
 		disconnecting: make(chan struct{}, maxDisconnecting),
+		asking:        asking,
+		stopAsking:    stopAsking,
 		returned:      newReturnListener(),
 		name:          newEpoch(),
 	}
@@ -297,14 +304,15 @@ type callbackAnswer struct {
 // that the backend accepted and then did not finish its answer.
 func (g *gateway) connect(r *http.Request, s *stream) (status int, text string, answer *callbackAnswer) {
 	order := fmt.Sprintf("%s-%d", g.name, g.requests.Add(1))
-	ctx, cancel := context.WithTimeout(context.Background(), callbackLimit)
+	ctx, cancel := context.WithTimeout(g.asking, callbackLimit)
 	defer cancel()
 	select {
 	case g.connecting <- struct{}{}:
 		defer func() { <-g.connecting }()
 	case <-ctx.Done():
 		g.met.callbacks.with("connect", "timeout").Inc()
-		return http.StatusGatewayTimeout, "backend too slow", nil
+		status, text = explain(ctx.Err())
+		return status, text, nil
 	case <-r.Context().Done(): // the client left before the backend was asked
 		return http.StatusServiceUnavailable, "client left", nil
 	}
@@ -312,17 +320,24 @@ func (g *gateway) connect(r *http.Request, s *stream) (status int, text string, 
 	switch {
 	case err == nil && code/100 == 2:
 		return 0, "", g.parseAnswer(body)
-	case code >= 300: // whatever became of its body
+	case code >= 300:
 		return code, "connection rejected", nil
-	case errors.Is(err, context.DeadlineExceeded):
-		status, text = http.StatusGatewayTimeout, "backend too slow"
-	default:
-		status, text = http.StatusServiceUnavailable, "backend unreachable"
-	}
-	if code/100 == 2 {
+	case code/100 == 2:
 		answer = &callbackAnswer{}
 	}
+	status, text = explain(err)
 	return status, text, answer
+}
+
+// explain tells a client why the backend was not heard.
+func explain(err error) (status int, text string) {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return http.StatusGatewayTimeout, "backend too slow"
+	case errors.Is(err, context.Canceled):
+		return http.StatusServiceUnavailable, "shutting down"
+	}
+	return http.StatusServiceUnavailable, "backend unreachable"
 }
 
 // sayGoodbye makes the disconnect callback of an accepted stream: once, with
@@ -378,12 +393,11 @@ func (g *gateway) post(ctx context.Context, payload []byte, order string) (statu
 	if err != nil {
 		return 0, nil, withoutURL(err)
 	}
-	defer resp.Body.Close()
-	body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
-	if err != nil {
-		return resp.StatusCode, nil, fmt.Errorf("reading the answer: %w", err)
+	body, err = readAnswer(resp, maxAnswer+1)
+	if resp.StatusCode >= 300 {
+		err = nil // nobody needs that body
 	}
-	return resp.StatusCode, body, nil
+	return resp.StatusCode, body, err
 }
 
 // withoutURL takes the URL, which may hold a secret, out of a client error.
@@ -513,6 +527,7 @@ func (sh *shard) all() []*stream {
 // and waits for their disconnect callbacks. When ctx ends it gives up.
 func (g *gateway) shutdown(ctx context.Context) {
 	g.closing.Store(true)
+	time.AfterFunc(askingGrace, g.stopAsking)
 	g.endAll(ctx)
 	for g.busy.Load() > 0 {
 		select {

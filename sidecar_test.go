@@ -218,7 +218,7 @@ var transient = []int{408, 425, 429, 500, 502, 503, 504, 599}
 func TestRefusedByBackend(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "RETRY_MILLISECONDS=50", func(w http.ResponseWriter, c callbackCall) {
-		w.Header().Set("Location", "/elsewhere")
+		w.Header().Set("Location", []string{"/elsewhere", "http://malformed:80a/"}[c.number()%2])
 		answering(c.number(), `{"event":{"data":"not for the client"}}`)(w, c)
 	})
 	retries := map[int]bool{}
@@ -257,7 +257,13 @@ func TestBackendUnreachable(t *testing.T) {
 		conn.Close()
 		panic(http.ErrAbortHandler)
 	})
-	for _, g := range []*gatewayFixture{nobody, notHTTP} {
+	upgrades := newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
+		conn, _, _ := http.NewResponseController(w).Hijack()
+		t.Cleanup(func() { conn.Close() })
+		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
+		panic(http.ErrAbortHandler)
+	})
+	for _, g := range []*gatewayFixture{nobody, notHTTP, upgrades} {
 		if got, want := g.get("/x").reply(), `503 {"error":"backend unreachable"}`; got != want {
 			t.Errorf("got %s, want %s", got, want)
 		}
@@ -279,17 +285,21 @@ func TestBackendTooSlow(t *testing.T) {
 		if c.Action == "disconnect" {
 			return
 		}
-		if c.Request.URL == "/stalls" {
+		switch c.Request.URL {
+		case "/stalls":
 			io.WriteString(w, `{"event":`)
-			http.NewResponseController(w).Flush()
+		case "/refuses":
+			w.WriteHeader(http.StatusForbidden)
+		default:
 			<-c.givenUp
-			return
+			panic(http.ErrAbortHandler)
 		}
+		http.NewResponseController(w).Flush()
 		<-c.givenUp
-		panic(http.ErrAbortHandler)
 	})
 	began := time.Now()
 	silent, stalls, browser := g.get("/silent"), g.get("/stalls"), g.get("/silent", "Accept: text/event-stream")
+	refused := g.get("/refuses")
 	for _, c := range []*streamClient{silent, stalls} {
 		if got, want := c.reply(), `504 {"error":"backend too slow"}`; got != want {
 			t.Errorf("got %s, want %s", got, want)
@@ -299,7 +309,11 @@ func TestBackendTooSlow(t *testing.T) {
 	if took := time.Since(began); took < 5*time.Second {
 		t.Errorf("the answers took %v, want 5 s", took)
 	}
+	if got, want := refused.reply(), `403 {"error":"connection rejected"}`; got != want {
+		t.Errorf("refused without the rest of the answer: got %s, want %s", got, want)
+	}
 	g.waitMetric(`gateway_callbacks_total{action="connect",status="timeout"}`, 3)
+	g.waitMetric(`gateway_callbacks_total{action="connect",status="rejected"}`, 1)
 	g.waitMetric("gateway_streams", 0)
 }
 
@@ -609,6 +623,22 @@ func TestGatewayShutdownIsBounded(t *testing.T) {
 		t.Errorf("got exit code %d after %v, want 0 within 5 s", code, took)
 	}
 	c.wantEnd()
+}
+
+// A proxy would tell a browser whose connection ends without an answer 502, and it would give up for good.
+func TestGatewayShutdownAnswersThoseThatConnect(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", holding("connect", nil, answering(200, "")))
+	plain, browser := g.get("/x"), g.get("/x", "Accept: text/event-stream")
+	receive(t, g.connects)
+	receive(t, g.connects)
+	if got := g.stop(); got != 0 {
+		t.Errorf("got exit code %d, want 0", got)
+	}
+	if got, want := plain.reply(), `503 {"error":"shutting down"}`; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	browser.wantTransient("shutting down")
 }
 
 // Living

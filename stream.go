@@ -124,7 +124,11 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.conn, s.raw = conn, raw
-	if s.ended { // more was sent meanwhile than may wait
+	if s.ended { // more was sent meanwhile than may wait: the browser comes back for it
+		if s.chunked {
+			head = append(head, lastChunk...)
+		}
+		writeNow(raw, head)
 		conn.Close()
 		return
 	}

@@ -139,7 +139,7 @@ func TestBufferOverflowCutsTheStream(t *testing.T) {
 	g.waitMetric("gateway_streams", 1)
 }
 
-// A stream that ends before it has begun must not leave its client without an answer and without an end.
+// A stream that ends before it has begun must leave its client with an answer, or a proxy makes it a final one.
 func TestBufferOverflowDuringCallback(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
@@ -152,10 +152,8 @@ func TestBufferOverflowDuringCallback(t *testing.T) {
 		}
 	}
 	close(gate)
-	c.SetReadDeadline(time.Now().Add(patience))
-	if _, err := io.ReadAll(c.wire); err != nil {
-		t.Errorf("the client got no end: %v", err)
-	}
+	c.begin()
+	c.wantEnd()
 	g.wantDisconnect(c, "error")
 	g.waitMetric("gateway_streams", 0)
 }

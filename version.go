@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"sync"
@@ -302,11 +301,10 @@ func (p *poller) fetch(ctx context.Context) (a announcement, err error) {
 	if err != nil {
 		return a, withoutURL(err)
 	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxVersionBody+1))
+	body, err := readAnswer(resp, maxVersionBody+1)
 	switch {
 	case err != nil:
-		return a, fmt.Errorf("reading the version: %w", err)
+		return a, err
 	case resp.StatusCode == http.StatusNotModified:
 		return a, nil
 	case resp.StatusCode != http.StatusOK:
