@@ -208,16 +208,16 @@ func (r *envReader) number(name string, unset, low, high int) int {
 // seconds reads a time in seconds, which may have decimals. Where unset is "0", no limit, 0 may also be set.
 func (r *envReader) seconds(name, unset string) time.Duration {
 	f, err := strconv.ParseFloat(cmp.Or(r.getenv(name), unset), 64)
-	d := time.Duration(math.Round(f * float64(time.Second)))
-	must := fmt.Sprintf("a number of seconds above 0 and at most %d", maxSeconds)
+	must := fmt.Sprintf("a number of seconds from 0.001 to %d", maxSeconds)
+	good := f >= 0.001 && f <= maxSeconds // false for NaN
 	if unset == "0" {
 		must = "0 or " + must
+		good = good || f == 0
 	}
-	inRange := f >= 0 && f <= maxSeconds                             // false for NaN
-	if err != nil || !inRange || d == 0 && (f > 0 || unset != "0") { // f > 0: what rounds to 0 must not mean no limit
+	if err != nil || !good {
 		r.fail(name, must)
 	}
-	return d
+	return time.Duration(math.Round(f * float64(time.Second)))
 }
 
 // addr reads host:port, where an empty host is every interface. It names localhost by its address, as a container that

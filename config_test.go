@@ -164,7 +164,7 @@ func TestConfigBounds(t *testing.T) {
 		{"MAX_CONNECTIONS", "0", "-1|1e3"},
 		{"STREAM_BUFFER_BYTES", "1024|1073741824", "1023|1073741825"},
 		{"RETRY_MILLISECONDS", "1|3600000", "0|3600001"},
-		{"TASK_TIMEOUT_SECONDS", "0.5|.5|31536000|0.000000001", "0|-0|0.0|1e-12|-1|31536000.5|1s|1e999|-Inf|Inf|NaN|1,5"},
+		{"TASK_TIMEOUT_SECONDS", "0.5|.5|31536000|0.001", "0|-0|0.0|0.0009|1e-12|-1|31536000.5|1s|1e999|-Inf|Inf|NaN|1,5"},
 		{"MAX_STREAM_SECONDS", "0|0.0|0.5", "-1|1e-12|31536001|NaN"},
 		{"CORS_ALLOW_ORIGIN", "*|https://h|http://h:8080|HTTPS://H|http://[::1]:80",
 			"h|null|https://h/|https://h?|https://h#|https://*.h|https://a,https://b|https://a,b|https://a b|https://ü|" +

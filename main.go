@@ -52,6 +52,7 @@ const (
 var page []byte
 
 func main() {
+	stdlog.SetOutput(io.Discard) // HTTP clients print what a server said unasked, secrets too
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal kills
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
@@ -226,7 +227,7 @@ func (g *gateway) routes(reg *registry, internal bool) http.Handler {
 	}
 	own := jsonErrors(mux)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch r.URL.Path {
+		switch r.URL.EscapedPath() {
 		case "/healthz", "/readyz", "/internal/send", "/internal/reset", "/metrics":
 			own.ServeHTTP(w, r)
 		default:
@@ -484,7 +485,7 @@ func healthcheck(ctx context.Context, getenv func(string) string, stderr io.Writ
 		fmt.Fprintln(stderr, err)
 		return 1
 	}
-	client := &http.Client{Timeout: 3 * time.Second}
+	client := &http.Client{Timeout: 3 * time.Second, Transport: direct{&http.Transport{}}} // no proxy
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
 	if err == nil {
 		var resp *http.Response

@@ -609,6 +609,9 @@ func TestHealthcheckFails(t *testing.T) {
 		}
 	}
 	check(addr, "http://"+addr+"/readyz answered 503")
+	elsewhere := httptest.NewServer(http.RedirectHandler("/healthz", http.StatusFound))
+	defer elsewhere.Close()
+	check(elsewhere.Listener.Addr().String(), "/readyz answered 302")
 	server.Close()
 	check(addr, "connection refused")
 	check("localhost", "ADDR must be host:port")
