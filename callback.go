@@ -79,14 +79,8 @@ type callback struct {
 
 // connectAnswer is the answer to a connect callback.
 type connectAnswer struct {
-	Event answerEvent `json:"event"`
-	Close bool        `json:"close,omitempty"`
-}
-
-type answerEvent struct {
-	ID   string `json:"id,omitempty"`
-	Name string `json:"name"`
-	Data string `json:"data"`
+	Event event `json:"event"`
+	Close bool  `json:"close,omitempty"`
 }
 
 var (
@@ -140,7 +134,7 @@ func (h *callbackHandler) connect(w http.ResponseWriter, c connectRequest) {
 		writeError(w, http.StatusBadRequest, err.Error())
 		return
 	}
-	writeJSON(w, http.StatusOK, connectAnswer{answerEvent(open), end})
+	writeJSON(w, http.StatusOK, connectAnswer{open, end || h.closing.Load()})
 }
 
 // route finds the service and the ID that a stream's target names.

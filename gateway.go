@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -41,9 +42,9 @@ const (
 
 // event is one message to a browser. An empty ID or Name is left out.
 type event struct {
-	ID   string
-	Name string
-	Data string
+	ID   string `json:"id,omitempty"`
+	Name string `json:"name"`
+	Data string `json:"data"`
 }
 
 // errUnknownToken says that the gateway has no such stream, or no more.
@@ -182,7 +183,7 @@ func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, e
 	c.mu.Lock()
 	if len(c.waiting) > 0 {
 		next := c.waiting[0]
-		c.waiting = c.waiting[1:]
+		c.waiting = slices.Delete(c.waiting, 0, 1)
 		next.wake <- struct{}{}
 	} else {
 		c.posting--
@@ -199,8 +200,8 @@ func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, e
 // here, so that it ends them and the browsers come back. Otherwise, after a
 // backend that was killed, they would wait for ever. A gateway that does not
 // know of it, or does not run yet, is fine.
-func (c *gatewayClient) reset(callbackSecret secret, log *slog.Logger) {
-	req, err := http.NewRequest(http.MethodPost, c.url+"reset", strings.NewReader("{}"))
+func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *slog.Logger) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url+"reset", strings.NewReader("{}"))
 	if err == nil {
 		req.Header.Set("Content-Type", oneSend)
 		req.Header.Set("Authorization", "Bearer "+string(callbackSecret))
@@ -222,7 +223,7 @@ func (c *gatewayClient) takeLocked(s *waitingSend) []*waitingSend {
 		n++
 	}
 	batch := append([]*waitingSend{s}, c.waiting[:n]...)
-	c.waiting = c.waiting[n:]
+	c.waiting = slices.Delete(c.waiting, 0, n)
 	return batch
 }
 

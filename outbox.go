@@ -159,7 +159,7 @@ func (o *outbox) Connect(c connectRequest) (open event, end bool) {
 func (o *outbox) Wait(ctx context.Context, n uint64) bool {
 	for {
 		o.mu.Lock()
-		done := o.sent >= n || o.start >= n
+		done := o.start >= n
 		i := o.indexLocked(n - 1)
 		dropped := i == len(o.log) || o.log[i].n != n
 		busy := o.token != "" && o.sender == o.token && !dropped

@@ -137,7 +137,6 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	buf := bodies.Get().(*bytes.Buffer)
-	defer bodies.Put(buf)
 	buf.Reset()
 	body, err := readBody(w, r, limit, buf)
 	if err != nil {
@@ -146,6 +145,7 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	status, text := g.answerSend(nil, mediaType, body)
+	bodies.Put(buf) // not deferred: keepSending lasts as long as the connection
 	if r.ProtoAtLeast(1, 1) && !r.Close {
 		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
 			g.keepSending(conn, rw.Reader, appendAnswer(nil, new(httpDate).at(time.Now()), mediaType, status, text))
@@ -166,6 +166,7 @@ func (g *gateway) keepSending(conn net.Conn, read *bufio.Reader, answer []byte) 
 		ahead = append(ahead, more...)
 		conn = r.TCPConn
 	}
+	conn.SetDeadline(time.Now().Add(sendIdle))
 	if _, err := conn.Write(answer); err != nil {
 		conn.Close()
 		return
@@ -277,6 +278,9 @@ func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
 			rest := buf[size:]
 			if cap(buf) > sendBufferMax {
 				buf = nil
+			}
+			if cap(text) > sendBufferMax {
+				text, answer = nil, nil
 			}
 			buf = append(buf[:0], rest...)
 			continue

@@ -117,7 +117,7 @@ type task struct {
 	err      string
 	cancel   context.CancelFunc // of work's context; nil before it runs, and if external
 	seen     time.Time          // start, or the last report from outside
-	deadline *time.Timer        // fails the task; nil before it runs
+	deadline *time.Timer        // fails the task, later forgets it; nil before it runs
 }
 
 var (
@@ -132,9 +132,6 @@ var (
 	errQueueFull     = errors.New("task queue is full")
 	errClosing       = errors.New("shutting down")
 )
-
-// badParams is what a taskKind says of its params.
-type badParams struct{ error }
 
 func newTaskService(cfg taskConfig, epoch string, conns *ConnectionManager, log *slog.Logger, met taskMetrics) *TaskService {
 	return &TaskService{
@@ -189,7 +186,7 @@ func (s *TaskService) Start(kind string, params object) (t *task, known bool, er
 	}
 	work, err := makeWork(params)
 	if err != nil {
-		return nil, false, badParams{err}
+		return nil, false, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -209,7 +206,7 @@ func (s *TaskService) Start(kind string, params object) (t *task, known bool, er
 func (s *TaskService) startExternal(params object) (t *task, known bool, err error) {
 	id, title, err := externalParams(params)
 	if err != nil {
-		return nil, false, badParams{err}
+		return nil, false, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -407,7 +404,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result json.RawMe
 		seconds = t.end.Sub(t.start).Seconds()
 	}
 	s.met.RecordTask(t.kind, string(status), seconds)
-	time.AfterFunc(s.cfg.remember, func() {
+	t.deadline = time.AfterFunc(s.cfg.remember, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.tasks[t.id] == t {
@@ -449,6 +446,7 @@ func (s *TaskService) Delete(id string) error {
 
 func (s *TaskService) forgetLocked(t *task) {
 	delete(s.tasks, t.id)
+	t.deadline.Stop()           // it holds the task
 	if t.kind == externalTask { // its ID may be chosen again
 		s.policy = s.policy.renewed()
 	}
@@ -493,6 +491,7 @@ func (s *TaskService) Close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closing = true
+	s.queue = nil // at once, not one by one
 	for _, t := range s.tasks {
 		s.finishLocked(t, taskFailed, nil, "server is shutting down")
 	}
@@ -514,7 +513,7 @@ func (s *TaskService) Events() (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, t := range s.tasks {
-		kept, _, _ := t.outbox.Size()
+		kept, _, _ := t.outbox.Size("")
 		n += kept
 	}
 	return n
@@ -724,11 +723,11 @@ func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) {
 	s.serveReport(w, r, func(id string, body object) (string, error) {
 		progress, err := text(body, "text", "")
 		if err != nil {
-			return "", badParams{err}
+			return "", err
 		}
 		value, err := parseNumber(body["value"])
 		if err != nil {
-			return "", badParams{errors.New("value must be a number")}
+			return "", errors.New("value must be a number")
 		}
 		return s.Progress(id, progress, value)
 	})
@@ -749,7 +748,7 @@ func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) {
 	s.serveReport(w, r, func(id string, body object) (string, error) {
 		failure, err := text(body, "error", "")
 		if err != nil || failure == "" {
-			return "", badParams{fmt.Errorf("error must be a string of 1 to %d bytes", maxTaskText)}
+			return "", fmt.Errorf("error must be a string of 1 to %d bytes", maxTaskText)
 		}
 		return s.Fail(id, failure)
 	})
@@ -778,7 +777,7 @@ func writeSuccess(w http.ResponseWriter, err error, message string) {
 }
 
 func writeTaskError(w http.ResponseWriter, err error) {
-	status := http.StatusBadRequest // errTaskKind and badParams
+	status := http.StatusBadRequest // errTaskKind, and what is wrong with the params or the body
 	switch err {
 	case errTaskUnknown, errCannotCancel, errCannotDelete:
 		status = http.StatusNotFound

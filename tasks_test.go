@@ -14,6 +14,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"weak"
 )
 
 // start makes a task from the body of a request and returns its ID.
@@ -547,6 +548,20 @@ func TestTaskSuccessorIsNotForgotten(t *testing.T) {
 		api.external("a")
 		time.Sleep(time.Minute)
 		api.checkStatus("a", taskRunning, "")
+	})
+}
+
+// A task that is deleted has long to go until it would be forgotten. Nothing may keep it in memory.
+func TestDeletedTaskIsFreed(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "TASK_CLEANUP_INTERVAL_SECONDS=31536000")
+	api.external("a")
+	api.post("a/complete", `{"result":1}`)
+	deleted := weak.Make(api.tasks.tasks["a"])
+	api.do("DELETE", "/api/tasks/a", "")
+	eventually(t, patience, "freed", func() bool {
+		runtime.GC()
+		return deleted.Value() == nil
 	})
 }
 
