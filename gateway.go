@@ -19,6 +19,8 @@ import (
 const (
 	// sendLimit bounds one POST to the gateway. It is tried once.
 	sendLimit = 5 * time.Second
+	// resetLimit bounds how long a start waits for a gateway.
+	resetLimit = time.Second
 
 	// So many POSTs are under way at once, to a gateway that takes batches and
 	// to one that does not. What comes meanwhile waits, and in the first case
@@ -63,7 +65,7 @@ type gatewayClient struct {
 	mu      sync.Mutex     // guards the rest
 	batches bool           // the gateway takes them
 	posting int            // POSTs under way
-	waiting []*waitingSend // one of each outbox at most, besides probes and ends
+	waiting []*waitingSend // one of each token at most, besides probes and ends
 }
 
 // waitingSend is one send that waits: for its turn, or for the result that
@@ -201,6 +203,8 @@ func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, e
 // backend that was killed, they would wait for ever. A gateway that does not
 // know of it, or does not run yet, is fine.
 func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(ctx, resetLimit)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url+"reset", strings.NewReader("{}"))
 	if err == nil {
 		req.Header.Set("Content-Type", oneSend)

@@ -317,6 +317,11 @@ func TestGatewayClientBoundsItsPosts(t *testing.T) {
 		last := t.send("t", nil) // finds that all have left
 		t.reply(t.next(single("t")), 200, "")
 		t.wantResult(last, "false <nil>")
+		for _, s := range t.client.waiting[:cap(t.client.waiting)] {
+			if s != nil {
+				t.Fatal("a send that is over is still in memory")
+			}
+		}
 	})
 }
 

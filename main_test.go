@@ -594,6 +594,25 @@ func TestRunUntilStopped(t *testing.T) {
 	}
 }
 
+// The readiness of the backend does not depend on the gateway's.
+func TestStartBesideASilentGateway(t *testing.T) {
+	t.Parallel()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	ctx, stop := context.WithCancel(t.Context())
+	stderr, exited := &apiLog{}, make(chan int, 1)
+	env := map[string]string{"ADDR": "127.0.0.1:0", "SSE_GATEWAY_URL": "http://" + silent.Addr().String()}
+	go func() { exited <- run(ctx, nil, getenvFrom(env), io.Discard, stderr) }()
+	eventually(t, sendLimit-time.Second, "started", func() bool { return strings.Contains(stderr.String(), "msg=started") })
+	stop()
+	if got := <-exited; got != 0 {
+		t.Errorf("exit code: got %d, want 0", got)
+	}
+}
+
 func TestHealthcheckFails(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
