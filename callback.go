@@ -21,7 +21,8 @@ const maxCallback = 256 << 10
 // service is what a callback is routed to.
 type service interface {
 	// OnConnect registers the connection of the service's id. It returns the
-	// event that begins its stream, and whether that ends it, or errBadID.
+	// event that begins its stream, and whether that ends it, or errBadID, or
+	// errVersionsFull.
 	OnConnect(id string, c connectRequest) (open event, end bool, err error)
 }
 
@@ -129,12 +130,17 @@ func (h *callbackHandler) connect(w http.ResponseWriter, c connectRequest) {
 		return
 	}
 	open, end, err := service.OnConnect(id, c)
+	if err == errVersionsFull {
+		writeError(w, http.StatusServiceUnavailable, err.Error())
+		return
+	}
 	if err != nil {
 		h.log.Warn("refusing a connection", "id", strconv.Quote(id[:min(len(id), 2*maxID)]), "err", err)
 		writeError(w, http.StatusBadRequest, err.Error())
 		return
 	}
-	writeJSON(w, http.StatusOK, connectAnswer{open, end || h.closing.Load()})
+	end = end || h.closing.Load() // since the look above; EndAll may have missed this stream
+	writeJSON(w, http.StatusOK, connectAnswer{open, end})
 }
 
 // route finds the service and the ID that a stream's target names.

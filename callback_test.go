@@ -218,6 +218,28 @@ func TestCallbackWhileStopping(t *testing.T) {
 	})
 }
 
+// stoppingService is a service during whose work the process ends.
+type stoppingService struct {
+	service
+	stop func()
+}
+
+func (s stoppingService) OnConnect(id string, c connectRequest) (event, bool, error) {
+	s.stop()
+	return s.service.OnConnect(id, c)
+}
+
+// Who is let in just after all streams were ended would stay connected to nobody.
+func TestCallbackOvertakenByTheStop(t *testing.T) {
+	apiTest(t, "SSE_GATEWAY_URL=http://gateway.invalid", func(t *testing.T, api *apiFixture) {
+		api.backend.callback.version = stoppingService{api.version, func() { api.stop(t.Context()) }}
+		got := api.callback(apiConnect("t", "/api/sse/utils/version?request_id=r"))
+		if want := strings.TrimSuffix(callbackAccepted, "}") + `,"close":true}`; got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	})
+}
+
 func TestOnConnectValidUUID(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		id := newToken()

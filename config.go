@@ -24,9 +24,9 @@ const (
 	minSecretLength = 16                 // characters, in production
 )
 
-// gatewayConfig configures the gateway role. The gateway embedded in a backend uses all but Addr and CallbackURL.
-// Here and below, seconds may have decimals and are above 0 and at most a year; a count that has no other upper bound
-// is at most 1<<30.
+// gatewayConfig configures the gateway role. loadBackendConfig leaves out Addr and CallbackURL: the gateway embedded in a
+// backend is told by it where callbacks go. Here and below, seconds may have decimals and are from 0.001 to a year; a
+// count that has no other upper bound is at most 1<<30.
 type gatewayConfig struct {
 	// Addr is the public listen address: PORT (default 3000; 0 lets the system choose) on every interface.
 	Addr string
@@ -44,7 +44,8 @@ type gatewayConfig struct {
 	// StreamBuffer (STREAM_BUFFER_BYTES, default 1 MiB, 1 KiB to 1 GiB) is the bytes that may wait for one client; a
 	// client for which more would wait is cut.
 	StreamBuffer int
-	// WriteTimeout (WRITE_TIMEOUT_SECONDS, default 10) is how long a client may take no byte before it is cut.
+	// WriteTimeout (WRITE_TIMEOUT_SECONDS, default 10) is how long a client may take no byte before it is cut. As long as
+	// its socket has room for more, that is seen at heartbeats only.
 	WriteTimeout time.Duration
 	// MaxStream (MAX_STREAM_SECONDS, default 0 = no limit) ends each stream after 80 to 100 % of it. Without it, streams
 	// that a proxy left half open stay until a write fails.
@@ -83,7 +84,7 @@ type backendConfig struct {
 	// goes; the first and the terminal event always stay, hence at least 2.
 	TaskEventLimit int
 	// VersionPendingLimit (VERSION_PENDING_LIMIT, default 100, 0 = unbounded) is how many undelivered events are kept per
-	// request_id. Beyond it the oldest is dropped and counted.
+	// request_id; beyond it the oldest is dropped and counted. As many delivered ones are kept for browsers that come back.
 	VersionPendingLimit int
 	// VersionPendingTTL (VERSION_PENDING_SECONDS, default 3600) is how long an outbox is kept without a connection. Then
 	// its events are dropped and counted.
@@ -95,7 +96,7 @@ type backendConfig struct {
 	// Sweep (CONNECTION_SWEEP_SECONDS, default 60) is how often connections are checked against the gateway, and so about
 	// how long one that the gateway lost is still counted.
 	Sweep time.Duration
-	// Gateway configures the embedded gateway. With a GatewayURL it is checked but not used.
+	// Gateway configures the embedded gateway. With a GatewayURL it is checked, but only its InternalAddr is used.
 	Gateway gatewayConfig
 }
 

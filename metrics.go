@@ -340,7 +340,7 @@ func newGatewayMetrics(r *registry) *gatewayMetrics {
 		opened: r.counters("gateway_streams_opened_total", "Streams opened.").with(),
 		closed: r.counters("gateway_streams_closed_total", "Streams ended, by reason.",
 			label{"reason", []string{"client_closed", "server_closed", "error"}}),
-		events: r.counters("gateway_events_total", "Requests to send, by what became of them.",
+		events: r.counters("gateway_events_total", "Events posted to the gateway, by what became of them.",
 			label{"status", []string{"written", "buffered", "unknown_token", "invalid"}}),
 		callbacks: r.counters("gateway_callbacks_total", "Callbacks to the backend, by outcome.",
 			action, label{"status", []string{"accepted", "rejected", "timeout", "error"}}),

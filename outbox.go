@@ -18,14 +18,12 @@ type outboxPolicy struct {
 	// replay makes every fresh connection start at the first event. Without
 	// it, one starts at the first event that no connection has taken yet.
 	replay bool
-	// limit is how many events are kept that a fresh connection would get; 0
-	// means no limit. Beyond it the oldest that is not marked goes, and is
-	// told to dropped.
+	// limit is how many events are kept that a fresh connection would get, and
+	// how many others: the gateway took them, but a browser that lost its
+	// connection may ask for them by ID. 0 means no limit. Beyond it the oldest
+	// that is not marked goes; dropped is told of those that nobody was given.
 	limit   int
 	dropped func(n int)
-	// tail is how many of the other events are kept: the gateway took them,
-	// but a browser that lost its connection may ask for them by ID.
-	tail int
 }
 
 // renewed returns the same policy with a new epoch. A service that forgets
@@ -92,7 +90,7 @@ func (o *outbox) id(n uint64) string {
 // parseID returns the number in an ID of this epoch.
 func (o *outbox) parseID(id string) (n uint64, ok bool) {
 	epoch, number, ok := strings.Cut(id, "-")
-	if !ok || epoch != o.policy.epoch {
+	if !ok || epoch == "" || epoch != o.policy.epoch {
 		return 0, false
 	}
 	n, err := strconv.ParseUint(number, 10, 64)
@@ -153,9 +151,9 @@ func (o *outbox) Connect(c connectRequest) (open event, end bool) {
 	return open, false
 }
 
-// Wait waits until event n was given to a connection. It returns false when
-// ctx ends, when the event was dropped, or when nobody is at it: there is no
-// connection, or it failed.
+// Wait waits until event n was given to a connection that is open, if only
+// those that lack it get it. It returns false when ctx ends, when the event was
+// dropped, or when nobody is at it: there is no connection, or it failed.
 func (o *outbox) Wait(ctx context.Context, n uint64) bool {
 	for {
 		o.mu.Lock()
@@ -179,16 +177,29 @@ func (o *outbox) Wait(ctx context.Context, n uint64) bool {
 	}
 }
 
-// Size returns how many events are kept, and how many of them, with how many
-// bytes of data, a fresh connection would get.
-func (o *outbox) Size() (kept, waiting, bytes int) {
+// Size returns how many events are kept. Of those whose data is not shared
+// with other outboxes it also returns how many a fresh connection would get,
+// and how many bytes of data there are.
+func (o *outbox) Size(shared string) (kept, waiting, bytes int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	fresh := o.log[o.indexLocked(o.start):]
-	for _, e := range fresh {
+	for _, e := range o.log {
+		if e.data == shared {
+			continue
+		}
 		bytes += len(e.data)
+		if e.n > o.start {
+			waiting++
+		}
 	}
-	return len(o.log), len(fresh), bytes
+	return len(o.log), waiting, bytes
+}
+
+// Shed drops the events that a fresh connection would not get.
+func (o *outbox) Shed() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.log = slices.Clone(o.log[o.indexLocked(o.start):])
 }
 
 // indexLocked returns the index of the first event after n.
@@ -201,16 +212,24 @@ func (o *outbox) indexLocked(n uint64) int {
 
 // trimLocked drops what the policy does not keep.
 func (o *outbox) trimLocked() {
-	if done := o.indexLocked(o.start); done > o.policy.tail {
-		o.log = slices.Delete(o.log, 0, done-o.policy.tail)
+	limit := o.policy.limit
+	if limit == 0 {
+		return
 	}
-	for from := o.indexLocked(o.start); o.policy.limit > 0 && len(o.log)-from > o.policy.limit; {
+	from := o.indexLocked(o.start)
+	if from > limit {
+		o.log = slices.Delete(o.log, 0, from-limit)
+		from = limit
+	}
+	for len(o.log)-from > limit {
 		i := slices.IndexFunc(o.log[from:], func(e entry) bool { return !e.keep })
 		if i < 0 {
 			return
 		}
+		if o.log[from+i].n > o.sent {
+			o.policy.dropped(1)
+		}
 		o.log = slices.Delete(o.log, from+i, from+i+1)
-		o.policy.dropped(1)
 		o.notifyLocked()
 	}
 }

@@ -30,11 +30,11 @@ const (
 	callbackBuffer = 2 << 10 // bytes that a connection to the backend buffers each way
 
 	// At most so many callbacks are under way. A connect callback waits for
-	// its turn within callbackLimit, a disconnect callback for goodbyeLimit;
+	// its turn within callbackLimit, a disconnect callback for disconnectLimit;
 	// then it is given up, and counted as a timeout.
 	maxConnecting    = 256
 	maxDisconnecting = 32
-	goodbyeLimit     = 30 * time.Second
+	disconnectLimit  = 30 * time.Second
 
 	// askingGrace is how long connect callbacks may still take in a shutdown;
 	// then their clients are told to come back.
@@ -149,7 +149,7 @@ func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	if status != 0 {
 		g.unregister(s)
 		if answer != nil { // the backend holds a connection that never was
-			g.spawn(func() { g.sayGoodbye(s, streamError) })
+			g.spawn(func() { g.disconnect(s, streamError) })
 		}
 		g.refuse(w, r, status, text)
 		return
@@ -251,7 +251,7 @@ func (g *gateway) open(w http.ResponseWriter, r *http.Request, s *stream, a *cal
 	if err != nil {
 		g.log.Error("taking over a connection", "err", err)
 		g.unregister(s)
-		g.spawn(func() { g.sayGoodbye(s, streamError) })
+		g.spawn(func() { g.disconnect(s, streamError) })
 		return
 	}
 	var head bytes.Buffer
@@ -282,7 +282,7 @@ func (g *gateway) watch(s *stream) {
 	g.unregister(s)
 	g.met.closed.with(s.reason).Inc()
 	g.log.Debug("stream closed", "token", mask(s.token), "reason", s.reason)
-	g.sayGoodbye(s, s.reason)
+	g.disconnect(s, s.reason)
 }
 
 func (g *gateway) spawn(f func()) {
@@ -340,10 +340,10 @@ func explain(err error) (status int, text string) {
 	return http.StatusServiceUnavailable, "backend unreachable"
 }
 
-// sayGoodbye makes the disconnect callback of an accepted stream: once, with
+// disconnect makes the disconnect callback of an accepted stream: once, with
 // no retry. The stream itself has ended before.
-func (g *gateway) sayGoodbye(s *stream, reason string) {
-	turn, cancel := context.WithTimeout(context.Background(), goodbyeLimit)
+func (g *gateway) disconnect(s *stream, reason string) {
+	turn, cancel := context.WithTimeout(context.Background(), disconnectLimit)
 	defer cancel()
 	select {
 	case g.disconnecting <- struct{}{}:
@@ -528,7 +528,7 @@ func (sh *shard) all() []*stream {
 func (g *gateway) shutdown(ctx context.Context) {
 	g.closing.Store(true)
 	time.AfterFunc(askingGrace, g.stopAsking)
-	g.endAll(ctx)
+	g.endAll(ctx, g.all())
 	for g.busy.Load() > 0 {
 		select {
 		case <-ctx.Done():
@@ -539,12 +539,15 @@ func (g *gateway) shutdown(ctx context.Context) {
 	}
 }
 
-// endAll ends the streams of now, a few each millisecond.
-func (g *gateway) endAll(ctx context.Context) {
-	var streams []*stream
+func (g *gateway) all() (streams []*stream) {
 	for i := range g.shards {
 		streams = append(streams, g.shards[i].all()...)
 	}
+	return streams
+}
+
+// endAll ends the streams, a few each millisecond.
+func (g *gateway) endAll(ctx context.Context, streams []*stream) {
 	step := len(streams)/int(endSpread/time.Millisecond) + 1
 	for batch := range slices.Chunk(streams, step) {
 		for _, s := range batch {
@@ -573,8 +576,9 @@ func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusUnauthorized, "missing or wrong secret")
 		return
 	}
-	g.log.Info("ending the streams of an earlier backend", "streams", g.count.Load())
-	g.spawn(func() { g.endAll(context.Background()) })
+	streams := g.all() // before the answer, after which there may be new ones
+	g.log.Info("ending the streams of an earlier backend", "streams", len(streams))
+	g.spawn(func() { g.endAll(context.Background(), streams) })
 	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 }
 

@@ -15,12 +15,10 @@ const (
 	maxVersion     = 256      // bytes of a version
 	maxChangelog   = 32 << 10 // bytes of a changelog
 
-	// versionTail is how many events that the gateway took are kept for each
-	// request_id, in case they did not reach the browser.
-	versionTail = 16
-	// maxVersionHeld bounds what waits for all request IDs together, in bytes;
-	// beyond it an announcement to a single one is refused. Each event counts
-	// versionOverhead bytes more than its data.
+	// maxVersionHeld bounds what is kept for all request IDs together, in
+	// bytes; each ID and each event counts versionOverhead. Beyond half of it
+	// only what waits is kept, and beyond all of it new IDs, and announcements
+	// to a single one, are refused.
 	maxVersionHeld  = 256 << 20
 	versionOverhead = 512
 	// tidyInterval is how often outboxes are looked through, at most.
@@ -34,7 +32,7 @@ const (
 
 // versionConfig are the limits of a VersionService.
 type versionConfig struct {
-	pendingLimit int           // undelivered events kept for each request_id; 0 = no limit
+	pendingLimit int           // undelivered events kept for each request_id, and delivered ones; 0 = no limit
 	pendingTTL   time.Duration // how long an outbox without a connection is kept
 }
 
@@ -51,7 +49,7 @@ type VersionService struct {
 	mu      sync.Mutex                // guards the rest
 	policy  *outboxPolicy             // of outboxes made from now on
 	streams map[string]*versionStream // by request_id
-	held    int                       // bytes waiting when last tidied, and all announced since
+	held    int                       // bytes kept when last tidied, and all that came since
 	latest  announcement              // to everybody
 	round   uint64                    // announcements to everybody so far
 }
@@ -78,7 +76,7 @@ type announcement struct {
 var (
 	errBadVersion   = fmt.Errorf("version must be a string of 1 to %d bytes", maxVersion)
 	errBadChangelog = fmt.Errorf("changelog must be a string of at most %d bytes", maxChangelog)
-	errVersionsFull = errors.New("too many announcements are waiting")
+	errVersionsFull = errors.New("too many announcements or request IDs")
 )
 
 func newVersionService(cfg versionConfig, epoch string, conns *ConnectionManager, log *slog.Logger, met outboxMetrics) *VersionService {
@@ -92,7 +90,6 @@ func newVersionService(cfg versionConfig, epoch string, conns *ConnectionManager
 			epoch:   epoch,
 			limit:   cfg.pendingLimit,
 			dropped: func(n int) { met.RecordOutboxDropped(serviceVersion, "limit", n) },
-			tail:    versionTail,
 		},
 		streams: map[string]*versionStream{},
 	}
@@ -107,20 +104,31 @@ func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	st := s.streamLocked(id, identifier)
+	st, err := s.streamLocked(id, identifier, 0)
+	if err != nil {
+		return event{}, false, err
+	}
 	st.alone = time.Time{}
 	s.catchUpLocked(st)
 	open, end = st.outbox.Connect(c)
 	return open, end, nil
 }
 
-func (s *VersionService) streamLocked(id, identifier string) *versionStream {
+// streamLocked returns the stream of a request_id, with room for so many bytes.
+func (s *VersionService) streamLocked(id, identifier string, room int) (*versionStream, error) {
 	st := s.streams[id]
+	if st == nil {
+		room += versionOverhead
+	}
+	if room > 0 && s.held+room > maxVersionHeld {
+		return nil, errVersionsFull
+	}
+	s.held += room
 	if st == nil {
 		st = &versionStream{outbox: newOutbox(identifier, s.conns, s.policy), alone: time.Now()}
 		s.streams[id] = st
 	}
-	return st
+	return st, nil
 }
 
 // catchUpLocked appends the latest announcement to everybody, unless st has
@@ -135,25 +143,24 @@ func (s *VersionService) catchUpLocked(st *versionStream) (n uint64) {
 		return 0
 	}
 	st.version = s.latest.version
+	s.held += versionOverhead
 	return st.outbox.Append(s.latest.data, false)
 }
 
 // Announce tells one request_id, at once if it is connected, otherwise when
-// it connects. It reports whether the gateway took the event by the time it
-// returns, which is when ctx ends at the latest.
+// it connects. It reports whether an open stream was given the event by the
+// time it returns, which is when ctx ends at the latest.
 func (s *VersionService) Announce(ctx context.Context, id string, a announcement) (delivered bool, err error) {
 	identifier, err := newIdentifier(serviceVersion, id)
 	if err != nil {
 		return false, err
 	}
 	s.mu.Lock()
-	cost := len(a.data) + versionOverhead
-	if s.held+cost > maxVersionHeld {
+	st, err := s.streamLocked(id, identifier, len(a.data)+versionOverhead)
+	if err != nil {
 		s.mu.Unlock()
-		return false, errVersionsFull
+		return false, err
 	}
-	s.held += cost
-	st := s.streamLocked(id, identifier)
 	st.version = a.version
 	n := st.outbox.Append(a.data, false)
 	s.mu.Unlock()
@@ -191,7 +198,8 @@ func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (deliv
 }
 
 // Tidy drops, until ctx ends, the outboxes that have had no connection for
-// the configured time.
+// the configured time. While memory is short it also drops what no fresh
+// connection would get.
 func (s *VersionService) Tidy(ctx context.Context) {
 	ticker := time.NewTicker(min(tidyInterval, max(s.cfg.pendingTTL/8, time.Millisecond)))
 	defer ticker.Stop()
@@ -209,21 +217,25 @@ func (s *VersionService) tidy() {
 	now := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	short := s.held > maxVersionHeld/2
 	s.held = 0
 	known := len(s.streams)
 	for id, st := range s.streams {
-		_, waiting, bytes := st.outbox.Size()
-		switch {
-		case s.conns.Connected(st.outbox.identifier):
+		if short {
+			st.outbox.Shed()
+		}
+		kept, waiting, bytes := st.outbox.Size(s.latest.data)
+		if s.conns.Connected(st.outbox.identifier) {
 			st.alone = time.Time{}
-		case st.alone.IsZero():
+		} else if st.alone.IsZero() {
 			st.alone = now
-		case now.Sub(st.alone) >= s.cfg.pendingTTL:
+		}
+		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || short && waiting == 0) {
 			delete(s.streams, id)
 			s.met.RecordOutboxDropped(serviceVersion, "expired", waiting)
 			continue
 		}
-		s.held += bytes + waiting*versionOverhead
+		s.held += bytes + (1+kept)*versionOverhead
 	}
 	if len(s.streams) < known {
 		s.policy = s.policy.renewed()
@@ -235,7 +247,7 @@ func (s *VersionService) Events() (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, st := range s.streams {
-		kept, _, _ := st.outbox.Size()
+		kept, _, _ := st.outbox.Size("")
 		n += kept
 	}
 	return n

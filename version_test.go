@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -232,24 +234,56 @@ func TestVersionBodies(t *testing.T) {
 // Announcements for IDs that never connect must not fill the memory: those
 // that do not fit are refused until some have gone.
 func TestVersionMemoryIsBounded(t *testing.T) {
-	t.Parallel()
-	api := newAPI(t, "")
-	api.checkAnnounced("a", "1", false)
-	one := api.version.held
-	if want := len(`{"version":"1"}`) + versionOverhead; one != want {
-		t.Errorf("got %d bytes held, want %d", one, want)
-	}
-	api.version.held = maxVersionHeld - one // as if others waited
-	api.checkAnnounced("b", "1", false)
-	api.checkAnnounce(`{"request_id":"c","version":"1"}`, `503 {"error":"too many announcements are waiting"}`)
-	if got := len(api.version.streams); got != 2 {
-		t.Errorf("got %d outboxes, want 2", got)
-	}
-	api.version.tidy() // counts what is there
-	if got, want := api.version.held, 2*one; got != want {
-		t.Errorf("got %d bytes held after tidying, want %d", got, want)
-	}
-	api.checkAnnounced("c", "1", false)
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.checkAnnounced("a", "1", false)
+		one := api.version.held
+		if want := len(`{"version":"1"}`) + 2*versionOverhead; one != want {
+			t.Errorf("got %d bytes held, want %d", one, want)
+		}
+		api.version.held = maxVersionHeld - one // as if there were others
+		api.checkAnnounced("b", "1", false)
+		full := `503 {"error":"too many announcements or request IDs"}`
+		api.checkAnnounce(`{"request_id":"c","version":"1"}`, full)
+		if got := api.do("POST", "/api/sse/callback", apiConnect("t", "/api/sse/utils/version?request_id=c")); got != full {
+			t.Errorf("a connection: got %s, want %s", got, full)
+		}
+		api.subscribe("a").checkStory("connection_open version:1") // is known already
+		if got := len(api.version.streams); got != 2 {
+			t.Errorf("got %d outboxes, want 2", got)
+		}
+		api.version.tidy() // keeps what waits, and whoever is there
+		if got, want := api.version.held, one+versionOverhead; got != want {
+			t.Errorf("got %d bytes held after tidying, want %d", got, want)
+		}
+		api.checkAnnounced("c", "1", false)
+	})
+}
+
+// Whoever opens streams with one ID after the other must not fill the memory either.
+func TestVersionForgetsIdleWhenMemoryIsShort(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.checkAnnouncedToAll("1", 0, 0)
+		api.checkAnnounced("waits", "own", false)
+		idle, here, lost := api.subscribe("idle"), api.subscribe("here"), api.subscribe("lost")
+		for _, s := range []*apiStream{idle, here, lost} {
+			s.checkStory("connection_open version:1")
+		}
+		idle.leave()
+		lost.lose()
+		api.checkAnnouncedToAll("2", 1, 1)
+		api.version.tidy()
+		if got := len(api.version.streams); got != 4 {
+			t.Errorf("with memory left: got %d outboxes, want 4", got)
+		}
+		api.version.held = maxVersionHeld/2 + 1 // as if there were others
+		api.version.tidy()
+		if got, want := slices.Sorted(maps.Keys(api.version.streams)), []string{"here", "waits"}; !slices.Equal(got, want) {
+			t.Errorf("got outboxes of %q, want of %q", got, want)
+		}
+		here.checkStory("connection_open version:1 version:2")
+		api.subscribe("lost").checkStory("connection_open version:2") // as it had been waiting
+		api.subscribe("waits").checkStory("connection_open version:own version:2")
+	})
 }
 
 // versionFile is a server of a version.json whose every answer the test gives.
