@@ -62,6 +62,7 @@ type stream struct {
 	written  uint64 // bytes given to the socket
 	uptake   uptake // of the client
 	ending   bool   // ends when pending is written; takes nothing more
+	overflow bool   // ending, because more was sent than may wait
 	ended    bool
 	reason   string      // set with ended
 	lifetime *time.Timer // ends a stream that has been open for long enough; nil without a limit
@@ -106,7 +107,7 @@ func (s *stream) send(frame []byte, end bool) sendStatus {
 	} else if len(frame) > 0 {
 		s.writeLocked(frame)
 	}
-	if s.ended {
+	if s.ended || s.overflow {
 		return sendGone // this frame was too much
 	}
 	if end {
@@ -150,7 +151,15 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 // the time it may not have room for a long while.
 func (s *stream) stuckLocked() bool {
 	queued, ok := unacknowledged(s.raw)
-	return s.uptake.stuck(s.written-uint64(queued), !ok || queued > 0, time.Now(), s.limits.writeTimeout)
+	return s.uptake.stuck(s.written-uint64(queued), !ok || queued > 0, time.Now(), s.timeoutLocked())
+}
+
+// timeoutLocked is how long the client may take nothing.
+func (s *stream) timeoutLocked() time.Duration {
+	if s.overflow {
+		return min(s.limits.writeTimeout, overflowTimeout)
+	}
+	return s.limits.writeTimeout
 }
 
 // uptake is how far a client had come when it was last seen to lack
@@ -245,11 +254,19 @@ func (s *stream) writeLocked(frame []byte) {
 }
 
 func (s *stream) enqueueLocked(frame []byte) {
-	if s.draining+len(s.pending)+len(frame) > s.limits.buffer {
+	need := len(s.pending) + len(frame)
+	switch {
+	case s.draining+need <= s.limits.buffer:
+		if need > cap(s.pending) { // append would grow it in small steps, and leave megabytes behind
+			s.pending = append(make([]byte, 0, min(max(need, 2*cap(s.pending)), s.limits.buffer)), s.pending...)
+		}
+		s.pending = append(s.pending, frame...)
+	case s.conn == nil:
 		s.endLocked(streamError)
-		return
+	default:
+		s.ending, s.overflow = true, true
+		s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
 	}
-	s.pending = append(s.pending, frame...)
 }
 
 func (s *stream) finishLocked() {
@@ -274,11 +291,17 @@ func (s *stream) endLocked(reason string) {
 	if s.conn == nil {
 		return
 	}
-	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError {
+	taken := s.overflow && s.draining == 0 // what was taken before
+	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError && !taken {
 		tcp.SetLinger(0) // forget what the socket holds: megabytes that the client does not take
 	}
 	s.conn.Close() // wakes the reader, which tells the backend
 }
+
+// overflowTimeout is how long a client may take nothing whose buffer has
+// overflowed. While it reads on it gets what was taken for it before, and then
+// the end; if it were cut at once it would return for the same again.
+const overflowTimeout = time.Second
 
 // drainWrite is how many bytes drain writes at once: large enough for speed,
 // small enough that the room it makes in the buffer is soon seen.
@@ -295,16 +318,18 @@ func (s *stream) drain() {
 		if s.ended || len(buf) == 0 {
 			s.drains = false
 			s.conn.SetWriteDeadline(time.Time{}) // it would fail writeNow later
-			if s.ending {
+			if s.overflow {
+				s.endLocked(streamError) // without the last chunk, for something is missing
+			} else if s.ending {
 				s.finishLocked()
 			}
 			s.mu.Unlock()
 			return
 		}
 		s.stuckLocked() // counts from now on
-		s.mu.Unlock()
 		for len(buf) > 0 {
-			s.conn.SetWriteDeadline(time.Now().Add(s.limits.writeTimeout))
+			s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
+			s.mu.Unlock()
 			n, err := s.conn.Write(buf[:min(len(buf), drainWrite)])
 			buf = buf[n:]
 			s.mu.Lock()
@@ -315,8 +340,8 @@ func (s *stream) drain() {
 				s.endLocked(streamError)
 				buf = nil
 			}
-			s.mu.Unlock()
 		}
+		s.mu.Unlock()
 	}
 }
 

@@ -158,6 +158,22 @@ func TestBufferOverflowDuringCallback(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 }
 
+// One that does read gets what was accepted. If it lost what is under way to it, it would return again and again.
+func TestBufferOverflowLeavesWhatWasAccepted(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
+	c := g.open("/x")
+	data, accepted := muchData(), 0
+	for g.send(c.callback.Token, data[accepted]) == sentOK {
+		accepted++
+	}
+	c.wantData(data[:accepted]...)
+	if _, err := c.rest(); err == nil {
+		t.Error("the client got a clean end, want an error, for it misses an event")
+	}
+	g.wantDisconnect(c, "error")
+}
+
 func TestWriteTimeoutCutsTheStream(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "WRITE_TIMEOUT_SECONDS=0.5 STREAM_BUFFER_BYTES=4194304", nil)
