@@ -286,11 +286,12 @@ func plainPrefix(text []byte) (n int) {
 
 // special looks at 8 bytes at a time. It is not 0 if and only if one of them
 // is a quote, a backslash or a control character: what borrows from the next
-// byte in one of the subtractions is such a one itself.
+// byte in a subtraction is such a one itself. With the bit 2 turned over, a
+// quote is next to the control characters, and all of them are at most ' '.
 func special(b []byte) uint64 {
 	const ones, highs = 0x0101010101010101, 0x8080808080808080
 	x := binary.LittleEndian.Uint64(b)
-	return (((x ^ '"'*ones) - ones) | ((x ^ '\\'*ones) - ones) | (x - ' '*ones)) &^ x & highs
+	return (((x ^ 2*ones) - (' '+1)*ones) | ((x ^ '\\'*ones) - ones)) &^ x & highs
 }
 
 func isHex(digits []byte) bool {
