@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -151,14 +152,15 @@ func startBrowser(t *testing.T) *browser {
 	cmd := exec.Command("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 		"--user-data-dir="+t.TempDir(), "--remote-debugging-pipe")
-	cmd.ExtraFiles = []*os.File{fromTest, toTest} // descriptors 3 and 4
+	cmd.ExtraFiles = []*os.File{fromTest, toTest}         // descriptors 3 and 4
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // its children write to the folder, too
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	fromTest.Close()
 	toTest.Close()
 	t.Cleanup(func() {
-		cmd.Process.Kill()
+		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 		cmd.Wait()
 	})
 	b := &browser{t: t, to: toBrowser, answers: map[int]chan json.RawMessage{}}

@@ -21,10 +21,13 @@ const maxCallback = 256 << 10
 // service is what a callback is routed to.
 type service interface {
 	// OnConnect registers the connection of the service's id. It returns the
-	// event that begins its stream, and whether that ends it, or errBadID, or
-	// errVersionsFull.
+	// event that begins its stream, and whether that ends it, or errBadID or
+	// errNoRoom.
 	OnConnect(id string, c connectRequest) (open event, end bool, err error)
 }
+
+// errNoRoom says that a service remembers as much as it may.
+var errNoRoom = errors.New("too many announcements or request IDs")
 
 // connectRequest is a stream that wants to be the connection of an
 // identifier.
@@ -130,7 +133,7 @@ func (h *callbackHandler) connect(w http.ResponseWriter, c connectRequest) {
 		return
 	}
 	open, end, err := service.OnConnect(id, c)
-	if err == errVersionsFull {
+	if err == errNoRoom {
 		writeError(w, http.StatusServiceUnavailable, err.Error())
 		return
 	}

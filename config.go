@@ -41,8 +41,8 @@ type gatewayConfig struct {
 	Heartbeat time.Duration
 	// MaxConnections (MAX_CONNECTIONS, default 0 = no limit) is how many streams may be open; one more must come again.
 	MaxConnections int
-	// StreamBuffer (STREAM_BUFFER_BYTES, default 1 MiB, 1 KiB to 1 GiB) is the bytes that may wait for one client; a
-	// client for which more would wait is cut.
+	// StreamBuffer (STREAM_BUFFER_BYTES, default 1 MiB, 1 KiB to 1 GiB) is the bytes that may wait for one client. If more
+	// would wait, its stream takes nothing any more, and ends.
 	StreamBuffer int
 	// WriteTimeout (WRITE_TIMEOUT_SECONDS, default 10) is how long a client may take no byte before it is cut. As long as
 	// its socket has room for more, that is seen at heartbeats only.

@@ -119,7 +119,8 @@ func picker(text []byte, depth int, wanted []field, duplicate *bool) memberFunc 
 		if k < 0 {
 			return skipValue(text, i, depth+1)
 		}
-		f, end := wanted[k], -1
+		var end int
+		f := wanted[k]
 		if f.inside != nil && at(text, i) == '{' {
 			end = skipObject(text, i, depth+1, picker(text, depth+1, f.inside, duplicate))
 		} else {

@@ -56,6 +56,7 @@ type outbox struct {
 	log    []entry // ascending numbers
 	last   uint64  // number of the newest event; they count from 1
 	start  uint64  // a fresh connection gets what is after it
+	given  uint64  // the last number that an open stream was given
 	reason string  // of the end; once set, nothing more is appended
 
 	token   string // the connection that the rest is about; "" for none
@@ -70,9 +71,10 @@ type outbox struct {
 }
 
 type entry struct {
-	n    uint64
-	data string
-	keep bool // never dropped by the limit
+	n      uint64
+	data   string
+	keep   bool // never dropped by the limit
+	shared bool // its data is in other outboxes, too
 }
 
 func newOutbox(identifier string, conns *ConnectionManager, policy *outboxPolicy) *outbox {
@@ -100,13 +102,23 @@ func (o *outbox) parseID(id string) (n uint64, ok bool) {
 // Append adds an event and returns its number, or 0 after End. It does not
 // wait for its delivery.
 func (o *outbox) Append(data string, keep bool) (n uint64) {
+	return o.add(entry{data: data, keep: keep})
+}
+
+// AppendShared is Append for data that other outboxes get, too.
+func (o *outbox) AppendShared(data string) (n uint64) {
+	return o.add(entry{data: data, shared: true})
+}
+
+func (o *outbox) add(e entry) (n uint64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.reason != "" {
 		return 0
 	}
 	o.last++
-	o.log = append(o.log, entry{o.last, data, keep})
+	e.n = o.last
+	o.log = append(o.log, e)
 	o.trimLocked()
 	o.stalled = false
 	o.wakeLocked()
@@ -151,8 +163,8 @@ func (o *outbox) Connect(c connectRequest) (open event, end bool) {
 	return open, false
 }
 
-// Wait waits until event n was given to a connection that is open, if only
-// those that lack it get it. It returns false when ctx ends, when the event was
+// Wait waits until event n is known to be with an open stream, which it is
+// never with replay. It returns false when ctx ends, when the event was
 // dropped, or when nobody is at it: there is no connection, or it failed.
 func (o *outbox) Wait(ctx context.Context, n uint64) bool {
 	for {
@@ -177,29 +189,25 @@ func (o *outbox) Wait(ctx context.Context, n uint64) bool {
 	}
 }
 
-// Size returns how many events are kept. Of those whose data is not shared
-// with other outboxes it also returns how many a fresh connection would get,
-// and how many bytes of data there are.
-func (o *outbox) Size(shared string) (kept, waiting, bytes int) {
+// Size returns how many events are kept, how many of them a fresh connection
+// would get, and how many bytes of data they have that is not shared.
+func (o *outbox) Size() (kept, waiting, bytes int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for _, e := range o.log {
-		if e.data == shared {
-			continue
-		}
-		bytes += len(e.data)
-		if e.n > o.start {
-			waiting++
+		if !e.shared {
+			bytes += len(e.data)
 		}
 	}
-	return len(o.log), waiting, bytes
+	return len(o.log), len(o.log) - o.indexLocked(o.start), bytes
 }
 
-// Shed drops the events that a fresh connection would not get.
+// Shed drops the events that neither a fresh connection nor this one would
+// get.
 func (o *outbox) Shed() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.log = slices.Clone(o.log[o.indexLocked(o.start):])
+	o.log = slices.Clone(o.log[o.indexLocked(min(o.start, o.sent)):])
 }
 
 // indexLocked returns the index of the first event after n.
@@ -226,7 +234,7 @@ func (o *outbox) trimLocked() {
 		if i < 0 {
 			return
 		}
-		if o.log[from+i].n > o.sent {
+		if o.log[from+i].n > o.given {
 			o.policy.dropped(1)
 		}
 		o.log = slices.Delete(o.log, from+i, from+i+1)
@@ -234,9 +242,10 @@ func (o *outbox) trimLocked() {
 	}
 }
 
-// confirmLocked notes that the events up to n need not be sent to a fresh
-// connection any more.
+// confirmLocked notes that an open stream was given the events up to n, so
+// that they need not be sent to a fresh connection any more.
 func (o *outbox) confirmLocked(n uint64) {
+	o.given = max(o.given, n)
 	if !o.policy.replay && n > o.start {
 		o.start = n
 		o.trimLocked()

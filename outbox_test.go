@@ -139,7 +139,7 @@ func TestOutboxWithoutNumbers(t *testing.T) {
 	testOutbox(t, outboxPolicy{event: "error", replay: true}, func(t *outboxTest) {
 		t.append("not found")
 		t.end("task_not_found")
-		t.connect("a", "", "")
+		t.connect("a", "-1", "") // is no ID of any event either
 		t.delivers("a not found", closing("a", "task_not_found"))
 	})
 }
@@ -267,6 +267,57 @@ func TestOutboxLimit(t *testing.T) {
 	})
 }
 
+// What an open stream was given is not dropped when it goes, though a reload would have liked to see it again.
+func TestOutboxDropsNothingThatWasGiven(t *testing.T) {
+	policy := taskLike()
+	policy.limit = 2
+	testOutbox(t, policy, func(t *outboxTest) {
+		t.append("1", "2")
+		t.connect("a", "", "x-0")
+		t.delivers("a x-1 1", "a x-2 2")
+		t.onDisconnect("a")
+		t.connect("b", "", "x-0")
+		t.append("3")
+		if t.dropped != 0 {
+			t.Errorf("dropped %d, want 0", t.dropped)
+		}
+		t.delivers("b x-1 1", "b x-2 2", "b x-3 3")
+	})
+}
+
+// What was held back for a stream that never opened was given to nobody.
+func TestOutboxDropsWhatWasHeldBackAndLost(t *testing.T) {
+	policy := versionLike()
+	policy.limit = 2
+	testOutbox(t, policy, func(t *outboxTest) {
+		t.append("1", "2")
+		t.connect("a", "", "x-0")
+		t.buffered("a x-1 1")
+		t.buffered("a x-2 2")
+		t.notFound("a ?")
+		t.append("3", "4")
+		if t.dropped != 2 {
+			t.Errorf("dropped %d, want 2", t.dropped)
+		}
+		t.connect("b", "", "x-0")
+		t.delivers("b x-3 3", "b x-4 4")
+	})
+}
+
+// What a browser is resuming with is still needed.
+func TestOutboxShedsNothingUnderWay(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("1", "2", "3")
+		t.connect("a", "", "x-0")
+		t.delivers("a x-1 1", "a x-2 2", "a x-3 3")
+		t.onDisconnect("a")
+		t.connect("b", "x-0", "x-0")
+		t.ok("b x-1 1")
+		t.outbox.Shed()
+		t.delivers("b x-2 2", "b x-3 3")
+	})
+}
+
 // The limit is for events that a fresh connection would get. What was delivered does not push those out.
 func TestOutboxOfVersionLimit(t *testing.T) {
 	policy := versionLike()
@@ -316,18 +367,20 @@ func TestOutboxSize(t *testing.T) {
 	testOutbox(t, versionLike(), func(t *outboxTest) {
 		want := func(kept, waiting, bytes int) {
 			t.Helper()
-			if k, w, b := t.outbox.Size("shared"); k != kept || w != waiting || b != bytes {
+			if k, w, b := t.outbox.Size(); k != kept || w != waiting || b != bytes {
 				t.Errorf("got %d kept, %d waiting, %d bytes, want %d, %d, %d", k, w, b, kept, waiting, bytes)
 			}
 		}
 		want(0, 0, 0)
-		t.append("one", "two", "shared", "four")
-		want(4, 3, 10)
+		t.append("one", "two")
+		t.outbox.AppendShared("shared")
+		t.append("four")
+		want(4, 4, 10)
 		t.connect("a", "", "x-0")
 		t.ok("a x-1 one")
-		want(4, 2, 10)
+		want(4, 3, 10)
 		t.outbox.Shed()
-		want(3, 2, 7)
+		want(3, 3, 7)
 		t.delivers("a x-2 two", "a x-3 shared", "a x-4 four")
 		want(3, 0, 7)
 		t.outbox.Shed()
@@ -765,13 +818,13 @@ func TestOutboxKeepsOneOrderForManyProducers(t *testing.T) {
 // world is a gateway, its streams and the browsers that follow one identifier.
 type world struct {
 	*outboxTest
-	rand      *rand.Rand
-	browsers  []*simBrowser
-	streams   []*simStream
-	performed map[*stepped]steppedAnswer // sends that were done but not answered
-	late      []*stepped                 // sends that failed, but that the gateway may yet do
-	goodbyes  []string                   // tokens of disconnect callbacks on the way
-	written   map[uint64]bool            // numbers of events that an open stream has taken
+	rand        *rand.Rand
+	browsers    []*simBrowser
+	streams     []*simStream
+	performed   map[*stepped]steppedAnswer // sends that were done but not answered
+	late        []*stepped                 // sends that failed, but that the gateway may yet do
+	disconnects []string                   // tokens of disconnect callbacks on the way
+	written     map[uint64]bool            // numbers of events that an open stream has taken
 }
 
 // simBrowser is a page with an EventSource.
@@ -875,7 +928,7 @@ func (w *world) ends(s *simStream) {
 	if s.browser.stream == s {
 		s.browser.stream = nil
 	}
-	w.goodbyes = append(w.goodbyes, s.token)
+	w.disconnects = append(w.disconnects, s.token)
 }
 
 // perform is what the gateway does with a send.
@@ -934,12 +987,12 @@ func (w *world) step() {
 			w.ends(s)
 		}
 	case n < 39: // a disconnect callback arrives, late or never
-		if len(w.goodbyes) > 0 {
-			i := w.rand.IntN(len(w.goodbyes))
+		if len(w.disconnects) > 0 {
+			i := w.rand.IntN(len(w.disconnects))
 			if w.rand.IntN(4) > 0 {
-				w.onDisconnect(w.goodbyes[i])
+				w.onDisconnect(w.disconnects[i])
 			}
-			w.goodbyes = slices.Delete(w.goodbyes, i, i+1)
+			w.disconnects = slices.Delete(w.disconnects, i, i+1)
 		}
 	case n < 44:
 		time.Sleep(openPause)
@@ -998,10 +1051,10 @@ func (w *world) calm() {
 				w.opens(s)
 			}
 		}
-		for _, token := range w.goodbyes {
+		for _, token := range w.disconnects {
 			w.onDisconnect(token)
 		}
-		w.goodbyes = nil
+		w.disconnects = nil
 		b := pickOne(w.rand, w.browsers, (*simBrowser).away)
 		if b != nil {
 			w.connect(b)

@@ -310,7 +310,7 @@ func (g *gateway) connect(r *http.Request, s *stream) (status int, text string, 
 	case g.connecting <- struct{}{}:
 		defer func() { <-g.connecting }()
 	case <-ctx.Done():
-		g.met.callbacks.with("connect", "timeout").Inc()
+		g.met.callbacks.with("connect", outcome(0, ctx.Err())).Inc()
 		status, text = explain(ctx.Err())
 		return status, text, nil
 	case <-r.Context().Done(): // the client left before the backend was asked
@@ -363,20 +363,24 @@ func (g *gateway) call(ctx context.Context, action, reason string, s *stream, or
 	start := time.Now()
 	status, body, err = g.post(ctx, encodeCallback(action, reason, s), order)
 	g.met.callbackSeconds.with(action).observe(time.Since(start).Seconds())
-	outcome := "accepted"
-	switch {
-	case errors.Is(err, context.DeadlineExceeded):
-		outcome = "timeout"
-	case err != nil:
-		outcome = "error"
-	case status/100 != 2:
-		outcome = "rejected"
-	}
-	g.met.callbacks.with(action, outcome).Inc()
+	g.met.callbacks.with(action, outcome(status, err)).Inc()
 	if err != nil {
 		g.log.Warn("callback failed", "action", action, "err", err)
 	}
 	return status, body, err
+}
+
+// outcome is what became of a callback, as the metrics have it.
+func outcome(status int, err error) string {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return "timeout"
+	case err != nil:
+		return "error"
+	case status/100 != 2:
+		return "rejected"
+	}
+	return "accepted"
 }
 
 func (g *gateway) post(ctx context.Context, payload []byte, order string) (status int, body []byte, err error) {

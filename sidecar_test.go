@@ -71,7 +71,7 @@ func TestTargetByteForByte(t *testing.T) {
 	for _, target := range []string{
 		"/", "/?", "//a/../b?x=%2F", "/./%2e%2E//", "/ä?ö=€", "/%C3%A4?%zz&;", "/a+b%20c?d+e%20f", "/?a=1&a=2#f", "/\"<>\\^`{|}",
 		"http://elsewhere.test/a?b", "/metrics/", "//metrics", "/a/../metrics", "/internal/send/", "/internal//send", "/healthz/x",
-		"/Readyz",
+		"/Readyz", "/%68ealthz", "/internal/%73end",
 	} {
 		if got := g.open(target).callback.Request.URL; got != target {
 			t.Errorf("got %q, want %q", got, target)

@@ -37,7 +37,7 @@ func (s sendStatus) String() string {
 
 // streamLimits are the limits that all streams of a gateway share.
 type streamLimits struct {
-	buffer       int           // bytes that may wait for the client; beyond it the stream is cut
+	buffer       int           // bytes that may wait for the client; if more would, the stream ends
 	writeTimeout time.Duration // a client that takes no byte for so long is cut
 }
 
@@ -152,6 +152,12 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 func (s *stream) stuckLocked() bool {
 	queued, ok := unacknowledged(s.raw)
 	return s.uptake.stuck(s.written-uint64(queued), !ok || queued > 0, time.Now(), s.timeoutLocked())
+}
+
+// lacksLocked reports whether the socket holds bytes for the client.
+func (s *stream) lacksLocked() bool {
+	queued, ok := unacknowledged(s.raw)
+	return ok && queued > 0
 }
 
 // timeoutLocked is how long the client may take nothing.
@@ -291,8 +297,7 @@ func (s *stream) endLocked(reason string) {
 	if s.conn == nil {
 		return
 	}
-	taken := s.overflow && s.draining == 0 // what was taken before
-	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError && !taken {
+	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError && s.lacksLocked() {
 		tcp.SetLinger(0) // forget what the socket holds: megabytes that the client does not take
 	}
 	s.conn.Close() // wakes the reader, which tells the backend
@@ -301,7 +306,10 @@ func (s *stream) endLocked(reason string) {
 // overflowTimeout is how long a client may take nothing whose buffer has
 // overflowed. While it reads on it gets what was taken for it before, and then
 // the end; if it were cut at once it would return for the same again.
-const overflowTimeout = time.Second
+const (
+	overflowTimeout = time.Second
+	overflowPause   = overflowTimeout / 20 // between two looks at what it took
+)
 
 // drainWrite is how many bytes drain writes at once: large enough for speed,
 // small enough that the room it makes in the buffer is soon seen.
@@ -315,6 +323,11 @@ func (s *stream) drain() {
 		s.mu.Lock()
 		buf := s.pending
 		s.pending, s.draining = nil, len(buf)
+		if s.overflow && len(buf) == 0 && !s.ended && s.lacksLocked() && !s.stuckLocked() {
+			s.mu.Unlock()
+			time.Sleep(overflowPause)
+			continue
+		}
 		if s.ended || len(buf) == 0 {
 			s.drains = false
 			s.conn.SetWriteDeadline(time.Time{}) // it would fail writeNow later

@@ -513,7 +513,7 @@ func (s *TaskService) Events() (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, t := range s.tasks {
-		kept, _, _ := t.outbox.Size("")
+		kept, _, _ := t.outbox.Size()
 		n += kept
 	}
 	return n

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -76,7 +75,6 @@ type announcement struct {
 var (
 	errBadVersion   = fmt.Errorf("version must be a string of 1 to %d bytes", maxVersion)
 	errBadChangelog = fmt.Errorf("changelog must be a string of at most %d bytes", maxChangelog)
-	errVersionsFull = errors.New("too many announcements or request IDs")
 )
 
 func newVersionService(cfg versionConfig, epoch string, conns *ConnectionManager, log *slog.Logger, met outboxMetrics) *VersionService {
@@ -121,7 +119,7 @@ func (s *VersionService) streamLocked(id, identifier string, room int) (*version
 		room += versionOverhead
 	}
 	if room > 0 && s.held+room > maxVersionHeld {
-		return nil, errVersionsFull
+		return nil, errNoRoom
 	}
 	s.held += room
 	if st == nil {
@@ -144,7 +142,7 @@ func (s *VersionService) catchUpLocked(st *versionStream) (n uint64) {
 	}
 	st.version = s.latest.version
 	s.held += versionOverhead
-	return st.outbox.Append(s.latest.data, false)
+	return st.outbox.AppendShared(s.latest.data)
 }
 
 // Announce tells one request_id, at once if it is connected, otherwise when
@@ -224,13 +222,14 @@ func (s *VersionService) tidy() {
 		if short {
 			st.outbox.Shed()
 		}
-		kept, waiting, bytes := st.outbox.Size(s.latest.data)
+		kept, waiting, bytes := st.outbox.Size()
 		if s.conns.Connected(st.outbox.identifier) {
 			st.alone = time.Time{}
 		} else if st.alone.IsZero() {
 			st.alone = now
 		}
-		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || short && waiting == 0) {
+		forgettable := short && bytes == 0 // it gets the latest announcement to everybody anyway
+		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || forgettable) {
 			delete(s.streams, id)
 			s.met.RecordOutboxDropped(serviceVersion, "expired", waiting)
 			continue
@@ -247,7 +246,7 @@ func (s *VersionService) Events() (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, st := range s.streams {
-		kept, _, _ := st.outbox.Size("")
+		kept, _, _ := st.outbox.Size()
 		n += kept
 	}
 	return n
@@ -378,7 +377,7 @@ func (s *VersionService) serveAnnounce(w http.ResponseWriter, r *http.Request) {
 	}
 	delivered, err := s.Announce(ctx, id, a)
 	switch {
-	case err == errVersionsFull:
+	case err == errNoRoom:
 		writeError(w, http.StatusServiceUnavailable, err.Error())
 		return
 	case err != nil:
