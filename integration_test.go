@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -687,6 +688,48 @@ func TestIntegrationSweep(t *testing.T) {
 	}
 	s.wantAnnounced("stays", "1.0", true)
 	wantStory(t, stays, "version 1.0")
+}
+
+// What a backend says unasked may be anything, and net/http would print it past our own log.
+func TestIntegrationUnaskedAnswerIsNotPrinted(t *testing.T) {
+	t.Parallel()
+	const answer = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	callbacks := make(chan struct{}, 2)
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
+					return
+				}
+				io.WriteString(conn, answer)
+				time.Sleep(50 * time.Millisecond) // until it has been read, and the connection is idle
+				io.WriteString(conn, answer+"leak")
+				io.Copy(io.Discard, conn) // until the gateway is through with it
+				callbacks <- struct{}{}
+			}()
+		}
+	}()
+	p := startOwnGateway(t, "CALLBACK_URL=http://"+l.Addr().String()+"/")
+	resp, err := http.Get(p.URL + "/x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	receive(t, callbacks)
+	resp.Body.Close()
+	receive(t, callbacks) // the end of the stream
+	if got := p.output(); strings.Contains(got, "leak") {
+		t.Errorf("got output %q", got)
+	}
 }
 
 // An EventSource gives up for good at any status but 200, so that a backend which is away for seconds would cost every

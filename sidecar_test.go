@@ -629,16 +629,22 @@ func TestGatewayShutdownIsBounded(t *testing.T) {
 func TestGatewayShutdownAnswersThoseThatConnect(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", holding("connect", nil, answering(200, "")))
-	plain, browser := g.get("/x"), g.get("/x", "Accept: text/event-stream")
-	receive(t, g.connects)
-	receive(t, g.connects)
+	var asked []*streamClient
+	for range maxConnecting {
+		asked = append(asked, g.get("/x"))
+		receive(t, g.connects)
+	}
+	waits := g.get("/x", "Accept: text/event-stream") // for its turn to be asked
+	g.waitMetric("gateway_streams", maxConnecting+1)
 	if got := g.stop(); got != 0 {
 		t.Errorf("got exit code %d, want 0", got)
 	}
-	if got, want := plain.reply(), `503 {"error":"shutting down"}`; got != want {
-		t.Errorf("got %s, want %s", got, want)
+	for _, c := range asked {
+		if got, want := c.reply(), `503 {"error":"shutting down"}`; got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
 	}
-	browser.wantTransient("shutting down")
+	waits.wantTransient("shutting down")
 }
 
 // Living
