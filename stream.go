@@ -303,9 +303,9 @@ func (s *stream) endLocked(reason string) {
 	s.conn.Close() // wakes the reader, which tells the backend
 }
 
-// overflowTimeout is how long a client may take nothing whose buffer has
-// overflowed. While it reads on it gets what was taken for it before, and then
-// the end; if it were cut at once it would return for the same again.
+// A client whose buffer has overflowed gets what was accepted before, and then
+// the end, unless it takes nothing for overflowTimeout. If it were cut at once
+// it would return for the same again.
 const (
 	overflowTimeout = time.Second
 	overflowPause   = overflowTimeout / 20 // between two looks at what it took
