@@ -27,6 +27,21 @@ func BenchmarkAppendEvent(b *testing.B) {
 	}
 }
 
+func BenchmarkParseSend(b *testing.B) {
+	for _, size := range []int{100, 64 << 10} {
+		b.Run(fmt.Sprintf("data=%d", size), func(b *testing.B) {
+			body := encodeSend("3f0c2b1e-8a6d-4c55-9f0e-2d7c1b4a9e10", &event{"k3v9x2ab-17", "task_event", strings.Repeat("x", size)}, false)
+			b.SetBytes(int64(len(body)))
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := parseSend(body); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 // BenchmarkSend sends an event to each of 10,000 streams by turns, over a connection that stays open, and waits for each
 // answer: the whole way through the gateway.
 func BenchmarkSend(b *testing.B) {

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"mime"
 	"net/http"
-	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf16"
@@ -102,7 +101,9 @@ type field struct {
 // The value of an absent one stays nil.
 func pick(text []byte, wanted ...field) error {
 	duplicate := false
-	valid := scanObject(text, picker(text, 0, wanted, &duplicate))
+	valid := scanObject(text, func(name []byte, i int) int {
+		return pickMember(text, name, i, 1, wanted, &duplicate)
+	})
 	switch {
 	case !valid:
 		return errNotJSON
@@ -112,19 +113,18 @@ func pick(text []byte, wanted ...field) error {
 	return nil
 }
 
-// picker returns the memberFunc for an object in which some members are wanted.
-func picker(text []byte, depth int, wanted []field, duplicate *bool) memberFunc {
-	return func(name []byte, i int) int {
-		k := slices.IndexFunc(wanted, func(f field) bool { return isString(name, f.name) })
-		if k < 0 {
-			return skipValue(text, i, depth+1)
+// pickMember is skipValue for a member's value, which it keeps if it is wanted.
+func pickMember(text, name []byte, i, depth int, wanted []field, duplicate *bool) (end int) {
+	for _, f := range wanted {
+		if !isString(name, f.name) {
+			continue
 		}
-		var end int
-		f := wanted[k]
 		if f.inside != nil && at(text, i) == '{' {
-			end = skipObject(text, i, depth+1, picker(text, depth+1, f.inside, duplicate))
+			end = skipObject(text, i, depth, func(name []byte, i int) int {
+				return pickMember(text, name, i, depth+1, f.inside, duplicate)
+			})
 		} else {
-			end = skipValue(text, i, depth+1)
+			end = skipValue(text, i, depth)
 		}
 		if end >= 0 {
 			*duplicate = *duplicate || *f.value != nil
@@ -132,6 +132,7 @@ func picker(text []byte, depth int, wanted []field, duplicate *bool) memberFunc 
 		}
 		return end
 	}
+	return skipValue(text, i, depth)
 }
 
 // str returns a string member; absent is "" and false.
@@ -244,55 +245,59 @@ func skipString(text []byte, i int) int {
 		return -1
 	}
 	i++
-	for next := i; i < len(text); i++ {
-		if i >= next {
-			i += plainPrefix(text[i:])
-			next = i + 8
-		}
-		switch c := at(text, i); {
-		case c == '"':
-			return i + 1
-		case c < ' ':
-			return -1
-		case c == '\\':
-			i++
-			switch at(text, i) {
-			case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
-			case 'u':
-				if i+4 >= len(text) || !isHex(text[i+1:i+5]) {
-					return -1
-				}
-			default:
+	start, end := i, -1
+	for {
+		if end < i { // not found yet, or the quote there was escaped
+			end = i + bytes.IndexByte(text[i:], '"')
+			if end < i {
 				return -1
 			}
+		}
+		n := bytes.IndexByte(text[i:end], '\\')
+		if n < 0 {
+			break
+		}
+		i = skipEscape(text, i+n)
+		if i < 0 {
+			return -1
+		}
+	}
+	if hasControl(text[start:end]) {
+		return -1
+	}
+	return end + 1
+}
+
+func skipEscape(text []byte, i int) int {
+	switch at(text, i+1) {
+	case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
+		return i + 2
+	case 'u':
+		if i+6 <= len(text) && isHex(text[i+2:i+6]) {
+			return i + 6
 		}
 	}
 	return -1
 }
 
-// plainPrefix returns how many bytes a string certainly goes on for: up to 32
-// or 8 bytes before a quote, a backslash or a control character.
-func plainPrefix(text []byte) (n int) {
-	for ; n+32 <= len(text); n += 32 {
-		b := text[n : n+32]
-		if special(b)|special(b[8:])|special(b[16:])|special(b[24:]) != 0 {
-			break
+// hasControl reports whether s has a control character, of which a string has
+// none. It looks at 8 bytes at once: a byte that borrows from the next in the
+// subtraction is a control character itself.
+func hasControl(s []byte) bool {
+	const spaces, highs = 0x2020202020202020, 0x8080808080808080
+	var below uint64
+	i := 0
+	for ; i+16 <= len(s); i += 16 {
+		part := s[i : i+16 : i+16]
+		b, c := binary.LittleEndian.Uint64(part), binary.LittleEndian.Uint64(part[8:])
+		below |= (b-spaces)&^b | (c-spaces)&^c
+	}
+	for _, c := range s[i:] {
+		if c < ' ' {
+			return true
 		}
 	}
-	for n+8 <= len(text) && special(text[n:]) == 0 {
-		n += 8
-	}
-	return n
-}
-
-// special looks at 8 bytes at a time. It is not 0 if and only if one of them
-// is a quote, a backslash or a control character: what borrows from the next
-// byte in a subtraction is such a one itself. With the bit 2 turned over, a
-// quote is next to the control characters, and all of them are at most ' '.
-func special(b []byte) uint64 {
-	const ones, highs = 0x0101010101010101, 0x8080808080808080
-	x := binary.LittleEndian.Uint64(b)
-	return (((x ^ 2*ones) - (' '+1)*ones) | ((x ^ '\\'*ones) - ones)) &^ x & highs
+	return below&highs != 0
 }
 
 func isHex(digits []byte) bool {
