@@ -71,8 +71,8 @@ type gatewayClient struct {
 // waitingSend is one send that waits: for its turn, or for the result that
 // somebody else's POST brings.
 type waitingSend struct {
-	body []byte // JSON without a newline
-	wake chan struct{}
+	body []byte         // JSON without a newline
+	turn sync.WaitGroup // until somebody has done it, or it is its turn
 	sendResult
 	done bool // the result is there; otherwise it is this send's turn
 }
@@ -168,10 +168,10 @@ func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, e
 			c.mu.Lock()
 		}
 	} else {
-		s.wake = make(chan struct{}, 1)
+		s.turn.Add(1)
 		c.waiting = append(c.waiting, s)
 		c.mu.Unlock()
-		<-s.wake
+		s.turn.Wait()
 		if s.done {
 			return s.buffered, s.err
 		}
@@ -182,19 +182,19 @@ func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, e
 
 	c.post(batch)
 
+	for _, other := range batch[1:] {
+		other.done = true
+		other.turn.Done()
+	}
 	c.mu.Lock()
 	if len(c.waiting) > 0 {
 		next := c.waiting[0]
 		c.waiting = slices.Delete(c.waiting, 0, 1)
-		next.wake <- struct{}{}
+		next.turn.Done()
 	} else {
 		c.posting--
 	}
 	c.mu.Unlock()
-	for _, other := range batch[1:] {
-		other.done = true
-		other.wake <- struct{}{}
-	}
 	return s.buffered, s.err
 }
 
@@ -260,7 +260,11 @@ func (c *gatewayClient) postOne(body []byte) (r sendResult, err error) {
 }
 
 func (c *gatewayClient) postBatch(batch []*waitingSend) error {
-	var body []byte
+	size := 0
+	for _, s := range batch {
+		size += len(s.body) + len("\n")
+	}
+	body := make([]byte, 0, size)
 	for _, s := range batch {
 		body = append(append(body, s.body...), '\n')
 	}
