@@ -30,7 +30,7 @@ func BenchmarkAppendEvent(b *testing.B) {
 func BenchmarkParseSend(b *testing.B) {
 	for _, size := range []int{100, 64 << 10} {
 		b.Run(fmt.Sprintf("data=%d", size), func(b *testing.B) {
-			body := encodeSend("3f0c2b1e-8a6d-4c55-9f0e-2d7c1b4a9e10", &event{"k3v9x2ab-17", "task_event", strings.Repeat("x", size)}, false)
+			body := encodeSend(nil, "3f0c2b1e-8a6d-4c55-9f0e-2d7c1b4a9e10", &event{"k3v9x2ab-17", "task_event", strings.Repeat("x", size)}, false)
 			b.SetBytes(int64(len(body)))
 			b.ReportAllocs()
 			for b.Loop() {
@@ -48,7 +48,7 @@ func BenchmarkSend(b *testing.B) {
 	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
 	var requests []string
 	for _, token := range g.openMany(10000) {
-		requests = append(requests, sendText("application/json", encodeSend(token, &event{"k3v9x2ab-17", "task_event", benchData}, false)))
+		requests = append(requests, sendText("application/json", encodeSend(nil, token, &event{"k3v9x2ab-17", "task_event", benchData}, false)))
 	}
 	g.benchExchange(b, requests)
 }
@@ -58,7 +58,7 @@ func BenchmarkSendBatch(b *testing.B) {
 	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
 	var batch []byte
 	for _, token := range g.openMany(100) {
-		batch = append(batch, encodeSend(token, &event{"k3v9x2ab-17", "task_event", benchData}, false)...)
+		batch = append(batch, encodeSend(nil, token, &event{"k3v9x2ab-17", "task_event", benchData}, false)...)
 		batch = append(batch, '\n')
 	}
 	g.benchExchange(b, []string{sendText("application/x-ndjson", batch)})
@@ -83,7 +83,7 @@ func BenchmarkGroupCommit(b *testing.B) {
 					identifiers[i] = "task:" + token
 					m.OnConnect(identifiers[i], token, "/")
 				}
-				e := event{"k3v9x2ab-17", "task_event", benchData}
+				events := []event{{"k3v9x2ab-17", "task_event", benchData}}
 				b.ReportAllocs()
 				b.ResetTimer()
 				var next atomic.Int64
@@ -92,7 +92,7 @@ func BenchmarkGroupCommit(b *testing.B) {
 					work.Go(func() {
 						for i := next.Add(1); i <= int64(b.N); i = next.Add(1) {
 							k := int(i) % len(tokens)
-							if got := m.Send(identifiers[k], tokens[k], &e, false); got != delivered {
+							if _, got := m.Send(identifiers[k], tokens[k], events, false); got != delivered {
 								b.Errorf("got %v, want %v", got, delivered)
 								return
 							}

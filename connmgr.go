@@ -51,7 +51,7 @@ type connectionMetrics interface {
 
 // sender is the gateway as the ConnectionManager sees it; see gatewayClient.
 type sender interface {
-	send(token string, e *event, end bool) (buffered bool, err error)
+	send(token string, events []event, end bool) sendResult
 }
 
 // ConnectionManager knows which token is the current connection of each
@@ -120,12 +120,11 @@ func (m *ConnectionManager) OnConnect(identifier, token, url string) (replaced s
 // else knows of that stream any more.
 func (m *ConnectionManager) CloseReplaced(identifier, token string) {
 	m.background(func() {
-		e := closeEvent("replaced")
-		_, err := m.send(identifier, token, &e, true)
-		if err == nil || errors.Is(err, errUnknownToken) {
+		r := m.send(identifier, token, []event{closeEvent("replaced")}, true)
+		if r.err == nil || errors.Is(r.err, errUnknownToken) {
 			return
 		}
-		m.log.Warn("closing a replaced stream", "identifier", identifier, "token", mask(token), "err", err)
+		m.log.Warn("closing a replaced stream", "identifier", identifier, "token", mask(token), "err", r.err)
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		if len(m.replaced) < maxReplaced {
@@ -196,62 +195,74 @@ const (
 	suspended             // not tried: an earlier event failed, and the stream is being ended for it
 )
 
-// Send gives an event to the connection of identifier, if that is still
-// token, and then ends the stream if end is set. It is tried once. After a
-// failure the client may lack the event, or have it; from then on Send only
-// tries to end the stream, so that the browser comes back and resumes by ID.
-func (m *ConnectionManager) Send(identifier, token string, e *event, end bool) delivery {
+// Send gives events to the connection of identifier, if that is still token,
+// or only the first ones: it returns how many were taken, and what became of
+// the last of those or, if there is none, of the first event. If end is set,
+// there is one event, after which the stream ends. Nothing is tried twice.
+// After a failure the client may lack an event, or have it; from then on Send
+// only tries to end the stream, so that the browser comes back and resumes by
+// ID.
+func (m *ConnectionManager) Send(identifier, token string, events []event, end bool) (taken int, result delivery) {
 	m.mu.Lock()
 	c := m.connections[identifier]
 	current := c != nil && c.token == token
 	suspect := current && c.suspect
 	m.mu.Unlock()
 	if !current {
-		return disconnected
+		return 0, disconnected
 	}
 	if suspect {
 		m.endSuspect(identifier, token)
-		return suspended
+		return 0, suspended
 	}
-	buffered, err := m.send(identifier, token, e, end)
-	switch {
-	case errors.Is(err, errUnknownToken):
+	r := m.send(identifier, token, events, end)
+	if errors.Is(r.err, errUnknownToken) {
 		m.remove(identifier, token)
-		return disconnected
-	case err != nil:
-		m.log.Error("sending an event", "identifier", identifier, "token", mask(token), "err", err)
+	} else if r.err != nil {
+		m.log.Error("sending an event", "identifier", identifier, "token", mask(token), "err", r.err)
 		m.suspect(identifier, token)
-		return failed
-	case buffered:
-		return heldBack
 	}
-	return delivered
+	if r.taken > 0 {
+		r.err = nil // the next Send says so
+	}
+	return r.taken, r.delivery()
 }
 
-// send posts an event and records how it went.
-func (m *ConnectionManager) send(identifier, token string, e *event, end bool) (buffered bool, err error) {
+// send posts events and records how it went.
+func (m *ConnectionManager) send(identifier, token string, events []event, end bool) sendResult {
 	start := time.Now()
-	buffered, err = m.gateway.send(token, e, end)
-	service, status := serviceOf(identifier), "success"
-	if err != nil {
-		status = "error"
+	r := m.gateway.send(token, events, end)
+	took, service := time.Since(start).Seconds(), serviceOf(identifier)
+	record := func(status string) {
+		m.met.RecordSSEGatewaySendDuration(service, took)
+		m.met.RecordSSEGatewayEvent(service, status)
 	}
-	m.met.RecordSSEGatewaySendDuration(service, time.Since(start).Seconds())
-	m.met.RecordSSEGatewayEvent(service, status)
-	return buffered, err
+	for range r.taken {
+		record("success")
+	}
+	if r.err != nil {
+		record("error")
+	}
+	return r
 }
 
 // Probe reports whether the gateway has opened the stream of token: delivered,
 // heldBack, disconnected, or failed when it did not say.
 func (m *ConnectionManager) Probe(identifier, token string) delivery {
-	buffered, err := m.gateway.send(token, nil, false)
-	switch {
-	case errors.Is(err, errUnknownToken):
+	r := m.gateway.send(token, nil, false)
+	if errors.Is(r.err, errUnknownToken) {
 		m.remove(identifier, token)
+	}
+	return r.delivery()
+}
+
+func (r sendResult) delivery() delivery {
+	switch {
+	case errors.Is(r.err, errUnknownToken):
 		return disconnected
-	case err != nil:
+	case r.err != nil:
 		return failed
-	case buffered:
+	case r.buffered:
 		return heldBack
 	}
 	return delivered
@@ -260,11 +271,11 @@ func (m *ConnectionManager) Probe(identifier, token string) delivery {
 // endSuspect ends a stream that may have a gap. The gateway's disconnect
 // callback, or its 404, then removes the connection.
 func (m *ConnectionManager) endSuspect(identifier, token string) {
-	_, err := m.gateway.send(token, nil, true)
-	if errors.Is(err, errUnknownToken) {
+	r := m.gateway.send(token, nil, true)
+	if errors.Is(r.err, errUnknownToken) {
 		m.remove(identifier, token)
-	} else if err != nil {
-		m.log.Debug("ending a stream that may have a gap", "identifier", identifier, "token", mask(token), "err", err)
+	} else if r.err != nil {
+		m.log.Debug("ending a stream that may have a gap", "identifier", identifier, "token", mask(token), "err", r.err)
 	}
 }
 

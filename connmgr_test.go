@@ -49,15 +49,16 @@ func (noConnectionMetrics) RecordSSEGatewayEvent(service, status string)        
 func (noConnectionMetrics) RecordSSEGatewaySendDuration(service string, seconds float64) {}
 
 // senderFunc is a gateway that answers by itself.
-type senderFunc func(token string, e *event, end bool) (buffered bool, err error)
+type senderFunc func(events []event) sendResult
 
-func (f senderFunc) send(token string, e *event, end bool) (bool, error) { return f(token, e, end) }
+func (f senderFunc) send(token string, events []event, end bool) sendResult { return f(events) }
 
 // errNoAnswer is any failure but a 404.
 var errNoAnswer = errors.New("no answer")
 
 // steppedGateway is a gateway whose every answer waits for the test to decide it.
 type steppedGateway struct {
+	batches  bool // it takes several events at once
 	mu       sync.Mutex
 	underWay []*stepped
 	closed   bool // answers 404 at once
@@ -66,35 +67,32 @@ type steppedGateway struct {
 // stepped is a send that waits for its answer.
 type stepped struct {
 	token  string
-	event  *event
+	events []event
 	end    bool
-	answer chan steppedAnswer
+	answer chan sendResult
 }
 
-type steppedAnswer struct {
-	buffered bool
-	err      error
-}
-
-func (g *steppedGateway) send(token string, e *event, end bool) (bool, error) {
-	s := &stepped{token, e, end, make(chan steppedAnswer, 1)}
+func (g *steppedGateway) send(token string, events []event, end bool) sendResult {
+	if !g.batches && len(events) > 1 {
+		events = events[:1]
+	}
+	s := &stepped{token, events, end, make(chan sendResult, 1)}
 	g.mu.Lock()
 	if g.closed {
-		s.answer <- steppedAnswer{err: errUnknownToken}
+		s.answer <- sendResult{err: errUnknownToken}
 	} else {
 		g.underWay = append(g.underWay, s)
 	}
 	g.mu.Unlock()
-	a := <-s.answer
-	return a.buffered, a.err
+	return <-s.answer
 }
 
 // String is how tests write a send: "a x-1 one" gives the stream a the event x-1 with the data one, "a close … end"
 // also ends it, "a end" does only that, and "a ?" asks for it.
 func (s *stepped) String() string {
 	words := []string{s.token}
-	if s.event != nil {
-		words = append(words, strings.TrimSpace(s.event.ID+" "+s.event.Data))
+	for _, e := range s.events {
+		words = append(words, strings.TrimSpace(e.ID+" "+e.Data))
 	}
 	if s.end {
 		words = append(words, "end")
@@ -122,11 +120,11 @@ func (g *steppedGateway) sends() (words []string) {
 }
 
 // reply answers a send.
-func (g *steppedGateway) reply(s *stepped, a steppedAnswer) {
+func (g *steppedGateway) reply(s *stepped, r sendResult) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.underWay = slices.DeleteFunc(g.underWay, func(other *stepped) bool { return other == s })
-	s.answer <- a
+	s.answer <- r
 }
 
 // close answers 404 from now on, so that every sender comes to its end.
@@ -135,7 +133,7 @@ func (g *steppedGateway) close() {
 	defer g.mu.Unlock()
 	g.closed = true
 	for _, s := range g.underWay {
-		s.answer <- steppedAnswer{err: errUnknownToken}
+		s.answer <- sendResult{err: errUnknownToken}
 	}
 	g.underWay = nil
 }
@@ -189,26 +187,37 @@ func (t *connTest) onDisconnect(token string) {
 func (t *connTest) send(identifier, token, data string) <-chan delivery {
 	t.Helper()
 	outcome := make(chan delivery, 1)
-	go func() { outcome <- t.conns.Send(identifier, token, &event{Data: data}, false) }()
+	go func() {
+		_, result := t.conns.Send(identifier, token, []event{{Data: data}}, false)
+		outcome <- result
+	}()
 	t.rest()
 	return outcome
 }
 
 // The gateway answers a send that is under way.
 
-func (t *connTest) ok(send string)       { t.Helper(); t.answer(send, false, nil) }
-func (t *connTest) buffered(send string) { t.Helper(); t.answer(send, true, nil) }
-func (t *connTest) notFound(send string) { t.Helper(); t.answer(send, false, errUnknownToken) }
-func (t *connTest) fails(send string)    { t.Helper(); t.answer(send, false, errNoAnswer) }
+func (t *connTest) ok(send string) { t.Helper(); t.answer(send, sendResult{taken: len(send)}) }
+func (t *connTest) buffered(send string) {
+	t.Helper()
+	t.answer(send, sendResult{taken: len(send), buffered: true})
+}
+func (t *connTest) notFound(send string) {
+	t.Helper()
+	t.answer(send, sendResult{err: errUnknownToken})
+}
+func (t *connTest) fails(send string) { t.Helper(); t.answer(send, sendResult{err: errNoAnswer}) }
 
-func (t *connTest) answer(send string, buffered bool, err error) {
+// answer answers a send; of its events, no more than it has are taken.
+func (t *connTest) answer(send string, r sendResult) {
 	t.Helper()
 	all := t.gateway.all()
 	i := slices.IndexFunc(all, func(s *stepped) bool { return s.String() == send })
 	if i < 0 {
 		t.Fatalf("%q is not under way, but %q", send, all)
 	}
-	t.gateway.reply(all[i], steppedAnswer{buffered, err})
+	r.taken = min(r.taken, len(all[i].events))
+	t.gateway.reply(all[i], r)
 	t.rest()
 }
 
@@ -571,7 +580,7 @@ func TestEndAll(t *testing.T) {
 func TestRecordSSEGatewayConnection(t *testing.T) {
 	t.Parallel()
 	reg := newRegistry("test")
-	unknown := senderFunc(func(string, *event, bool) (bool, error) { return false, errUnknownToken })
+	unknown := senderFunc(func([]event) sendResult { return sendResult{err: errUnknownToken} })
 	m := newConnectionManager(unknown, slog.New(slog.DiscardHandler), newBackendMetrics(reg, nil))
 	m.OnConnect("task:1", "a", "/")
 	m.OnConnect("task:1", "b", "/") // replaces a
@@ -581,7 +590,7 @@ func TestRecordSSEGatewayConnection(t *testing.T) {
 	m.OnDisconnect("b")
 	m.OnDisconnect("b") // twice
 	m.OnDisconnect("c")
-	m.Send("version:2", "d", &event{}, false) // 404
+	m.Send("version:2", "d", []event{{}}, false) // 404
 	wantSeries(t, reg, map[string]float64{
 		`sse_gateway_connections_total{service="task",action="connect"}`:       2,
 		`sse_gateway_connections_total{service="task",action="disconnect"}`:    1,
@@ -593,21 +602,21 @@ func TestRecordSSEGatewayConnection(t *testing.T) {
 func TestRecordSSEGatewayEvent(t *testing.T) {
 	t.Parallel()
 	reg := newRegistry("test")
-	var answer error
-	m := newConnectionManager(senderFunc(func(string, *event, bool) (bool, error) { return false, answer }),
+	answer := sendResult{taken: 1}
+	m := newConnectionManager(senderFunc(func([]event) sendResult { return answer }),
 		slog.New(slog.DiscardHandler), newBackendMetrics(reg, nil))
 	m.OnConnect("task:1", "a", "/")
-	m.Send("task:1", "a", &event{}, false)
-	answer = errNoAnswer
-	m.Send("task:1", "a", &event{}, false)
-	m.Send("task:1", "a", &event{}, false) // is not tried any more
+	m.Send("task:1", "a", []event{{}}, false)
+	answer = sendResult{err: errNoAnswer}
+	m.Send("task:1", "a", []event{{}}, false)
+	m.Send("task:1", "a", []event{{}}, false) // is not tried any more
 	m.OnConnect("task:1", "b", "/")
-	answer = errUnknownToken
-	m.Send("task:1", "b", &event{}, false)
+	answer = sendResult{taken: 2, err: errUnknownToken}
+	m.Send("task:1", "b", make([]event, 4), false)
 	wantSeries(t, reg, map[string]float64{
-		`sse_gateway_events_sent_total{service="task",status="success"}`: 1,
+		`sse_gateway_events_sent_total{service="task",status="success"}`: 3,
 		`sse_gateway_events_sent_total{service="task",status="error"}`:   2,
-		`sse_gateway_send_duration_seconds_count{service="task"}`:        3,
+		`sse_gateway_send_duration_seconds_count{service="task"}`:        5,
 	})
 }
 
@@ -643,9 +652,9 @@ func (w *mutexWatch) called(by string) {
 	w.conns.mu.Unlock()
 }
 
-func (w *mutexWatch) send(string, *event, bool) (bool, error) {
+func (w *mutexWatch) send(string, []event, bool) sendResult {
 	w.called("gateway")
-	return false, w.err
+	return sendResult{err: w.err}
 }
 
 func (w *mutexWatch) RecordSSEGatewayConnection(string, string)    { w.called("metrics") }
@@ -668,8 +677,8 @@ func TestNothingIsCalledUnderTheMutex(t *testing.T) {
 		m.CloseReplaced("task:1", m.OnConnect("task:1", "b", "/"))
 		m.Drain(t.Context())
 		m.OnDisconnect("a")
-		m.Send("task:1", "b", &event{}, false)
-		m.Send("task:1", "b", &event{}, false)
+		m.Send("task:1", "b", []event{{}}, false)
+		m.Send("task:1", "b", []event{{}}, false)
 		m.sweep(0)
 		m.Drain(t.Context())
 		m.OnDisconnect("b")
@@ -777,15 +786,15 @@ func interleave[S any](sequences [][]S, begun []S, f func(order []S)) {
 func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
 	t.Parallel()
 	const workers, steps = 8, 4000
-	gateway := senderFunc(func(token string, _ *event, _ bool) (bool, error) {
+	gateway := senderFunc(func([]event) sendResult {
 		runtime.Gosched() // others go on while a send is in flight
 		switch rand.N(4) {
 		case 0:
-			return false, errUnknownToken
+			return sendResult{err: errUnknownToken}
 		case 1:
-			return false, errNoAnswer
+			return sendResult{err: errNoAnswer}
 		}
-		return false, nil
+		return sendResult{taken: 1}
 	})
 	m := newConnectionManager(gateway, slog.New(slog.DiscardHandler), noConnectionMetrics{})
 	identifiers := []string{"task:1", "task:2", "task:3", "version:1", "version:2"}
@@ -811,7 +820,7 @@ func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
 				token = c.token
 			}
 			m.mu.Unlock()
-			m.Send(identifier, token, &event{}, false)
+			m.Send(identifier, token, []event{{}}, false)
 		case 5:
 			m.sweep(0)
 		}
@@ -839,13 +848,13 @@ func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
 }
 
 func BenchmarkConnectionManagerSend(b *testing.B) {
-	m := newConnectionManager(senderFunc(func(string, *event, bool) (bool, error) { return false, nil }),
+	m := newConnectionManager(senderFunc(func([]event) sendResult { return sendResult{taken: 1} }),
 		slog.New(slog.DiscardHandler), newBackendMetrics(newRegistry("test"), nil))
 	m.OnConnect("task:1", "a", "/")
-	e := event{ID: "x-1", Name: "task_event", Data: "{}"}
+	events := []event{{ID: "x-1", Name: "task_event", Data: "{}"}}
 	b.ReportAllocs()
 	for b.Loop() {
-		if got := m.Send("task:1", "a", &e, false); got != delivered {
+		if _, got := m.Send("task:1", "a", events, false); got != delivered {
 			b.Fatalf("got outcome %d, want %d", got, delivered)
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -62,8 +63,9 @@ type gatewayClient struct {
 	url    string // with /internal/
 	client *http.Client
 
+	batches atomic.Bool // the gateway takes them
+
 	mu      sync.Mutex     // guards the rest
-	batches bool           // the gateway takes them
 	posting int            // POSTs under way
 	waiting []*waitingSend // one of each token at most, besides probes and ends
 }
@@ -71,16 +73,18 @@ type gatewayClient struct {
 // waitingSend is one send that waits: for its turn, or for the result that
 // somebody else's POST brings.
 type waitingSend struct {
-	body []byte         // JSON without a newline
-	turn sync.WaitGroup // until somebody has done it, or it is its turn
+	lines int            // of JSON
+	body  []byte         // the lines, with a newline between them
+	turn  sync.WaitGroup // until somebody has done it, or it is its turn
 	sendResult
 	done bool // the result is there; otherwise it is this send's turn
 }
 
 // sendResult is what became of one send.
 type sendResult struct {
-	buffered bool  // the gateway took the event, but its stream is not open yet
-	err      error // errUnknownToken, or it is not known whether the gateway took the event
+	taken    int   // how many of the events the gateway took
+	buffered bool  // the last of them waits for its stream to open
+	err      error // of the next: errUnknownToken, or it is not known whether the gateway took it
 }
 
 func newGatewayClient(baseURL string) *gatewayClient {
@@ -146,23 +150,26 @@ func (c *gatewayClient) heard(features string) {
 	for feature := range strings.SplitSeq(features, ",") {
 		batches = batches || strings.TrimSpace(feature) == featureBatch
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.batches = batches
+	c.batches.Store(batches)
 }
 
-// send gives the event to the stream of token and then, if end is set, ends
-// the stream. Without an event and end it asks whether the stream is alive.
-func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, err error) {
-	s := &waitingSend{body: encodeSend(token, e, end)}
-	c.mu.Lock()
+// send gives the events to the stream of token, one after the other, or only
+// the first if the gateway takes no batches. If end is set, there is one event
+// at most, after which the stream ends. Without events and end it asks whether
+// the stream is alive.
+func (c *gatewayClient) send(token string, events []event, end bool) sendResult {
+	batches := c.batches.Load()
 	limit := maxPosting
-	if c.batches {
+	if batches {
 		limit = maxPostingBatches
+	} else if len(events) > 1 {
+		events = events[:1]
 	}
+	s := &waitingSend{lines: max(len(events), 1), body: encodeSends(token, events, end)}
+	c.mu.Lock()
 	if c.posting < limit {
 		c.posting++
-		if c.batches {
+		if batches {
 			c.mu.Unlock()
 			runtime.Gosched() // others that are about to send come along
 			c.mu.Lock()
@@ -173,7 +180,7 @@ func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, e
 		c.mu.Unlock()
 		s.turn.Wait()
 		if s.done {
-			return s.buffered, s.err
+			return s.sendResult
 		}
 		c.mu.Lock()
 	}
@@ -195,7 +202,7 @@ func (c *gatewayClient) send(token string, e *event, end bool) (buffered bool, e
 		c.posting--
 	}
 	c.mu.Unlock()
-	return s.buffered, s.err
+	return s.sendResult
 }
 
 // reset tells a gateway that runs already that its streams are not known
@@ -221,9 +228,13 @@ func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *s
 
 // takeLocked returns s and what may go out with it.
 func (c *gatewayClient) takeLocked(s *waitingSend) []*waitingSend {
-	n, size := 0, len(s.body)
-	for c.batches && n < len(c.waiting) && n+1 < maxBatchSends && size+len(c.waiting[n].body) <= maxBatchBytes {
+	n, lines, size := 0, s.lines, len(s.body)
+	for c.batches.Load() && n < len(c.waiting) {
+		lines += c.waiting[n].lines
 		size += len(c.waiting[n].body)
+		if lines > maxBatchSends || size > maxBatchBytes {
+			break
+		}
 		n++
 	}
 	batch := append([]*waitingSend{s}, c.waiting[:n]...)
@@ -234,7 +245,7 @@ func (c *gatewayClient) takeLocked(s *waitingSend) []*waitingSend {
 // post sends the batch in one POST and sets the results.
 func (c *gatewayClient) post(batch []*waitingSend) {
 	var err error
-	if len(batch) == 1 {
+	if len(batch) == 1 && batch[0].lines == 1 {
 		batch[0].sendResult, err = c.postOne(batch[0].body)
 	} else {
 		err = c.postBatch(batch)
@@ -256,12 +267,13 @@ func (c *gatewayClient) postOne(body []byte) (r sendResult, err error) {
 	case status != http.StatusOK:
 		return r, fmt.Errorf("gateway answered %d", status)
 	}
-	return sendResult{buffered: bytes.Contains(answer, []byte(`"buffered"`))}, nil
+	return sendResult{taken: 1, buffered: bytes.Contains(answer, []byte(`"buffered"`))}, nil
 }
 
 func (c *gatewayClient) postBatch(batch []*waitingSend) error {
-	size := 0
+	want, size := 0, 0
 	for _, s := range batch {
+		want += s.lines
 		size += len(s.body) + len("\n")
 	}
 	body := make([]byte, 0, size)
@@ -273,22 +285,35 @@ func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 		return err
 	}
 	lines := bytes.Split(bytes.TrimSpace(answer), []byte("\n"))
-	if status != http.StatusOK || len(lines) != len(batch) {
+	if status != http.StatusOK || len(lines) != want {
 		c.heard("") // it is another gateway than before
-		return fmt.Errorf("gateway answered %d and %d results to a batch of %d", status, len(lines), len(batch))
+		return fmt.Errorf("gateway answered %d and %d results to a batch of %d", status, len(lines), want)
 	}
-	for i, s := range batch {
-		switch string(lines[i]) {
-		case batchOK:
-		case batchBuffered:
-			s.buffered = true
-		case batchUnknown:
-			s.err = errUnknownToken
-		default:
-			s.err = fmt.Errorf("gateway answered %q", lines[i])
-		}
+	for _, s := range batch {
+		s.sendResult = readResult(lines[:s.lines])
+		lines = lines[s.lines:]
 	}
 	return nil
+}
+
+// readResult reads the lines that answer those of one send.
+func readResult(lines [][]byte) (r sendResult) {
+	for _, line := range lines {
+		switch string(line) {
+		case batchOK:
+			r.buffered = false
+		case batchBuffered:
+			r.buffered = true
+		case batchUnknown:
+			r.err = errUnknownToken
+			return r
+		default:
+			r.err = fmt.Errorf("gateway answered %q", line)
+			return r
+		}
+		r.taken++
+	}
+	return r
 }
 
 func (c *gatewayClient) do(contentType string, body []byte) (status int, answer []byte, err error) {
@@ -300,13 +325,29 @@ func (c *gatewayClient) do(contentType string, body []byte) (status int, answer 
 	return resp.StatusCode, answer, err
 }
 
-// encodeSend is the body of POST /internal/send, or a line of a batch.
-func encodeSend(token string, e *event, end bool) []byte {
-	size := 128
-	if e != nil {
-		size += len(e.Data) + len(e.Data)/4 // with room for escapes
+// encodeSends returns the body of POST /internal/send: one object, or as many
+// lines as there are events.
+func encodeSends(token string, events []event, end bool) []byte {
+	if len(events) == 0 {
+		return encodeSend(nil, token, nil, end)
 	}
-	b := append(make([]byte, 0, size), `{"token":`...)
+	size := 0
+	for _, e := range events {
+		size += 128 + len(e.Data) + len(e.Data)/4 // with room for escapes
+	}
+	b := make([]byte, 0, size)
+	for i := range events {
+		if i > 0 {
+			b = append(b, '\n')
+		}
+		b = encodeSend(b, token, &events[i], end)
+	}
+	return b
+}
+
+// encodeSend appends the object for one event, or for none.
+func encodeSend(b []byte, token string, e *event, end bool) []byte {
+	b = append(b, `{"token":`...)
 	b = appendString(b, token)
 	if e != nil {
 		b = append(b, `,"event":{"data":`...)

@@ -32,19 +32,19 @@ func TestGatewayClientWire(t *testing.T) {
 		got = strings.Join([]string{r.Method, r.RequestURI, r.Header.Get("Content-Type"), string(body)}, " ")
 	})
 	for _, test := range []struct {
-		event *event
-		end   bool
-		want  string
+		events []event
+		end    bool
+		want   string
 	}{
 		{nil, false, `{"token":"t"}`},
 		{nil, true, `{"token":"t","close":true}`},
-		{&event{}, false, `{"token":"t","event":{"data":""}}`},
-		{&event{Name: "error", Data: "é\n"}, false, `{"token":"t","event":{"data":"é\n","name":"error"}}`},
-		{&event{"x-1", "version", `{"<&>":1}`}, true,
+		{[]event{{}}, false, `{"token":"t","event":{"data":""}}`},
+		{[]event{{Name: "error", Data: "é\n"}}, false, `{"token":"t","event":{"data":"é\n","name":"error"}}`},
+		{[]event{{"x-1", "version", `{"<&>":1}`}}, true,
 			`{"token":"t","event":{"data":"{\"<&>\":1}","id":"x-1","name":"version"},"close":true}`},
 	} {
-		if _, err := c.send("t", test.event, test.end); err != nil {
-			t.Fatal(err)
+		if r := c.send("t", test.events, test.end); r.err != nil {
+			t.Fatal(r.err)
 		}
 		if want := "POST /hush/internal/send application/json " + test.want; got != want {
 			t.Errorf("got  %s\nwant %s", got, want)
@@ -80,15 +80,15 @@ func TestGatewayClientAnswers(t *testing.T) {
 		{503, "", false, "gateway answered 503"},
 	} {
 		status, body, requests = test.status, test.body, 0
-		buffered, err := c.send("t", nil, false)
+		r := c.send("t", nil, false)
 		got := ""
-		if err != nil {
-			got = err.Error()
+		if r.err != nil {
+			got = r.err.Error()
 		}
-		if buffered != test.buffered || got != test.want {
-			t.Errorf("%d %.30q: got %t, %q, want %t, %q", status, body, buffered, got, test.buffered, test.want)
+		if r.buffered != test.buffered || got != test.want {
+			t.Errorf("%d %.30q: got %t, %q, want %t, %q", status, body, r.buffered, got, test.buffered, test.want)
 		}
-		if errors.Is(err, errUnknownToken) != (status == 404) {
+		if errors.Is(r.err, errUnknownToken) != (status == 404) {
 			t.Errorf("%d: got unknown token %t", status, !(status == 404))
 		}
 		if requests != 1 {
@@ -115,12 +115,12 @@ func TestGatewayClientFailures(t *testing.T) {
 	fails := func(what string, wantRequests int) {
 		t.Helper()
 		requests = 0
-		buffered, err := c.send("t", &event{Data: "data"}, false)
+		r := c.send("t", []event{{Data: "data"}}, false)
 		switch {
-		case err == nil || buffered || errors.Is(err, errUnknownToken):
-			t.Errorf("%s: got %t, %v", what, buffered, err)
-		case strings.Contains(err.Error(), "hush") || strings.Contains(err.Error(), "http://"):
-			t.Errorf("%s: got the URL in %v", what, err)
+		case r.err == nil || r.taken > 0 || r.buffered || errors.Is(r.err, errUnknownToken):
+			t.Errorf("%s: got %+v", what, r)
+		case strings.Contains(r.err.Error(), "hush") || strings.Contains(r.err.Error(), "http://"):
+			t.Errorf("%s: got the URL in %v", what, r.err)
 		}
 		if requests != wantRequests {
 			t.Errorf("%s: got %d requests, want %d", what, requests, wantRequests)
@@ -163,7 +163,7 @@ func TestGatewayClientLimit(t *testing.T) {
 					return near, nil
 				}
 				start := time.Now()
-				_, err := c.send("t", nil, false)
+				err := c.send("t", nil, false).err
 				if got := time.Since(start); !errors.Is(err, context.DeadlineExceeded) || got != sendLimit {
 					t.Errorf("got %v after %s, want %v after %s", err, got, context.DeadlineExceeded, sendLimit)
 				}
@@ -187,7 +187,7 @@ func TestGatewayClientSwitchesNoProtocol(t *testing.T) {
 		t.Cleanup(func() { conn.Close() })
 		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
 	})
-	if _, err := c.send("t", nil, false); err == nil || !strings.Contains(err.Error(), "change of protocol") {
+	if err := c.send("t", nil, false).err; err == nil || !strings.Contains(err.Error(), "change of protocol") {
 		t.Errorf("got %v, want an unasked change of protocol", err)
 	}
 }
@@ -248,12 +248,12 @@ func (t *postTest) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: a.status, Body: io.NopCloser(strings.NewReader(a.body))}, a.err
 }
 
-// send gives an event, or nil, to a stream. The result, as "buffered error", comes through the channel.
-func (t *postTest) send(token string, e *event) <-chan string {
+// send gives events to a stream, or asks for it. The result, as "taken buffered error", comes through the channel.
+func (t *postTest) send(token string, events ...event) <-chan string {
 	result := make(chan string, 1)
 	go func() {
-		buffered, err := t.client.send(token, e, false)
-		result <- fmt.Sprint(buffered, " ", err)
+		r := t.client.send(token, events, false)
+		result <- fmt.Sprint(r.taken, " ", r.buffered, " ", r.err)
 	}()
 	synctest.Wait()
 	return result
@@ -304,7 +304,7 @@ func (t *postTest) wantResult(result <-chan string, want string) {
 func TestGatewayClientBoundsItsPosts(t *testing.T) {
 	testPosts(t, func(t *postTest) {
 		for range 2*maxPosting + 1 {
-			t.send("t", nil)
+			t.send("t")
 		}
 		for _, want := range []int{maxPosting, maxPosting, 1} {
 			if got := len(t.posts); got != want {
@@ -314,9 +314,9 @@ func TestGatewayClientBoundsItsPosts(t *testing.T) {
 				t.reply(t.next(single("t")), 200, "")
 			}
 		}
-		last := t.send("t", nil) // finds that all have left
+		last := t.send("t") // finds that all have left
 		t.reply(t.next(single("t")), 200, "")
-		t.wantResult(last, "false <nil>")
+		t.wantResult(last, "1 false <nil>")
 		for _, s := range t.client.waiting[:cap(t.client.waiting)] {
 			if s != nil {
 				t.Fatal("a send that is over is still in memory")
@@ -329,7 +329,7 @@ func TestGatewayClientBoundsItsPosts(t *testing.T) {
 func (t *postTest) beBusy() (busy [maxPostingBatches]*steppedPost) {
 	t.client.heard("batch")
 	for i := range busy {
-		t.send("busy", nil)
+		t.send("busy")
 		busy[i] = t.next(single("busy"))
 	}
 	return busy
@@ -341,23 +341,23 @@ func TestGatewayClientBatches(t *testing.T) {
 		busy := t.beBusy()
 		results := map[string]<-chan string{}
 		for _, token := range []string{"c", "d", "e", "f"} {
-			results[token] = t.send(token, nil)
+			results[token] = t.send(token)
 		}
 		t.wantNone()
 		t.reply(busy[0], 404, "")
 		rest := t.next(batch("c", "d", "e", "f"))
-		g := t.send("g", nil)
+		g := t.send("g")
 		t.reply(rest, 200, `{"status":"ok"}
 {"status":"buffered"}
 {"status":404}
 {"status":400,"error":"no"}
 `)
-		t.wantResult(results["c"], "false <nil>")
-		t.wantResult(results["d"], "true <nil>")
-		t.wantResult(results["e"], "false unknown token")
-		t.wantResult(results["f"], `false gateway answered "{\"status\":400,\"error\":\"no\"}"`)
+		t.wantResult(results["c"], "1 false <nil>")
+		t.wantResult(results["d"], "1 true <nil>")
+		t.wantResult(results["e"], "0 false unknown token")
+		t.wantResult(results["f"], `0 false gateway answered "{\"status\":400,\"error\":\"no\"}"`)
 		t.reply(t.next(single("g")), 200, `{"status":"buffered"}`)
-		t.wantResult(g, "true <nil>")
+		t.wantResult(g, "1 true <nil>")
 		for _, p := range busy[1:] {
 			t.reply(p, 200, "")
 		}
@@ -365,17 +365,58 @@ func TestGatewayClientBatches(t *testing.T) {
 	})
 }
 
+// Several events for one stream are lines of a batch of their own, or of one with others. Without batches the first goes
+// alone.
+func TestGatewayClientSendsRuns(t *testing.T) {
+	testPosts(t, func(t *postTest) {
+		run := []event{{Data: "1"}, {Data: "2"}}
+		line := func(token, data string) string { return fmt.Sprintf(`{"token":%q,"event":{"data":%q}}`, token, data) }
+		runs := func(tokens ...string) string {
+			text := "application/x-ndjson "
+			for _, token := range tokens {
+				text += line(token, "1") + "\n" + line(token, "2") + "\n"
+			}
+			return text
+		}
+		a := t.send("a", run...)
+		t.reply(t.next("application/json "+line("a", "1")), 200, "")
+		t.wantResult(a, "1 false <nil>")
+
+		t.client.heard("batch")
+		a = t.send("a", run...)
+		t.reply(t.next(runs("a")), 200, `{"status":"buffered"}`+"\n"+`{"status":"ok"}`)
+		t.wantResult(a, "2 false <nil>")
+
+		busy := t.beBusy()
+		a, b, c := t.send("a", run...), t.send("b", run...), t.send("c", run...)
+		t.reply(busy[0], 200, "")
+		t.reply(t.next(runs("a", "b", "c")), 200, `{"status":"ok"}
+{"status":"buffered"}
+{"status":"ok"}
+{"status":404}
+{"status":413}
+{"status":"ok"}
+`)
+		t.wantResult(a, "2 true <nil>")
+		t.wantResult(b, "1 false unknown token")
+		t.wantResult(c, `0 false gateway answered "{\"status\":413}"`)
+		for _, p := range busy[1:] {
+			t.reply(p, 200, "")
+		}
+	})
+}
+
 // A batch that failed is in doubt as a whole.
 func TestGatewayClientBatchFailures(t *testing.T) {
 	doubt := func(status, results int) string {
-		return fmt.Sprintf("false gateway answered %d and %d results to a batch of 2", status, results)
+		return fmt.Sprintf("0 false gateway answered %d and %d results to a batch of 2", status, results)
 	}
 	for name, test := range map[string]struct {
 		answer  steppedPostAnswer
 		want    string
 		batches bool // afterwards
 	}{
-		"no answer":        {steppedPostAnswer{err: errNoAnswer}, "false no answer", true},
+		"no answer":        {steppedPostAnswer{err: errNoAnswer}, "0 false no answer", true},
 		"another gateway":  {steppedPostAnswer{status: 415}, doubt(415, 1), false},
 		"no such path":     {steppedPostAnswer{status: 404}, doubt(404, 1), false},
 		"too few results":  {steppedPostAnswer{status: 200, body: "1\n"}, doubt(200, 1), false},
@@ -384,7 +425,7 @@ func TestGatewayClientBatchFailures(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			testPosts(t, func(t *postTest) {
 				busy := t.beBusy()
-				c, d := t.send("c", nil), t.send("d", nil)
+				c, d := t.send("c"), t.send("d")
 				t.reply(busy[0], 200, "")
 				t.next(batch("c", "d")).answer <- test.answer
 				t.wantResult(c, test.want)
@@ -392,8 +433,8 @@ func TestGatewayClientBatchFailures(t *testing.T) {
 				for _, p := range busy[1:] {
 					t.reply(p, 200, "")
 				}
-				if t.client.batches != test.batches {
-					t.Errorf("takes batches: got %t, want %t", t.client.batches, test.batches)
+				if got := t.client.batches.Load(); got != test.batches {
+					t.Errorf("takes batches: got %t, want %t", got, test.batches)
 				}
 			})
 		})
@@ -407,9 +448,9 @@ func TestGatewayClientBoundsItsBatches(t *testing.T) {
 		for i := range maxBatchSends + 1 {
 			token := fmt.Sprint("t", i)
 			first = append(first, token)
-			t.send(token, nil)
+			t.send(token)
 		}
-		large := &event{Data: strings.Repeat("x", maxBatchBytes/2)}
+		large := event{Data: strings.Repeat("x", maxBatchBytes/2)}
 		t.send("c", large)
 		t.send("d", large)
 		t.reply(busy[0], 200, "")
@@ -432,8 +473,8 @@ func TestGatewayClientHears(t *testing.T) {
 		"batch": true, "a, batch ,b": true, "": false, "batches": false, "a;batch": false,
 	} {
 		c.heard(features)
-		if c.batches != want {
-			t.Errorf("%q: takes batches: got %t, want %t", features, c.batches, want)
+		if c.batches.Load() != want {
+			t.Errorf("%q: takes batches: got %t, want %t", features, !want, want)
 		}
 	}
 }

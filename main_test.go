@@ -115,23 +115,21 @@ type apiStream struct {
 	got   []event // guarded by the gateway's mu
 }
 
-func (g *apiGateway) send(token string, e *event, end bool) (buffered bool, err error) {
+func (g *apiGateway) send(token string, events []event, end bool) sendResult {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	s := g.streams[token]
 	switch {
 	case g.err != nil:
-		return false, g.err
+		return sendResult{err: g.err}
 	case s == nil:
-		return false, errUnknownToken
+		return sendResult{err: errUnknownToken}
 	}
-	if e != nil {
-		s.got = append(s.got, *e)
-	}
+	s.got = append(s.got, events...)
 	if end {
 		delete(g.streams, token)
 	}
-	return false, nil
+	return sendResult{taken: len(events)}
 }
 
 // fail makes every send from now on end in err; nil makes them work.

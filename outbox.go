@@ -40,8 +40,8 @@ func newEpoch() string { return strings.ToLower(rand.Text()[:8]) }
 // outbox is the ordered, numbered log of the events of one identifier, and
 // their delivery to its one connection.
 //
-// For each connection one goroutine at a time sends, one event after the
-// other. It works on a token and a position that were read together, and
+// For each connection one goroutine at a time sends, one run of events after
+// the other. It works on a token and a position that were read together, and
 // moves the position only while that token is still the connection. So a
 // send that was under way when a new connection came reaches neither that
 // connection nor its position.
@@ -268,9 +268,18 @@ func (o *outbox) moreLocked() bool {
 	return !o.stalled && (o.indexLocked(o.sent) < len(o.log) || o.reason != "" && !o.closed)
 }
 
+// A run is what goes to the gateway at once: more with each success, up to so
+// many events or bytes. Their JSON is far from its limits, so that it refuses
+// none from the middle of a run.
+const (
+	maxRun      = 64
+	maxRunBytes = 64 << 10
+)
+
 // deliver sends to token until it has everything or is not the connection
 // any more.
 func (o *outbox) deliver(token string) {
+	most := 1
 	for {
 		o.mu.Lock()
 		if o.token != token {
@@ -291,25 +300,48 @@ func (o *outbox) deliver(token string) {
 			o.mu.Unlock()
 			return
 		}
-		e, n, end := closeEvent(o.reason), o.sent, true
-		if i := o.indexLocked(o.sent); i < len(o.log) {
-			n, end = o.log[i].n, false
-			e = event{ID: o.id(n), Name: o.policy.event, Data: o.log[i].data}
-		}
+		run, reason := slices.Clone(o.runLocked(most)), o.reason
 		o.mu.Unlock()
 
-		result := o.conns.Send(o.identifier, token, &e, end)
+		events := make([]event, 0, 1)
+		for _, e := range run {
+			events = append(events, event{ID: o.id(e.n), Name: o.policy.event, Data: e.data})
+		}
+		if len(run) == 0 {
+			events = append(events, closeEvent(reason))
+		}
+		taken, result := o.conns.Send(o.identifier, token, events, len(run) == 0)
+		most = max(1, min(2*taken, maxRun))
 
 		o.mu.Lock()
 		if o.token == token {
-			o.settleLocked(n, end, result)
+			o.settleLocked(run, taken, result)
 		}
 		o.mu.Unlock()
 	}
 }
 
-// settleLocked notes what became of event n, or of the end, on token.
-func (o *outbox) settleLocked(n uint64, end bool, result delivery) {
+// runLocked returns the next events for token, most at most. After the last
+// there are none.
+func (o *outbox) runLocked(most int) []entry {
+	run := o.log[o.indexLocked(o.sent):]
+	size := 0
+	for i, e := range run {
+		size += len(e.data)
+		if i == most || i > 0 && size > maxRunBytes {
+			return run[:i]
+		}
+	}
+	return run
+}
+
+// settleLocked notes what became of a run on token, of which so many events
+// were taken, or of the end, which is a run without events.
+func (o *outbox) settleLocked(run []entry, taken int, result delivery) {
+	n, end := o.sent, len(run) == 0
+	if !end {
+		n = run[max(taken-1, 0)].n
+	}
 	switch result {
 	case delivered:
 		o.sent, o.closed, o.unsure = n, end, false

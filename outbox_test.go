@@ -107,7 +107,7 @@ func TestOutboxNumbersEvents(t *testing.T) {
 			}
 		}
 		t.rest()
-		if got, want := *t.gateway.underWay[0].event, (event{"x-1", "task_event", "data"}); got != want {
+		if got, want := t.gateway.underWay[0].events[0], (event{"x-1", "task_event", "data"}); got != want {
 			t.Errorf("got event %q, want %q", got, want)
 		}
 		t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
@@ -230,6 +230,61 @@ func TestOutboxOfVersionLearnsFromLastEventID(t *testing.T) {
 		t.connect("c", "", "x-2")
 		t.delivers("c x-3 three")
 	})
+}
+
+// A backlog goes out in runs, more at once with each that was taken.
+func TestOutboxRuns(t *testing.T) {
+	testOutbox(t, taskLike(), func(t *outboxTest) {
+		t.gateway.batches = true
+		t.append("1", "2", "3", "4", "5", "6")
+		t.end("task_completed")
+		t.connect("a", "", "x-0")
+		t.delivers("a x-1 1", "a x-2 2 x-3 3", "a x-4 4 x-5 5 x-6 6", closing("a", "task_completed"))
+	})
+}
+
+func TestOutboxBoundsItsRuns(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.gateway.batches = true
+		half := strings.Repeat("x", maxRunBytes/2)
+		t.append(half, half, half, half+half+"x")
+		for range 4 * maxRun {
+			t.append("data")
+		}
+		t.connect("a", "", "x-0")
+		var got []int
+		for sends := t.gateway.all(); len(sends) > 0; sends = t.gateway.all() {
+			got = append(got, len(sends[0].events))
+			t.ok(sends[0].String())
+		}
+		if want := []int{1, 2, 1, 2, 4, 8, 16, 32, 64, 64, 64, 2}; !slices.Equal(got, want) {
+			t.Errorf("got %d events at once, want %d", got, want)
+		}
+	})
+}
+
+// What the gateway took of a run is with the browser, whatever became of the rest.
+func TestOutboxRunTakenInPart(t *testing.T) {
+	for name, test := range map[string]struct {
+		answer   sendResult
+		underWay []string
+	}{
+		"the stream has ended": {sendResult{taken: 1, err: errUnknownToken}, nil},
+		"in doubt":             {sendResult{taken: 1, err: errNoAnswer}, []string{"a end"}},
+		"one at a time":        {sendResult{taken: 1}, []string{"a x-3 3 x-4 4"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			testOutbox(t, versionLike(), func(t *outboxTest) {
+				t.gateway.batches = true
+				t.append("1", "2", "3", "4")
+				t.connect("a", "", "x-0")
+				t.ok("a x-1 1")
+				t.answer("a x-2 2 x-3 3", test.answer)
+				t.wantUnderWay(test.underWay...)
+				t.connect("b", "", "x-2")
+			})
+		})
+	}
 }
 
 // Something between may repeat a callback. What the first one began must not stand in the way of the second.
@@ -785,9 +840,11 @@ func TestOutboxKeepsOneOrderForManyProducers(t *testing.T) {
 	t.Parallel()
 	const producers, each = 8, 200
 	var got []string // by one sender at a time
-	conns := newConnectionManager(senderFunc(func(_ string, e *event, _ bool) (bool, error) {
-		got = append(got, e.ID)
-		return false, nil
+	conns := newConnectionManager(senderFunc(func(events []event) sendResult {
+		for _, e := range events {
+			got = append(got, e.ID)
+		}
+		return sendResult{taken: len(events)}
 	}), slog.New(slog.DiscardHandler), noConnectionMetrics{})
 	policy := taskLike()
 	o := newOutbox("task:1", conns, &policy)
@@ -821,10 +878,10 @@ type world struct {
 	rand        *rand.Rand
 	browsers    []*simBrowser
 	streams     []*simStream
-	performed   map[*stepped]steppedAnswer // sends that were done but not answered
-	late        []*stepped                 // sends that failed, but that the gateway may yet do
-	disconnects []string                   // tokens of disconnect callbacks on the way
-	written     map[uint64]bool            // numbers of events that an open stream has taken
+	performed   map[*stepped]sendResult // sends that were done but not answered
+	late        []*stepped              // sends that failed, but that the gateway may yet do
+	disconnects []string                // tokens of disconnect callbacks on the way
+	written     map[uint64]bool         // numbers of events that an open stream has taken
 }
 
 // simBrowser is a page with an EventSource.
@@ -874,13 +931,15 @@ func (s *simStream) opening() bool { return !s.open && !s.ended }
 func (s *simStream) left() bool    { return !s.ended && s.browser.stream != s }
 
 func newWorld(t *testing.T, policy outboxPolicy, seed uint64) *world {
-	return &world{
+	w := &world{
 		outboxTest: newOutboxTest(newConnTest(t), policy),
 		rand:       rand.New(rand.NewPCG(seed, 0)),
 		browsers:   []*simBrowser{{t: t}},
-		performed:  map[*stepped]steppedAnswer{},
+		performed:  map[*stepped]sendResult{},
 		written:    map[uint64]bool{},
 	}
+	w.gateway.batches = seed%2 == 1
+	return w
 }
 
 // connect makes b a new stream, which the backend accepts.
@@ -932,31 +991,44 @@ func (w *world) ends(s *simStream) {
 }
 
 // perform is what the gateway does with a send.
-func (w *world) perform(p *stepped) steppedAnswer {
+func (w *world) perform(p *stepped) (r sendResult) {
 	w.Helper()
 	s := w.streams[slices.IndexFunc(w.streams, func(s *simStream) bool { return s.token == p.token })]
-	switch {
-	case s.ended || s.ending:
-		return steppedAnswer{err: errUnknownToken}
-	case s.open && p.event != nil:
-		w.write(s, *p.event)
-	case p.event != nil:
-		s.buffer = append(s.buffer, *p.event)
+	for i, e := range p.events {
+		switch n := w.rand.IntN(20); { // before the next of a batch
+		case i > 0 && n == 0 && !s.ended:
+			w.ends(s)
+		case i > 0 && n < 3 && s.opening():
+			w.opens(s)
+		}
+		switch {
+		case s.ended || s.ending:
+			r.err = errUnknownToken
+			return r
+		case s.open:
+			w.write(s, e)
+		default:
+			s.buffer = append(s.buffer, e)
+		}
+		r.taken, r.buffered = i+1, !s.open
 	}
 	switch {
+	case s.ended || s.ending:
+		r.err = errUnknownToken
 	case s.open && p.end:
 		w.ends(s)
 	case p.end:
 		s.ending = true
 	}
-	return steppedAnswer{buffered: !s.open}
+	r.buffered = r.err == nil && !s.open
+	return r
 }
 
 // reply ends a send: with what the gateway did, or with an error.
-func (w *world) reply(p *stepped, a steppedAnswer) {
+func (w *world) reply(p *stepped, r sendResult) {
 	w.Helper()
 	delete(w.performed, p)
-	w.gateway.reply(p, a)
+	w.gateway.reply(p, r)
 	w.rest()
 }
 
@@ -1020,10 +1092,10 @@ func (w *world) network() {
 	answer, done := w.performed[p]
 	switch fails := w.rand.IntN(10) == 0; {
 	case fails && done:
-		w.reply(p, steppedAnswer{err: errNoAnswer})
+		w.reply(p, sendResult{err: errNoAnswer})
 	case fails:
 		w.late = append(w.late, p)
-		w.reply(p, steppedAnswer{err: errNoAnswer})
+		w.reply(p, sendResult{err: errNoAnswer})
 	case done:
 		w.reply(p, answer)
 	default:

@@ -230,7 +230,7 @@ func TestSendConnectionPipelined(t *testing.T) {
 	var want []string
 	for i := range events {
 		want = append(want, strconv.Itoa(i)+strings.Repeat("x", i*i%5000))
-		requests.WriteString(sendText("application/json", encodeSend(c.callback.Token, &event{Data: want[i]}, false)))
+		requests.WriteString(sendText("application/json", encodeSend(nil, c.callback.Token, &event{Data: want[i]}, false)))
 	}
 	requests.WriteString("GET /behind HTTP/1.1\r\nHost: h\r\n\r\n")
 	var writer sync.WaitGroup
@@ -353,7 +353,7 @@ func FuzzSendBody(f *testing.F) {
 		if o["event"] != nil {
 			want = &event{text(e, "id"), text(e, "name"), text(e, "data")}
 		}
-		for _, body := range [][]byte{body, encodeSend(wantToken, want, wantEnd)} {
+		for _, body := range [][]byte{body, encodeSend(nil, wantToken, want, wantEnd)} {
 			m, err := parseSend(bytes.Clone(body))
 			var got *event
 			if m.event.data != nil {
