@@ -245,7 +245,10 @@ func (t *postTest) RoundTrip(r *http.Request) (*http.Response, error) {
 	p := &steppedPost{r.Header.Get("Content-Type") + " " + string(body), make(chan steppedPostAnswer)}
 	t.posts <- p
 	a := <-p.answer
-	return &http.Response{StatusCode: a.status, Body: io.NopCloser(strings.NewReader(a.body))}, a.err
+	if a.err != nil {
+		return nil, a.err
+	}
+	return &http.Response{StatusCode: a.status, Body: io.NopCloser(strings.NewReader(a.body))}, nil
 }
 
 // send gives events to a stream, or asks for it. The result, as "taken buffered error", comes through the channel.

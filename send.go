@@ -38,8 +38,11 @@ var (
 	errEventField = errors.New("event name and id must not contain CR, LF or NUL")
 )
 
-// parseSend reads a body, whose strings it decodes in place.
+// parseSend reads a body or a line, whose strings it decodes in place.
 func parseSend(body []byte) (m sendRequest, err error) {
+	if len(body) > maxSend {
+		return m, errBodyTooLarge
+	}
 	var token, end []byte
 	var e eventFields
 	if err := pick(body, field{"token", &token, nil}, e.field(), field{"close", &end, nil}); err != nil {
@@ -177,49 +180,103 @@ func (g *gateway) keepSending(conn net.Conn, read *bufio.Reader, answer []byte) 
 // answerSend does what the body of POST /internal/send says. It returns the
 // status of the answer and its body, appended to text.
 func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, []byte) {
-	if mediaType == oneSend {
-		status, result := g.take(body)
-		name := `{"status":`
-		if status != http.StatusOK {
-			name = `{"error":`
+	if mediaType == ndjson {
+		return http.StatusOK, g.answerBatch(text, body)
+	}
+	a := g.take(parseSend(body))
+	name := `{"status":`
+	if a.status != http.StatusOK {
+		name = `{"error":`
+	}
+	return a.status, append(appendString(append(text, name...), a.result), "}\n"...)
+}
+
+// maxFrame is how many bytes are written at once, if one event has no more.
+const maxFrame = 64 << 10
+
+// answerBatch does what the lines of a batch say, and appends a line about
+// each to text. Events in a row for the same stream are written at once.
+func (g *gateway) answerBatch(text, body []byte) []byte {
+	var s *stream
+	events := 0 // for s, in frame
+	frame := frames.Get().(*[]byte)
+	defer frames.Put(frame)
+	write := func() {
+		if events == 0 {
+			return
 		}
-		return status, append(appendString(append(text, name...), result), "}\n"...)
+		status := s.send(s.chunk(frame), false)
+		g.met.events.with(status.String()).Add(uint64(events))
+		for ; events > 0; events-- {
+			text = appendResult(text, status.answer())
+		}
 	}
 	for line := range bytes.Lines(body) {
 		if line = bytes.TrimSpace(line); len(line) == 0 {
 			continue
 		}
-		switch status, result := g.take(line); status {
-		case http.StatusOK:
-			text = append(appendString(append(text, `{"status":`...), result), "}\n"...)
-		case http.StatusBadRequest:
-			text = append(appendString(append(text, `{"status":400,"error":`...), result), "}\n"...)
-		default:
-			text = append(strconv.AppendInt(append(text, `{"status":`...), int64(status), 10), "}\n"...)
+		m, err := parseSend(line)
+		joins := err == nil && m.event.data != nil && !m.end
+		if events > 0 && (!joins || string(m.token) != s.token || len(*frame) >= maxFrame) {
+			write()
 		}
+		if events == 0 && joins {
+			s = g.lookup(m.token)
+			*frame = reserveChunk(*frame)
+		}
+		if !joins || s == nil {
+			text = appendResult(text, g.take(m, err))
+			continue
+		}
+		*frame = appendEvent(*frame, m.event.id, m.event.name, m.event.data)
+		events++
 	}
-	return http.StatusOK, text
+	write()
+	return text
 }
 
-// take does what one send request says. It returns the status for it, and
-// what became of it or the error's text.
-func (g *gateway) take(body []byte) (status int, result string) {
-	if len(body) > maxSend { // a line; a body of its own has been refused
-		g.met.events.with("invalid").Inc()
-		return http.StatusRequestEntityTooLarge, errBodyTooLarge.Error()
+// sendAnswer is the answer to one send: what became of it, or the text of an
+// error.
+type sendAnswer struct {
+	status int
+	result string
+}
+
+// appendResult appends a line that answers one of a batch.
+func appendResult(text []byte, a sendAnswer) []byte {
+	text = append(text, `{"status":`...)
+	switch a.status {
+	case http.StatusOK:
+		text = appendString(text, a.result)
+	case http.StatusBadRequest:
+		text = appendString(append(text, `400,"error":`...), a.result)
+	default:
+		text = strconv.AppendInt(text, int64(a.status), 10)
 	}
-	m, err := parseSend(body)
-	if err != nil {
+	return append(text, "}\n"...)
+}
+
+// take does what a request says that was read, unless that failed.
+func (g *gateway) take(m sendRequest, err error) sendAnswer {
+	switch err {
+	case nil:
+		return g.send(m).answer()
+	case errBodyTooLarge: // a line; a body of its own has been refused
 		g.met.events.with("invalid").Inc()
-		return http.StatusBadRequest, err.Error()
+		return sendAnswer{http.StatusRequestEntityTooLarge, err.Error()}
 	}
-	switch g.send(m) {
+	g.met.events.with("invalid").Inc()
+	return sendAnswer{http.StatusBadRequest, err.Error()}
+}
+
+func (status sendStatus) answer() sendAnswer {
+	switch status {
 	case sendWritten:
-		return http.StatusOK, "ok"
+		return sendAnswer{http.StatusOK, "ok"}
 	case sendBuffered:
-		return http.StatusOK, "buffered"
+		return sendAnswer{http.StatusOK, "buffered"}
 	}
-	return http.StatusNotFound, errUnknownToken.Error()
+	return sendAnswer{http.StatusNotFound, errUnknownToken.Error()}
 }
 
 // send gives an event to its stream.
@@ -232,10 +289,10 @@ func (g *gateway) send(m sendRequest) sendStatus {
 	case m.event.data == nil:
 		return s.send(nil, m.end)
 	case s != nil:
-		buf := frames.Get().(*[]byte)
-		defer frames.Put(buf)
-		*buf = appendEvent(reserveChunk(*buf), m.event.id, m.event.name, m.event.data)
-		status = s.send(s.chunk(buf), m.end)
+		frame := frames.Get().(*[]byte)
+		defer frames.Put(frame)
+		*frame = appendEvent(reserveChunk(*frame), m.event.id, m.event.name, m.event.data)
+		status = s.send(s.chunk(frame), m.end)
 	}
 	g.met.events.with(status.String()).Inc()
 	return status

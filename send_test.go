@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
@@ -300,6 +301,39 @@ func TestBatch(t *testing.T) {
 	open.wantData("1", "5")
 	ended.wantData("last")
 	ended.wantEnd()
+}
+
+// Events in a row for one stream are one write, which is one chunk, unless they are large.
+func TestBatchWritesARowAtOnce(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	a, b := g.open("/a"), g.open("/b")
+	large := strings.Repeat("x", maxFrame/2)
+	line := func(c *streamClient, data string) string {
+		return string(encodeSend(nil, c.callback.Token, &event{Data: data}, data == "end")) + "\n"
+	}
+	batch := line(a, "1") + line(a, "2") + line(b, "other") + line(a, "3") + "{}\n" + line(a, "4") + line(a, "5") +
+		line(a, large) + line(a, large) + line(a, large) + line(a, "end") + line(a, "late")
+	ok, bad := `{"status":"ok"}`, `{"status":400,"error":"token is missing or empty"}`
+	want := strings.Join([]string{"200 " + ok, ok, ok, ok, bad, ok, ok, ok, ok, ok, ok, `{"status":404}`}, "\n")
+	if got := g.post("application/x-ndjson", batch); got != want {
+		t.Errorf("got:\n%s\nwant:\n%s", got, want)
+	}
+	wire := ""
+	for _, row := range [][]string{{"1", "2"}, {"3"}, {"4", "5", large, large}, {large}, {"end"}} {
+		var chunk []byte
+		for _, data := range row {
+			chunk = appendEvent(chunk, nil, nil, []byte(data))
+		}
+		wire += fmt.Sprintf("%x\r\n%s\r\n", len(chunk), chunk)
+	}
+	a.SetReadDeadline(time.Now().Add(patience))
+	if got, err := io.ReadAll(a.wire); string(got) != wire+lastChunk || err != nil {
+		t.Errorf("got %.300q, %v, want %.300q", got, err, wire+lastChunk)
+	}
+	b.wantData("other")
+	g.waitMetric(`gateway_events_total{status="written"}`, 10)
+	g.waitMetric(`gateway_events_total{status="unknown_token"}`, 1)
 }
 
 func TestHTTPDate(t *testing.T) {
