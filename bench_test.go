@@ -70,39 +70,69 @@ func BenchmarkGroupCommit(b *testing.B) {
 	for _, features := range []string{"", featureBatch} {
 		for _, senders := range []int{1, 64} {
 			b.Run(fmt.Sprintf("features=%s/senders=%d", features, senders), func(b *testing.B) {
-				backend := newStubBackend(b, nil)
-				b.Cleanup(backend.server.Close)
-				p := startOwnGateway(b, "CALLBACK_URL="+backend.server.URL+callbackTarget)
-				g := &gatewayFixture{stubBackend: backend, t: b, addr: strings.TrimPrefix(p.URL, "http://")}
-				client := newGatewayClient(p.URL)
-				client.heard(features)
-				m := newConnectionManager(client, slog.New(slog.DiscardHandler), noConnectionMetrics{})
-				tokens := g.openMany(1000)
-				identifiers := make([]string, len(tokens))
-				for i, token := range tokens {
-					identifiers[i] = "task:" + token
-					m.OnConnect(identifiers[i], token, "/")
-				}
+				m, tokens := benchConns(b, features)
 				events := []event{{"k3v9x2ab-17", "task_event", benchData}}
 				b.ReportAllocs()
 				b.ResetTimer()
-				var next atomic.Int64
-				var work sync.WaitGroup
-				for range senders {
-					work.Go(func() {
-						for i := next.Add(1); i <= int64(b.N); i = next.Add(1) {
-							k := int(i) % len(tokens)
-							if _, got := m.Send(identifiers[k], tokens[k], events, false); got != delivered {
-								b.Errorf("got %v, want %v", got, delivered)
-								return
-							}
-						}
-					})
-				}
-				work.Wait()
+				benchEach(b, senders, func(i int) {
+					token := tokens[i%len(tokens)]
+					if _, got := m.Send("task:"+token, token, events, false); got != delivered {
+						b.Errorf("got %v, want %v", got, delivered)
+					}
+				})
 			})
 		}
 	}
+}
+
+// BenchmarkOutboxes is BenchmarkGroupCommit with outboxes, so that nobody waits for an answer. It ends when the gateway
+// has taken all.
+func BenchmarkOutboxes(b *testing.B) {
+	for _, features := range []string{"", featureBatch} {
+		b.Run("features="+features, func(b *testing.B) {
+			m, tokens := benchConns(b, features)
+			policy := versionLike()
+			outboxes := make([]*outbox, len(tokens))
+			for i, token := range tokens {
+				outboxes[i] = newOutbox("task:"+token, m, &policy)
+				outboxes[i].Connect(connectRequest{token: token, url: "/"})
+			}
+			b.ReportAllocs()
+			b.ResetTimer()
+			benchEach(b, 64, func(i int) { outboxes[i%len(outboxes)].Append(benchData, false) })
+			m.Drain(b.Context())
+		})
+	}
+}
+
+// benchConns connects 1,000 clients through a gateway process with these features.
+func benchConns(b *testing.B, features string) (m *ConnectionManager, tokens []string) {
+	backend := newStubBackend(b, nil)
+	b.Cleanup(backend.server.Close)
+	p := startOwnGateway(b, "CALLBACK_URL="+backend.server.URL+callbackTarget)
+	g := &gatewayFixture{stubBackend: backend, t: b, addr: strings.TrimPrefix(p.URL, "http://")}
+	client := newGatewayClient(p.URL)
+	client.heard(features)
+	m = newConnectionManager(client, slog.New(slog.DiscardHandler), noConnectionMetrics{})
+	tokens = g.openMany(1000)
+	for _, token := range tokens {
+		m.OnConnect("task:"+token, token, "/")
+	}
+	return m, tokens
+}
+
+// benchEach calls f for 1 to b.N, from so many goroutines.
+func benchEach(b *testing.B, goroutines int, f func(i int)) {
+	var next atomic.Int64
+	var work sync.WaitGroup
+	for range goroutines {
+		work.Go(func() {
+			for i := next.Add(1); i <= int64(b.N); i = next.Add(1) {
+				f(int(i))
+			}
+		})
+	}
+	work.Wait()
 }
 
 // BenchmarkConnect is the life of a stream, from the connection to its disconnect callback.

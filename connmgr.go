@@ -232,16 +232,13 @@ func (m *ConnectionManager) Send(identifier, token string, events []event, end b
 func (m *ConnectionManager) send(identifier, token string, events []event, end bool) sendResult {
 	start := time.Now()
 	r := m.gateway.send(token, events, end)
-	took, service := time.Since(start).Seconds(), serviceOf(identifier)
-	record := func(status string) {
-		m.met.RecordSSEGatewaySendDuration(service, took)
-		m.met.RecordSSEGatewayEvent(service, status)
-	}
+	service := serviceOf(identifier)
+	m.met.RecordSSEGatewaySendDuration(service, time.Since(start).Seconds())
 	for range r.taken {
-		record("success")
+		m.met.RecordSSEGatewayEvent(service, "success")
 	}
 	if r.err != nil {
-		record("error")
+		m.met.RecordSSEGatewayEvent(service, "error")
 	}
 	return r
 }

@@ -616,7 +616,7 @@ func TestRecordSSEGatewayEvent(t *testing.T) {
 	wantSeries(t, reg, map[string]float64{
 		`sse_gateway_events_sent_total{service="task",status="success"}`: 3,
 		`sse_gateway_events_sent_total{service="task",status="error"}`:   2,
-		`sse_gateway_send_duration_seconds_count{service="task"}`:        5,
+		`sse_gateway_send_duration_seconds_count{service="task"}`:        3,
 	})
 }
 

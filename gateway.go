@@ -57,8 +57,8 @@ var errUnknownToken = errors.New("unknown token")
 //
 // A send on its own goes out at once. Under load it is group commit: sends
 // that come while others are under way wait, and the first of them to get its
-// turn takes the rest along. The caller sends one event of a token after the
-// other, so their order is kept.
+// turn takes the rest along. The caller waits for the result before it sends
+// the next events of a token, so their order is kept.
 type gatewayClient struct {
 	url    string // with /internal/
 	client *http.Client
@@ -245,8 +245,9 @@ func (c *gatewayClient) takeLocked(s *waitingSend) []*waitingSend {
 // post sends the batch in one POST and sets the results.
 func (c *gatewayClient) post(batch []*waitingSend) {
 	var err error
-	if len(batch) == 1 && batch[0].lines == 1 {
-		batch[0].sendResult, err = c.postOne(batch[0].body)
+	if len(batch) == 1 && (batch[0].lines == 1 || !c.batches.Load()) {
+		first, _, _ := bytes.Cut(batch[0].body, []byte("\n"))
+		batch[0].sendResult, err = c.postOne(first)
 	} else {
 		err = c.postBatch(batch)
 	}

@@ -403,6 +403,14 @@ func TestGatewayClientSendsRuns(t *testing.T) {
 		t.wantResult(a, "2 true <nil>")
 		t.wantResult(b, "1 false unknown token")
 		t.wantResult(c, `0 false gateway answered "{\"status\":413}"`)
+
+		t.send("busy")
+		busy[0] = t.next(single("busy"))
+		a = t.send("a", run...)
+		t.client.heard("") // of another gateway, while a waits
+		t.reply(busy[0], 200, "")
+		t.reply(t.next("application/json "+line("a", "1")), 200, "")
+		t.wantResult(a, "1 false <nil>")
 		for _, p := range busy[1:] {
 			t.reply(p, 200, "")
 		}

@@ -62,6 +62,7 @@ type outbox struct {
 	token   string // the connection that the rest is about; "" for none
 	order   requestOrder
 	sent    uint64 // the last number that token was given
+	flying  uint64 // the last number of the run that is under way to token; 0 for none
 	closed  bool   // token was given the end
 	stalled bool   // the last send failed; the next event tries again
 	unsure  bool   // events up to sent are with the gateway, which may still drop them
@@ -153,6 +154,8 @@ func (o *outbox) Connect(c connectRequest) (open event, end bool) {
 	}
 	replaced := o.conns.OnConnect(o.identifier, c.token, c.url) // in one order with token
 	o.token, o.order, o.closed, o.stalled, o.unsure = c.token, c.order, false, false, false
+	o.flying = 0
+	o.trimLocked()
 	o.notifyLocked()
 	open = event{ID: o.id(o.sent), Name: "connection_open", Data: `{"status":"connected"}`}
 	o.wakeLocked()
@@ -218,7 +221,7 @@ func (o *outbox) indexLocked(n uint64) int {
 	return i
 }
 
-// trimLocked drops what the policy does not keep.
+// trimLocked drops what the policy does not keep, except what is under way.
 func (o *outbox) trimLocked() {
 	limit := o.policy.limit
 	if limit == 0 {
@@ -229,6 +232,7 @@ func (o *outbox) trimLocked() {
 		o.log = slices.Delete(o.log, 0, from-limit)
 		from = limit
 	}
+	from = max(from, o.indexLocked(o.flying))
 	for len(o.log)-from > limit {
 		i := slices.IndexFunc(o.log[from:], func(e entry) bool { return !e.keep })
 		if i < 0 {
@@ -301,9 +305,12 @@ func (o *outbox) deliver(token string) {
 			return
 		}
 		run, reason := slices.Clone(o.runLocked(most)), o.reason
+		if len(run) > 0 {
+			o.flying = run[len(run)-1].n
+		}
 		o.mu.Unlock()
 
-		events := make([]event, 0, 1)
+		events := make([]event, 0, max(len(run), 1))
 		for _, e := range run {
 			events = append(events, event{ID: o.id(e.n), Name: o.policy.event, Data: e.data})
 		}
@@ -356,6 +363,8 @@ func (o *outbox) settleLocked(run []entry, taken int, result delivery) {
 	case suspended:
 		o.stalled = true
 	}
+	o.flying = 0
+	o.trimLocked()
 	o.notifyLocked()
 }
 

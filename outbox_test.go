@@ -287,6 +287,42 @@ func TestOutboxRunTakenInPart(t *testing.T) {
 	}
 }
 
+// The gateway may take what is under way, so it is not dropped before that is known.
+func TestOutboxKeepsWhatIsUnderWay(t *testing.T) {
+	for name, test := range map[string]struct {
+		answer  sendResult
+		dropped int
+		arrived bool
+	}{
+		"taken":  {sendResult{taken: 2}, 1, true},
+		"failed": {sendResult{err: errNoAnswer}, 3, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			policy := versionLike()
+			policy.limit = 3
+			testOutbox(t, policy, func(t *outboxTest) {
+				t.gateway.batches = true
+				t.append("1", "2", "3")
+				t.connect("a", "", "x-0")
+				t.ok("a x-1 1")
+				waited := make(chan bool, 1)
+				go func() { waited <- t.outbox.Wait(t.Context(), 3) }()
+				t.append("4", "5", "6", "7")
+				if t.dropped != 1 {
+					t.Errorf("dropped %d with two under way, want 1", t.dropped)
+				}
+				t.answer("a x-2 2 x-3 3", test.answer)
+				if t.dropped != test.dropped {
+					t.Errorf("dropped %d, want %d", t.dropped, test.dropped)
+				}
+				if got := <-waited; got != test.arrived {
+					t.Errorf("waited for the last of them: got %t, want %t", got, test.arrived)
+				}
+			})
+		})
+	}
+}
+
 // Something between may repeat a callback. What the first one began must not stand in the way of the second.
 func TestOutboxSameTokenAgain(t *testing.T) {
 	testOutbox(t, taskLike(), func(t *outboxTest) {

@@ -191,11 +191,13 @@ func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, [
 	return a.status, append(appendString(append(text, name...), a.result), "}\n"...)
 }
 
-// maxFrame is how many bytes are written at once, if one event has no more.
+// maxFrame is how many bytes of events wait for more to be written with them.
 const maxFrame = 64 << 10
 
 // answerBatch does what the lines of a batch say, and appends a line about
-// each to text. Events in a row for the same stream are written at once.
+// each to text. Events in a row for the same stream are written at once, and
+// taken or refused as one: if they are too much for its buffer, the client may
+// get the first of them all the same.
 func (g *gateway) answerBatch(text, body []byte) []byte {
 	var s *stream
 	events := 0 // for s, in frame
@@ -212,7 +214,7 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 		}
 	}
 	for line := range bytes.Lines(body) {
-		if line = bytes.TrimSpace(line); len(line) == 0 {
+		if line = bytes.Trim(line, " \t\r\n"); len(line) == 0 {
 			continue
 		}
 		m, err := parseSend(line)

@@ -278,6 +278,7 @@ func TestBatch(t *testing.T) {
 		{`{"token":"$ended"}`, `{"status":404}`},
 		{`{"token":"$open","event":{"data":"` + strings.Repeat("x", 1<<20) + `"}}`, `{"status":413}`},
 		{"\t {\"token\":\"$open\",\"event\":{\"data\":\"5\"}} ", `{"status":"ok"}`},
+		{"\u00a0{\"token\":\"$open\"}", `{"status":400,"error":"body must be one JSON object"}`},
 		{`{"token":"$open"}`, `{"status":"ok"}`},
 	}
 	var bodies, want []string
