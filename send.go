@@ -191,13 +191,18 @@ func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, [
 	return a.status, append(appendString(append(text, name...), a.result), "}\n"...)
 }
 
-// maxFrame is how many bytes of events wait for more to be written with them.
+// maxFrame is how many bytes several events have at most that are written at
+// once.
 const maxFrame = 64 << 10
 
+// maxGrowth bounds how much longer an event is than its line: `\n` becomes a
+// line end and "data: ".
+const maxGrowth = 4
+
 // answerBatch does what the lines of a batch say, and appends a line about
-// each to text. Events in a row for the same stream are written at once, and
-// taken or refused as one: if they are too much for its buffer, the client may
-// get the first of them all the same.
+// each to text. Events in a row for the same stream are written at once: all or
+// none of them are taken, so there must be room in the stream's buffer for what
+// the socket may leave of them.
 func (g *gateway) answerBatch(text, body []byte) []byte {
 	var s *stream
 	events := 0 // for s, in frame
@@ -218,15 +223,17 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 			continue
 		}
 		m, err := parseSend(line)
-		joins := err == nil && m.event.data != nil && !m.end
-		if events > 0 && (!joins || string(m.token) != s.token || len(*frame) >= maxFrame) {
+		event := err == nil && m.event.data != nil && !m.end
+		joins := event && events > 0 && string(m.token) == s.token &&
+			len(*frame)+maxGrowth*len(line) <= min(maxFrame, s.limits.buffer)
+		if !joins {
 			write()
 		}
-		if events == 0 && joins {
+		if event && !joins {
 			s = g.lookup(m.token)
 			*frame = reserveChunk(*frame)
 		}
-		if !joins || s == nil {
+		if !event || s == nil {
 			text = appendResult(text, g.take(m, err))
 			continue
 		}

@@ -309,19 +309,19 @@ func TestBatchWritesARowAtOnce(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
 	a, b := g.open("/a"), g.open("/b")
-	large := strings.Repeat("x", maxFrame/2)
+	large := strings.Repeat("x", maxFrame/8)
 	line := func(c *streamClient, data string) string {
 		return string(encodeSend(nil, c.callback.Token, &event{Data: data}, data == "end")) + "\n"
 	}
 	batch := line(a, "1") + line(a, "2") + line(b, "other") + line(a, "3") + "{}\n" + line(a, "4") + line(a, "5") +
-		line(a, large) + line(a, large) + line(a, large) + line(a, "end") + line(a, "late")
+		strings.Repeat(line(a, large), 5) + line(a, "end") + line(a, "late")
 	ok, bad := `{"status":"ok"}`, `{"status":400,"error":"token is missing or empty"}`
-	want := strings.Join([]string{"200 " + ok, ok, ok, ok, bad, ok, ok, ok, ok, ok, ok, `{"status":404}`}, "\n")
+	want := strings.Join([]string{"200 " + ok, ok, ok, ok, bad, ok, ok, ok, ok, ok, ok, ok, ok, `{"status":404}`}, "\n")
 	if got := g.post("application/x-ndjson", batch); got != want {
 		t.Errorf("got:\n%s\nwant:\n%s", got, want)
 	}
 	wire := ""
-	for _, row := range [][]string{{"1", "2"}, {"3"}, {"4", "5", large, large}, {large}, {"end"}} {
+	for _, row := range [][]string{{"1", "2"}, {"3"}, {"4", "5", large, large, large, large}, {large}, {"end"}} {
 		var chunk []byte
 		for _, data := range row {
 			chunk = appendEvent(chunk, nil, nil, []byte(data))
@@ -333,8 +333,24 @@ func TestBatchWritesARowAtOnce(t *testing.T) {
 		t.Errorf("got %.300q, %v, want %.300q", got, err, wire+lastChunk)
 	}
 	b.wantData("other")
-	g.waitMetric(`gateway_events_total{status="written"}`, 10)
+	g.waitMetric(`gateway_events_total{status="written"}`, 12)
 	g.waitMetric(`gateway_events_total{status="unknown_token"}`, 1)
+}
+
+// The events of a row are taken or refused as one, so none of a refused row may be on its way.
+func TestBatchRefusesWholeRows(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4096", nil)
+	c := g.open("/x")
+	batch := strings.Repeat(string(encodeSend(nil, c.callback.Token, &event{Data: strings.Repeat("x", 200)}, false))+"\n", 300)
+	taken := 0
+	for answer := ""; !strings.Contains(answer, "404"); taken += strings.Count(answer, `"ok"`) {
+		answer = g.post("application/x-ndjson", batch)
+	}
+	text, _ := c.rest()
+	if got := strings.Count(text, "x\n\n"); got != taken {
+		t.Errorf("the client got %d whole events, of which %d were taken", got, taken)
+	}
 }
 
 func TestHTTPDate(t *testing.T) {
