@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -19,6 +20,7 @@ import (
 // the code under test, with its race detector and coverage and without a build of their own.
 func TestMain(m *testing.M) {
 	if os.Getenv("SIDECAST_TEST_MAIN") != "1" {
+		flag.Set("test.parallel", "6") // unless the command line says otherwise: most of the time they wait
 		os.Exit(m.Run())
 	}
 	go func() { // a test binary that panics or runs into -timeout cleans nothing up: follow it

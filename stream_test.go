@@ -222,9 +222,13 @@ func TestSlowReaderIsKept(t *testing.T) {
 	const timeout = time.Second
 	g := newGatewayFixture(t, "WRITE_TIMEOUT_SECONDS=1 STREAM_BUFFER_BYTES=4194304", nil)
 	c := g.open("/x")
-	for _, d := range muchData() { // 1 MiB, of which it takes 160 KiB a second
-		g.send(c.callback.Token, d)
-	}
+	var sending sync.WaitGroup
+	t.Cleanup(sending.Wait)
+	sending.Go(func() {
+		for _, d := range muchData() { // 1 MiB, of which it takes 160 KiB a second
+			g.send(c.callback.Token, d)
+		}
+	})
 	for began := time.Now(); time.Since(began) < 4*timeout; time.Sleep(timeout / 10) {
 		if _, err := io.CopyN(io.Discard, c.body, 16<<10); err != nil {
 			t.Fatalf("after %v: %v", time.Since(began), err)
