@@ -223,17 +223,17 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 			continue
 		}
 		m, err := parseSend(line)
-		event := err == nil && m.event.data != nil && !m.end
-		joins := event && events > 0 && string(m.token) == s.token &&
+		isEvent := err == nil && m.event.data != nil && !m.end
+		joins := isEvent && events > 0 && string(m.token) == s.token &&
 			len(*frame)+maxGrowth*len(line) <= min(maxFrame, s.limits.buffer)
 		if !joins {
 			write()
 		}
-		if event && !joins {
+		if isEvent && !joins {
 			s = g.lookup(m.token)
 			*frame = reserveChunk(*frame)
 		}
-		if !event || s == nil {
+		if !isEvent || s == nil {
 			text = appendResult(text, g.take(m, err))
 			continue
 		}
@@ -267,19 +267,18 @@ func appendResult(text []byte, a sendAnswer) []byte {
 
 // take does what a request says that was read, unless that failed.
 func (g *gateway) take(m sendRequest, err error) sendAnswer {
-	switch err {
-	case nil:
+	if err == nil {
 		return g.send(m).answer()
-	case errBodyTooLarge: // a line; a body of its own has been refused
-		g.met.events.with("invalid").Inc()
-		return sendAnswer{http.StatusRequestEntityTooLarge, err.Error()}
 	}
 	g.met.events.with("invalid").Inc()
+	if err == errBodyTooLarge { // a line; a body of its own has been refused
+		return sendAnswer{http.StatusRequestEntityTooLarge, err.Error()}
+	}
 	return sendAnswer{http.StatusBadRequest, err.Error()}
 }
 
-func (status sendStatus) answer() sendAnswer {
-	switch status {
+func (s sendStatus) answer() sendAnswer {
+	switch s {
 	case sendWritten:
 		return sendAnswer{http.StatusOK, "ok"}
 	case sendBuffered:
