@@ -19,11 +19,11 @@ const benchData = `{"event_type":"progress_update","task_id":"3f0c2b1e-8a6d-4c55
 
 func BenchmarkAppendEvent(b *testing.B) {
 	b.ReportAllocs()
-	id, name, data := []byte("k3v9x2ab-17"), []byte("task_event"), []byte(benchData)
-	buf := appendEvent(nil, id, name, data)
+	e := sentEvent{id: []byte("k3v9x2ab-17"), name: []byte("task_event"), data: []byte(benchData)}
+	buf := appendEvent(nil, e)
 	b.SetBytes(int64(len(buf)))
 	for b.Loop() {
-		buf = appendEvent(buf[:0], id, name, data)
+		buf = appendEvent(buf[:0], e)
 	}
 }
 

@@ -153,7 +153,7 @@ type memberFunc func(name []byte, i int) (end int)
 // json.Valid alone takes longer than all that is done with an event.
 func scanObject(text []byte, visit memberFunc) bool {
 	i := skipSpace(text, 0)
-	return at(text, i) == '{' && skipSpace(text, skipObject(text, i, 0, visit)) == len(text) && utf8.Valid(text)
+	return at(text, i) == '{' && skipSpace(text, skipObject(text, i, 0, visit)) == len(text)
 }
 
 // The skip functions return the index behind what begins at i, or -1 if that
@@ -261,7 +261,7 @@ func skipString(text []byte, i int) int {
 			return -1
 		}
 	}
-	if hasControl(text[start:end]) {
+	if !isText(text[start:end]) {
 		return -1
 	}
 	return end + 1
@@ -279,24 +279,26 @@ func skipEscape(text []byte, i int) int {
 	return -1
 }
 
-// hasControl reports whether s has a control character, of which a string has
-// none. It looks at 8 bytes at once: a byte that borrows from the next in the
-// subtraction is a control character itself.
-func hasControl(s []byte) bool {
+// isText reports whether s is UTF-8 without control characters, as what stands
+// in a string is. It looks at 8 bytes at once: a byte that borrows from the
+// next in the subtraction is a control character itself.
+func isText(s []byte) bool {
 	const spaces, highs = 0x2020202020202020, 0x8080808080808080
-	var below uint64
+	var below, all uint64
 	i := 0
 	for ; i+16 <= len(s); i += 16 {
 		part := s[i : i+16 : i+16]
 		b, c := binary.LittleEndian.Uint64(part), binary.LittleEndian.Uint64(part[8:])
 		below |= (b-spaces)&^b | (c-spaces)&^c
+		all |= b | c
 	}
 	for _, c := range s[i:] {
 		if c < ' ' {
-			return true
+			return false
 		}
+		all |= uint64(c)
 	}
-	return below&highs != 0
+	return below&highs == 0 && (all&highs == 0 || utf8.Valid(s))
 }
 
 func isHex(digits []byte) bool {

@@ -70,7 +70,7 @@ func TestStringEnd(t *testing.T) {
 	for n := range 80 {
 		for _, filler := range []string{"x", "\x7f", "!", "#", "[", "]", "é"} {
 			plain := strings.Repeat(filler, n)
-			for end, want := range map[string]bool{`"`: true, `\""`: true, `\\"`: true, "\x1f\"": false, "\x00\"": false, "\x1f                \"": false, `\x"`: false, ``: false} {
+			for end, want := range map[string]bool{`"`: true, `\""`: true, `\\"`: true, "\x1f\"": false, "\x00\"": false, "\x1f                \"": false, "\xff\"": false, "\xc3                \"": false, `\x"`: false, ``: false} {
 				text := `"` + plain + end + plain
 				want := map[bool]int{true: 1 + len(plain) + len(end), false: -1}[want]
 				if got := skipString([]byte(text), 0); got != want {

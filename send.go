@@ -29,9 +29,6 @@ type sendRequest struct {
 	end   bool
 }
 
-// sentEvent is an event as the gateway reads it. Without data it is none.
-type sentEvent struct{ id, name, data []byte }
-
 var (
 	errNoToken    = errors.New("token is missing or empty")
 	errNoData     = errors.New("event data is missing")
@@ -84,6 +81,7 @@ func (f *eventFields) parse() (e sentEvent, err error) {
 	}
 	if err == nil {
 		e.data, err = parseText(f.data)
+		e.oneLine = len(e.data) == len(f.data)-len(`""`) // an escape would be longer than what it says
 	}
 	return e, err
 }
@@ -237,7 +235,7 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 			text = appendResult(text, g.take(m, err))
 			continue
 		}
-		*frame = appendEvent(*frame, m.event.id, m.event.name, m.event.data)
+		*frame = appendEvent(*frame, m.event)
 		events++
 	}
 	write()
@@ -299,7 +297,7 @@ func (g *gateway) send(m sendRequest) sendStatus {
 	case s != nil:
 		frame := frames.Get().(*[]byte)
 		defer frames.Put(frame)
-		*frame = appendEvent(reserveChunk(*frame), m.event.id, m.event.name, m.event.data)
+		*frame = appendEvent(reserveChunk(*frame), m.event)
 		status = s.send(s.chunk(frame), m.end)
 	}
 	g.met.events.with(status.String()).Inc()

@@ -324,7 +324,7 @@ func TestBatchWritesARowAtOnce(t *testing.T) {
 	for _, row := range [][]string{{"1", "2"}, {"3"}, {"4", "5", large, large, large, large}, {large}, {"end"}} {
 		var chunk []byte
 		for _, data := range row {
-			chunk = appendEvent(chunk, nil, nil, []byte(data))
+			chunk = appendEvent(chunk, sentEvent{data: []byte(data)})
 		}
 		wire += fmt.Sprintf("%x\r\n%s\r\n", len(chunk), chunk)
 	}
@@ -409,6 +409,9 @@ func FuzzSendBody(f *testing.F) {
 			var got *event
 			if m.event.data != nil {
 				got = &event{string(m.event.id), string(m.event.name), string(m.event.data)}
+			}
+			if m.event.oneLine && bytes.ContainsAny(m.event.data, "\r\n") {
+				t.Errorf("%q: the data %q are said to be one line", body, m.event.data)
 			}
 			if err != nil || string(m.token) != wantToken || m.end != wantEnd || !reflect.DeepEqual(got, want) {
 				t.Errorf("%q: got %q, %+v, %v, %v; want %q, %+v, %v", body, m.token, got, m.end, err, wantToken, want, wantEnd)

@@ -260,7 +260,7 @@ func (g *gateway) open(w http.ResponseWriter, r *http.Request, s *stream, a *cal
 	head.WriteString("\r\n")
 	first := appendRetry(reserveChunk(nil), g.retry())
 	if a.event.data != nil {
-		first = appendEvent(first, a.event.id, a.event.name, a.event.data)
+		first = appendEvent(first, a.event)
 	}
 	head.Write(s.chunk(&first))
 

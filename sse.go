@@ -16,6 +16,12 @@ const heartbeat = ": heartbeat\n"
 // browser takes it: an ID with NUL it ignores (section 9.2.6).
 func isOneLine(s []byte) bool { return !bytes.ContainsAny(s, "\r\n\x00") }
 
+// sentEvent is an event as the gateway reads it. Without data it is none.
+type sentEvent struct {
+	id, name, data []byte
+	oneLine        bool // there is no line end in data, which need not be searched for one
+}
+
 // appendEvent appends an event. Without an ID the browser keeps its last event
 // ID, without a name it dispatches a "message"; each must be on one line.
 //
@@ -26,19 +32,22 @@ func isOneLine(s []byte) bool { return !bytes.ContainsAny(s, "\r\n\x00") }
 //	(blank line)
 //
 // The data is cut at CRLF, LF and CR, which the browser gives back as LF.
-func appendEvent(b, id, name, data []byte) []byte {
-	if len(id) > 0 {
+func appendEvent(b []byte, e sentEvent) []byte {
+	if len(e.id) > 0 {
 		b = append(b, "id: "...)
-		b = append(b, id...)
+		b = append(b, e.id...)
 		b = append(b, '\n')
 	}
-	if len(name) > 0 {
+	if len(e.name) > 0 {
 		b = append(b, "event: "...)
-		b = append(b, name...)
+		b = append(b, e.name...)
 		b = append(b, '\n')
 	}
+	data := e.data
 	lineEnd := func(s []byte) int { return bytes.IndexAny(s, "\r\n") }
-	if bytes.IndexByte(data, '\r') < 0 { // as nearly always, and several times faster
+	if e.oneLine {
+		lineEnd = func([]byte) int { return -1 }
+	} else if bytes.IndexByte(data, '\r') < 0 { // as nearly always, and several times faster
 		lineEnd = func(s []byte) int { return bytes.IndexByte(s, '\n') }
 	}
 	for {

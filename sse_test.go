@@ -24,7 +24,7 @@ func TestAppendEvent(t *testing.T) {
 		{"spaces are kept", " 1 ", " e ", " d ", "id:  1 \nevent:  e \ndata:  d \n\n"},
 		{"other separators are text", "", "", "a\u2028b\u0085c\vd\x00e", "data: a\u2028b\u0085c\vd\x00e\n\n"},
 	} {
-		if got := string(appendEvent([]byte("before|"), []byte(tt.id), []byte(tt.event), []byte(tt.data))); got != "before|"+tt.want {
+		if got := string(appendEvent([]byte("before|"), sentEvent{id: []byte(tt.id), name: []byte(tt.event), data: []byte(tt.data)})); got != "before|"+tt.want {
 			t.Errorf("%s: got %q, want %q behind what was there", tt.name, got, tt.want)
 		}
 	}
@@ -60,8 +60,8 @@ func FuzzAppendEvent(f *testing.F) {
 		if !isOneLine([]byte(id)) || !isOneLine([]byte(name)) {
 			t.Skip()
 		}
-		wire := appendEvent(nil, []byte(id), []byte(name), []byte(data))
-		wire = appendEvent(wire, []byte("end"), []byte("end"), []byte("end"))
+		wire := appendEvent(nil, sentEvent{id: []byte(id), name: []byte(name), data: []byte(data)})
+		wire = appendEvent(wire, sentEvent{[]byte("end"), []byte("end"), []byte("end"), true})
 		decoded := func(s string) string { return strings.ToValidUTF8(s, "\ufffd") }
 		want := []message{
 			{decoded(id), decoded(name), decoded(strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(data))},
