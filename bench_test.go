@@ -101,6 +101,11 @@ func BenchmarkOutboxes(b *testing.B) {
 			b.ResetTimer()
 			benchEach(b, 64, func(i int) { outboxes[i%len(outboxes)].Append(benchData, false) })
 			m.Drain(b.Context())
+			for _, o := range outboxes {
+				if o.start != o.last {
+					b.Fatalf("%s was given %d of %d events", o.identifier, o.start, o.last)
+				}
+			}
 		})
 	}
 }
