@@ -60,8 +60,8 @@ var errUnknownToken = errors.New("unknown token")
 // turn takes the rest along. The caller waits for the result before it sends
 // the next events of a token, so their order is kept.
 type gatewayClient struct {
-	url    string // with /internal/
-	client *http.Client
+	url       string            // with /internal/
+	transport http.RoundTripper // an http.Client would cost more, and follow redirects
 
 	batches atomic.Bool // the gateway takes them
 
@@ -90,28 +90,13 @@ type sendResult struct {
 func newGatewayClient(baseURL string) *gatewayClient {
 	return &gatewayClient{
 		url: baseURL + "/internal/",
-		client: &http.Client{
-			Timeout: sendLimit,
-			Transport: direct{&http.Transport{
-				DialContext:         dial,
-				MaxIdleConnsPerHost: maxPosting,
-				IdleConnTimeout:     4 * time.Second, // before a Node.js gateway closes them, after 5
-				DisableCompression:  true,
-			}},
+		transport: &http.Transport{
+			DialContext:         dial,
+			MaxIdleConnsPerHost: maxPosting,
+			IdleConnTimeout:     4 * time.Second, // before a Node.js gateway closes them, after 5
+			DisableCompression:  true,
 		},
 	}
-}
-
-// direct is a transport to the other role. No redirect leads away from it: an
-// http.Client would follow, or quote what the Location says in an error.
-type direct struct{ *http.Transport }
-
-func (d direct) RoundTrip(r *http.Request) (*http.Response, error) {
-	resp, err := d.Transport.RoundTrip(r)
-	if err == nil {
-		resp.Header.Del("Location")
-	}
-	return resp, err
 }
 
 // readAnswer reads the body of a response, at most limit bytes, and closes it.
@@ -217,7 +202,7 @@ func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *s
 		req.Header.Set("Content-Type", oneSend)
 		req.Header.Set("Authorization", "Bearer "+string(callbackSecret))
 		var resp *http.Response
-		if resp, err = c.client.Do(req); err == nil {
+		if resp, err = c.transport.RoundTrip(req); err == nil {
 			resp.Body.Close()
 			log.Debug("reset the gateway", "status", resp.StatusCode)
 			return
@@ -318,9 +303,16 @@ func readResult(lines [][]byte) (r sendResult) {
 }
 
 func (c *gatewayClient) do(contentType string, body []byte) (status int, answer []byte, err error) {
-	resp, err := c.client.Post(c.url+"send", contentType, bytes.NewReader(body))
+	ctx, cancel := context.WithTimeout(context.Background(), sendLimit)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url+"send", bytes.NewReader(body))
 	if err != nil {
 		return 0, nil, withoutURL(err)
+	}
+	req.Header.Set("Content-Type", contentType)
+	resp, err := c.transport.RoundTrip(req)
+	if err != nil {
+		return 0, nil, err
 	}
 	answer, err = readAnswer(resp, maxBatchBytes)
 	return resp.StatusCode, answer, err

@@ -20,7 +20,7 @@ func newGatewayTest(t *testing.T, answer http.HandlerFunc) *gatewayClient {
 	server := httptest.NewServer(answer)
 	t.Cleanup(server.Close)
 	c := newGatewayClient(server.URL + "/hush")
-	t.Cleanup(c.client.CloseIdleConnections)
+	t.Cleanup(c.transport.(*http.Transport).CloseIdleConnections)
 	return c
 }
 
@@ -159,7 +159,7 @@ func TestGatewayClientLimit(t *testing.T) {
 					io.Copy(io.Discard, far) // until the client gives up
 				}()
 				c := newGatewayClient("http://hush")
-				c.client.Transport.(direct).DialContext = func(context.Context, string, string) (net.Conn, error) {
+				c.transport.(*http.Transport).DialContext = func(context.Context, string, string) (net.Conn, error) {
 					return near, nil
 				}
 				start := time.Now()
@@ -234,7 +234,7 @@ func testPosts(t *testing.T, f func(t *postTest)) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		p := &postTest{t, newGatewayClient("http://hush"), make(chan *steppedPost, 2*maxPosting)}
-		p.client.client.Transport = p
+		p.client.transport = p
 		f(p)
 	})
 }

@@ -485,11 +485,12 @@ func healthcheck(ctx context.Context, getenv func(string) string, stderr io.Writ
 		fmt.Fprintln(stderr, err)
 		return 1
 	}
-	client := &http.Client{Timeout: 3 * time.Second, Transport: direct{&http.Transport{}}} // no proxy
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
 	if err == nil {
 		var resp *http.Response
-		if resp, err = client.Do(req); err == nil {
+		if resp, err = new(http.Transport).RoundTrip(req); err == nil { // no proxy, no redirects
 			resp.Body.Close()
 			if resp.StatusCode == http.StatusOK {
 				return 0

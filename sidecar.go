@@ -48,11 +48,11 @@ const (
 // gateway is the gateway role: it holds the browsers' streams, asks the
 // backend who may connect, tells it who left, and takes events from it.
 type gateway struct {
-	cfg    gatewayConfig
-	limits streamLimits
-	log    *slog.Logger
-	met    *gatewayMetrics
-	client *http.Client
+	cfg       gatewayConfig
+	limits    streamLimits
+	log       *slog.Logger
+	met       *gatewayMetrics
+	transport http.RoundTripper
 
 	connecting    chan struct{} // a slot for each connect callback under way
 	disconnecting chan struct{}
@@ -88,15 +88,13 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 		limits: streamLimits{buffer: cfg.StreamBuffer, writeTimeout: cfg.WriteTimeout},
 		log:    log,
 		met:    met,
-		client: &http.Client{
-			Transport: direct{&http.Transport{
-				DialContext:         dial,
-				MaxIdleConnsPerHost: maxConnecting + maxDisconnecting,
-				IdleConnTimeout:     10 * time.Second, // after a storm they would cost more than the streams
-				ReadBufferSize:      callbackBuffer,
-				WriteBufferSize:     callbackBuffer,
-				DisableCompression:  true,
-			}},
+		transport: &http.Transport{
+			DialContext:         dial,
+			MaxIdleConnsPerHost: maxConnecting + maxDisconnecting,
+			IdleConnTimeout:     10 * time.Second, // after a storm they would cost more than the streams
+			ReadBufferSize:      callbackBuffer,
+			WriteBufferSize:     callbackBuffer,
+			DisableCompression:  true,
 		},
 		connecting:    make(chan struct{}, maxConnecting),
 		disconnecting: make(chan struct{}, maxDisconnecting),
@@ -393,9 +391,9 @@ func (g *gateway) post(ctx context.Context, payload []byte, order string) (statu
 	if order != "" {
 		req.Header.Set(orderHeader, order)
 	}
-	resp, err := g.client.Do(req)
+	resp, err := g.transport.RoundTrip(req)
 	if err != nil {
-		return 0, nil, withoutURL(err)
+		return 0, nil, err
 	}
 	body, err = readAnswer(resp, maxAnswer+1)
 	if resp.StatusCode >= 300 {
