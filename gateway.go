@@ -94,6 +94,7 @@ func newGatewayClient(baseURL string) *gatewayClient {
 			DialContext:         dial,
 			MaxIdleConnsPerHost: maxPosting,
 			IdleConnTimeout:     4 * time.Second, // before a Node.js gateway closes them, after 5
+			WriteBufferSize:     16 << 10,        // most batches go out in one write
 			DisableCompression:  true,
 		},
 	}
@@ -154,11 +155,7 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 	c.mu.Lock()
 	if c.posting < limit {
 		c.posting++
-		if batches {
-			c.mu.Unlock()
-			runtime.Gosched() // others that are about to send come along
-			c.mu.Lock()
-		}
+		c.mu.Unlock()
 	} else {
 		s.turn.Add(1)
 		c.waiting = append(c.waiting, s)
@@ -167,8 +164,11 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 		if s.done {
 			return s.sendResult
 		}
-		c.mu.Lock()
 	}
+	if batches {
+		runtime.Gosched() // others that are about to send come along
+	}
+	c.mu.Lock()
 	batch := c.takeLocked(s)
 	c.mu.Unlock()
 
