@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -683,12 +684,14 @@ func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	streamURL := "/api/sse/tasks?task_id=" + url.QueryEscape(t.id)
-	if view, err := s.Status(t.id); known && err == nil {
-		writeJSON(w, http.StatusOK, struct {
-			taskView
-			StreamURL string `json:"stream_url"`
-		}{view, streamURL})
-		return
+	if known {
+		if view, err := s.Status(t.id); err == nil {
+			writeJSON(w, http.StatusOK, struct {
+				taskView
+				StreamURL string `json:"stream_url"`
+			}{view, streamURL})
+			return
+		}
 	}
 	writeJSON(w, http.StatusAccepted, map[string]any{"task_id": t.id, "stream_url": streamURL, "status": taskPending})
 }
@@ -739,7 +742,7 @@ func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) {
 		if len(body["result"]) > maxTaskResult {
 			return "", errResultTooLarge
 		}
-		return s.Complete(id, body["result"])
+		return s.Complete(id, bytes.Clone(body["result"])) // which would keep all of the body
 	})
 }
 

@@ -442,6 +442,31 @@ func TestTaskResultLimit(t *testing.T) {
 	})
 }
 
+// What a worker sends beside the result is not kept. Not parallel, for it looks at the heap.
+func TestTaskResultIsAllThatIsKept(t *testing.T) {
+	const tasks = 100
+	api := newAPI(t, "")
+	kept := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := kept()
+	for i := range tasks {
+		id := fmt.Sprint("task-", i)
+		api.external(id)
+		w := api.request("POST", "/api/tasks/"+id+"/complete", `{"result":1,"more":"`+strings.Repeat("x", 200<<10)+`"}`)
+		if w.Code != 200 {
+			t.Fatalf("got %d %s", w.Code, w.Body)
+		}
+	}
+	if got := int64(kept()-before) / tasks; got > 20<<10 {
+		t.Errorf("a task with the result 1 keeps %d bytes", got)
+	}
+	runtime.KeepAlive(api)
+}
+
 func TestTaskStatus(t *testing.T) {
 	apiTest(t, "TASK_MAX_WORKERS=1", func(t *testing.T, api *apiFixture) {
 		for _, id := range []string{"running", "completed", "failed", "cancelled"} {
