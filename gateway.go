@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"runtime"
 	"slices"
 	"strings"
@@ -22,6 +23,9 @@ const (
 	sendLimit = 5 * time.Second
 	// resetLimit bounds how long a start waits for a gateway.
 	resetLimit = time.Second
+	// dialLimit bounds a dial, and a TLS handshake. A Transport goes on with
+	// them when the request that they are for has ended.
+	dialLimit = 5 * time.Second
 
 	// So many POSTs are under way at once, to a gateway that takes batches and
 	// to one that does not. What comes meanwhile waits, and in the first case
@@ -92,12 +96,41 @@ func newGatewayClient(baseURL string) *gatewayClient {
 		url: baseURL + "/internal/",
 		transport: &http.Transport{
 			DialContext:         dial,
+			TLSHandshakeTimeout: dialLimit,
 			MaxIdleConnsPerHost: maxPosting,
 			IdleConnTimeout:     4 * time.Second, // before a Node.js gateway closes them, after 5
 			WriteBufferSize:     16 << 10,        // most batches go out in one write
 			DisableCompression:  true,
 		},
 	}
+}
+
+// postTo makes one POST and returns the answer, of its body at most limit bytes.
+// The status is there also when reading the body fails.
+func postTo(ctx context.Context, transport http.RoundTripper, target string, header http.Header, body []byte, limit int64) (status int, answer []byte, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target, bytes.NewReader(body))
+	if err != nil {
+		return 0, nil, withoutSecrets(err)
+	}
+	req.Header = header
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return 0, nil, withoutSecrets(err)
+	}
+	answer, err = readAnswer(resp, limit)
+	return resp.StatusCode, answer, err
+}
+
+// withoutSecrets takes out of a client's error what may hold a secret: the
+// URL, and an answer that is not HTTP, which may repeat the request.
+func withoutSecrets(err error) error {
+	if e := (*url.Error)(nil); errors.As(err, &e) {
+		err = e.Err
+	}
+	if strings.Contains(err.Error(), "malformed") {
+		return errors.New("the answer is not HTTP")
+	}
+	return err
 }
 
 // readAnswer reads the body of a response, at most limit bytes, and closes it.
@@ -118,7 +151,7 @@ func readAnswer(resp *http.Response, limit int64) ([]byte, error) {
 // dial connects to localhost by its addresses, as a container that holds
 // nothing but the binary has no /etc/hosts, and to any other host as usual.
 func dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	var d net.Dialer
+	d := net.Dialer{Timeout: dialLimit}
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil || host != "localhost" {
 		return d.DialContext(ctx, network, addr)
@@ -197,18 +230,9 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *slog.Logger) {
 	ctx, cancel := context.WithTimeout(ctx, resetLimit)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url+"reset", strings.NewReader("{}"))
-	if err == nil {
-		req.Header.Set("Content-Type", oneSend)
-		req.Header.Set("Authorization", "Bearer "+string(callbackSecret))
-		var resp *http.Response
-		if resp, err = c.transport.RoundTrip(req); err == nil {
-			resp.Body.Close()
-			log.Debug("reset the gateway", "status", resp.StatusCode)
-			return
-		}
-	}
-	log.Debug("resetting the gateway", "err", withoutURL(err))
+	header := http.Header{"Content-Type": {jsonType}, "Authorization": {"Bearer " + string(callbackSecret)}}
+	status, _, err := postTo(ctx, c.transport, c.url+"reset", header, []byte("{}"), maxBatchBytes)
+	log.Debug("reset the gateway", "status", status, "err", err)
 }
 
 // takeLocked returns s and what may go out with it.
@@ -244,7 +268,7 @@ func (c *gatewayClient) post(batch []*waitingSend) {
 }
 
 func (c *gatewayClient) postOne(body []byte) (r sendResult, err error) {
-	status, answer, err := c.do(oneSend, body)
+	status, answer, err := c.do(jsonType, body)
 	switch {
 	case err != nil:
 		return r, err
@@ -305,17 +329,7 @@ func readResult(lines [][]byte) (r sendResult) {
 func (c *gatewayClient) do(contentType string, body []byte) (status int, answer []byte, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), sendLimit)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url+"send", bytes.NewReader(body))
-	if err != nil {
-		return 0, nil, withoutURL(err)
-	}
-	req.Header.Set("Content-Type", contentType)
-	resp, err := c.transport.RoundTrip(req)
-	if err != nil {
-		return 0, nil, err
-	}
-	answer, err = readAnswer(resp, maxBatchBytes)
-	return resp.StatusCode, answer, err
+	return postTo(ctx, c.transport, c.url+"send", http.Header{"Content-Type": {contentType}}, body, maxBatchBytes)
 }
 
 // encodeSends returns the body of POST /internal/send: one object, or as many

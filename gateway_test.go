@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -129,6 +130,8 @@ func TestGatewayClientFailures(t *testing.T) {
 	fails("no answer", 1)
 	answer = "nonsense"
 	fails("no HTTP", 1)
+	answer = "POST /hush/internal/send HTTP/1.1\r\n\r\n"
+	fails("an echo", 1)
 	answer = "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n" + `{"status":"buffered"`[:19]
 	fails("half an answer", 1)
 	c.url = "http://127.0.0.1:0/hush"
@@ -173,6 +176,52 @@ func TestGatewayClientLimit(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A Transport goes on to connect for a request that has ended, so that must end by itself.
+func TestGatewayClientConnectLimit(t *testing.T) {
+	t.Run("handshake", func(t *testing.T) {
+		t.Parallel()
+		synctest.Test(t, func(t *testing.T) {
+			near, far := net.Pipe()
+			c := newGatewayClient("https://hush")
+			c.transport.(*http.Transport).DialContext = func(context.Context, string, string) (net.Conn, error) {
+				return near, nil
+			}
+			go c.send("t", nil, false)
+			start := time.Now()
+			io.Copy(io.Discard, far) // until the client gives up
+			if got := time.Since(start); got > dialLimit {
+				t.Errorf("the connection was open for %s, want %s", got, dialLimit)
+			}
+		})
+	})
+	t.Run("dial", func(t *testing.T) {
+		t.Parallel()
+		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer syscall.Close(fd)
+		if err = syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err == nil {
+			err = syscall.Listen(fd, 0)
+		}
+		addr, nameErr := syscall.Getsockname(fd)
+		if err = errors.Join(err, nameErr); err != nil {
+			t.Fatal(err)
+		}
+		target := fmt.Sprint("127.0.0.1:", addr.(*syscall.SockaddrInet4).Port)
+		for start := time.Now(); ; start = time.Now() { // until the queue of connections that nobody accepts is full
+			conn, err := dial(context.Background(), "tcp", target)
+			if err != nil {
+				if got := time.Since(start); got < dialLimit || got > 2*dialLimit {
+					t.Errorf("got %v after %s, want that after %s", err, got, dialLimit)
+				}
+				return
+			}
+			defer conn.Close()
+		}
+	})
 }
 
 // What follows a 101 is read by nobody: it has no end, and no time limit of the client reaches it.

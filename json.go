@@ -37,8 +37,10 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64, buf *bytes.Bu
 	return buf.Bytes(), nil
 }
 
+const jsonType = "application/json"
+
 // isJSON reports whether the request says that its body is JSON.
-func isJSON(r *http.Request) bool { return hasMediaType(r, "application/json") }
+func isJSON(r *http.Request) bool { return hasMediaType(r, jsonType) }
 
 func hasMediaType(r *http.Request, want string) bool {
 	value := r.Header.Get("Content-Type")
@@ -438,7 +440,7 @@ func appendString(b []byte, s string) []byte {
 // writeJSON answers with a JSON body.
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	body := append(marshal(v), '\n')
-	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Type", jsonType)
 	w.WriteHeader(status)
 	w.Write(body)
 }

@@ -495,10 +495,10 @@ func healthcheck(ctx context.Context, getenv func(string) string, stderr io.Writ
 			if resp.StatusCode == http.StatusOK {
 				return 0
 			}
-			err = fmt.Errorf("%s answered %s", target, resp.Status)
+			err = errors.New("answered " + resp.Status)
 		}
 	}
-	fmt.Fprintln(stderr, err)
+	fmt.Fprintln(stderr, "asking "+target+":", err)
 	return 1
 }
 

@@ -625,10 +625,10 @@ func TestHealthcheckFails(t *testing.T) {
 			t.Errorf("got %d and %q, want 1 and %q", code, &stderr, want)
 		}
 	}
-	check(addr, "http://"+addr+"/readyz answered 503")
+	check(addr, "http://"+addr+"/readyz: answered 503")
 	elsewhere := httptest.NewServer(http.RedirectHandler("/healthz", http.StatusFound))
 	defer elsewhere.Close()
-	check(elsewhere.Listener.Addr().String(), "/readyz answered 302")
+	check(elsewhere.Listener.Addr().String(), "/readyz: answered 302")
 	server.Close()
 	check(addr, "connection refused")
 	check("localhost", "ADDR must be host:port")

@@ -113,11 +113,8 @@ var (
 	frames = sync.Pool{New: func() any { return new([]byte) }}
 )
 
-// Media types of /internal/send: one sendRequest, or a batch with one a line.
-const (
-	oneSend = "application/json"
-	ndjson  = "application/x-ndjson"
-)
+// ndjson is the media type of a batch on /internal/send: a sendRequest a line.
+const ndjson = "application/x-ndjson"
 
 // The lines that answer a batch. A line for another reason has its status.
 const (
@@ -129,7 +126,7 @@ const (
 // serveSend is POST /internal/send. If it can, it takes the connection over
 // for the requests that will follow: see sendLoop.
 func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
-	mediaType, limit := oneSend, int64(maxSend)
+	mediaType, limit := jsonType, int64(maxSend)
 	if hasMediaType(r, ndjson) {
 		mediaType, limit = ndjson, maxBatch
 	} else if !isJSON(r) {
@@ -414,8 +411,8 @@ func parsePlainSend(buf []byte) (mediaType string, head, size int, plain bool) {
 		case equalFold(name, "content-type"):
 			ok = mediaType == ""
 			switch string(value) {
-			case oneSend:
-				mediaType = oneSend
+			case jsonType:
+				mediaType = jsonType
 			case ndjson:
 				mediaType = ndjson
 			default:
@@ -430,7 +427,7 @@ func parsePlainSend(buf []byte) (mediaType string, head, size int, plain bool) {
 			return "", 0, 0, false
 		}
 	}
-	fits := mediaType == oneSend && length <= maxSend || mediaType == ndjson && length <= maxBatch
+	fits := mediaType == jsonType && length <= maxSend || mediaType == ndjson && length <= maxBatch
 	return mediaType, head, head + length, fits && length >= 0 && hosts == 1
 }
 

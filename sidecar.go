@@ -90,6 +90,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 		met:    met,
 		transport: &http.Transport{
 			DialContext:         dial,
+			TLSHandshakeTimeout: dialLimit,
 			MaxIdleConnsPerHost: maxConnecting + maxDisconnecting,
 			IdleConnTimeout:     10 * time.Second, // after a storm they would cost more than the streams
 			ReadBufferSize:      callbackBuffer,
@@ -382,32 +383,15 @@ func outcome(status int, err error) string {
 }
 
 func (g *gateway) post(ctx context.Context, payload []byte, order string) (status int, body []byte, err error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, string(g.cfg.CallbackURL), bytes.NewReader(payload))
-	if err != nil {
-		return 0, nil, withoutURL(err)
-	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set(featuresHeader, featureBatch+", id")
+	header := http.Header{"Content-Type": {jsonType}, featuresHeader: {featureBatch + ", id"}}
 	if order != "" {
-		req.Header.Set(orderHeader, order)
+		header.Set(orderHeader, order)
 	}
-	resp, err := g.transport.RoundTrip(req)
-	if err != nil {
-		return 0, nil, err
-	}
-	body, err = readAnswer(resp, maxAnswer+1)
-	if resp.StatusCode >= 300 {
+	status, body, err = postTo(ctx, g.transport, string(g.cfg.CallbackURL), header, payload, maxAnswer+1)
+	if status >= 300 {
 		err = nil // nobody needs that body
 	}
-	return resp.StatusCode, body, err
-}
-
-// withoutURL takes the URL, which may hold a secret, out of a client error.
-func withoutURL(err error) error {
-	if e := (*url.Error)(nil); errors.As(err, &e) {
-		return e.Err
-	}
-	return err
+	return status, body, err
 }
 
 // encodeRequest is the request as both callbacks tell it: the raw target, and
@@ -550,7 +534,7 @@ func (g *gateway) all() (streams []*stream) {
 
 // endAll ends the streams, a few each millisecond.
 func (g *gateway) endAll(ctx context.Context, streams []*stream) {
-	step := len(streams)/int(endSpread/time.Millisecond) + 1
+	step := len(streams)/int(endSpread/(2*time.Millisecond)) + 1 // a timer may be late by as much again
 	for batch := range slices.Chunk(streams, step) {
 		for _, s := range batch {
 			s.finish()

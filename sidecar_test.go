@@ -257,13 +257,19 @@ func TestBackendUnreachable(t *testing.T) {
 		conn.Close()
 		panic(http.ErrAbortHandler)
 	})
+	echoes := newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
+		conn, _, _ := http.NewResponseController(w).Hijack()
+		io.WriteString(conn, "POST "+callbackTarget+" HTTP/1.1\r\n\r\n")
+		conn.Close()
+		panic(http.ErrAbortHandler)
+	})
 	upgrades := newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
 		conn, _, _ := http.NewResponseController(w).Hijack()
 		t.Cleanup(func() { conn.Close() })
 		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
 		panic(http.ErrAbortHandler)
 	})
-	for _, g := range []*gatewayFixture{nobody, notHTTP, upgrades} {
+	for _, g := range []*gatewayFixture{nobody, notHTTP, echoes, upgrades} {
 		if got, want := g.get("/x").reply(), `503 {"error":"backend unreachable"}`; got != want {
 			t.Errorf("got %s, want %s", got, want)
 		}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -256,7 +257,7 @@ func (s *VersionService) Events() (n int) {
 // version to everybody. The first one seen is where it starts from. What goes
 // wrong is logged when it begins and when it is over, and never announced.
 func (s *VersionService) Poll(ctx context.Context, target string, interval time.Duration) {
-	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: dial}
+	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: dial, TLSHandshakeTimeout: dialLimit}
 	p := poller{url: target, client: &http.Client{Timeout: pollLimit, Transport: transport}}
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
@@ -299,9 +300,9 @@ type poller struct {
 func (p *poller) fetch(ctx context.Context) (a announcement, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url, nil)
 	if err != nil {
-		return a, withoutURL(err)
+		return a, withoutSecrets(err)
 	}
-	req.Header.Set("Accept", "application/json")
+	req.Header.Set("Accept", jsonType)
 	if p.etag != "" {
 		req.Header.Set("If-None-Match", p.etag)
 	}
@@ -310,7 +311,7 @@ func (p *poller) fetch(ctx context.Context) (a announcement, err error) {
 	}
 	resp, err := p.client.Do(req)
 	if err != nil {
-		return a, withoutURL(err)
+		return a, withoutSecrets(err)
 	}
 	body, err := readAnswer(resp, maxVersionBody+1)
 	switch {
@@ -321,7 +322,7 @@ func (p *poller) fetch(ctx context.Context) (a announcement, err error) {
 	case resp.StatusCode != http.StatusOK:
 		return a, fmt.Errorf("the server of the version answered %d", resp.StatusCode)
 	case len(body) > maxVersionBody:
-		return a, errBodyTooLarge
+		return a, errors.New("the version is too large")
 	}
 	o, err := parseObject(body)
 	if err != nil {
