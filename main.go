@@ -411,6 +411,7 @@ func newServer(log *slog.Logger, h http.Handler, listeners ...net.Listener) *ser
 			IdleTimeout:       2 * time.Minute,  // longer than our clients keep theirs
 			MaxHeaderBytes:    maxHeader,
 			ErrorLog:          stdlog.New(&errorLog{log: log}, "", 0),
+			ConnContext:       withConn,
 		},
 	}
 }

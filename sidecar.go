@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"net/url"
 	"runtime/debug"
@@ -315,6 +316,9 @@ func (g *gateway) connect(r *http.Request, s *stream) (status int, text string, 
 	case <-r.Context().Done(): // the client left before the backend was asked
 		return http.StatusServiceUnavailable, "client left", nil
 	}
+	if hasLeft(r) {
+		return http.StatusServiceUnavailable, "client left", nil
+	}
 	code, body, err := g.call(ctx, "connect", "", s, order)
 	switch {
 	case err == nil && code/100 == 2:
@@ -326,6 +330,33 @@ func (g *gateway) connect(r *http.Request, s *stream) (status int, text string, 
 	}
 	status, text = explain(err)
 	return status, text, answer
+}
+
+// connKey is the key under which withConn keeps a connection for hasLeft.
+type connKey struct{}
+
+func withConn(ctx context.Context, conn net.Conn) context.Context {
+	return context.WithValue(ctx, connKey{}, conn)
+}
+
+// hasLeft reports whether the client has closed its connection. It looks for
+// itself, as the request's context may not know yet. A browser that has tried
+// again left before, so if its first attempt comes to be numbered after its
+// second, this is seen here, and the second is not taken for a replaced tab.
+func hasLeft(r *http.Request) (left bool) {
+	conn, ok := r.Context().Value(connKey{}).(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return true
+	}
+	err = raw.Control(func(fd uintptr) { // not Read, for which net/http holds a lock
+		n, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		left = n == 0 || err != nil && err != syscall.EAGAIN && err != syscall.EINTR
+	})
+	return left || err != nil
 }
 
 // explain tells a client why the backend was not heard.

@@ -4,12 +4,14 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -281,6 +283,34 @@ func TestBackendUnreachable(t *testing.T) {
 			t.Error("the failure is not in the log")
 		}
 		g.waitMetric("gateway_streams", 0)
+	}
+}
+
+// A browser that tries again has left before. The backend is not asked about its first attempt if a busy gateway gets
+// to that only then: it would take it for a newer tab.
+func TestClientHasLeft(t *testing.T) {
+	t.Parallel()
+	backend := newStubBackend(t, nil)
+	t.Cleanup(backend.server.Close)
+	p := startOwnGateway(t, "CALLBACK_URL="+backend.server.URL+callbackTarget)
+	g := &gatewayFixture{stubBackend: backend, t: t, addr: strings.TrimPrefix(p.URL, "http://"), internal: p.URL, client: http.DefaultClient}
+	p.signal(syscall.SIGSTOP)
+	eventually(t, patience, "the gateway has stopped", func() bool {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.pid()))
+		return err == nil && strings.Contains(string(stat), ") T ")
+	})
+	for range 20 {
+		g.get("/closed").Close()
+		g.get("/reset").reset()
+	}
+	stays := g.get("/stays")
+	p.signal(syscall.SIGCONT)
+	stays.begin()
+	g.waitMetric("gateway_streams", 1)
+	for range len(backend.connects) {
+		if c := <-backend.connects; c.Request.URL != "/stays" {
+			t.Errorf("the backend was asked about %s", c.Request.URL)
+		}
 	}
 }
 
