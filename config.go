@@ -44,8 +44,8 @@ type gatewayConfig struct {
 	// StreamBuffer (STREAM_BUFFER_BYTES, default 1 MiB, 1 KiB to 1 GiB) is the bytes that may wait for one client. If more
 	// would wait, its stream takes nothing any more, and ends.
 	StreamBuffer int
-	// WriteTimeout (WRITE_TIMEOUT_SECONDS, default 10) is how long a client may take no byte before it is cut. As long as
-	// its socket has room for more, that is seen at heartbeats only.
+	// WriteTimeout (WRITE_TIMEOUT_SECONDS, default 10) is how long a client may take no byte before it is cut. It is
+	// looked at four times in that time, so it may be up to half as much more.
 	WriteTimeout time.Duration
 	// MaxStream (MAX_STREAM_SECONDS, default 0 = no limit) ends each stream after 80 to 100 % of it. Without it, streams
 	// that a proxy left half open stay until a write fails.

@@ -510,13 +510,26 @@ func (g *gateway) summarize(ctx context.Context) {
 	}
 }
 
-// beat writes the heartbeats until ctx ends, one shard after the other. After
-// a round in which streams were opened it also gives memory back: opening a
-// stream uses several times what the stream keeps.
+// beat writes the heartbeats and cuts the clients that are stuck, until ctx
+// ends. After a round of heartbeats in which streams were opened it also gives
+// memory back: opening a stream uses several times what the stream keeps.
 func (g *gateway) beat(ctx context.Context) {
-	ticker := time.NewTicker(g.cfg.Heartbeat / time.Duration(len(g.shards)))
+	go g.walk(ctx, g.cfg.WriteTimeout/4, (*stream).look, func() {})
+	before := g.met.opened.Load()
+	g.walk(ctx, g.cfg.Heartbeat, (*stream).beat, func() {
+		if opened := g.met.opened.Load(); opened != before {
+			before = opened
+			debug.FreeOSMemory()
+		}
+	})
+}
+
+// walk visits every stream once an interval, one shard after the other, until
+// ctx ends. It calls done after each round.
+func (g *gateway) walk(ctx context.Context, interval time.Duration, visit func(*stream), done func()) {
+	ticker := time.NewTicker(interval / time.Duration(len(g.shards)))
 	defer ticker.Stop()
-	for before := g.met.opened.Load(); ; {
+	for {
 		for i := range g.shards {
 			select {
 			case <-ctx.Done():
@@ -524,13 +537,10 @@ func (g *gateway) beat(ctx context.Context) {
 			case <-ticker.C:
 			}
 			for _, s := range g.shards[i].all() {
-				s.beat()
+				visit(s)
 			}
 		}
-		if opened := g.met.opened.Load(); opened != before {
-			before = opened
-			debug.FreeOSMemory()
-		}
+		done()
 	}
 }
 

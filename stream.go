@@ -60,6 +60,7 @@ type stream struct {
 	draining int    // bytes that drain is writing
 	drains   bool   // drain runs; nobody else writes
 	written  uint64 // bytes given to the socket
+	caughtUp uint64 // what written was when the client was seen to have everything
 	uptake   uptake // of the client
 	ending   bool   // ends when pending is written; takes nothing more
 	overflow bool   // ending, because more was sent than may wait
@@ -206,16 +207,26 @@ func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
 	return int(count), ok && err == nil
 }
 
-// beat writes a heartbeat, unless the client has bytes to take anyway. It ends
-// the stream of a client that has not taken those before.
+// look ends the stream if the client is stuck with what the socket holds for
+// it. The socket is asked only if something was written since the client was
+// seen to have everything.
+func (s *stream) look() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.conn == nil || s.ended || s.drains || s.written == s.caughtUp:
+	case !s.lacksLocked():
+		s.caughtUp = s.written
+	case s.stuckLocked():
+		s.endLocked(streamError)
+	}
+}
+
+// beat writes a heartbeat, unless the client has bytes to take anyway.
 func (s *stream) beat() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.conn == nil || s.ended || s.drains {
-		return
-	}
-	if s.stuckLocked() {
-		s.endLocked(streamError)
 		return
 	}
 	if s.chunked {
