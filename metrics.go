@@ -266,8 +266,8 @@ func labelPair(name, value string) string { return name + `="` + labelEscaper.Re
 // formatFloat writes 1000000, not 1e+06: both are valid, the first is also good to read and to grep.
 func formatFloat(f float64) string { return strconv.FormatFloat(f, 'f', -1, 64) }
 
-// requestBuckets are for calls between backend and gateway: from one inside the process to the limit of 5 s, so that
-// what is above the last bound is a timeout.
+// requestBuckets are for calls between backend and gateway: from one inside the process to the limit of 5 s. What is
+// above the last bound is a timeout, or has waited for its turn.
 func requestBuckets() []float64 {
 	return []float64{.0001, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5}
 }
