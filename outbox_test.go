@@ -1249,17 +1249,11 @@ func BenchmarkOutboxAppendWithoutConnection(b *testing.B) {
 // What an identifier costs that waits for its first event, with its strings and its places in the maps.
 func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 	const identifiers = 100_000
-	inUse := func() uint64 {
-		var m runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
 	measure := func(name string, connect bool) {
 		b.Run(name, func(b *testing.B) {
 			policy := versionLike()
 			for b.Loop() {
-				before := inUse()
+				before := heapInUse()
 				conns := newConnectionManager(nil, slog.New(slog.DiscardHandler), noConnectionMetrics{})
 				all := make([]*outbox, identifiers)
 				for i := range all {
@@ -1269,7 +1263,7 @@ func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 						all[i].Connect(connectRequest{token: newToken(), url: "/api/sse/utils/version?request_id=" + id, lastEventID: ""})
 					}
 				}
-				b.ReportMetric(float64(inUse()-before)/identifiers, "B/identifier")
+				b.ReportMetric(float64(heapInUse()-before)/identifiers, "B/identifier")
 				runtime.KeepAlive(conns)
 				runtime.KeepAlive(all)
 			}
@@ -1277,4 +1271,12 @@ func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 	}
 	measure("waiting", false)
 	measure("connected", true)
+}
+
+// heapInUse returns the bytes of what is still needed.
+func heapInUse() uint64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
 }

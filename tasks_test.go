@@ -446,13 +446,7 @@ func TestTaskResultLimit(t *testing.T) {
 func TestTaskResultIsAllThatIsKept(t *testing.T) {
 	const tasks = 100
 	api := newAPI(t, "")
-	kept := func() uint64 {
-		var m runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
-	before := kept()
+	before := heapInUse()
 	for i := range tasks {
 		id := fmt.Sprint("task-", i)
 		api.external(id)
@@ -461,7 +455,7 @@ func TestTaskResultIsAllThatIsKept(t *testing.T) {
 			t.Fatalf("got %d %s", w.Code, w.Body)
 		}
 	}
-	if got := int64(kept()-before) / tasks; got > 20<<10 {
+	if got := int64(heapInUse()-before) / tasks; got > 20<<10 {
 		t.Errorf("a task with the result 1 keeps %d bytes", got)
 	}
 	runtime.KeepAlive(api)
