@@ -341,7 +341,6 @@ func (s *stream) drain() {
 		}
 		if s.ended || len(buf) == 0 {
 			s.drains = false
-			s.conn.SetWriteDeadline(time.Time{}) // it would fail writeNow later
 			if s.overflow {
 				s.endLocked(streamError) // without the last chunk, for something is missing
 			} else if s.ending {
@@ -375,16 +374,16 @@ type nowWriter struct {
 	buf []byte
 	n   int
 	err error
-	do  func(fd uintptr) bool
+	do  func(fd uintptr)
 }
 
 var nowWriters = sync.Pool{New: func() any {
 	w := &nowWriter{}
-	w.do = func(fd uintptr) bool {
+	w.do = func(fd uintptr) {
 		for {
 			w.n, w.err = syscall.Write(int(fd), w.buf)
 			if w.err != syscall.EINTR {
-				return true // also after EAGAIN: do not wait
+				return
 			}
 		}
 	}
@@ -396,7 +395,7 @@ func writeNow(raw syscall.RawConn, buf []byte) (int, error) {
 	w := nowWriters.Get().(*nowWriter)
 	defer nowWriters.Put(w)
 	w.buf = buf
-	err := raw.Write(w.do)
+	err := raw.Control(w.do) // not Write, which minds the deadline of drain
 	n := w.n
 	if err == nil {
 		err = w.err
