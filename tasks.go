@@ -161,9 +161,8 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 		return event{}, false, err
 	}
 	s.mu.Lock()
-	t := s.tasks[id]
-	s.mu.Unlock()
-	if t != nil {
+	defer s.mu.Unlock() // lest a newer stream be here first, at a task that was made meanwhile
+	if t := s.tasks[id]; t != nil {
 		open, end = t.outbox.Connect(c)
 		return open, end, nil
 	}

@@ -148,6 +148,27 @@ close connection_close {"reason":"task_not_found"}
 	})
 }
 
+// A task is made, and followed, while an older request for the same ID is
+// told that there is none. That must not replace the newer stream.
+func TestTaskUnknownReplacesNoNewerStream(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	api.conns.gateway = senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
+	for n := range 3000 {
+		id := fmt.Sprint(n)
+		var requests sync.WaitGroup
+		requests.Go(func() { api.tasks.OnConnect(id, connectRequest{token: "old " + id, order: requestOrder{"g", 1}}) })
+		requests.Go(func() {
+			api.tasks.Start(externalTask, object{"task_id": marshal(id)})
+			api.tasks.OnConnect(id, connectRequest{token: "new " + id, order: requestOrder{"g", 2}})
+		})
+		requests.Wait()
+		if !api.conns.remove("task:"+id, "new "+id) {
+			t.Fatalf("task %s: the older stream replaced the newer", id)
+		}
+	}
+}
+
 // taskBrokenResult and taskBrokenError panic when one wants to know more. That
 // happens after the work is done, and must not end the whole process.
 type taskBrokenResult struct{}
