@@ -54,6 +54,7 @@ type outbox struct {
 
 	mu     sync.Mutex
 	log    []entry // ascending numbers
+	bytes  int     // of their data, as far as it is not shared
 	last   uint64  // number of the newest event; they count from 1
 	start  uint64  // a fresh connection gets what is after it
 	given  uint64  // the last number that an open stream was given
@@ -76,6 +77,14 @@ type entry struct {
 	data   string
 	keep   bool // never dropped by the limit
 	shared bool // its data is in other outboxes, too
+}
+
+// size is how many bytes only this outbox holds.
+func (e entry) size() int {
+	if e.shared {
+		return 0
+	}
+	return len(e.data)
 }
 
 func newOutbox(identifier string, conns *ConnectionManager, policy *outboxPolicy) *outbox {
@@ -120,6 +129,7 @@ func (o *outbox) add(e entry) (n uint64) {
 	o.last++
 	e.n = o.last
 	o.log = append(o.log, e)
+	o.bytes += e.size()
 	o.trimLocked()
 	o.stalled = false
 	o.wakeLocked()
@@ -197,12 +207,7 @@ func (o *outbox) Wait(ctx context.Context, n uint64) bool {
 func (o *outbox) Size() (kept, waiting, bytes int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for _, e := range o.log {
-		if !e.shared {
-			bytes += len(e.data)
-		}
-	}
-	return len(o.log), len(o.log) - o.indexLocked(o.start), bytes
+	return len(o.log), len(o.log) - o.indexLocked(o.start), o.bytes
 }
 
 // Shed drops the events that neither a fresh connection nor this one would
@@ -210,7 +215,8 @@ func (o *outbox) Size() (kept, waiting, bytes int) {
 func (o *outbox) Shed() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.log = slices.Clone(o.log[o.indexLocked(min(o.start, o.sent)):])
+	o.dropLocked(0, o.indexLocked(min(o.start, o.sent)))
+	o.log = slices.Clone(o.log)
 }
 
 // indexLocked returns the index of the first event after n.
@@ -229,7 +235,7 @@ func (o *outbox) trimLocked() {
 	}
 	from := o.indexLocked(o.start)
 	if from > limit {
-		o.log = slices.Delete(o.log, 0, from-limit)
+		o.dropLocked(0, from-limit)
 		from = limit
 	}
 	from = max(from, o.indexLocked(o.flying))
@@ -241,9 +247,16 @@ func (o *outbox) trimLocked() {
 		if o.log[from+i].n > o.given {
 			o.policy.dropped(1)
 		}
-		o.log = slices.Delete(o.log, from+i, from+i+1)
+		o.dropLocked(from+i, from+i+1)
 		o.notifyLocked()
 	}
+}
+
+func (o *outbox) dropLocked(from, to int) {
+	for _, e := range o.log[from:to] {
+		o.bytes -= e.size()
+	}
+	o.log = slices.Delete(o.log, from, to)
 }
 
 // confirmLocked notes that an open stream was given the events up to n, so

@@ -21,7 +21,7 @@ const (
 	// to a single one, are refused.
 	maxVersionHeld  = 256 << 20
 	versionOverhead = 512
-	// tidyInterval is how often outboxes are looked through, at most.
+	// tidyInterval is how often outboxes are looked through, or more often.
 	tidyInterval = 10 * time.Second
 
 	pollLimit = 10 * time.Second
@@ -49,7 +49,7 @@ type VersionService struct {
 	mu      sync.Mutex                // guards the rest
 	policy  *outboxPolicy             // of outboxes made from now on
 	streams map[string]*versionStream // by request_id
-	held    int                       // bytes kept when last tidied, and all that came since
+	held    int                       // the sum of theirs
 	latest  announcement              // to everybody
 	round   uint64                    // announcements to everybody so far
 }
@@ -65,6 +65,7 @@ type versionStream struct {
 	version string    // the last one appended
 	round   uint64    // the announcement to everybody that it has, or had no need of
 	alone   time.Time // since when it has no connection; zero while it has one
+	held    int       // bytes that it held when last counted
 }
 
 // announcement is a version, and the data of its event.
@@ -122,12 +123,20 @@ func (s *VersionService) streamLocked(id, identifier string, room int) (*version
 	if room > 0 && s.held+room > maxVersionHeld {
 		return nil, errNoRoom
 	}
-	s.held += room
 	if st == nil {
 		st = &versionStream{outbox: newOutbox(identifier, s.conns, s.policy), alone: time.Now()}
 		s.streams[id] = st
+		s.countLocked(st)
 	}
 	return st, nil
+}
+
+// countLocked counts anew what st holds.
+func (s *VersionService) countLocked(st *versionStream) {
+	kept, _, bytes := st.outbox.Size()
+	s.held -= st.held
+	st.held = bytes + (1+kept)*versionOverhead
+	s.held += st.held
 }
 
 // catchUpLocked appends the latest announcement to everybody, unless st has
@@ -142,8 +151,9 @@ func (s *VersionService) catchUpLocked(st *versionStream) (n uint64) {
 		return 0
 	}
 	st.version = s.latest.version
-	s.held += versionOverhead
-	return st.outbox.AppendShared(s.latest.data)
+	n = st.outbox.AppendShared(s.latest.data)
+	s.countLocked(st)
+	return n
 }
 
 // Announce tells one request_id, at once if it is connected, otherwise when
@@ -162,6 +172,7 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 	}
 	st.version = a.version
 	n := st.outbox.Append(a.data, false)
+	s.countLocked(st)
 	s.mu.Unlock()
 	return st.outbox.Wait(ctx, n), nil
 }
@@ -217,13 +228,12 @@ func (s *VersionService) tidy() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	short := s.held > maxVersionHeld/2
-	s.held = 0
 	known := len(s.streams)
 	for id, st := range s.streams {
 		if short {
 			st.outbox.Shed()
 		}
-		kept, waiting, bytes := st.outbox.Size()
+		_, waiting, bytes := st.outbox.Size()
 		if s.conns.Connected(st.outbox.identifier) {
 			st.alone = time.Time{}
 		} else if st.alone.IsZero() {
@@ -232,10 +242,11 @@ func (s *VersionService) tidy() {
 		forgettable := short && bytes == 0 // it gets the latest announcement to everybody anyway
 		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || forgettable) {
 			delete(s.streams, id)
+			s.held -= st.held
 			s.met.RecordOutboxDropped(serviceVersion, "expired", waiting)
 			continue
 		}
-		s.held += bytes + (1+kept)*versionOverhead
+		s.countLocked(st)
 	}
 	if len(s.streams) < known {
 		s.policy = s.policy.renewed()

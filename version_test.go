@@ -240,7 +240,8 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 		if want := len(`{"version":"1"}`) + 2*versionOverhead; one != want {
 			t.Errorf("got %d bytes held, want %d", one, want)
 		}
-		api.version.held = maxVersionHeld - one // as if there were others
+		others := maxVersionHeld - 2*one
+		api.version.held += others
 		api.checkAnnounced("b", "1", false)
 		full := `503 {"error":"too many announcements or request IDs"}`
 		api.checkAnnounce(`{"request_id":"c","version":"1"}`, full)
@@ -252,10 +253,23 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 			t.Errorf("got %d outboxes, want 2", got)
 		}
 		api.version.tidy() // keeps what waits, and whoever is there
+		api.version.held -= others
 		if got, want := api.version.held, one+versionOverhead; got != want {
 			t.Errorf("got %d bytes held after tidying, want %d", got, want)
 		}
 		api.checkAnnounced("c", "1", false)
+	})
+}
+
+// What the limit has dropped is not held any more.
+func TestVersionMemoryIsWhatIsKept(t *testing.T) {
+	apiTest(t, "VERSION_PENDING_LIMIT=1", func(t *testing.T, api *apiFixture) {
+		api.checkAnnounced("a", "1", false)
+		one := api.version.held
+		api.checkAnnounced("a", "2", false)
+		if got := api.version.held; got != one {
+			t.Errorf("got %d bytes held, want %d", got, one)
+		}
 	})
 }
 
