@@ -177,34 +177,41 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 	return st.outbox.Wait(ctx, n), nil
 }
 
-// AnnounceAll tells every connected request_id that has not got this version
-// as its last one, and remembers it for those that connect later. It returns
-// how many took the event, and how many did not by the time ctx ends.
+// AnnounceAll is TellAll. It returns how many took the event, and how many did
+// not by the time ctx ends.
 func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (delivered, failed int) {
-	type waiting struct {
-		outbox *outbox
-		n      uint64
-	}
-	var all []waiting
-	s.mu.Lock()
-	s.latest = a
-	s.round++
-	for _, st := range s.streams {
-		if s.conns.Connected(st.outbox.identifier) {
-			if n := s.catchUpLocked(st); n != 0 {
-				all = append(all, waiting{st.outbox, n})
-			}
-		}
-	}
-	s.mu.Unlock()
-	for _, w := range all {
-		if w.outbox.Wait(ctx, w.n) {
+	for _, e := range s.TellAll(a) {
+		if e.outbox.Wait(ctx, e.n) {
 			delivered++
 		} else {
 			failed++
 		}
 	}
 	return delivered, failed
+}
+
+// versionEvent is an event that was appended.
+type versionEvent struct {
+	outbox *outbox
+	n      uint64
+}
+
+// TellAll tells every connected request_id that has not got this version as
+// its last one, and remembers it for those that connect later. It does not
+// wait for the delivery.
+func (s *VersionService) TellAll(a announcement) (told []versionEvent) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.latest = a
+	s.round++
+	for _, st := range s.streams {
+		if s.conns.Connected(st.outbox.identifier) {
+			if n := s.catchUpLocked(st); n != 0 {
+				told = append(told, versionEvent{st.outbox, n})
+			}
+		}
+	}
+	return told
 }
 
 // Tidy drops, until ctx ends, the outboxes that have had no connection for
@@ -286,7 +293,7 @@ func (s *VersionService) Poll(ctx context.Context, target string, interval time.
 		if err == nil && a.version != known && a.version != "" {
 			if known != "" {
 				s.log.Info("new frontend version", "version", a.version)
-				s.AnnounceAll(ctx, a)
+				s.TellAll(a) // a gateway that hangs holds up no poll
 			}
 			known = a.version
 		}

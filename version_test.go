@@ -327,6 +327,27 @@ func versionAnswer(status int, body string) http.HandlerFunc {
 	}
 }
 
+// A gateway that hangs must not keep the next version from being seen.
+func TestVersionPollWaitsForNoDelivery(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	api.conns.gateway = senderFunc(func([]event) sendResult {
+		<-t.Context().Done()
+		return sendResult{err: errNoAnswer}
+	})
+	api.version.OnConnect("r", connectRequest{token: "t"})
+	file := versionFile{make(chan *http.Request), make(chan http.HandlerFunc)}
+	server := httptest.NewServer(file)
+	t.Cleanup(server.Close)
+	go api.version.Poll(t.Context(), server.URL, time.Millisecond)
+	for _, version := range []string{"1", "2"} {
+		receive(t, file.polls)
+		file.answers <- versionAnswer(200, `{"version":"`+version+`"}`)
+	}
+	receive(t, file.polls)
+	file.answers <- versionAnswer(304, "")
+}
+
 func TestVersionPoll(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
