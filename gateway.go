@@ -21,8 +21,10 @@ import (
 const (
 	// sendLimit bounds one POST to the gateway. It is tried once.
 	sendLimit = 5 * time.Second
-	// resetLimit bounds how long a start waits for a gateway.
+	// resetLimit bounds how long a start waits for a gateway. One that did not
+	// answer by then is asked again after each resetPause.
 	resetLimit = time.Second
+	resetPause = time.Second
 	// dialLimit bounds a dial, and a TLS handshake. A Transport goes on with
 	// them when the request that they are for has ended.
 	dialLimit = 5 * time.Second
@@ -225,14 +227,44 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 
 // reset tells a gateway that runs already that its streams are not known
 // here, so that it ends them and the browsers come back. Otherwise, after a
-// backend that was killed, they would wait for ever. A gateway that does not
-// know of it, or does not run yet, is fine.
+// backend that was killed, they would wait for ever. It returns after one try;
+// if that did not reach the gateway, it goes on in the background until ctx
+// ends. A gateway that does not know of it is fine.
 func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *slog.Logger) {
+	err := c.tryReset(ctx, callbackSecret, log)
+	if err == nil {
+		return
+	}
+	log.Warn("the gateway does not answer yet", "err", err)
+	go func() {
+		for err != nil {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(resetPause):
+				err = c.tryReset(ctx, callbackSecret, log)
+			}
+		}
+		log.Info("the gateway answers now")
+	}()
+}
+
+// tryReset returns an error unless the gateway answered. An answer of 5xx may
+// be that of a proxy before it.
+func (c *gatewayClient) tryReset(ctx context.Context, callbackSecret secret, log *slog.Logger) error {
 	ctx, cancel := context.WithTimeout(ctx, resetLimit)
 	defer cancel()
 	header := http.Header{"Content-Type": {jsonType}, "Authorization": {"Bearer " + string(callbackSecret)}}
 	status, _, err := postTo(ctx, c.transport, c.url+"reset", header, []byte("{}"), maxBatchBytes)
-	log.Debug("reset the gateway", "status", status, "err", err)
+	switch {
+	case status == 0:
+		return err
+	case status >= 500:
+		return fmt.Errorf("gateway answered %d", status)
+	case status == http.StatusUnauthorized:
+		log.Warn("the gateway has another callback secret")
+	}
+	return nil
 }
 
 // takeLocked returns s and what may go out with it.

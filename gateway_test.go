@@ -2,10 +2,12 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -373,6 +375,42 @@ func TestGatewayClientBoundsItsPosts(t *testing.T) {
 			if s != nil {
 				t.Fatal("a send that is over is still in memory")
 			}
+		}
+	})
+}
+
+// The gateway may not run yet when the backend starts, or not be reached for a while. Its streams wait for the reset.
+func TestGatewayClientResets(t *testing.T) {
+	testPosts(t, func(t *postTest) {
+		const post = "application/json {}"
+		var log bytes.Buffer
+		returned := make(chan bool)
+		go func() {
+			noTime := func(_ []string, a slog.Attr) slog.Attr {
+				if a.Key == slog.TimeKey {
+					return slog.Attr{}
+				}
+				return a
+			}
+			t.client.reset(t.Context(), "", slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{ReplaceAttr: noTime})))
+			close(returned)
+		}()
+		synctest.Wait()
+		t.next(post).answer <- steppedPostAnswer{err: errors.New("refused")}
+		<-returned
+		for _, status := range []int{503, 401} {
+			time.Sleep(resetPause)
+			synctest.Wait()
+			t.reply(t.next(post), status, "")
+		}
+		time.Sleep(time.Minute)
+		t.wantNone()
+		want := `level=WARN msg="the gateway does not answer yet" err=refused
+level=WARN msg="the gateway has another callback secret"
+level=INFO msg="the gateway answers now"
+`
+		if got := log.String(); got != want {
+			t.Errorf("got log\n%s\nwant\n%s", got, want)
 		}
 	})
 }
