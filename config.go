@@ -41,8 +41,8 @@ type gatewayConfig struct {
 	Heartbeat time.Duration
 	// MaxConnections (MAX_CONNECTIONS, default 0 = no limit) is how many streams may be open; one more must come again.
 	MaxConnections int
-	// StreamBuffer (STREAM_BUFFER_BYTES, default 1 MiB, 1 KiB to 1 GiB) is the bytes that may wait for one client. If more
-	// would wait, its stream takes nothing any more, and ends.
+	// StreamBuffer (STREAM_BUFFER_BYTES, default 1 MiB, 1 KiB to 1 GiB) is the bytes that may wait for one client; a
+	// single event may be larger. If more would wait, its stream takes nothing any more, and ends.
 	StreamBuffer int
 	// WriteTimeout (WRITE_TIMEOUT_SECONDS, default 10) is how long a client may take no byte before it is cut. It is
 	// looked at four times in that time, so it may be up to half as much more.

@@ -37,7 +37,7 @@ func (s sendStatus) String() string {
 
 // streamLimits are the limits that all streams of a gateway share.
 type streamLimits struct {
-	buffer       int           // bytes that may wait for the client; if more would, the stream ends
+	buffer       int           // bytes that may wait for the client, or one event; if more would, the stream ends
 	writeTimeout time.Duration // a client that takes no byte for so long is cut
 }
 
@@ -56,7 +56,7 @@ type stream struct {
 	mu       sync.Mutex // guards the rest; held across a write that cannot block, to keep the order
 	conn     net.Conn   // nil while the connect callback is under way
 	raw      syscall.RawConn
-	pending  []byte // framed bytes, at most limits.buffer with those being drained
+	pending  []byte // framed bytes, within limits.buffer with those being drained
 	draining int    // bytes that drain is writing
 	drains   bool   // drain runs; nobody else writes
 	written  uint64 // bytes given to the socket
@@ -273,9 +273,9 @@ func (s *stream) writeLocked(frame []byte) {
 func (s *stream) enqueueLocked(frame []byte) {
 	need := len(s.pending) + len(frame)
 	switch {
-	case s.draining+need <= s.limits.buffer:
+	case s.draining+need <= s.limits.buffer, s.draining+len(s.pending) == 0: // or a large event would never get through
 		if need > cap(s.pending) { // append would grow it in small steps, and leave megabytes behind
-			s.pending = append(make([]byte, 0, min(max(need, 2*cap(s.pending)), s.limits.buffer)), s.pending...)
+			s.pending = append(make([]byte, 0, max(need, min(2*cap(s.pending), s.limits.buffer))), s.pending...)
 		}
 		s.pending = append(s.pending, frame...)
 	case s.conn == nil:

@@ -164,6 +164,28 @@ func TestBufferOverflowDuringCallback(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 }
 
+// An event that is larger than the buffer must not end one stream after the other.
+func TestEventLargerThanTheBuffer(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=1024", holding("connect", gate, answering(200, "")))
+	c := g.get("/x")
+	c.callback = receive(t, g.connects)
+	large := strings.Repeat("x", 1000<<10) // the socket takes part of it
+	if got := g.send(c.callback.Token, large); got != sentBuffered {
+		t.Errorf("got %s, want %s", got, sentBuffered)
+	}
+	close(gate)
+	c.begin()
+	c.wantData(large)
+
+	c = g.open("/x")
+	if got := g.send(c.callback.Token, large); got != sentOK {
+		t.Errorf("got %s, want %s", got, sentOK)
+	}
+	c.wantData(large)
+}
+
 // One that does read gets what was accepted. If it lost what is under way to it, it would return again and again.
 func TestBufferOverflowLeavesWhatWasAccepted(t *testing.T) {
 	t.Parallel()
