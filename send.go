@@ -361,13 +361,16 @@ func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
 }
 
 // growBuffer makes room in buf for a request of size bytes, or for more of
-// one whose size is not known yet.
+// one whose size is not known yet. Of a large one it makes room as it comes:
+// a head alone must not take megabytes.
 func growBuffer(buf []byte, size int) []byte {
-	if size == 0 && len(buf) == cap(buf) {
-		size = max(sendBuffer, 2*cap(buf))
-	}
-	if size <= cap(buf) {
+	switch {
+	case len(buf) < cap(buf) && (size <= cap(buf) || cap(buf) >= sendBufferMax):
 		return buf
+	case size == 0:
+		size = max(sendBuffer, 2*cap(buf))
+	default:
+		size = min(size, max(sendBufferMax, 2*cap(buf)))
 	}
 	return append(make([]byte, 0, size), buf...)
 }

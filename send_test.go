@@ -353,6 +353,26 @@ func TestBatchRefusesWholeRows(t *testing.T) {
 	}
 }
 
+// A head that claims much, and then nothing, must not take the memory for it.
+func TestSendBufferGrowsWithTheRequest(t *testing.T) {
+	for _, size := range []int{1, sendBuffer, 64<<10 + 1, sendBufferMax, sendBufferMax + 1, maxBatch + 200} {
+		var sent, buf []byte
+		for len(buf) < size {
+			if buf = growBuffer(buf, size); len(buf) == cap(buf) {
+				t.Fatalf("%d bytes of %d: no room for more", len(buf), size)
+			}
+			if most := max(sendBufferMax, 2*len(buf)); cap(buf) > most {
+				t.Fatalf("%d bytes of %d: room for %d, want at most %d", len(buf), size, cap(buf), most)
+			}
+			more := bytes.Repeat([]byte{byte(len(sent) >> 10)}, min(cap(buf), size)-len(buf)) // as far as one read may go
+			buf, sent = append(buf, more...), append(sent, more...)
+		}
+		if !bytes.Equal(buf, sent) {
+			t.Errorf("%d bytes are not what was sent", size)
+		}
+	}
+}
+
 func TestHTTPDate(t *testing.T) {
 	var d httpDate
 	at := time.Date(2026, 11, 24, 9, 59, 59, 0, time.FixedZone("", 3600))
