@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -124,12 +125,14 @@ func postTo(ctx context.Context, transport http.RoundTripper, target string, hea
 }
 
 // withoutSecrets takes out of a client's error what may hold a secret: the
-// URL, and an answer that is not HTTP, which may repeat the request.
+// URL, and what it quotes of an answer that is not HTTP, which may repeat the
+// request. A certificate may be quoted.
 func withoutSecrets(err error) error {
 	if e := (*url.Error)(nil); errors.As(err, &e) {
 		err = e.Err
 	}
-	if strings.Contains(err.Error(), "malformed") {
+	text, isCertificate := err.Error(), errors.As(err, new(*tls.CertificateVerificationError))
+	if strings.Contains(text, "malformed") || strings.Contains(text, `"`) && !isCertificate {
 		return errors.New("the answer is not HTTP")
 	}
 	return err

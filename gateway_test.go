@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"syscall"
 	"testing"
@@ -132,14 +134,25 @@ func TestGatewayClientFailures(t *testing.T) {
 	fails("no answer", 1)
 	answer = "nonsense"
 	fails("no HTTP", 1)
-	answer = "POST /hush/internal/send HTTP/1.1\r\n\r\n"
-	fails("an echo", 1)
+	for _, answer = range []string{
+		"POST /hush/internal/send HTTP/1.1\r\n\r\n",
+		"HTTP/1.1 200 OK\r\n/hush/internal/send\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nContent-Length: /hush/internal/send\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: /hush/internal/send\r\n\r\n",
+	} {
+		fails("an echo", 1)
+	}
 	answer = "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n" + `{"status":"buffered"`[:19]
 	fails("half an answer", 1)
 	c.url = "http://127.0.0.1:0/hush"
 	fails("no gateway", 0)
 	c.url = "http://hush\x7f"
 	fails("no URL", 0)
+
+	certificate := &tls.CertificateVerificationError{Err: errors.New(`signed by "nobody"`)}
+	if got := withoutSecrets(&url.Error{Op: "Post", URL: c.url, Err: certificate}); got != error(certificate) {
+		t.Errorf("got %v, want %v", got, certificate)
+	}
 }
 
 // The limit counts until the whole answer is there. Time is that of the bubble, so the network is a pipe.
