@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -398,20 +399,20 @@ func parsePlainSend(buf []byte) (mediaType string, head, size int, plain bool) {
 	for rest := buf[len(plainSend) : head-2]; len(rest) > 0; {
 		line, after, _ := bytes.Cut(rest, []byte("\r\n"))
 		rest = after
-		name, value, ok := bytes.Cut(line, []byte(":"))
+		field, value, ok := bytes.Cut(line, []byte(":"))
 		value = bytes.Trim(value, " \t")
-		if !ok || !isPlain(name) || !isPlain(value) {
+		if !ok || !isPlain(field) || !isPlain(value) {
 			return "", 0, 0, false
 		}
-		switch {
-		case equalFold(name, "host"):
+		switch name := string(field); {
+		case strings.EqualFold(name, "host"):
 			hosts++
 			ok = len(value) > 0 && len(bytes.Trim(value, hostBytes)) == 0
-		case equalFold(name, "content-length"):
+		case strings.EqualFold(name, "content-length"):
 			n, err := strconv.ParseUint(string(value), 10, 31)
 			ok = err == nil && length < 0
 			length = int(n)
-		case equalFold(name, "content-type"):
+		case strings.EqualFold(name, "content-type"):
 			ok = mediaType == ""
 			switch string(value) {
 			case jsonType:
@@ -421,10 +422,10 @@ func parsePlainSend(buf []byte) (mediaType string, head, size int, plain bool) {
 			default:
 				ok = false
 			}
-		case equalFold(name, "connection"):
-			ok = equalFold(value, "keep-alive")
+		case strings.EqualFold(name, "connection"):
+			ok = strings.EqualFold(string(value), "keep-alive")
 		default: // others may change what the request means
-			ok = slices.ContainsFunc(harmless, func(known string) bool { return equalFold(name, known) })
+			ok = slices.ContainsFunc(harmless, func(known string) bool { return strings.EqualFold(name, known) })
 		}
 		if !ok {
 			return "", 0, 0, false
@@ -439,23 +440,6 @@ func parsePlainSend(buf []byte) (mediaType string, head, size int, plain bool) {
 func isPlain(part []byte) bool {
 	for _, c := range part {
 		if c < ' ' || c > '~' {
-			return false
-		}
-	}
-	return true
-}
-
-// equalFold compares with a lower-case ASCII text.
-func equalFold(b []byte, lower string) bool {
-	if len(b) != len(lower) {
-		return false
-	}
-	for i := range b {
-		c := b[i]
-		if 'A' <= c && c <= 'Z' {
-			c += 'a' - 'A'
-		}
-		if c != lower[i] {
 			return false
 		}
 	}
