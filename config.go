@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -70,7 +69,8 @@ type backendConfig struct {
 	// CallbackSecret (SSE_CALLBACK_SECRET, default "") must come with every callback. When empty, an embedded gateway
 	// gets a random one; with a separate gateway, anyone who reaches the callback can then register connections.
 	CallbackSecret secret
-	// APIToken (API_TOKEN, default "") is asked of whoever changes tasks or deployments. When empty, anyone may.
+	// APIToken (API_TOKEN, default "") is asked of whoever changes tasks or deployments, and in production of whoever
+	// lists the tasks. When empty, anyone may.
 	APIToken secret
 	// TaskWorkers (TASK_MAX_WORKERS, default 4, 1 to 10000) is how many tasks run at once; more wait as pending.
 	TaskWorkers int
@@ -318,7 +318,5 @@ func (s secret) String() string {
 // Format covers the verbs that would not ask for String, such as %x.
 func (s secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, s.String()) }
 
-func (s secret) GoString() string             { return s.String() }
-func (s secret) LogValue() slog.Value         { return slog.StringValue(s.String()) }
-func (s secret) MarshalJSON() ([]byte, error) { return json.Marshal(s.String()) }
+// MarshalText is for logs and JSON.
 func (s secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
