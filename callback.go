@@ -78,7 +78,7 @@ type callbackHandler struct {
 // callback is the body.
 type callback struct {
 	action         string
-	connectRequest // but for the token, empty on disconnect
+	connectRequest // of a disconnect, only the token counts
 }
 
 // connectAnswer is the answer to a connect callback.

@@ -80,7 +80,7 @@ type connection struct {
 	token   string
 	url     string    // request target of the stream
 	since   time.Time // when it connected
-	checked time.Time // when the gateway was last asked for it
+	checked time.Time // when it connected, or a sweep last asked for it
 	suspect bool      // a send failed: the client may have a gap, so the stream must end
 }
 
@@ -96,8 +96,7 @@ func newConnectionManager(gateway sender, log *slog.Logger, met connectionMetric
 }
 
 // OnConnect makes token the connection of identifier. It returns the token
-// that this replaces, or "", which the caller gives to CloseReplaced once it
-// holds no lock.
+// that this replaces, or "", which the caller gives to CloseReplaced.
 func (m *ConnectionManager) OnConnect(identifier, token, url string) (replaced string) {
 	now := time.Now()
 	m.mu.Lock()
@@ -288,10 +287,10 @@ func (m *ConnectionManager) suspect(identifier, token string) {
 // sweepers is how many connections a sweep asks for at the same time.
 const sweepers = 8
 
-// Sweep checks, until ctx ends, every connection that the gateway has not
-// been asked for during interval: what it does not know any more, after a
-// crash without disconnect callbacks, is removed. It runs several times an
-// interval, which spreads the checks.
+// Sweep asks the gateway, until ctx ends, for every connection once during
+// interval: what it does not know any more, after a crash without disconnect
+// callbacks, is removed. It runs several times an interval, which spreads the
+// checks.
 func (m *ConnectionManager) Sweep(ctx context.Context, interval time.Duration) {
 	ticker := time.NewTicker(max(interval/8, time.Millisecond))
 	defer ticker.Stop()

@@ -244,7 +244,7 @@ var (
 
 // write writes the family:
 //
-//	# HELP tasks Tasks that are remembered.
+//	# HELP tasks Tasks that are known.
 //	# TYPE tasks gauge
 //	tasks{status="pending"} 0
 func (f family) write(b *bytes.Buffer) {

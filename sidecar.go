@@ -70,7 +70,7 @@ type gateway struct {
 	closing atomic.Bool  // shutting down: nothing new is taken
 
 	// busy counts stream requests until their answer, streams until their end,
-	// and disconnect callbacks. It is no WaitGroup because a request that is
+	// disconnect callbacks, and resets. It is no WaitGroup because a request that is
 	// turned away may still raise it from zero while shutdown waits.
 	busy atomic.Int64
 }

@@ -118,7 +118,7 @@ type task struct {
 	err      string
 	cancel   context.CancelFunc // of work's context; nil before it runs, and if external
 	seen     time.Time          // start, or the last report from outside
-	deadline *time.Timer        // fails the task, later forgets it; nil before it runs
+	deadline *time.Timer        // fails the task, later forgets it; nil while it is pending
 }
 
 var (
