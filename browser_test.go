@@ -95,6 +95,18 @@ func TestBrowserPage(t *testing.T) {
 	site.post(t, "/api/deployments/version", `{"version":"browser-2","changelog":"faster"}`)
 	tab.wait(`!document.querySelector("#version-banner").hidden &&
 		document.querySelector("#version-banner").textContent.includes("browser-2")`)
+
+	// A page that was about to be left, and stays, has closed its streams and says so.
+	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
+	card := fmt.Sprintf(`document.querySelector("#tasks [data-task-id='%s']")`, task)
+	tab.run(`const follow = document.querySelector("#follow-form");
+		follow.elements.task_id.value = "` + task + `";
+		follow.requestSubmit()`)
+	tab.wait(card + `?.dataset.state == "open"`)
+	tab.run(`dispatchEvent(new Event("beforeunload"))`)
+	tab.wait(card + `.dataset.state == "closed" && document.querySelector("#versions").dataset.state == "closed"`)
+	tab.run(card + `.querySelector(".again").click(); window.listed = ` + card + `.querySelector(".count").textContent`)
+	tab.wait(`listed == "0" && ` + card + `.dataset.state == "open" && ` + card + `.querySelector(".count").textContent == "2"`)
 }
 
 // A page that does nothing but open an EventSource is left in peace after the end.
