@@ -21,7 +21,7 @@ const (
 	// to a single one, are refused.
 	maxVersionHeld  = 256 << 20
 	versionOverhead = 512
-	// tidyInterval is how often outboxes are looked through, or more often.
+	// tidyInterval is the longest time between two looks through the outboxes.
 	tidyInterval = 10 * time.Second
 
 	pollLimit = 10 * time.Second
