@@ -154,7 +154,7 @@ func TestTaskUnknownReplacesNoNewerStream(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
 	api.conns.gateway = senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
-	for n := range 3000 {
+	for n := range 1000 {
 		id := fmt.Sprint(n)
 		var requests sync.WaitGroup
 		requests.Go(func() { api.tasks.OnConnect(id, connectRequest{token: "old " + id, order: requestOrder{"g", 1}}) })

@@ -395,6 +395,7 @@ func TestVersionPoll(t *testing.T) {
 	} {
 		file.answers <- tt.answer
 		r := <-file.polls // so the last answer has been dealt with
+		api.conns.Drain(t.Context())
 		stream.checkStory("connection_open" + tt.story)
 		log := api.logged.String()
 		if got, again := strings.Count(log, failed), strings.Count(log, worksAgain); got != tt.errors || again != tt.recovered {
