@@ -103,9 +103,11 @@ func (s *stream) send(frame []byte, end bool) sendStatus {
 	if s.ended || s.ending {
 		return sendGone
 	}
-	if s.conn == nil {
+	switch {
+	case len(frame) == 0:
+	case s.conn == nil:
 		s.enqueueLocked(frame)
-	} else if len(frame) > 0 {
+	default:
 		s.writeLocked(frame)
 	}
 	if s.ended || s.overflow {
@@ -126,18 +128,12 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.conn, s.raw = conn, raw
-	if s.ended { // more was sent meanwhile than may wait: the browser comes back for it
-		if s.chunked {
-			head = append(head, lastChunk...)
-		}
-		writeNow(raw, head)
-		conn.Close()
-		return
-	}
 	buffered := s.pending
 	s.pending = nil
 	s.writeLocked(append(head, buffered...))
-	if end || s.ending {
+	if s.overflow {
+		s.drainLocked() // to the end
+	} else if end || s.ending {
 		s.finishLocked()
 	}
 	if lifetime > 0 && !s.ended {
@@ -264,6 +260,11 @@ func (s *stream) writeLocked(frame []byte) {
 		frame = frame[n:]
 	}
 	s.enqueueLocked(frame)
+	s.drainLocked()
+}
+
+// drainLocked has drain run.
+func (s *stream) drainLocked() {
 	if !s.drains && !s.ended {
 		s.drains = true
 		go s.drain()
@@ -278,11 +279,11 @@ func (s *stream) enqueueLocked(frame []byte) {
 			s.pending = append(make([]byte, 0, max(need, min(2*cap(s.pending), s.limits.buffer))), s.pending...)
 		}
 		s.pending = append(s.pending, frame...)
-	case s.conn == nil:
-		s.endLocked(streamError)
 	default:
 		s.ending, s.overflow = true, true
-		s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
+		if s.conn != nil {
+			s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
+		}
 	}
 }
 

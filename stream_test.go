@@ -145,7 +145,7 @@ func TestBufferOverflowCutsTheStream(t *testing.T) {
 	g.waitMetric("gateway_streams", 1)
 }
 
-// A stream that ends before it has begun must leave its client with an answer, or a proxy makes it a final one.
+// A client gets what was accepted for it before its stream began, or it would return for the same again and again.
 func TestBufferOverflowDuringCallback(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
@@ -159,7 +159,10 @@ func TestBufferOverflowDuringCallback(t *testing.T) {
 	}
 	close(gate)
 	c.begin()
-	c.wantEnd()
+	c.wantData(strings.Repeat("x", 600))
+	if _, err := c.rest(); err == nil {
+		t.Error("the client got a clean end, want an error, for it misses an event")
+	}
 	g.wantDisconnect(c, "error")
 	g.waitMetric("gateway_streams", 0)
 }
@@ -175,9 +178,15 @@ func TestEventLargerThanTheBuffer(t *testing.T) {
 	if got := g.send(c.callback.Token, large); got != sentBuffered {
 		t.Errorf("got %s, want %s", got, sentBuffered)
 	}
+	for _, ask := range []func(token string) string{g.probe, g.end} { // which need no room
+		if got := ask(c.callback.Token); got != sentBuffered {
+			t.Errorf("got %s, want %s", got, sentBuffered)
+		}
+	}
 	close(gate)
 	c.begin()
 	c.wantData(large)
+	c.wantEnd()
 
 	c = g.open("/x")
 	if got := g.send(c.callback.Token, large); got != sentOK {
