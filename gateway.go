@@ -148,7 +148,7 @@ func readAnswer(resp *http.Response, limit int64) ([]byte, error) {
 	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, limit))
 	if err != nil {
-		return nil, fmt.Errorf("reading the answer: %w", err)
+		return nil, fmt.Errorf("reading the answer: %w", withoutSecrets(err))
 	}
 	return body, nil
 }
@@ -231,10 +231,11 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 // reset tells a gateway that runs already that its streams are not known
 // here, so that it ends them and the browsers come back. Otherwise, after a
 // backend that was killed, they would wait for ever. It returns after one try;
-// if that did not reach the gateway, it goes on in the background until ctx
-// ends. A gateway that does not know of it is fine.
+// if that brought no answer, it goes on in the background until ctx ends, and
+// streams of this backend may have to come back, too. A gateway that does not
+// know of it is fine.
 func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *slog.Logger) {
-	err := c.tryReset(ctx, callbackSecret, log)
+	err := c.tryReset(ctx, resetLimit, callbackSecret, log)
 	if err == nil {
 		return
 	}
@@ -245,7 +246,7 @@ func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *s
 			case <-ctx.Done():
 				return
 			case <-time.After(resetPause):
-				err = c.tryReset(ctx, callbackSecret, log)
+				err = c.tryReset(ctx, sendLimit, callbackSecret, log) // or one that is slow would be reset for ever
 			}
 		}
 		log.Info("the gateway answers now")
@@ -254,8 +255,8 @@ func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *s
 
 // tryReset returns an error unless the gateway answered. An answer of 5xx may
 // be that of a proxy before it.
-func (c *gatewayClient) tryReset(ctx context.Context, callbackSecret secret, log *slog.Logger) error {
-	ctx, cancel := context.WithTimeout(ctx, resetLimit)
+func (c *gatewayClient) tryReset(ctx context.Context, limit time.Duration, callbackSecret secret, log *slog.Logger) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	header := http.Header{"Content-Type": {jsonType}, "Authorization": {"Bearer " + string(callbackSecret)}}
 	status, _, err := postTo(ctx, c.transport, c.url+"reset", header, []byte("{}"), maxBatchBytes)

@@ -139,6 +139,7 @@ func TestGatewayClientFailures(t *testing.T) {
 		"HTTP/1.1 200 OK\r\n/hush/internal/send\r\n\r\n",
 		"HTTP/1.1 200 OK\r\nContent-Length: /hush/internal/send\r\n\r\n",
 		"HTTP/1.1 200 OK\r\nTransfer-Encoding: /hush/internal/send\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n/hush/internal/send\r\n\r\n",
 	} {
 		fails("an echo", 1)
 	}

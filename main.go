@@ -103,7 +103,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	}
 	if cfg.GatewayURL != "" {
 		b := newBackend(cfg, cfg.GatewayURL, reg, log)
-		b.gateway.reset(ctx, cfg.CallbackSecret, log) // before it has streams of its own
+		b.gateway.reset(ctx, cfg.CallbackSecret, log) // at first before it has streams of its own
 		servers := append([]*server{newServer(log, b.routes(nil), listeners[0])}, internal...)
 		return serve(ctx, log, servers, b.work, b.stop)
 	}
