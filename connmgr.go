@@ -287,7 +287,7 @@ func (m *ConnectionManager) suspect(identifier, token string) {
 // sweepers is how many connections a sweep asks for at the same time.
 const sweepers = 8
 
-// Sweep asks the gateway, until ctx ends, for every connection once during
+// Sweep asks the gateway, until ctx ends, for every connection about once an
 // interval: what it does not know any more, after a crash without disconnect
 // callbacks, is removed. It runs several times an interval, which spreads the
 // checks.

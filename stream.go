@@ -56,7 +56,7 @@ type stream struct {
 	mu       sync.Mutex // guards the rest; held across a write that cannot block, to keep the order
 	conn     net.Conn   // nil while the connect callback is under way
 	raw      syscall.RawConn
-	pending  []byte // framed bytes, within limits.buffer with those being drained
+	pending  []byte // framed bytes, with those being drained within limits.buffer, or one event
 	draining int    // bytes that drain is writing
 	drains   bool   // drain runs; nobody else writes
 	written  uint64 // bytes given to the socket
