@@ -2,8 +2,6 @@ package main
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"log/slog"
@@ -36,31 +34,6 @@ type connectRequest struct {
 	url         string // raw request target
 	lastEventID string // its Last-Event-ID header
 	order       requestOrder
-}
-
-// orderHeader is the header of connect callbacks by which a gateway says how
-// many requests for streams it had had by this one: <gateway>-<n>, where
-// gateway is another for each run of it. Callbacks may overtake each other.
-const orderHeader = "Sse-Gateway-Request"
-
-// requestOrder is the place of a request among those of a gateway's run.
-type requestOrder struct {
-	gateway string // "" if unknown
-	n       uint64
-}
-
-func parseOrder(header string) requestOrder {
-	gateway, number, _ := strings.Cut(header, "-")
-	n, err := strconv.ParseUint(number, 10, 64)
-	if err != nil {
-		return requestOrder{}
-	}
-	return requestOrder{gateway, n}
-}
-
-// before reports whether the request is known to be older than other.
-func (o requestOrder) before(other requestOrder) bool {
-	return o.gateway != "" && o.gateway == other.gateway && o.n < other.n
 }
 
 // callbackHandler is POST /api/sse/callback, by which a gateway asks who may
@@ -224,26 +197,4 @@ func headerValue(raw json.RawMessage, name string) (string, error) {
 	}
 	value, _, err := headers.str(name)
 	return value, err
-}
-
-// required returns a string member that must be there and not be empty.
-func (o object) required(name string) (string, error) {
-	value, _, err := o.str(name)
-	if err == nil && value == "" {
-		err = errMissingField
-	}
-	return value, err
-}
-
-// hasBearer reports whether the request has that bearer token (RFC 6750).
-func hasBearer(r *http.Request, want secret) bool {
-	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	return strings.EqualFold(scheme, "Bearer") && sameSecret(token, want)
-}
-
-// sameSecret compares in a time that tells nothing of either, also not the
-// length.
-func sameSecret(got string, want secret) bool {
-	a, b := sha256.Sum256([]byte(got)), sha256.Sum256([]byte(want))
-	return subtle.ConstantTimeCompare(a[:], b[:]) == 1
 }

@@ -3,44 +3,13 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode"
-	"unicode/utf8"
 )
-
-// The services, as identifiers and metrics name them.
-const (
-	serviceTask    = "task"
-	serviceVersion = "version"
-)
-
-// maxID is the length of the longest ID, in bytes.
-const maxID = 128
-
-// errBadID says that an ID cannot be part of an identifier.
-var errBadID = errors.New("id must be 1 to 128 bytes of UTF-8 without colon and control characters")
-
-// newIdentifier joins a service and a browser's ID to "service:id".
-func newIdentifier(service, id string) (string, error) {
-	bad := func(r rune) bool { return r == ':' || unicode.IsControl(r) }
-	if id == "" || len(id) > maxID || !utf8.ValidString(id) || strings.ContainsFunc(id, bad) {
-		return "", errBadID
-	}
-	return service + ":" + id, nil
-}
-
-// serviceOf returns the service of an identifier "service:id".
-func serviceOf(identifier string) string {
-	service, _, _ := strings.Cut(identifier, ":")
-	return service
-}
 
 // connectionMetrics is what the ConnectionManager tells of its work.
 type connectionMetrics interface {
@@ -377,12 +346,3 @@ func (m *ConnectionManager) EndAll(ctx context.Context) {
 	}
 	m.Drain(ctx)
 }
-
-// closeEvent is the last event of a stream. A browser that reconnects after
-// it says so by its ID, and is turned away for good.
-func closeEvent(reason string) event {
-	return event{ID: closeID, Name: "connection_close", Data: fmt.Sprintf(`{"reason":%q}`, reason)}
-}
-
-// closeID is the ID of the last event of a stream.
-const closeID = "close"

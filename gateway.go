@@ -3,14 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net"
 	"net/http"
-	"net/url"
 	"runtime"
 	"slices"
 	"strings"
@@ -41,24 +36,6 @@ const (
 	maxBatchSends = 512
 	maxBatchBytes = 1 << 20
 )
-
-// featuresHeader is the header of callbacks by which a gateway tells what it
-// can do, separated by commas. featureBatch is that /internal/send takes
-// batches.
-const (
-	featuresHeader = "Sse-Gateway-Features"
-	featureBatch   = "batch"
-)
-
-// event is one message to a browser. An empty ID or Name is left out.
-type event struct {
-	ID   string `json:"id,omitempty"`
-	Name string `json:"name"`
-	Data string `json:"data"`
-}
-
-// errUnknownToken says that the gateway has no such stream, or no more.
-var errUnknownToken = errors.New("unknown token")
 
 // gatewayClient sends events to a gateway by POST /internal/send.
 //
@@ -106,66 +83,6 @@ func newGatewayClient(baseURL string) *gatewayClient {
 			DisableCompression:  true,
 		},
 	}
-}
-
-// postTo makes one POST and returns the answer, of its body at most limit bytes.
-// The status is there also when reading the body fails.
-func postTo(ctx context.Context, transport http.RoundTripper, target string, header http.Header, body []byte, limit int64) (status int, answer []byte, err error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target, bytes.NewReader(body))
-	if err != nil {
-		return 0, nil, withoutSecrets(err)
-	}
-	req.Header = header
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return 0, nil, withoutSecrets(err)
-	}
-	answer, err = readAnswer(resp, limit)
-	return resp.StatusCode, answer, err
-}
-
-// withoutSecrets takes out of a client's error what may hold a secret: the
-// URL, and what it quotes of an answer that is not HTTP, which may repeat the
-// request. A certificate may be quoted.
-func withoutSecrets(err error) error {
-	if e := (*url.Error)(nil); errors.As(err, &e) {
-		err = e.Err
-	}
-	text, isCertificate := err.Error(), errors.As(err, new(*tls.CertificateVerificationError))
-	if strings.Contains(text, "malformed") || strings.Contains(text, `"`) && !isCertificate {
-		return errors.New("the answer is not HTTP")
-	}
-	return err
-}
-
-// readAnswer reads the body of a response, at most limit bytes, and closes it.
-// It must be read to its end, or the connection is not used again. What comes
-// after a 101 has no end, and no deadline either (RFC 9110 section 15.2.2).
-func readAnswer(resp *http.Response, limit int64) ([]byte, error) {
-	defer resp.Body.Close()
-	if resp.StatusCode == http.StatusSwitchingProtocols {
-		return nil, errors.New("reading the answer: unasked change of protocol")
-	}
-	body, err := io.ReadAll(io.LimitReader(resp.Body, limit))
-	if err != nil {
-		return nil, fmt.Errorf("reading the answer: %w", withoutSecrets(err))
-	}
-	return body, nil
-}
-
-// dial connects to localhost by its addresses, as a container that holds
-// nothing but the binary has no /etc/hosts, and to any other host as usual.
-func dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	d := net.Dialer{Timeout: dialLimit}
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil || host != "localhost" {
-		return d.DialContext(ctx, network, addr)
-	}
-	conn, err := d.DialContext(ctx, network, net.JoinHostPort("127.0.0.1", port))
-	if err != nil {
-		conn, err = d.DialContext(ctx, network, net.JoinHostPort("::1", port))
-	}
-	return conn, err
 }
 
 // heard notes what the gateway says it can do.
@@ -366,45 +283,4 @@ func (c *gatewayClient) do(contentType string, body []byte) (status int, answer 
 	ctx, cancel := context.WithTimeout(context.Background(), sendLimit)
 	defer cancel()
 	return postTo(ctx, c.transport, c.url+"send", http.Header{"Content-Type": {contentType}}, body, maxBatchBytes)
-}
-
-// encodeSends returns the body of POST /internal/send: one object, or as many
-// lines as there are events.
-func encodeSends(token string, events []event, end bool) []byte {
-	if len(events) == 0 {
-		return encodeSend(nil, token, nil, end)
-	}
-	size := 0
-	for _, e := range events {
-		size += 128 + len(e.Data) + len(e.Data)/4 // with room for escapes
-	}
-	b := make([]byte, 0, size)
-	for i := range events {
-		if i > 0 {
-			b = append(b, '\n')
-		}
-		b = encodeSend(b, token, &events[i], end)
-	}
-	return b
-}
-
-// encodeSend appends the object for one event, or for none.
-func encodeSend(b []byte, token string, e *event, end bool) []byte {
-	b = append(b, `{"token":`...)
-	b = appendString(b, token)
-	if e != nil {
-		b = append(b, `,"event":{"data":`...)
-		b = appendString(b, e.Data)
-		if e.ID != "" {
-			b = appendString(append(b, `,"id":`...), e.ID)
-		}
-		if e.Name != "" {
-			b = appendString(append(b, `,"name":`...), e.Name)
-		}
-		b = append(b, '}')
-	}
-	if end {
-		b = append(b, `,"close":true`...)
-	}
-	return append(b, '}')
 }

@@ -5,8 +5,6 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
-	"mime"
-	"net/http"
 	"strconv"
 	"strings"
 	"unicode/utf16"
@@ -24,47 +22,6 @@ var (
 	errFieldType    = errors.New("a field has the wrong type")
 	errDuplicate    = errors.New("a field stands twice")
 )
-
-// readBody reads at most limit bytes of the request's body into buf.
-func readBody(w http.ResponseWriter, r *http.Request, limit int64, buf *bytes.Buffer) ([]byte, error) {
-	_, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
-	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
-		return nil, errBodyTooLarge
-	}
-	if err != nil {
-		return nil, errNotJSON // the client broke off, or its chunks are malformed
-	}
-	return buf.Bytes(), nil
-}
-
-const jsonType = "application/json"
-
-// isJSON reports whether the request says that its body is JSON.
-func isJSON(r *http.Request) bool { return hasMediaType(r, jsonType) }
-
-func hasMediaType(r *http.Request, want string) bool {
-	value := r.Header.Get("Content-Type")
-	if value == want {
-		return true
-	}
-	mediaType, _, err := mime.ParseMediaType(value)
-	return err == nil && mediaType == want
-}
-
-// readJSON reads a body of at most limit bytes as one JSON object. A request
-// without a Content-Type is taken at its word; a wrong one is refused, which
-// also keeps out what a form of another site can post.
-func readJSON(w http.ResponseWriter, r *http.Request, limit int64) (object, error) {
-	if r.Header.Get("Content-Type") != "" && !isJSON(r) {
-		return nil, errMediaType
-	}
-	var buf bytes.Buffer
-	body, err := readBody(w, r, limit, &buf)
-	if err != nil {
-		return nil, err
-	}
-	return parseObject(body)
-}
 
 // object is the members of a JSON object, their values still encoded.
 type object map[string]json.RawMessage
@@ -437,27 +394,11 @@ func appendString(b []byte, s string) []byte {
 	return append(b, '"')
 }
 
-// writeJSON answers with a JSON body.
-func writeJSON(w http.ResponseWriter, status int, v any) {
-	body := append(marshal(v), '\n')
-	w.Header().Set("Content-Type", jsonType)
-	w.WriteHeader(status)
-	w.Write(body)
-}
-
-// writeError answers {"error":"…"} with a fixed text.
-func writeError(w http.ResponseWriter, status int, text string) {
-	writeJSON(w, status, map[string]string{"error": text})
-}
-
-// writeBodyError answers an error of readBody or readJSON.
-func writeBodyError(w http.ResponseWriter, err error) {
-	switch err {
-	case errBodyTooLarge:
-		writeError(w, http.StatusRequestEntityTooLarge, err.Error())
-	case errMediaType:
-		writeError(w, http.StatusUnsupportedMediaType, err.Error())
-	default:
-		writeError(w, http.StatusBadRequest, err.Error())
+// required returns a string member that must be there and not be empty.
+func (o object) required(name string) (string, error) {
+	value, _, err := o.str(name)
+	if err == nil && value == "" {
+		err = errMissingField
 	}
+	return value, err
 }

@@ -21,8 +21,6 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"slices"
-	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -38,15 +36,6 @@ const usage = `usage: sidecast [command]
 
 Settings come from environment variables: see README.md.
 `
-
-// stopLimit bounds everything between the signal to stop and the exit. Parts
-// of it are drainLimit, for events that are on their way to a gateway, and
-// finishLimit, for requests that are being answered at the end.
-const (
-	stopLimit   = 4500 * time.Millisecond
-	drainLimit  = 2 * time.Second
-	finishLimit = 500 * time.Millisecond
-)
 
 //go:embed index.html
 var page []byte
@@ -167,21 +156,6 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 	return serve(ctx, log, servers, g.work, g.shutdown)
 }
 
-// openListeners listens on the addresses, but for those that are empty.
-func openListeners(addrs ...string) (listeners []net.Listener, err error) {
-	for _, addr := range addrs {
-		if addr == "" {
-			continue
-		}
-		l, err := net.Listen("tcp", addr)
-		if err != nil {
-			return nil, err
-		}
-		listeners = append(listeners, l)
-	}
-	return listeners, nil
-}
-
 // Routes
 
 // routes are those of the backend. The embedded gateway, if there is one,
@@ -261,30 +235,6 @@ func servePage(w http.ResponseWriter, r *http.Request) {
 		"connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 	w.Write(page)
 }
-
-// jsonErrors answers what mux has no route for in JSON, not in plain text.
-func jsonErrors(mux *http.ServeMux) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		handler, pattern := mux.Handler(r)
-		if pattern != "" {
-			mux.ServeHTTP(w, r)
-			return
-		}
-		head := statusOnly{header: w.Header()}
-		handler.ServeHTTP(&head, r) // sets Allow
-		writeError(w, head.status, strings.ToLower(http.StatusText(head.status)))
-	})
-}
-
-// statusOnly takes an answer and keeps all but its body.
-type statusOnly struct {
-	header http.Header
-	status int
-}
-
-func (s *statusOnly) Header() http.Header         { return s.header }
-func (s *statusOnly) WriteHeader(status int)      { s.status = status }
-func (s *statusOnly) Write(b []byte) (int, error) { return len(b), nil }
 
 // The backend, put together
 
@@ -393,91 +343,6 @@ func (b *backend) protectList(h http.HandlerFunc) http.HandlerFunc {
 }
 
 // Serving
-
-// server is an http.Server with its listeners.
-type server struct {
-	http.Server
-	listeners []net.Listener
-}
-
-func newServer(log *slog.Logger, h http.Handler, listeners ...net.Listener) *server {
-	return &server{
-		listeners: listeners,
-		Server: http.Server{
-			Handler:           h,
-			ReadHeaderTimeout: 10 * time.Second,
-			ReadTimeout:       30 * time.Second,
-			WriteTimeout:      30 * time.Second, // streams leave the server before
-			IdleTimeout:       2 * time.Minute,  // longer than our clients keep theirs
-			MaxHeaderBytes:    maxHeader,
-			ErrorLog:          stdlog.New(&errorLog{log: log}, "", 0),
-			ConnContext:       withConn,
-		},
-	}
-}
-
-// errorLog takes the lines of an http.Server, one a second at most: without
-// file descriptors it has one for each connection that it cannot accept.
-type errorLog struct {
-	log     *slog.Logger
-	mu      sync.Mutex // guards the rest
-	last    time.Time
-	skipped int
-}
-
-func (l *errorLog) Write(line []byte) (int, error) {
-	l.mu.Lock()
-	now := time.Now()
-	if now.Sub(l.last) < time.Second {
-		l.skipped++
-		l.mu.Unlock()
-		return len(line), nil
-	}
-	skipped := l.skipped
-	l.last, l.skipped = now, 0
-	l.mu.Unlock()
-	l.log.Warn("http server", "err", strings.TrimSpace(string(line)), "skipped", skipped)
-	return len(line), nil
-}
-
-// serve runs the servers and work until ctx ends or a server fails, and then
-// stop, while the servers still answer, and their shutdown. It returns the
-// exit code.
-func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop func(context.Context)) int {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	broken := make(chan error, 1)
-	for _, s := range servers {
-		for _, l := range s.listeners {
-			go func() {
-				select {
-				case broken <- s.Serve(l):
-				default: // one is enough
-				}
-			}()
-		}
-	}
-	work(ctx)
-	log.Info("started", "url", "http://"+servers[0].listeners[0].Addr().String(), "version", version())
-	code := 0
-	select {
-	case <-ctx.Done():
-	case err := <-broken:
-		log.Error("serving", "err", err)
-		code = 1
-	}
-	log.Info("stopping")
-	last, cancelLast := context.WithTimeout(context.Background(), stopLimit)
-	defer cancelLast()
-	stop(last)
-	last, cancelLast = context.WithTimeout(last, finishLimit)
-	defer cancelLast()
-	for _, s := range servers {
-		s.Shutdown(last) // waits for connections that have brought no request yet, too
-		s.Close()
-	}
-	return code
-}
 
 // healthcheck asks the readiness of the sidecast on this machine.
 func healthcheck(ctx context.Context, getenv func(string) string, stderr io.Writer) int {

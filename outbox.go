@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,8 +33,6 @@ func (p *outboxPolicy) renewed() *outboxPolicy {
 	next.epoch = newEpoch()
 	return &next
 }
-
-func newEpoch() string { return strings.ToLower(rand.Text()[:8]) }
 
 // outbox is the ordered, numbered log of the events of one identifier, and
 // their delivery to its one connection.

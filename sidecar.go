@@ -3,13 +3,10 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
-	"net"
 	"net/http"
 	"net/url"
 	"runtime/debug"
@@ -293,12 +290,6 @@ func (g *gateway) spawn(f func()) {
 	}()
 }
 
-// callbackAnswer is what the backend said to a connect callback.
-type callbackAnswer struct {
-	event sentEvent
-	end   bool
-}
-
 // connect asks the backend whether s may be opened. Status 0 means yes;
 // otherwise it is the status for the client. An answer beside a status means
 // that the backend accepted and then did not finish its answer.
@@ -330,13 +321,6 @@ func (g *gateway) connect(r *http.Request, s *stream) (status int, text string, 
 	}
 	status, text = explain(err)
 	return status, text, answer
-}
-
-// connKey is the key under which withConn keeps a connection for hasLeft.
-type connKey struct{}
-
-func withConn(ctx context.Context, conn net.Conn) context.Context {
-	return context.WithValue(ctx, connKey{}, conn)
 }
 
 // hasLeft reports whether the client has closed its connection. It looks for
@@ -423,39 +407,6 @@ func (g *gateway) post(ctx context.Context, payload []byte, order string) (statu
 		err = nil // nobody needs that body
 	}
 	return status, body, err
-}
-
-// encodeRequest is the request as both callbacks tell it: the raw target, and
-// the headers with lower-case names and one value each.
-func encodeRequest(r *http.Request) json.RawMessage {
-	b := appendString([]byte(`{"url":`), r.RequestURI)
-	b = append(b, `,"headers":{"host":`...)
-	b = appendString(b, r.Host)
-	for name, values := range r.Header {
-		separator := ", "
-		if name == "Cookie" {
-			separator = "; "
-		}
-		b = append(b, ',')
-		b = appendString(b, strings.ToLower(name))
-		b = append(b, ':')
-		b = appendString(b, strings.Join(values, separator))
-	}
-	return bytes.Clone(append(b, "}}"...)) // kept for as long as the stream: no spare room
-}
-
-func encodeCallback(action, reason string, s *stream) []byte {
-	b := append(make([]byte, 0, len(s.request)+128), `{"action":"`...)
-	b = append(b, action...)
-	if reason != "" {
-		b = append(b, `","reason":"`...)
-		b = append(b, reason...)
-	}
-	b = append(b, `","token":"`...)
-	b = append(b, s.token...)
-	b = append(b, `","request":`...)
-	b = append(b, s.request...)
-	return append(b, '}')
 }
 
 // parseAnswer reads {"event":{…},"close":true} from a connect callback's
@@ -624,19 +575,4 @@ func (g *gateway) serveReady(w http.ResponseWriter, r *http.Request) {
 		status, text = http.StatusServiceUnavailable, "not_ready"
 	}
 	writeJSON(w, status, map[string]any{"status": text, "configured": configured})
-}
-
-// newToken makes a random UUID, version 4 (RFC 9562 section 5.4).
-func newToken() string {
-	var b [16]byte
-	rand.Read(b[:])
-	b[6] = b[6]&0x0f | 0x40
-	b[8] = b[8]&0x3f | 0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
-}
-
-// mask shortens a token for logs: enough to tell streams apart, too little to
-// send to one.
-func mask(token string) string {
-	return token[:min(len(token), 8)]
 }

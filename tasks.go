@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -9,9 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"math"
-	"net/http"
-	"net/url"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -26,28 +22,6 @@ const (
 	maxTaskList   = 100       // tasks in a list
 	maxExternal   = 10000     // external tasks that have not ended
 )
-
-// taskFunc is the work of a task. It returns the result, which must have a
-// JSON form, or an error whose text the browser sees. It should return soon
-// after ctx ends: its worker is busy until then. A panic fails the task.
-type taskFunc func(ctx context.Context, p *progress) (result any, err error)
-
-// taskKind makes the work of a task from its params, which are a JSON object
-// (perhaps empty). Its error is the client's fault, who sees its text.
-type taskKind func(params object) (taskFunc, error)
-
-// taskKinds are the kinds of task that run in this process. To add one, write
-// a taskKind and name it here.
-func taskKinds() map[string]taskKind {
-	return map[string]taskKind{
-		"demo":    demoTask,
-		"failing": failingTask,
-	}
-}
-
-// externalTask is the kind of task that is worked on elsewhere and reported
-// over HTTP.
-const externalTask = "external"
 
 // taskStatus is where a task is in its life: pending, running, then one of
 // the others for good.
@@ -227,26 +201,6 @@ func (s *TaskService) startExternal(params object) (t *task, known bool, err err
 	t.title = title
 	s.runLocked(t, "worker lost")
 	return t, false, nil
-}
-
-// externalParams reads {"task_id":"…","title":"…"}, both optional.
-func externalParams(params object) (id, title string, err error) {
-	id, given, err := params.str("task_id")
-	if err != nil {
-		return "", "", errors.New("task_id must be a string")
-	}
-	if !given {
-		id = newToken()
-	} else if _, err := newIdentifier(serviceTask, id); err != nil {
-		return "", "", err
-	} else if id == "." || id == ".." { // the URLs of its reports would lead elsewhere
-		return "", "", errBadID
-	}
-	title, _, err = params.str("title")
-	if err != nil || len(title) > maxTaskText {
-		return "", "", fmt.Errorf("title must be a string of at most %d bytes", maxTaskText)
-	}
-	return id, title, nil
 }
 
 func (s *TaskService) addLocked(id, kind string) *task {
@@ -519,34 +473,6 @@ func (s *TaskService) Events() (n int) {
 	return n
 }
 
-// taskView is a task as the API shows it.
-type taskView struct {
-	TaskID    string          `json:"task_id"`
-	Type      string          `json:"type"`
-	Status    taskStatus      `json:"status"`
-	StartTime *time.Time      `json:"start_time"`
-	EndTime   *time.Time      `json:"end_time"`
-	Result    json.RawMessage `json:"result"`
-	Error     *string         `json:"error"`
-}
-
-func (t *task) viewLocked() taskView {
-	v := taskView{TaskID: t.id, Type: t.kind, Status: t.status, Result: t.result}
-	if !t.start.IsZero() {
-		start := t.start.UTC()
-		v.StartTime = &start
-	}
-	if !t.end.IsZero() {
-		end := t.end.UTC()
-		v.EndTime = &end
-	}
-	if t.status == taskFailed {
-		failure := t.err
-		v.Error = &failure
-	}
-	return v
-}
-
 // Status returns one task.
 func (s *TaskService) Status(id string) (taskView, error) {
 	s.mu.Lock()
@@ -578,217 +504,4 @@ func truncate(text string) string {
 
 // The kinds of task that come with the program.
 
-// demoTask takes some steps, with a pause before each.
-func demoTask(params object) (taskFunc, error) {
-	steps, err := number(params, "steps", 3, 1, 10000)
-	if err != nil || steps != math.Trunc(steps) {
-		return nil, errors.New("steps must be a whole number from 1 to 10000")
-	}
-	delay, err := number(params, "delay", 0.1, 0, 3600)
-	if err != nil {
-		return nil, err
-	}
-	message, err := text(params, "message", "demo finished")
-	if err != nil {
-		return nil, err
-	}
-	return func(ctx context.Context, p *progress) (any, error) {
-		for step := 1.0; step <= steps; step++ {
-			if err := pause(ctx, delay); err != nil {
-				return nil, err
-			}
-			p.Report(fmt.Sprintf("step %v of %v", step, steps), step/steps)
-		}
-		return map[string]any{"message": message, "steps": steps}, nil
-	}, nil
-}
-
-// failingTask fails after a pause.
-func failingTask(params object) (taskFunc, error) {
-	delay, err := number(params, "delay", 0.1, 0, 3600)
-	if err != nil {
-		return nil, err
-	}
-	message, err := text(params, "error_message", "task failed")
-	if err != nil {
-		return nil, err
-	}
-	return func(ctx context.Context, p *progress) (any, error) {
-		if err := pause(ctx, delay); err != nil {
-			return nil, err
-		}
-		return nil, errors.New(message)
-	}, nil
-}
-
-// pause waits for some seconds, or until ctx ends.
-func pause(ctx context.Context, seconds float64) error {
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-time.After(time.Duration(seconds * float64(time.Second))):
-		return nil
-	}
-}
-
-// number returns a number among the params, or what it is by default.
-func number(params object, name string, byDefault, low, high float64) (float64, error) {
-	raw, ok := params[name]
-	if !ok {
-		return byDefault, nil
-	}
-	value, err := parseNumber(raw)
-	if err != nil || value < low || value > high {
-		return 0, fmt.Errorf("%s must be a number from %v to %v", name, low, high)
-	}
-	return value, nil
-}
-
-// text returns a string among the params, or what it is by default.
-func text(params object, name, byDefault string) (string, error) {
-	value, ok, err := params.str(name)
-	switch {
-	case err != nil || len(value) > maxTaskText:
-		return "", fmt.Errorf("%s must be a string of at most %d bytes", name, maxTaskText)
-	case !ok:
-		return byDefault, nil
-	}
-	return value, nil
-}
-
 // HTTP
-
-// serveStart is POST /api/tasks.
-func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) {
-	body, err := readJSON(w, r, maxTaskBody)
-	if err != nil {
-		writeBodyError(w, err)
-		return
-	}
-	kind, err := body.required("type")
-	if err != nil {
-		writeBodyError(w, err)
-		return
-	}
-	params := object{}
-	if raw, ok := body["params"]; ok {
-		if params, err = parseObject(raw); err != nil {
-			writeError(w, http.StatusBadRequest, "params must be an object")
-			return
-		}
-	}
-	t, known, err := s.Start(kind, params)
-	if err != nil {
-		writeTaskError(w, err)
-		return
-	}
-	streamURL := "/api/sse/tasks?task_id=" + url.QueryEscape(t.id)
-	if known {
-		if view, err := s.Status(t.id); err == nil {
-			writeJSON(w, http.StatusOK, struct {
-				taskView
-				StreamURL string `json:"stream_url"`
-			}{view, streamURL})
-			return
-		}
-	}
-	writeJSON(w, http.StatusAccepted, map[string]any{"task_id": t.id, "stream_url": streamURL, "status": taskPending})
-}
-
-// serveList is GET /api/tasks.
-func (s *TaskService) serveList(w http.ResponseWriter, r *http.Request) {
-	writeJSON(w, http.StatusOK, map[string]any{"tasks": s.List()})
-}
-
-// serveStatus is GET /api/tasks/{task_id}/status.
-func (s *TaskService) serveStatus(w http.ResponseWriter, r *http.Request) {
-	view, err := s.Status(r.PathValue("task_id"))
-	if err != nil {
-		writeTaskError(w, err)
-		return
-	}
-	writeJSON(w, http.StatusOK, view)
-}
-
-// serveCancel is POST /api/tasks/{task_id}/cancel.
-func (s *TaskService) serveCancel(w http.ResponseWriter, r *http.Request) {
-	writeSuccess(w, s.Cancel(r.PathValue("task_id")), "task cancelled")
-}
-
-// serveDelete is DELETE /api/tasks/{task_id}.
-func (s *TaskService) serveDelete(w http.ResponseWriter, r *http.Request) {
-	writeSuccess(w, s.Delete(r.PathValue("task_id")), "task deleted")
-}
-
-// serveProgress is POST /api/tasks/{task_id}/progress.
-func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) {
-	s.serveReport(w, r, func(id string, body object) (string, error) {
-		progress, err := text(body, "text", "")
-		if err != nil {
-			return "", err
-		}
-		value, err := parseNumber(body["value"])
-		if err != nil {
-			return "", errors.New("value must be a number")
-		}
-		return s.Progress(id, progress, value)
-	})
-}
-
-// serveComplete is POST /api/tasks/{task_id}/complete.
-func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) {
-	s.serveReport(w, r, func(id string, body object) (string, error) {
-		if len(body["result"]) > maxTaskResult {
-			return "", errResultTooLarge
-		}
-		return s.Complete(id, bytes.Clone(body["result"])) // which would keep all of the body
-	})
-}
-
-// serveFail is POST /api/tasks/{task_id}/fail.
-func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) {
-	s.serveReport(w, r, func(id string, body object) (string, error) {
-		failure, err := text(body, "error", "")
-		if err != nil || failure == "" {
-			return "", fmt.Errorf("error must be a string of 1 to %d bytes", maxTaskText)
-		}
-		return s.Fail(id, failure)
-	})
-}
-
-func (s *TaskService) serveReport(w http.ResponseWriter, r *http.Request, report func(id string, body object) (eventID string, err error)) {
-	body, err := readJSON(w, r, maxTaskBody)
-	if err != nil {
-		writeBodyError(w, err)
-		return
-	}
-	eventID, err := report(r.PathValue("task_id"), body)
-	if err != nil {
-		writeTaskError(w, err)
-		return
-	}
-	writeJSON(w, http.StatusOK, map[string]string{"event_id": eventID})
-}
-
-func writeSuccess(w http.ResponseWriter, err error, message string) {
-	if err != nil {
-		writeTaskError(w, err)
-		return
-	}
-	writeJSON(w, http.StatusOK, map[string]any{"success": true, "message": message})
-}
-
-func writeTaskError(w http.ResponseWriter, err error) {
-	status := http.StatusBadRequest // errTaskKind, and what is wrong with the params or the body
-	switch err {
-	case errTaskUnknown, errCannotCancel, errCannotDelete:
-		status = http.StatusNotFound
-	case errTaskFinished, errTaskCancelled, errNotExternal, errTaskIDTaken:
-		status = http.StatusConflict
-	case errResultTooLarge:
-		status = http.StatusRequestEntityTooLarge
-	case errQueueFull, errClosing:
-		status = http.StatusServiceUnavailable
-	}
-	writeError(w, status, err.Error())
-}

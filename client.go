@@ -1,0 +1,74 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+)
+
+// dial connects to localhost by its addresses, as a container that holds
+// nothing but the binary has no /etc/hosts, and to any other host as usual.
+func dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	d := net.Dialer{Timeout: dialLimit}
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil || host != "localhost" {
+		return d.DialContext(ctx, network, addr)
+	}
+	conn, err := d.DialContext(ctx, network, net.JoinHostPort("127.0.0.1", port))
+	if err != nil {
+		conn, err = d.DialContext(ctx, network, net.JoinHostPort("::1", port))
+	}
+	return conn, err
+}
+
+// postTo makes one POST and returns the answer, of its body at most limit bytes.
+// The status is there also when reading the body fails.
+func postTo(ctx context.Context, transport http.RoundTripper, target string, header http.Header, body []byte, limit int64) (status int, answer []byte, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target, bytes.NewReader(body))
+	if err != nil {
+		return 0, nil, withoutSecrets(err)
+	}
+	req.Header = header
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return 0, nil, withoutSecrets(err)
+	}
+	answer, err = readAnswer(resp, limit)
+	return resp.StatusCode, answer, err
+}
+
+// readAnswer reads the body of a response, at most limit bytes, and closes it.
+// It must be read to its end, or the connection is not used again. What comes
+// after a 101 has no end, and no deadline either (RFC 9110 section 15.2.2).
+func readAnswer(resp *http.Response, limit int64) ([]byte, error) {
+	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		return nil, errors.New("reading the answer: unasked change of protocol")
+	}
+	body, err := io.ReadAll(io.LimitReader(resp.Body, limit))
+	if err != nil {
+		return nil, fmt.Errorf("reading the answer: %w", withoutSecrets(err))
+	}
+	return body, nil
+}
+
+// withoutSecrets takes out of a client's error what may hold a secret: the
+// URL, and what it quotes of an answer that is not HTTP, which may repeat the
+// request. A certificate may be quoted.
+func withoutSecrets(err error) error {
+	if e := (*url.Error)(nil); errors.As(err, &e) {
+		err = e.Err
+	}
+	text, isCertificate := err.Error(), errors.As(err, new(*tls.CertificateVerificationError))
+	if strings.Contains(text, "malformed") || strings.Contains(text, `"`) && !isCertificate {
+		return errors.New("the answer is not HTTP")
+	}
+	return err
+}

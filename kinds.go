@@ -1,0 +1,129 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"time"
+)
+
+// taskFunc is the work of a task. It returns the result, which must have a
+// JSON form, or an error whose text the browser sees. It should return soon
+// after ctx ends: its worker is busy until then. A panic fails the task.
+type taskFunc func(ctx context.Context, p *progress) (result any, err error)
+
+// taskKind makes the work of a task from its params, which are a JSON object
+// (perhaps empty). Its error is the client's fault, who sees its text.
+type taskKind func(params object) (taskFunc, error)
+
+// taskKinds are the kinds of task that run in this process. To add one, write
+// a taskKind and name it here.
+func taskKinds() map[string]taskKind {
+	return map[string]taskKind{
+		"demo":    demoTask,
+		"failing": failingTask,
+	}
+}
+
+// externalTask is the kind of task that is worked on elsewhere and reported
+// over HTTP.
+const externalTask = "external"
+
+// externalParams reads {"task_id":"…","title":"…"}, both optional.
+func externalParams(params object) (id, title string, err error) {
+	id, given, err := params.str("task_id")
+	if err != nil {
+		return "", "", errors.New("task_id must be a string")
+	}
+	if !given {
+		id = newToken()
+	} else if _, err := newIdentifier(serviceTask, id); err != nil {
+		return "", "", err
+	} else if id == "." || id == ".." { // the URLs of its reports would lead elsewhere
+		return "", "", errBadID
+	}
+	title, _, err = params.str("title")
+	if err != nil || len(title) > maxTaskText {
+		return "", "", fmt.Errorf("title must be a string of at most %d bytes", maxTaskText)
+	}
+	return id, title, nil
+}
+
+// demoTask takes some steps, with a pause before each.
+func demoTask(params object) (taskFunc, error) {
+	steps, err := number(params, "steps", 3, 1, 10000)
+	if err != nil || steps != math.Trunc(steps) {
+		return nil, errors.New("steps must be a whole number from 1 to 10000")
+	}
+	delay, err := number(params, "delay", 0.1, 0, 3600)
+	if err != nil {
+		return nil, err
+	}
+	message, err := text(params, "message", "demo finished")
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, p *progress) (any, error) {
+		for step := 1.0; step <= steps; step++ {
+			if err := pause(ctx, delay); err != nil {
+				return nil, err
+			}
+			p.Report(fmt.Sprintf("step %v of %v", step, steps), step/steps)
+		}
+		return map[string]any{"message": message, "steps": steps}, nil
+	}, nil
+}
+
+// failingTask fails after a pause.
+func failingTask(params object) (taskFunc, error) {
+	delay, err := number(params, "delay", 0.1, 0, 3600)
+	if err != nil {
+		return nil, err
+	}
+	message, err := text(params, "error_message", "task failed")
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, p *progress) (any, error) {
+		if err := pause(ctx, delay); err != nil {
+			return nil, err
+		}
+		return nil, errors.New(message)
+	}, nil
+}
+
+// pause waits for some seconds, or until ctx ends.
+func pause(ctx context.Context, seconds float64) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(time.Duration(seconds * float64(time.Second))):
+		return nil
+	}
+}
+
+// number returns a number among the params, or what it is by default.
+func number(params object, name string, byDefault, low, high float64) (float64, error) {
+	raw, ok := params[name]
+	if !ok {
+		return byDefault, nil
+	}
+	value, err := parseNumber(raw)
+	if err != nil || value < low || value > high {
+		return 0, fmt.Errorf("%s must be a number from %v to %v", name, low, high)
+	}
+	return value, nil
+}
+
+// text returns a string among the params, or what it is by default.
+func text(params object, name, byDefault string) (string, error) {
+	value, ok, err := params.str(name)
+	switch {
+	case err != nil || len(value) > maxTaskText:
+		return "", fmt.Errorf("%s must be a string of at most %d bytes", name, maxTaskText)
+	case !ok:
+		return byDefault, nil
+	}
+	return value, nil
+}

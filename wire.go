@@ -1,0 +1,153 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+)
+
+// featuresHeader is the header of callbacks by which a gateway tells what it
+// can do, separated by commas. featureBatch is that /internal/send takes
+// batches.
+const (
+	featuresHeader = "Sse-Gateway-Features"
+	featureBatch   = "batch"
+)
+
+// orderHeader is the header of connect callbacks by which a gateway says how
+// many requests for streams it had had by this one: <gateway>-<n>, where
+// gateway is another for each run of it. Callbacks may overtake each other.
+const orderHeader = "Sse-Gateway-Request"
+
+// requestOrder is the place of a request among those of a gateway's run.
+type requestOrder struct {
+	gateway string // "" if unknown
+	n       uint64
+}
+
+func parseOrder(header string) requestOrder {
+	gateway, number, _ := strings.Cut(header, "-")
+	n, err := strconv.ParseUint(number, 10, 64)
+	if err != nil {
+		return requestOrder{}
+	}
+	return requestOrder{gateway, n}
+}
+
+// before reports whether the request is known to be older than other.
+func (o requestOrder) before(other requestOrder) bool {
+	return o.gateway != "" && o.gateway == other.gateway && o.n < other.n
+}
+
+// event is one message to a browser. An empty ID or Name is left out.
+type event struct {
+	ID   string `json:"id,omitempty"`
+	Name string `json:"name"`
+	Data string `json:"data"`
+}
+
+// errUnknownToken says that the gateway has no such stream, or no more.
+var errUnknownToken = errors.New("unknown token")
+
+// closeID is the ID of the last event of a stream.
+const closeID = "close"
+
+// closeEvent is the last event of a stream. A browser that reconnects after
+// it says so by its ID, and is turned away for good.
+func closeEvent(reason string) event {
+	return event{ID: closeID, Name: "connection_close", Data: fmt.Sprintf(`{"reason":%q}`, reason)}
+}
+
+// ndjson is the media type of a batch on /internal/send: a sendRequest a line.
+const ndjson = "application/x-ndjson"
+
+// The lines that answer a batch. A line for another reason has its status.
+const (
+	batchOK       = `{"status":"ok"}`
+	batchBuffered = `{"status":"buffered"}`
+	batchUnknown  = `{"status":404}`
+)
+
+// encodeSends returns the body of POST /internal/send: one object, or as many
+// lines as there are events.
+func encodeSends(token string, events []event, end bool) []byte {
+	if len(events) == 0 {
+		return encodeSend(nil, token, nil, end)
+	}
+	size := 0
+	for _, e := range events {
+		size += 128 + len(e.Data) + len(e.Data)/4 // with room for escapes
+	}
+	b := make([]byte, 0, size)
+	for i := range events {
+		if i > 0 {
+			b = append(b, '\n')
+		}
+		b = encodeSend(b, token, &events[i], end)
+	}
+	return b
+}
+
+// encodeSend appends the object for one event, or for none.
+func encodeSend(b []byte, token string, e *event, end bool) []byte {
+	b = append(b, `{"token":`...)
+	b = appendString(b, token)
+	if e != nil {
+		b = append(b, `,"event":{"data":`...)
+		b = appendString(b, e.Data)
+		if e.ID != "" {
+			b = appendString(append(b, `,"id":`...), e.ID)
+		}
+		if e.Name != "" {
+			b = appendString(append(b, `,"name":`...), e.Name)
+		}
+		b = append(b, '}')
+	}
+	if end {
+		b = append(b, `,"close":true`...)
+	}
+	return append(b, '}')
+}
+
+// callbackAnswer is what the backend said to a connect callback.
+type callbackAnswer struct {
+	event sentEvent
+	end   bool
+}
+
+// encodeRequest is the request as both callbacks tell it: the raw target, and
+// the headers with lower-case names and one value each.
+func encodeRequest(r *http.Request) json.RawMessage {
+	b := appendString([]byte(`{"url":`), r.RequestURI)
+	b = append(b, `,"headers":{"host":`...)
+	b = appendString(b, r.Host)
+	for name, values := range r.Header {
+		separator := ", "
+		if name == "Cookie" {
+			separator = "; "
+		}
+		b = append(b, ',')
+		b = appendString(b, strings.ToLower(name))
+		b = append(b, ':')
+		b = appendString(b, strings.Join(values, separator))
+	}
+	return bytes.Clone(append(b, "}}"...)) // kept for as long as the stream: no spare room
+}
+
+func encodeCallback(action, reason string, s *stream) []byte {
+	b := append(make([]byte, 0, len(s.request)+128), `{"action":"`...)
+	b = append(b, action...)
+	if reason != "" {
+		b = append(b, `","reason":"`...)
+		b = append(b, reason...)
+	}
+	b = append(b, `","token":"`...)
+	b = append(b, s.token...)
+	b = append(b, `","request":`...)
+	b = append(b, s.request...)
+	return append(b, '}')
+}
