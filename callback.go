@@ -1,9 +1,12 @@
+// POST /api/sse/callback: authenticate a gateway's callback, read it, and route a
+// connect to the service that its stream is for. How a service works inside is not
+// known here; see tasks.go and version.go.
+
 package main
 
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"log/slog"
 	"net/http"
 	"net/url"
@@ -25,7 +28,7 @@ type service interface {
 }
 
 // errNoRoom says that a service remembers as much as it may.
-var errNoRoom = errors.New("too many announcements or request IDs")
+var errNoRoom = newError(http.StatusServiceUnavailable, "no_room", "too many announcements or request IDs")
 
 // connectRequest is a stream that wants to be the connection of an
 // identifier.
@@ -61,14 +64,15 @@ type connectAnswer struct {
 }
 
 var (
-	errMissingField  = errors.New("a field is missing or empty")
-	errUnknownAction = errors.New("unknown action")
+	errUnknownAction = badRequest("unknown_action", "unknown action")
+	errWrongSecret   = newError(http.StatusUnauthorized, "unauthorized", "missing or wrong secret")
+	errStreamOver    = newError(http.StatusGone, "stream_finished", "this stream is finished")
 )
 
 func (h *callbackHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if h.secret != "" && !sameSecret(r.URL.Query().Get("secret"), h.secret) {
 		h.log.Warn("callback with a missing or wrong secret", "remote", r.RemoteAddr)
-		writeError(w, http.StatusUnauthorized, "missing or wrong secret")
+		writeError(w, errWrongSecret)
 		return
 	}
 	var buf bytes.Buffer
@@ -78,7 +82,7 @@ func (h *callbackHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		c, err = parseCallback(body)
 	}
 	if err != nil {
-		writeBodyError(w, err)
+		writeError(w, err)
 		return
 	}
 	h.heard(r.Header.Get(featuresHeader))
@@ -94,25 +98,21 @@ func (h *callbackHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (h *callbackHandler) connect(w http.ResponseWriter, c connectRequest) {
 	switch {
 	case h.closing.Load():
-		writeError(w, http.StatusServiceUnavailable, "shutting down")
+		writeError(w, errClosing)
 		return
 	case c.lastEventID == closeID:
-		writeError(w, http.StatusGone, "this stream is finished")
+		writeError(w, errStreamOver)
 		return
 	}
 	service, id := h.route(c.url)
 	if service == nil {
-		writeError(w, http.StatusBadRequest, "Cannot route URL: "+c.url)
+		writeError(w, badRequest("cannot_route", "Cannot route URL: "+c.url))
 		return
 	}
 	open, end, err := service.OnConnect(id, c)
-	if err == errNoRoom {
-		writeError(w, http.StatusServiceUnavailable, err.Error())
-		return
-	}
 	if err != nil {
 		h.log.Warn("refusing a connection", "id", strconv.Quote(id[:min(len(id), 2*maxID)]), "err", err)
-		writeError(w, http.StatusBadRequest, err.Error())
+		writeError(w, err)
 		return
 	}
 	end = end || h.closing.Load() // since the look above; EndAll may have missed this stream

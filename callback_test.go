@@ -79,7 +79,7 @@ func TestCallbackUnknownURLReturns400(t *testing.T) {
 		"/elsewhere/../api/sse/tasks?task_id=a#x", // the same
 	} {
 		got := api.callback(apiConnect("t", target))
-		if want := "400 " + string(marshal(map[string]string{"error": "Cannot route URL: " + target})); got != want {
+		if want := "400 " + string(marshal(badRequest("cannot_route", "Cannot route URL: "+target))); got != want {
 			t.Errorf("%s: got %s, want %s", target, got, want)
 		}
 	}
@@ -102,7 +102,7 @@ func TestCallbackSecret(t *testing.T) {
 		"?secret=" + url.QueryEscape(secret): true,
 	} {
 		got := api.do("POST", "/api/sse/callback"+query, apiConnect("t", "/api/sse/utils/version?request_id=r"))
-		refused := `401 {"error":"missing or wrong secret"}`
+		refused := `401 {"error":"missing or wrong secret","code":"unauthorized"}`
 		if wantAnswer := map[bool]string{true: callbackAccepted, false: refused}[want]; got != wantAnswer {
 			t.Errorf("%q: got %s, want %s", query, got, wantAnswer)
 		}
@@ -148,7 +148,7 @@ func TestCallbackBody(t *testing.T) {
 			t.Errorf("%s: got %s, want 400", name, got)
 		}
 	}
-	if got, want := api.callback(`{"x":"`+strings.Repeat("x", maxCallback)+`"}`), `413 {"error":"request body too large"}`; got != want {
+	if got, want := api.callback(`{"x":"`+strings.Repeat("x", maxCallback)+`"}`), `413 {"error":"request body too large","code":"too_large"}`; got != want {
 		t.Errorf("a long body: got %s, want %s", got, want)
 	}
 	if got := api.identifiers(); got != "" {
@@ -173,7 +173,7 @@ func TestCallbackFinishedStreamIsGone(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
 	for _, target := range []string{"/api/sse/tasks?task_id=a", "/api/sse/utils/version?request_id=r"} {
-		got, want := api.callback(apiConnect("t", target, "close")), `410 {"error":"this stream is finished"}`
+		got, want := api.callback(apiConnect("t", target, "close")), `410 {"error":"this stream is finished","code":"stream_finished"}`
 		if got != want || api.identifiers() != "" {
 			t.Errorf("%s: got %s and %q connected, want %s", target, got, api.identifiers(), want)
 		}
@@ -207,7 +207,7 @@ func TestCallbackWhileStopping(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		stream := api.subscribe("r")
 		api.stop(t.Context())
-		got, want := api.callback(apiConnect("t", "/api/sse/utils/version?request_id=s")), `503 {"error":"shutting down"}`
+		got, want := api.callback(apiConnect("t", "/api/sse/utils/version?request_id=s")), `503 {"error":"shutting down","code":"shutting_down"}`
 		if got != want {
 			t.Errorf("connect: got %s, want %s", got, want)
 		}
@@ -294,7 +294,7 @@ func TestCallbackRefusesBadIDs(t *testing.T) {
 func checkCallbackRefusesID(t *testing.T, target, id, logged string) {
 	t.Helper()
 	api := newAPI(t, "")
-	got, want := api.callback(apiConnect("t", target+id)), `400 {"error":"`+errBadID.Error()+`"}`
+	got, want := api.callback(apiConnect("t", target+id)), `400 {"error":"`+errBadID.Error()+`","code":"bad_id"}`
 	if got != want || api.identifiers() != "" {
 		t.Errorf("%s%s: got %s and %q connected, want %s", target, id, got, api.identifiers(), want)
 	}

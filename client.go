@@ -1,3 +1,7 @@
+// The client side of HTTP between processes: one dial, one POST, and errors that
+// hold no secret. Roles and bodies are not known here; see gateway.go and
+// sidecar.go for who posts what.
+
 package main
 
 import (

@@ -1,3 +1,6 @@
+// The environment, read into a documented struct for each role, with every problem
+// reported at once. Nothing else of the program is known here.
+
 package main
 
 import (

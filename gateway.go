@@ -1,3 +1,7 @@
+// The backend's client of a gateway. The gateway itself is sidecar.go, send.go and
+// stream.go; what both say to each other is in wire.go. Identifiers are not known
+// here; see connmgr.go.
+
 package main
 
 import (

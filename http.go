@@ -1,3 +1,6 @@
+// Bodies and answers of both roles: media types, limits, errors as JSON, bearer
+// tokens. Roles are not known here; json.go reads and writes the JSON itself.
+
 package main
 
 import (
@@ -51,29 +54,44 @@ func readJSON(w http.ResponseWriter, r *http.Request, limit int64) (object, erro
 	return parseObject(body)
 }
 
-// writeJSON answers with a JSON body.
+// apiError is an error that a client may see.
+type apiError struct {
+	status int
+	Text   string `json:"error"`            // fixed
+	Code   string `json:"code,omitempty"`   // from the closed set in openapi.yaml; the gateway's own errors have none
+	Task   string `json:"status,omitempty"` // that of the task, with a 409
+}
+
+func (e *apiError) Error() string { return e.Text }
+
+func newError(status int, code, text string) *apiError {
+	return &apiError{status: status, Text: text, Code: code}
+}
+
+func badRequest(code, text string) *apiError { return newError(http.StatusBadRequest, code, text) }
+
+var (
+	errBodyTooLarge = newError(http.StatusRequestEntityTooLarge, "too_large", "request body too large")
+	errMediaType    = newError(http.StatusUnsupportedMediaType, "media_type", "content type must be application/json")
+	errClosing      = newError(http.StatusServiceUnavailable, "shutting_down", "shutting down")
+)
+
+// writeError answers {"error":"…","code":"…"}. What is no apiError is nothing
+// that a client may see.
+func writeError(w http.ResponseWriter, err error) {
+	e := newError(http.StatusInternalServerError, "internal", "internal error")
+	errors.As(err, &e)
+	writeJSON(w, e.status, e)
+}
+
+// writeJSON answers with a JSON body, which nobody may keep: browsers and
+// caches give a kept 410 to whoever asks next.
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	body := append(marshal(v), '\n')
 	w.Header().Set("Content-Type", jsonType)
+	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	w.Write(body)
-}
-
-// writeError answers {"error":"…"} with a fixed text.
-func writeError(w http.ResponseWriter, status int, text string) {
-	writeJSON(w, status, map[string]string{"error": text})
-}
-
-// writeBodyError answers an error of readBody or readJSON.
-func writeBodyError(w http.ResponseWriter, err error) {
-	switch err {
-	case errBodyTooLarge:
-		writeError(w, http.StatusRequestEntityTooLarge, err.Error())
-	case errMediaType:
-		writeError(w, http.StatusUnsupportedMediaType, err.Error())
-	default:
-		writeError(w, http.StatusBadRequest, err.Error())
-	}
 }
 
 // hasBearer reports whether the request has that bearer token (RFC 6750).
@@ -99,7 +117,8 @@ func jsonErrors(mux *http.ServeMux) http.Handler {
 		}
 		head := statusOnly{header: w.Header()}
 		handler.ServeHTTP(&head, r) // sets Allow
-		writeError(w, head.status, strings.ToLower(http.StatusText(head.status)))
+		text := strings.ToLower(http.StatusText(head.status))
+		writeError(w, newError(head.status, strings.ReplaceAll(text, " ", "_"), text))
 	})
 }
 

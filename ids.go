@@ -1,8 +1,10 @@
+// Names: services, identifiers, tokens and epochs. What they stand for is in
+// connmgr.go and outbox.go.
+
 package main
 
 import (
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"strings"
 	"unicode"
@@ -19,7 +21,7 @@ const (
 const maxID = 128
 
 // errBadID says that an ID cannot be part of an identifier.
-var errBadID = errors.New("id must be 1 to 128 bytes of UTF-8 without colon and control characters")
+var errBadID = badRequest("bad_id", "id must be 1 to 128 bytes of UTF-8 without colon and control characters")
 
 // newIdentifier joins a service and a browser's ID to "service:id".
 func newIdentifier(service, id string) (string, error) {

@@ -304,7 +304,7 @@ func TestIntegrationExternalTask(t *testing.T) {
 	id := s.start("external", `{"task_id":"nightly","title":"Report of the night"}`)
 	es := s.follow(id)
 	eventIDs := []string{s.progress(id, "half"), s.progress(id, "nearly"), s.complete(id)}
-	s.wantPost("/api/tasks/nightly/progress", `{"text":"late","value":1}`, `409 {"error":"task is finished"}`)
+	s.wantPost("/api/tasks/nightly/progress", `{"text":"late","value":1}`, `409 {"error":"task is finished","code":"task_finished"}`)
 	wantEnd(t, es, "task_started", "progress_update half", "progress_update nearly",
 		"task_completed", "connection_close task_completed")
 	var got []string
@@ -655,7 +655,7 @@ func TestIntegrationReadinessAtStop(t *testing.T) {
 			return resp.StatusCode == http.StatusServiceUnavailable
 		})
 	}
-	v.wantPost("/api/tasks", `{"type":"demo"}`, `503 {"error":"shutting down"}`)
+	v.wantPost("/api/tasks", `{"type":"demo"}`, `503 {"error":"shutting down","code":"shutting_down"}`)
 	release()
 	for _, p := range []*process{gateway, backend} {
 		eventually(t, 5*time.Second, "exit", func() bool { return p.exited.Err() != nil })

@@ -1,26 +1,24 @@
+// Reading and writing JSON, more strictly than encoding/json does by itself: names
+// are exact, a name stands once, null is not absence, the text is UTF-8, and nothing
+// follows the value. HTTP is in http.go.
+
 package main
 
 import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"strconv"
 	"strings"
 	"unicode/utf16"
 	"unicode/utf8"
 )
 
-// JSON over HTTP for both roles. Bodies are read more strictly than
-// encoding/json does by itself: names are exact, a name stands once, null is
-// not absence, the text is UTF-8, and nothing follows the value.
-
 var (
-	errBodyTooLarge = errors.New("request body too large")
-	errMediaType    = errors.New("content type must be application/json")
-	errNotJSON      = errors.New("body must be one JSON object")
-	errFieldType    = errors.New("a field has the wrong type")
-	errDuplicate    = errors.New("a field stands twice")
+	errNotJSON      = badRequest("not_json", "body must be one JSON object")
+	errFieldType    = badRequest("field_type", "a field has the wrong type")
+	errDuplicate    = badRequest("duplicate_field", "a field stands twice")
+	errMissingField = badRequest("missing_field", "a field is missing or empty")
 )
 
 // object is the members of a JSON object, their values still encoded.

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -134,8 +135,8 @@ func TestReadJSON(t *testing.T) {
 	for _, tt := range []struct {
 		name, contentType string
 		body              io.Reader
-		wantErr           error
-		wantStatus        int // of writeBodyError
+		wantErr           *apiError
+		wantStatus        int // of writeError
 	}{
 		{"json", "application/json", strings.NewReader(`{}`), nil, 0},
 		{"a parameter", "Application/JSON; charset=utf-8", strings.NewReader(`{}`), nil, 0},
@@ -155,14 +156,17 @@ func TestReadJSON(t *testing.T) {
 		r.Header.Set("Content-Type", tt.contentType)
 		w := httptest.NewRecorder()
 		_, err := readJSON(w, r, limit)
+		if tt.wantErr == nil {
+			if err != nil {
+				t.Errorf("%s: got error %v", tt.name, err)
+			}
+			continue
+		}
 		if err != tt.wantErr {
 			t.Errorf("%s: got error %v, want %v", tt.name, err, tt.wantErr)
 		}
-		if err == nil {
-			continue
-		}
-		writeBodyError(w, err)
-		wantBody := `{"error":"` + tt.wantErr.Error() + "\"}\n"
+		writeError(w, err)
+		wantBody := fmt.Sprintf(`{"error":%q,"code":%q}`+"\n", tt.wantErr.Text, tt.wantErr.Code)
 		if w.Code != tt.wantStatus || w.Body.String() != wantBody || w.Header().Get("Content-Type") != "application/json" {
 			t.Errorf("%s: got %d %q, want %d %q", tt.name, w.Code, w.Body, tt.wantStatus, wantBody)
 		}

@@ -1,3 +1,6 @@
+// The kinds of task that come with the program; add yours here. How a task is run
+// and followed is in tasks.go.
+
 package main
 
 import (
@@ -30,11 +33,16 @@ func taskKinds() map[string]taskKind {
 // over HTTP.
 const externalTask = "external"
 
+// badParam says what a param must be.
+func badParam(format string, args ...any) error {
+	return badRequest("bad_params", fmt.Sprintf(format, args...))
+}
+
 // externalParams reads {"task_id":"…","title":"…"}, both optional.
 func externalParams(params object) (id, title string, err error) {
 	id, given, err := params.str("task_id")
 	if err != nil {
-		return "", "", errors.New("task_id must be a string")
+		return "", "", badParam("task_id must be a string")
 	}
 	if !given {
 		id = newToken()
@@ -45,7 +53,7 @@ func externalParams(params object) (id, title string, err error) {
 	}
 	title, _, err = params.str("title")
 	if err != nil || len(title) > maxTaskText {
-		return "", "", fmt.Errorf("title must be a string of at most %d bytes", maxTaskText)
+		return "", "", badParam("title must be a string of at most %d bytes", maxTaskText)
 	}
 	return id, title, nil
 }
@@ -54,7 +62,7 @@ func externalParams(params object) (id, title string, err error) {
 func demoTask(params object) (taskFunc, error) {
 	steps, err := number(params, "steps", 3, 1, 10000)
 	if err != nil || steps != math.Trunc(steps) {
-		return nil, errors.New("steps must be a whole number from 1 to 10000")
+		return nil, badParam("steps must be a whole number from 1 to 10000")
 	}
 	delay, err := number(params, "delay", 0.1, 0, 3600)
 	if err != nil {
@@ -111,7 +119,7 @@ func number(params object, name string, byDefault, low, high float64) (float64, 
 	}
 	value, err := parseNumber(raw)
 	if err != nil || value < low || value > high {
-		return 0, fmt.Errorf("%s must be a number from %v to %v", name, low, high)
+		return 0, badParam("%s must be a number from %v to %v", name, low, high)
 	}
 	return value, nil
 }
@@ -121,7 +129,7 @@ func text(params object, name, byDefault string) (string, error) {
 	value, ok, err := params.str(name)
 	switch {
 	case err != nil || len(value) > maxTaskText:
-		return "", fmt.Errorf("%s must be a string of at most %d bytes", name, maxTaskText)
+		return "", badParam("%s must be a string of at most %d bytes", name, maxTaskText)
 	case !ok:
 		return byDefault, nil
 	}

@@ -183,7 +183,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 	}
 	crossOrigin := http.NewCrossOriginProtection()
 	crossOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		writeError(w, http.StatusForbidden, "request from another site")
+		writeError(w, newError(http.StatusForbidden, "cross_site", "request from another site"))
 	}))
 	return crossOrigin.Handler(jsonErrors(mux))
 }
@@ -324,9 +324,9 @@ func (b *backend) protect(h http.HandlerFunc) http.HandlerFunc {
 		switch {
 		case b.cfg.APIToken != "" && !hasBearer(r, b.cfg.APIToken):
 			w.Header().Set("WWW-Authenticate", `Bearer realm="sidecast"`)
-			writeError(w, http.StatusUnauthorized, "missing or wrong API token")
+			writeError(w, newError(http.StatusUnauthorized, "unauthorized", "missing or wrong API token"))
 		case b.closing.Load():
-			writeError(w, http.StatusServiceUnavailable, errClosing.Error())
+			writeError(w, errClosing)
 		default:
 			h(w, r)
 		}
@@ -341,8 +341,6 @@ func (b *backend) protectList(h http.HandlerFunc) http.HandlerFunc {
 	}
 	return h
 }
-
-// Serving
 
 // healthcheck asks the readiness of the sidecast on this machine.
 func healthcheck(ctx context.Context, getenv func(string) string, stderr io.Writer) int {

@@ -272,17 +272,17 @@ func TestRoutes(t *testing.T) {
 		{"GET", "/healthz", `200 {"status":"ok"}`, ""},
 		{"GET", "/readyz", `200 {"status":"ready"}`, ""},
 		{"GET", "/api/tasks", `200 {"tasks":[]}`, ""},
-		{"GET", "/nothing", `404 {"error":"not found"}`, ""},
-		{"GET", "/api/tasks/", `404 {"error":"not found"}`, ""},
-		{"GET", "/api/tasks/x", `405 {"error":"method not allowed"}`, "DELETE"},
-		{"GET", "/api/sse/tasks", `404 {"error":"not found"}`, ""}, // streams are the gateway's
-		{"GET", "/api/sse/callback", `405 {"error":"method not allowed"}`, "POST"},
-		{"PUT", "/api/tasks", `405 {"error":"method not allowed"}`, "GET, HEAD, POST"},
-		{"DELETE", "/api/tasks/x/status", `405 {"error":"method not allowed"}`, "GET, HEAD"},
-		{"GET", "/api/deployments/version", `405 {"error":"method not allowed"}`, "POST"},
-		{"POST", "/healthz", `405 {"error":"method not allowed"}`, "GET, HEAD"},
-		{"POST", "/metrics", `405 {"error":"method not allowed"}`, "GET, HEAD"},
-		{"POST", "/", `405 {"error":"method not allowed"}`, "GET, HEAD"},
+		{"GET", "/nothing", `404 {"error":"not found","code":"not_found"}`, ""},
+		{"GET", "/api/tasks/", `404 {"error":"not found","code":"not_found"}`, ""},
+		{"GET", "/api/tasks/x", `405 {"error":"method not allowed","code":"method_not_allowed"}`, "DELETE"},
+		{"GET", "/api/sse/tasks", `404 {"error":"not found","code":"not_found"}`, ""}, // streams are the gateway's
+		{"GET", "/api/sse/callback", `405 {"error":"method not allowed","code":"method_not_allowed"}`, "POST"},
+		{"PUT", "/api/tasks", `405 {"error":"method not allowed","code":"method_not_allowed"}`, "GET, HEAD, POST"},
+		{"DELETE", "/api/tasks/x/status", `405 {"error":"method not allowed","code":"method_not_allowed"}`, "GET, HEAD"},
+		{"GET", "/api/deployments/version", `405 {"error":"method not allowed","code":"method_not_allowed"}`, "POST"},
+		{"POST", "/healthz", `405 {"error":"method not allowed","code":"method_not_allowed"}`, "GET, HEAD"},
+		{"POST", "/metrics", `405 {"error":"method not allowed","code":"method_not_allowed"}`, "GET, HEAD"},
+		{"POST", "/", `405 {"error":"method not allowed","code":"method_not_allowed"}`, "GET, HEAD"},
 	} {
 		w := api.request(tt.method, tt.target, "")
 		if got := fmt.Sprint(w.Code, " ", strings.TrimSpace(w.Body.String())); got != tt.want {
@@ -304,7 +304,7 @@ func TestPageIsForDevelopmentOnly(t *testing.T) {
 		t.Errorf("in development: got %d and %d bytes, want 200, the page and a policy", w.Code, w.Body.Len())
 	}
 	production := newAPI(t, "APP_ENV=production API_TOKEN=a-long-enough-token")
-	production.check("GET", "/", "", `404 {"error":"not found"}`)
+	production.check("GET", "/", "", `404 {"error":"not found","code":"not_found"}`)
 }
 
 func TestMetricsRoute(t *testing.T) {
@@ -376,7 +376,7 @@ func TestAPIToken(t *testing.T) {
 // this server change anything here.
 func TestCrossSitePostRefused(t *testing.T) {
 	t.Parallel()
-	const refused = `403 {"error":"request from another site"}`
+	const refused = `403 {"error":"request from another site","code":"cross_site"}`
 	api := newAPI(t, "")
 	for _, route := range apiRoutes(t, "POST|DELETE") {
 		for header, want := range map[string]bool{
@@ -402,9 +402,9 @@ func TestStopping(t *testing.T) {
 		api.stop(t.Context())
 		api.check("GET", "/readyz", "", `503 {"status":"not_ready"}`)
 		api.check("GET", "/healthz", "", `200 {"status":"ok"}`)
-		api.check("POST", "/api/tasks", `{"type":"external"}`, `503 {"error":"shutting down"}`)
-		api.check("POST", "/api/tasks/a/complete", `{}`, `503 {"error":"shutting down"}`)
-		api.check("POST", "/api/deployments/version", `{"version":"1"}`, `503 {"error":"shutting down"}`)
+		api.check("POST", "/api/tasks", `{"type":"external"}`, `503 {"error":"shutting down","code":"shutting_down"}`)
+		api.check("POST", "/api/tasks/a/complete", `{}`, `503 {"error":"shutting down","code":"shutting_down"}`)
+		api.check("POST", "/api/deployments/version", `{"version":"1"}`, `503 {"error":"shutting down","code":"shutting_down"}`)
 		stream.checkStory("connection_open task_started task_failed connection_close:task_failed")
 	})
 }

@@ -1,3 +1,6 @@
+// Counters, gauges and histograms in the Prometheus text format, and the families of
+// both roles. Who counts what is not known here.
+
 package main
 
 import (

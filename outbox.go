@@ -1,3 +1,6 @@
+// The events of one identifier and their delivery to its one connection. Tasks and
+// versions are not known here; the connection itself is in connmgr.go.
+
 package main
 
 import (

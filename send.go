@@ -1,15 +1,15 @@
+// POST /internal/send: how events come to the gateway. The streams that they go to
+// are in stream.go; who may have one is in sidecar.go.
+
 package main
 
 import (
 	"bytes"
-	"errors"
 	"net/http"
 	"strconv"
 	"sync"
 	"time"
 )
-
-// POST /internal/send: how events come to the gateway.
 
 const (
 	maxSend  = 1 << 20 // bytes of a body, or of a line of a batch
@@ -26,9 +26,9 @@ type sendRequest struct {
 }
 
 var (
-	errNoToken    = errors.New("token is missing or empty")
-	errNoData     = errors.New("event data is missing")
-	errEventField = errors.New("event name and id must not contain CR, LF or NUL")
+	errNoToken    = badRequest("bad_token", "token is missing or empty")
+	errNoData     = badRequest("bad_event", "event data is missing")
+	errEventField = badRequest("bad_event", "event name and id must not contain CR, LF or NUL")
 )
 
 // parseSend reads a body or a line, whose strings it decodes in place.
@@ -117,7 +117,7 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 		mediaType, limit = ndjson, maxBatch
 	} else if !isJSON(r) {
 		g.met.events.with("invalid").Inc()
-		writeBodyError(w, errMediaType)
+		writeError(w, errMediaType)
 		return
 	}
 	buf := bodies.Get().(*bytes.Buffer)
@@ -125,7 +125,7 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	body, err := readBody(w, r, limit, buf)
 	if err != nil {
 		g.met.events.with("invalid").Inc()
-		writeBodyError(w, err)
+		writeError(w, err)
 		return
 	}
 	status, text := g.answerSend(nil, mediaType, body)
@@ -269,9 +269,3 @@ func (g *gateway) send(m sendRequest) sendStatus {
 	g.met.events.with(status.String()).Inc()
 	return status
 }
-
-// A backend posts its events over a few connections that stay open, and for
-// each request net/http takes longer than the event's way to the browser. So
-// once a connection has brought one POST /internal/send it is served here, by
-// hand. This code knows requests in their plainest form only (RFC 9112); with
-// any other it gives the connection back to net/http, unread.

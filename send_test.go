@@ -68,7 +68,7 @@ func TestSendAnswers(t *testing.T) {
 		{`{"token":"?","event":{"data":"a"},"close":true}`, sentGone, ""},
 		{`{"token":"$ "}`, sentGone, ""},
 
-		{`{"token":"$","x":"` + strings.Repeat("x", 1<<20) + `"}`, `413 {"error":"request body too large"}`, ""},
+		{`{"token":"$","x":"` + strings.Repeat("x", 1<<20) + `"}`, `413 {"error":"request body too large","code":"too_large"}`, ""},
 	} {
 		if got := g.post("application/json", strings.ReplaceAll(tt.body, "$", c.callback.Token)); got != tt.want {
 			t.Errorf("%.100s: got %s, want %s", tt.body, got, tt.want)
@@ -82,9 +82,9 @@ func TestSendAnswers(t *testing.T) {
 	for contentType, want := range map[string]string{
 		"application/json;charset=UTF-8":    sentOK,
 		"Application/JSON":                  sentOK,
-		"":                                  `415 {"error":"content type must be application/json"}`,
-		"text/plain":                        `415 {"error":"content type must be application/json"}`,
-		"application/x-www-form-urlencoded": `415 {"error":"content type must be application/json"}`,
+		"":                                  `415 {"error":"content type must be application/json","code":"media_type"}`,
+		"text/plain":                        `415 {"error":"content type must be application/json","code":"media_type"}`,
+		"application/x-www-form-urlencoded": `415 {"error":"content type must be application/json","code":"media_type"}`,
 	} {
 		if got := g.post(contentType, `{"token":"`+c.callback.Token+`"}`); got != want {
 			t.Errorf("Content-Type %q: got %s, want %s", contentType, got, want)
@@ -293,7 +293,7 @@ func TestBatch(t *testing.T) {
 	if got, want := g.post("application/x-ndjson", ""), "200 "; got != want {
 		t.Errorf("an empty batch: got %s, want %s", got, want)
 	}
-	if got, want := g.post("application/x-ndjson", strings.Repeat("\n", 4<<20+1)), `413 {"error":"request body too large"}`; got != want {
+	if got, want := g.post("application/x-ndjson", strings.Repeat("\n", 4<<20+1)), `413 {"error":"request body too large","code":"too_large"}`; got != want {
 		t.Errorf("a batch of more than 4 MiB: got %s, want %s", got, want)
 	}
 	close(gate)

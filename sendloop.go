@@ -1,3 +1,9 @@
+// A hand-written HTTP server for POST /internal/send on connections that stay open.
+// A backend posts its events over a few of those, and for each request net/http takes
+// longer than the event's way to the browser. Requests are known here in their
+// plainest form only (RFC 9112); with any other the connection goes back to net/http,
+// unread. TestSendConnection holds both to the same answers.
+
 package main
 
 import (

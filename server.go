@@ -1,3 +1,5 @@
+// Listeners, servers with their timeouts, and an orderly stop. Routes are in main.go.
+
 package main
 
 import (

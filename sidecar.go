@@ -1,3 +1,7 @@
+// The gateway role: who may open a stream is asked of the backend here, who left is
+// told to it, and all streams are ended in order. One stream is in stream.go, how
+// events come is in send.go. Tasks, versions and identifiers are not known here.
+
 package main
 
 import (
@@ -122,16 +126,16 @@ func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.Method != http.MethodGet:
 		w.Header().Set("Allow", http.MethodGet)
-		writeError(w, http.StatusMethodNotAllowed, "a stream is opened with GET")
+		writeError(w, newError(http.StatusMethodNotAllowed, "", "a stream is opened with GET"))
 		return
 	case r.ContentLength != 0:
-		writeError(w, http.StatusBadRequest, "a stream request has no body")
+		writeError(w, newError(http.StatusBadRequest, "", "a stream request has no body"))
 		return
 	case len(r.RequestURI) > maxTarget:
-		writeError(w, http.StatusRequestURITooLong, "request target too long")
+		writeError(w, newError(http.StatusRequestURITooLong, "", "request target too long"))
 		return
 	case !utf8.ValidString(r.RequestURI):
-		writeError(w, http.StatusBadRequest, "request target is not UTF-8")
+		writeError(w, newError(http.StatusBadRequest, "", "request target is not UTF-8"))
 		return
 	case g.cfg.CallbackURL == "":
 		g.refuse(w, r, http.StatusServiceUnavailable, "no callback URL configured")
@@ -209,7 +213,7 @@ func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, status int, tex
 	if status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", strconv.Itoa((retry+999)/1000))
 	}
-	writeError(w, status, text)
+	writeError(w, newError(status, "", text))
 }
 
 // retry is a reconnection time in milliseconds, different for each stream so
@@ -418,7 +422,7 @@ func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
 	}
 	var e eventFields
 	var end []byte
-	err := errBodyTooLarge
+	var err error = errBodyTooLarge
 	if len(body) <= maxAnswer {
 		err = pick(body, e.field(), field{"close", &end, nil})
 	}
@@ -548,10 +552,10 @@ func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) {
 	}
 	switch {
 	case !isJSON(r): // a form of another site has no such type
-		writeBodyError(w, errMediaType)
+		writeError(w, errMediaType)
 		return
 	case want != "" && !hasBearer(r, secret(want)):
-		writeError(w, http.StatusUnauthorized, "missing or wrong secret")
+		writeError(w, errWrongSecret)
 		return
 	}
 	streams := g.all() // before the answer, after which there may be new ones

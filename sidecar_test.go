@@ -560,9 +560,9 @@ func TestReset(t *testing.T) {
 		want    string
 		headers []string
 	}{
-		{`415 {"error":"content type must be application/json"}`, []string{"Authorization: Bearer " + callbackSecret}},
-		{`401 {"error":"missing or wrong secret"}`, []string{json}},
-		{`401 {"error":"missing or wrong secret"}`, []string{json, "Authorization: Bearer guessed"}},
+		{`415 {"error":"content type must be application/json","code":"media_type"}`, []string{"Authorization: Bearer " + callbackSecret}},
+		{`401 {"error":"missing or wrong secret","code":"unauthorized"}`, []string{json}},
+		{`401 {"error":"missing or wrong secret","code":"unauthorized"}`, []string{json, "Authorization: Bearer guessed"}},
 		{sentOK, []string{json, "Authorization: Bearer " + callbackSecret}},
 	} {
 		g.send(open.callback.Token, "still here")
@@ -738,10 +738,10 @@ func TestGatewayPaths(t *testing.T) {
 		{"GET", "/healthz", `200 {"status":"ok"}`},
 		{"GET", "/readyz", `200 {"configured":true,"status":"ready"}`},
 		{"GET", "/readyz?x=1", `200 {"configured":true,"status":"ready"}`},
-		{"POST", "/healthz", `405 {"error":"method not allowed"}`},
-		{"DELETE", "/readyz", `405 {"error":"method not allowed"}`},
-		{"POST", "/metrics", `405 {"error":"method not allowed"}`},
-		{"GET", "/internal/send", `405 {"error":"method not allowed"}`},
+		{"POST", "/healthz", `405 {"error":"method not allowed","code":"method_not_allowed"}`},
+		{"DELETE", "/readyz", `405 {"error":"method not allowed","code":"method_not_allowed"}`},
+		{"POST", "/metrics", `405 {"error":"method not allowed","code":"method_not_allowed"}`},
+		{"GET", "/internal/send", `405 {"error":"method not allowed","code":"method_not_allowed"}`},
 	} {
 		if got := g.request(tt.method, tt.target, "Accept: text/event-stream").reply(); got != tt.want {
 			t.Errorf("%s %s: got %s, want %s", tt.method, tt.target, got, tt.want)

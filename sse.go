@@ -1,13 +1,13 @@
+// The wire form of Server-Sent Events, WHATWG HTML section 9.2.5 "Parsing an event
+// stream", and nothing else. Everything here appends to a buffer, so that one event
+// goes out in one write.
+
 package main
 
 import (
 	"bytes"
 	"strconv"
 )
-
-// The wire form of Server-Sent Events, WHATWG HTML section 9.2.5 "Parsing an
-// event stream". Everything here appends to a buffer, so that one event goes
-// out in one write.
 
 // heartbeat is a comment: it keeps proxies from closing an idle stream.
 const heartbeat = ": heartbeat\n"

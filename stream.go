@@ -1,3 +1,6 @@
+// One browser's stream: order, buffer, slow clients, end. Callbacks are in
+// sidecar.go.
+
 package main
 
 import (

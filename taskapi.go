@@ -1,10 +1,11 @@
+// The HTTP handlers of tasks: limits, reading, answers. What they decide on is in
+// tasks.go.
+
 package main
 
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"net/http"
 	"net/url"
 	"time"
@@ -42,24 +43,24 @@ func (t *task) viewLocked() taskView {
 func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) {
 	body, err := readJSON(w, r, maxTaskBody)
 	if err != nil {
-		writeBodyError(w, err)
+		writeError(w, err)
 		return
 	}
 	kind, err := body.required("type")
 	if err != nil {
-		writeBodyError(w, err)
+		writeError(w, err)
 		return
 	}
 	params := object{}
 	if raw, ok := body["params"]; ok {
 		if params, err = parseObject(raw); err != nil {
-			writeError(w, http.StatusBadRequest, "params must be an object")
+			writeError(w, badParam("params must be an object"))
 			return
 		}
 	}
 	t, known, err := s.Start(kind, params)
 	if err != nil {
-		writeTaskError(w, err)
+		writeError(w, err)
 		return
 	}
 	streamURL := "/api/sse/tasks?task_id=" + url.QueryEscape(t.id)
@@ -84,7 +85,7 @@ func (s *TaskService) serveList(w http.ResponseWriter, r *http.Request) {
 func (s *TaskService) serveStatus(w http.ResponseWriter, r *http.Request) {
 	view, err := s.Status(r.PathValue("task_id"))
 	if err != nil {
-		writeTaskError(w, err)
+		writeError(w, err)
 		return
 	}
 	writeJSON(w, http.StatusOK, view)
@@ -109,7 +110,7 @@ func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) {
 		}
 		value, err := parseNumber(body["value"])
 		if err != nil {
-			return "", errors.New("value must be a number")
+			return "", badRequest("bad_value", "value must be a number")
 		}
 		return s.Progress(id, progress, value)
 	})
@@ -130,7 +131,7 @@ func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) {
 	s.serveReport(w, r, func(id string, body object) (string, error) {
 		failure, err := text(body, "error", "")
 		if err != nil || failure == "" {
-			return "", fmt.Errorf("error must be a string of 1 to %d bytes", maxTaskText)
+			return "", badParam("error must be a string of 1 to %d bytes", maxTaskText)
 		}
 		return s.Fail(id, failure)
 	})
@@ -139,12 +140,12 @@ func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) {
 func (s *TaskService) serveReport(w http.ResponseWriter, r *http.Request, report func(id string, body object) (eventID string, err error)) {
 	body, err := readJSON(w, r, maxTaskBody)
 	if err != nil {
-		writeBodyError(w, err)
+		writeError(w, err)
 		return
 	}
 	eventID, err := report(r.PathValue("task_id"), body)
 	if err != nil {
-		writeTaskError(w, err)
+		writeError(w, err)
 		return
 	}
 	writeJSON(w, http.StatusOK, map[string]string{"event_id": eventID})
@@ -152,23 +153,8 @@ func (s *TaskService) serveReport(w http.ResponseWriter, r *http.Request, report
 
 func writeSuccess(w http.ResponseWriter, err error, message string) {
 	if err != nil {
-		writeTaskError(w, err)
+		writeError(w, err)
 		return
 	}
 	writeJSON(w, http.StatusOK, map[string]any{"success": true, "message": message})
-}
-
-func writeTaskError(w http.ResponseWriter, err error) {
-	status := http.StatusBadRequest // errTaskKind, and what is wrong with the params or the body
-	switch err {
-	case errTaskUnknown, errCannotCancel, errCannotDelete:
-		status = http.StatusNotFound
-	case errTaskFinished, errTaskCancelled, errNotExternal, errTaskIDTaken:
-		status = http.StatusConflict
-	case errResultTooLarge:
-		status = http.StatusRequestEntityTooLarge
-	case errQueueFull, errClosing:
-		status = http.StatusServiceUnavailable
-	}
-	writeError(w, status, err.Error())
 }

@@ -1,3 +1,6 @@
+// TaskService: workers and the life cycle of a task. Tokens are not known here;
+// outbox.go delivers the events, taskapi.go speaks HTTP, kinds.go has the work.
+
 package main
 
 import (
@@ -8,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net/http"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -96,16 +100,15 @@ type task struct {
 }
 
 var (
-	errTaskUnknown   = errors.New("task not found")
-	errCannotCancel  = errors.New("task is already finished")
-	errCannotDelete  = errors.New("task is not finished")
-	errTaskFinished  = errors.New("task is finished")
-	errTaskCancelled = errors.New("task cancelled")
-	errNotExternal   = errors.New("task is not external")
-	errTaskIDTaken   = errors.New("task_id is taken by a finished or different task")
-	errTaskKind      = errors.New("unknown task type")
-	errQueueFull     = errors.New("task queue is full")
-	errClosing       = errors.New("shutting down")
+	errTaskUnknown   = newError(http.StatusNotFound, "task_not_found", "task not found")
+	errCannotCancel  = newError(http.StatusNotFound, "task_finished", "task is already finished")
+	errCannotDelete  = newError(http.StatusNotFound, "task_not_finished", "task is not finished")
+	errTaskFinished  = newError(http.StatusConflict, "task_finished", "task is finished")
+	errTaskCancelled = newError(http.StatusConflict, "task_cancelled", "task cancelled")
+	errNotExternal   = newError(http.StatusConflict, "not_external", "task is not external")
+	errTaskIDTaken   = newError(http.StatusConflict, "task_id_taken", "task_id is taken by a finished or different task")
+	errTaskKind      = badRequest("unknown_type", "unknown task type")
+	errQueueFull     = newError(http.StatusServiceUnavailable, "queue_full", "task queue is full")
 )
 
 func newTaskService(cfg taskConfig, epoch string, conns *ConnectionManager, log *slog.Logger, met taskMetrics) *TaskService {
@@ -273,7 +276,7 @@ func (s *TaskService) run(ctx context.Context, t *task) {
 	}
 }
 
-var errResultTooLarge = fmt.Errorf("result is larger than %d bytes", maxTaskResult)
+var errResultTooLarge = newError(http.StatusRequestEntityTooLarge, "too_large", fmt.Sprintf("result is larger than %d bytes", maxTaskResult))
 
 func encodeResult(result any) (json.RawMessage, error) {
 	encoded, err := json.Marshal(result)
@@ -501,7 +504,5 @@ func (s *TaskService) List() []taskView {
 func truncate(text string) string {
 	return strings.ToValidUTF8(text[:min(len(text), maxTaskText)], "")
 }
-
-// The kinds of task that come with the program.
 
 // HTTP

@@ -252,8 +252,8 @@ func TestTaskPendingEndsOnce(t *testing.T) {
 		second.checkStory("connection_open task_failed connection_close:task_failed")
 		api.checkStatus(cancelled, taskCancelled, "")
 		api.checkStatus(closed, taskFailed, "server is shutting down")
-		api.check("POST", "/api/tasks", `{"type":"demo"}`, `503 {"error":"shutting down"}`)
-		api.check("POST", "/api/tasks", `{"type":"external"}`, `503 {"error":"shutting down"}`)
+		api.check("POST", "/api/tasks", `{"type":"demo"}`, `503 {"error":"shutting down","code":"shutting_down"}`)
+		api.check("POST", "/api/tasks", `{"type":"external"}`, `503 {"error":"shutting down","code":"shutting_down"}`)
 	})
 }
 
@@ -277,7 +277,7 @@ func TestTaskWorkersAndQueue(t *testing.T) {
 		}
 		checkFull := func() {
 			t.Helper()
-			api.check("POST", "/api/tasks", `{"type":"demo"}`, `503 {"error":"task queue is full"}`)
+			api.check("POST", "/api/tasks", `{"type":"demo"}`, `503 {"error":"task queue is full","code":"queue_full"}`)
 		}
 		checkRunning("01")
 		checkFull()
@@ -297,7 +297,7 @@ func TestTaskWorkersAndQueue(t *testing.T) {
 func TestTaskWorkerIsBusyUntilWorkReturns(t *testing.T) {
 	apiTest(t, "TASK_MAX_WORKERS=1 TASK_QUEUE_LIMIT=0", func(t *testing.T, api *apiFixture) {
 		api.post(api.demo(taskSleeps(time.Minute))+"/cancel", "")
-		api.check("POST", "/api/tasks", `{"type":"demo"}`, `503 {"error":"task queue is full"}`)
+		api.check("POST", "/api/tasks", `{"type":"demo"}`, `503 {"error":"task queue is full","code":"queue_full"}`)
 		time.Sleep(time.Minute)
 		api.settle()
 		api.checkStatus(api.demo(taskWaits), taskRunning, "")
@@ -348,10 +348,13 @@ func TestTaskParams(t *testing.T) {
 			`{"type":"external","params":{"task_id":""}}`:                   errBadID.Error(),
 			`{"type":"external","params":{"task_id":"a:b"}}`:                errBadID.Error(),
 		} {
-			api.check("POST", "/api/tasks", body, `400 {"error":"`+want+`"}`)
+			got := api.do("POST", "/api/tasks", body)
+			if before, _, _ := strings.Cut(got, `","code":"`); before != `400 {"error":"`+want {
+				t.Errorf("%.80s: got %s, want %s", body, got, want)
+			}
 		}
-		api.check("POST", "/api/tasks", strings.Repeat(" ", maxTaskBody)+`{}`, `413 {"error":"request body too large"}`)
-		api.check("POST", "/api/tasks", `{"type":"demo"}`, `415 {"error":"content type must be application/json"}`,
+		api.check("POST", "/api/tasks", strings.Repeat(" ", maxTaskBody)+`{}`, `413 {"error":"request body too large","code":"too_large"}`)
+		api.check("POST", "/api/tasks", `{"type":"demo"}`, `415 {"error":"content type must be application/json","code":"media_type"}`,
 			"Content-Type: application/x-www-form-urlencoded")
 		if got := len(api.tasks.List()); got != 4 {
 			t.Errorf("got %d tasks, want 4", got)
@@ -457,7 +460,7 @@ func TestTaskResultLimit(t *testing.T) {
 			api.checkStatus(api.demo(taskReturns(tt.result, nil)), tt.want, tt.wantError)
 		}
 		api.external("a")
-		api.checkPost("a/complete", `{"result":"`+fits+`x"}`, `413 {"error":"result is larger than 65536 bytes"}`)
+		api.checkPost("a/complete", `{"result":"`+fits+`x"}`, `413 {"error":"result is larger than 65536 bytes","code":"too_large"}`)
 		api.checkStatus("a", taskRunning, "")
 		api.checkPost("a/complete", `{"result":"`+fits+`"}`, `200 {"event_id":"e-2"}`)
 	})
@@ -508,7 +511,7 @@ func TestTaskStatus(t *testing.T) {
 				t.Errorf("got  %s\nwant %s", got, want)
 			}
 		}
-		if got, want := api.status("unknown"), `404 {"error":"task not found"}`; got != want {
+		if got, want := api.status("unknown"), `404 {"error":"task not found","code":"task_not_found"}`; got != want {
 			t.Errorf("got %s, want %s", got, want)
 		}
 	})
@@ -539,14 +542,14 @@ func TestTaskListNewestFirst(t *testing.T) {
 func TestTaskCancelAndDelete(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		api.external("a")
-		api.checkPost("unknown/cancel", "", `404 {"error":"task not found"}`)
-		api.check("DELETE", "/api/tasks/unknown", "", `404 {"error":"task not found"}`)
-		api.check("DELETE", "/api/tasks/a", "", `404 {"error":"task is not finished"}`)
+		api.checkPost("unknown/cancel", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		api.check("DELETE", "/api/tasks/unknown", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		api.check("DELETE", "/api/tasks/a", "", `404 {"error":"task is not finished","code":"task_not_finished"}`)
 		api.checkPost("a/cancel", "", `200 {"message":"task cancelled","success":true}`)
-		api.checkPost("a/cancel", "", `404 {"error":"task is already finished"}`)
+		api.checkPost("a/cancel", "", `404 {"error":"task is already finished","code":"task_finished"}`)
 		api.check("DELETE", "/api/tasks/a", "", `200 {"message":"task deleted","success":true}`)
-		api.check("DELETE", "/api/tasks/a", "", `404 {"error":"task not found"}`)
-		api.check("GET", "/api/tasks/a/status", "", `404 {"error":"task not found"}`)
+		api.check("DELETE", "/api/tasks/a", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		api.check("GET", "/api/tasks/a/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
 		api.check("GET", "/api/tasks", "", `200 {"tasks":[]}`)
 	})
 }
@@ -559,7 +562,7 @@ func TestTaskIsRememberedForAWhile(t *testing.T) {
 		time.Sleep(10*time.Second - time.Nanosecond)
 		api.checkStatus("a", taskCompleted, "")
 		time.Sleep(time.Nanosecond)
-		if got, want := api.status("a"), `404 {"error":"task not found"}`; got != want {
+		if got, want := api.status("a"), `404 {"error":"task not found","code":"task_not_found"}`; got != want {
 			t.Errorf("got %s, want %s", got, want)
 		}
 	})
@@ -653,11 +656,11 @@ func TestExternalReportsRefused(t *testing.T) {
 		api.post("cancelled/cancel", "")
 		before := api.do("GET", "/api/tasks", "")
 		for id, want := range map[string]string{
-			"unknown":   `404 {"error":"task not found"}`,
-			ours:        `409 {"error":"task is not external"}`,
-			"completed": `409 {"error":"task is finished"}`,
-			"failed":    `409 {"error":"task is finished"}`,
-			"cancelled": `409 {"error":"task cancelled"}`,
+			"unknown":   `404 {"error":"task not found","code":"task_not_found"}`,
+			ours:        `409 {"error":"task is not external","code":"not_external"}`,
+			"completed": `409 {"error":"task is finished","code":"task_finished"}`,
+			"failed":    `409 {"error":"task is finished","code":"task_finished"}`,
+			"cancelled": `409 {"error":"task cancelled","code":"task_cancelled"}`,
 		} {
 			api.checkPost(id+"/progress", `{"text":"x","value":1}`, want)
 			api.checkPost(id+"/complete", `{"result":2}`, want)
@@ -673,10 +676,10 @@ func TestExternalReportBodies(t *testing.T) {
 		api.external("a")
 		long := strings.Repeat("x", maxTaskText+1)
 		const (
-			noObject = `400 {"error":"body must be one JSON object"}`
-			badValue = `400 {"error":"value must be a number"}`
-			badText  = `400 {"error":"text must be a string of at most 8192 bytes"}`
-			badError = `400 {"error":"error must be a string of 1 to 8192 bytes"}`
+			noObject = `400 {"error":"body must be one JSON object","code":"not_json"}`
+			badValue = `400 {"error":"value must be a number","code":"bad_value"}`
+			badText  = `400 {"error":"text must be a string of at most 8192 bytes","code":"bad_params"}`
+			badError = `400 {"error":"error must be a string of 1 to 8192 bytes","code":"bad_params"}`
 		)
 		api.checkPost("a/progress", `{}`, badValue)
 		api.checkPost("a/progress", `{"value":null}`, badValue)
@@ -686,7 +689,7 @@ func TestExternalReportBodies(t *testing.T) {
 		api.checkPost("a/progress", `{"text":"`+long+`","value":1}`, badText)
 		api.checkPost("a/progress", ``, noObject)
 		api.checkPost("a/complete", `null`, noObject)
-		api.checkPost("a/complete", strings.Repeat(" ", maxTaskBody)+`{}`, `413 {"error":"request body too large"}`)
+		api.checkPost("a/complete", strings.Repeat(" ", maxTaskBody)+`{}`, `413 {"error":"request body too large","code":"too_large"}`)
 		api.checkPost("a/fail", `{}`, badError)
 		api.checkPost("a/fail", `{"error":""}`, badError)
 		api.checkPost("a/fail", `{"error":null}`, badError)
@@ -708,7 +711,7 @@ func TestExternalWorkerLost(t *testing.T) {
 		api.checkStatus("a", taskRunning, "")
 		time.Sleep(time.Nanosecond)
 		api.checkStatus("a", taskFailed, "worker lost")
-		api.checkPost("a/progress", `{"value":0}`, `409 {"error":"task is finished"}`)
+		api.checkPost("a/progress", `{"value":0}`, `409 {"error":"task is finished","code":"task_finished"}`)
 	})
 }
 
@@ -757,7 +760,7 @@ func TestExternalCreationIsIdempotent(t *testing.T) {
 			made  = `202 {"status":"pending","stream_url":"/api/sse/tasks?task_id=a","task_id":"a"}`
 			known = `200 {"task_id":"a","type":"external","status":"running","start_time":"2000-01-01T00:00:00Z","end_time":null,` +
 				`"result":null,"error":null,"stream_url":"/api/sse/tasks?task_id=a"}`
-			taken = `409 {"error":"task_id is taken by a finished or different task"}`
+			taken = `409 {"error":"task_id is taken by a finished or different task","code":"task_id_taken"}`
 		)
 		checkCreate("a", "t", made)
 		checkCreate("a", "t", known)

@@ -1,3 +1,6 @@
+// VersionService: versions pending for a request_id, announced to all, or polled, and
+// its HTTP handler. Tokens are not known here; outbox.go delivers the events.
+
 package main
 
 import (
@@ -75,8 +78,8 @@ type announcement struct {
 }
 
 var (
-	errBadVersion   = fmt.Errorf("version must be a string of 1 to %d bytes", maxVersion)
-	errBadChangelog = fmt.Errorf("changelog must be a string of at most %d bytes", maxChangelog)
+	errBadVersion   = badRequest("bad_version", fmt.Sprintf("version must be a string of 1 to %d bytes", maxVersion))
+	errBadChangelog = badRequest("bad_changelog", fmt.Sprintf("changelog must be a string of at most %d bytes", maxChangelog))
 )
 
 func newVersionService(cfg versionConfig, epoch string, conns *ConnectionManager, log *slog.Logger, met outboxMetrics) *VersionService {
@@ -374,17 +377,17 @@ func parseAnnouncement(o object) (a announcement, err error) {
 func (s *VersionService) serveAnnounce(w http.ResponseWriter, r *http.Request) {
 	body, err := readJSON(w, r, maxVersionBody)
 	if err != nil {
-		writeBodyError(w, err)
+		writeError(w, err)
 		return
 	}
 	a, err := parseAnnouncement(body)
 	if err != nil {
-		writeError(w, http.StatusBadRequest, err.Error())
+		writeError(w, err)
 		return
 	}
 	id, single, err := body.str("request_id")
 	if err != nil {
-		writeError(w, http.StatusBadRequest, errBadID.Error())
+		writeError(w, errBadID)
 		return
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), announceLimit)
@@ -395,12 +398,8 @@ func (s *VersionService) serveAnnounce(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	delivered, err := s.Announce(ctx, id, a)
-	switch {
-	case err == errNoRoom:
-		writeError(w, http.StatusServiceUnavailable, err.Error())
-		return
-	case err != nil:
-		writeError(w, http.StatusBadRequest, err.Error())
+	if err != nil {
+		writeError(w, err)
 		return
 	}
 	status := "queued"

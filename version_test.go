@@ -201,12 +201,12 @@ func TestVersionBodies(t *testing.T) {
 	api := newAPI(t, "")
 	long, longest := strings.Repeat("x", maxVersion+1), strings.Repeat("x", maxChangelog+1)
 	const (
-		badVersion   = `400 {"error":"version must be a string of 1 to 256 bytes"}`
-		badChangelog = `400 {"error":"changelog must be a string of at most 32768 bytes"}`
+		badVersion   = `400 {"error":"version must be a string of 1 to 256 bytes","code":"bad_version"}`
+		badChangelog = `400 {"error":"changelog must be a string of at most 32768 bytes","code":"bad_changelog"}`
 	)
-	badID := `400 {"error":"` + errBadID.Error() + `"}`
+	badID := `400 {"error":"` + errBadID.Error() + `","code":"bad_id"}`
 	for body, want := range map[string]string{
-		``:                                 `400 {"error":"body must be one JSON object"}`,
+		``:                                 `400 {"error":"body must be one JSON object","code":"not_json"}`,
 		`{}`:                               badVersion,
 		`{"request_id":"r"}`:               badVersion,
 		`{"version":null}`:                 badVersion,
@@ -221,7 +221,7 @@ func TestVersionBodies(t *testing.T) {
 		`{"version":"1","request_id":"a:b"}`:                               badID,
 		`{"version":"1","request_id":"a\nb"}`:                              badID,
 		`{"version":"1","request_id":"` + long + `"}`:                      badID,
-		`{"x":"` + strings.Repeat("x", maxVersionBody) + `"}`:              `413 {"error":"request body too large"}`,
+		`{"x":"` + strings.Repeat("x", maxVersionBody) + `"}`:              `413 {"error":"request body too large","code":"too_large"}`,
 		`{"version":"` + long[1:] + `","changelog":"` + longest[1:] + `"}`: `202 {"delivered":0,"failed":0,"version":"` + long[1:] + `"}`,
 	} {
 		api.checkAnnounce(body, want)
@@ -243,7 +243,7 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 		others := maxVersionHeld - 2*one
 		api.version.held += others
 		api.checkAnnounced("b", "1", false)
-		full := `503 {"error":"too many announcements or request IDs"}`
+		full := `503 {"error":"too many announcements or request IDs","code":"no_room"}`
 		api.checkAnnounce(`{"request_id":"c","version":"1"}`, full)
 		if got := api.do("POST", "/api/sse/callback", apiConnect("t", "/api/sse/utils/version?request_id=c")); got != full {
 			t.Errorf("a connection: got %s, want %s", got, full)

@@ -1,3 +1,6 @@
+// What backend and gateway say to each other: events, the bodies of callbacks and of
+// /internal/send, and the headers. Who says it when is in gateway.go and sidecar.go.
+
 package main
 
 import (
