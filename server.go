@@ -53,33 +53,66 @@ func newServer(log *slog.Logger, h http.Handler, listeners ...net.Listener) *ser
 			WriteTimeout:      30 * time.Second, // streams leave the server before
 			IdleTimeout:       2 * time.Minute,  // longer than our clients keep theirs
 			MaxHeaderBytes:    maxHeader,
-			ErrorLog:          stdlog.New(&errorLog{log: log}, "", 0),
+			ErrorLog:          stdlog.New(&errorLog{log, throttle{interval: time.Second}}, "", 0),
 			ConnContext:       withConn,
 		},
 	}
 }
 
-// errorLog takes the lines of an http.Server, one a second at most: without
-// file descriptors it has one for each connection that it cannot accept.
-type errorLog struct {
-	log     *slog.Logger
+// throttle keeps lines that say the same from filling the log: the first one is
+// written at once, and what comes within an interval after a line as one line at
+// its end, with how many there were. The zero value has no interval and is of no
+// use.
+type throttle struct {
+	interval time.Duration
+
 	mu      sync.Mutex // guards the rest
-	last    time.Time
-	skipped int
+	running bool       // an interval, which ends in flush
+	count   int        // lines held back in it
+	last    func(count int)
+}
+
+// log writes a line, or holds it back.
+func (t *throttle) log(log *slog.Logger, level slog.Level, msg string, args ...any) {
+	write := func(count int) {
+		log.Log(context.Background(), level, msg, append(args, "count", count)...)
+	}
+	t.mu.Lock()
+	if t.running {
+		t.count++
+		t.last = write
+		t.mu.Unlock()
+		return
+	}
+	t.running = true
+	time.AfterFunc(t.interval, t.flush)
+	t.mu.Unlock()
+	write(1)
+}
+
+// flush ends an interval, and begins the next if a line came in it.
+func (t *throttle) flush() {
+	t.mu.Lock()
+	count, write := t.count, t.last
+	t.count, t.last, t.running = 0, nil, count > 0
+	if t.running {
+		time.AfterFunc(t.interval, t.flush)
+	}
+	t.mu.Unlock()
+	if count > 0 {
+		write(count)
+	}
+}
+
+// errorLog takes the lines of an http.Server: without file descriptors it has
+// one for each connection that it cannot accept.
+type errorLog struct {
+	log      *slog.Logger
+	throttle throttle
 }
 
 func (l *errorLog) Write(line []byte) (int, error) {
-	l.mu.Lock()
-	now := time.Now()
-	if now.Sub(l.last) < time.Second {
-		l.skipped++
-		l.mu.Unlock()
-		return len(line), nil
-	}
-	skipped := l.skipped
-	l.last, l.skipped = now, 0
-	l.mu.Unlock()
-	l.log.Warn("http server", "err", strings.TrimSpace(string(line)), "skipped", skipped)
+	l.throttle.log(l.log, slog.LevelWarn, "http server", "err", strings.TrimSpace(string(line)))
 	return len(line), nil
 }
 

@@ -1,0 +1,46 @@
+package main
+
+import (
+	"bytes"
+	"log/slog"
+	"regexp"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestThrottle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		log := slog.New(slog.NewTextHandler(&out, nil))
+		th := throttle{interval: time.Second}
+		say := func(times int) {
+			for i := range times {
+				th.log(log, slog.LevelWarn, "refused", "n", i)
+			}
+		}
+		want := func(want ...string) {
+			t.Helper()
+			synctest.Wait()
+			if got := regexp.MustCompile(`n=\d+ count=\d+`).FindAllString(out.String(), -1); !slices.Equal(got, want) {
+				t.Errorf("got %q, want %q", got, want)
+			}
+			out.Reset()
+		}
+		say(1)
+		want("n=0 count=1") // at once
+		say(3)
+		want()
+		time.Sleep(time.Second)
+		want("n=2 count=3")
+		say(2)
+		time.Sleep(time.Second)
+		want("n=1 count=2")
+		time.Sleep(time.Second) // an interval without a line ends it
+		say(1)
+		want("n=0 count=1")
+		time.Sleep(time.Minute)
+		want()
+	})
+}
