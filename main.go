@@ -253,7 +253,6 @@ type backend struct {
 func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.Logger) *backend {
 	kinds := append(slices.Sorted(maps.Keys(taskKinds())), externalTask)
 	met := newBackendMetrics(reg, kinds)
-	epoch := newEpoch()
 	b := &backend{cfg: cfg, log: log, reg: reg}
 	b.gateway = newGatewayClient(gatewayURL)
 	b.conns = newConnectionManager(b.gateway, log, met)
@@ -263,11 +262,11 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		timeout:    cfg.TaskTimeout,
 		remember:   cfg.TaskCleanup,
 		eventLimit: cfg.TaskEventLimit,
-	}, epoch, b.conns, log, met)
+	}, b.conns, log, met)
 	b.version = newVersionService(versionConfig{
 		pendingLimit: cfg.VersionPendingLimit,
 		pendingTTL:   cfg.VersionPendingTTL,
-	}, epoch, b.conns, log, met)
+	}, b.conns, log, met)
 	b.callback = &callbackHandler{
 		secret:  cfg.CallbackSecret,
 		tasks:   b.tasks,
@@ -276,6 +275,9 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		heard:   b.gateway.heard,
 		log:     log,
 		closing: &b.closing,
+
+		wrongSecrets: throttle{interval: time.Second},
+		badIDs:       throttle{interval: time.Second},
 	}
 	services := label{"service", []string{serviceTask, serviceVersion}}
 	reg.gauge("sse_gateway_active_connections", "Current connections.", services, b.conns.Active)

@@ -59,17 +59,17 @@ type taskMetrics interface {
 // TaskService runs tasks, or follows those that others run, and tells their
 // followers.
 //
-// Lock order: mu, then that of an outbox.
+// Lock order: mu, then that of an event log.
 type TaskService struct {
 	cfg     taskConfig
 	conns   *ConnectionManager
 	log     *slog.Logger
 	met     taskMetrics
 	kinds   map[string]taskKind
-	unknown *outboxPolicy // of streams for tasks that are not known
+	policy  *logPolicy // of the logs of tasks
+	unknown *logPolicy // of streams for tasks that are not known
 
-	mu      sync.Mutex    // guards the rest and the mutable part of each task
-	policy  *outboxPolicy // of tasks made from now on
+	mu      sync.Mutex // guards the rest and the mutable part of each task
 	tasks   map[string]*task
 	queue   []*task // pending, oldest first, at most cfg.queueLimit
 	running int     // busy workers
@@ -86,7 +86,7 @@ type task struct {
 	work   taskFunc // nil: external
 	title  string   // of an external task
 	number uint64   // of creation
-	outbox *outbox
+	outbox *eventLog
 
 	status   taskStatus
 	value    float64
@@ -111,21 +111,21 @@ var (
 	errQueueFull     = newError(http.StatusServiceUnavailable, "queue_full", "task queue is full")
 )
 
-func newTaskService(cfg taskConfig, epoch string, conns *ConnectionManager, log *slog.Logger, met taskMetrics) *TaskService {
+func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, met taskMetrics) *TaskService {
 	return &TaskService{
 		cfg:   cfg,
 		conns: conns,
 		log:   log,
 		met:   met,
 		kinds: taskKinds(),
-		policy: &outboxPolicy{
+		policy: &logPolicy{
 			event:   "task_event",
-			epoch:   epoch,
+			epoch:   newEpoch,
 			replay:  true,
 			limit:   cfg.eventLimit,
 			dropped: func(n int) { met.RecordOutboxDropped(serviceTask, "limit", n) },
 		},
-		unknown: &outboxPolicy{event: "error", replay: true},
+		unknown: &logPolicy{event: "error", replay: true},
 		tasks:   map[string]*task{},
 	}
 }
@@ -138,16 +138,15 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 		return event{}, false, err
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock() // lest a newer stream be here first, at a task that was made meanwhile
-	if t := s.tasks[id]; t != nil {
-		open, end = t.outbox.Connect(c)
-		return open, end, nil
+	t := s.tasks[id]
+	s.mu.Unlock()
+	if t != nil {
+		return follow(s.conns, identifier, c, t.outbox)
 	}
-	o := newOutbox(identifier, s.conns, s.unknown)
-	o.Append(string(marshal(map[string]string{"error": "Task not found", "task_id": id})), true)
-	o.End("task_not_found")
-	open, end = o.Connect(c)
-	return open, end, nil
+	log := newEventLog(s.unknown)
+	log.Append(string(marshal(map[string]string{"error": "Task not found", "task_id": id})), true)
+	log.End("task_not_found")
+	return follow(s.conns, identifier, c, log)
 }
 
 // Start makes a task. One that runs here starts as soon as a worker is free;
@@ -213,7 +212,7 @@ func (s *TaskService) addLocked(id, kind string) *task {
 		kind:   kind,
 		number: s.created,
 		status: taskPending,
-		outbox: newOutbox(serviceTask+":"+id, s.conns, s.policy),
+		outbox: newEventLog(s.policy),
 	}
 	s.tasks[id] = t
 	return t
@@ -403,10 +402,7 @@ func (s *TaskService) Delete(id string) error {
 
 func (s *TaskService) forgetLocked(t *task) {
 	delete(s.tasks, t.id)
-	t.deadline.Stop()           // it holds the task
-	if t.kind == externalTask { // its ID may be chosen again
-		s.policy = s.policy.renewed()
-	}
+	t.deadline.Stop() // it holds the task
 }
 
 // Progress, Complete and Fail are the reports of an external worker. They

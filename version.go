@@ -42,15 +42,15 @@ type versionConfig struct {
 // VersionService tells browsers about new versions of the frontend: one by
 // its request_id, which may connect later, or all.
 //
-// Lock order: mu, then that of an outbox.
+// Lock order: mu, then that of an event log.
 type VersionService struct {
-	cfg   versionConfig
-	conns *ConnectionManager
-	log   *slog.Logger
-	met   outboxMetrics
+	cfg    versionConfig
+	conns  *ConnectionManager
+	log    *slog.Logger
+	met    outboxMetrics
+	policy *logPolicy // of the logs
 
 	mu      sync.Mutex                // guards the rest
-	policy  *outboxPolicy             // of outboxes made from now on
 	streams map[string]*versionStream // by request_id
 	held    int                       // the sum of theirs
 	latest  announcement              // to everybody
@@ -64,11 +64,12 @@ type outboxMetrics interface {
 
 // versionStream is one request_id.
 type versionStream struct {
-	outbox  *outbox
-	version string    // the last one appended
-	round   uint64    // the announcement to everybody that it has, or had no need of
-	alone   time.Time // since when it has no connection; zero while it has one
-	held    int       // bytes that it held when last counted
+	identifier string
+	outbox     *eventLog
+	version    string    // the last one appended
+	round      uint64    // the announcement to everybody that it has, or had no need of
+	alone      time.Time // since when it has no connection; zero while it has one
+	held       int       // bytes that it held when last counted
 }
 
 // announcement is a version, and the data of its event.
@@ -82,15 +83,15 @@ var (
 	errBadChangelog = badRequest("bad_changelog", fmt.Sprintf("changelog must be a string of at most %d bytes", maxChangelog))
 )
 
-func newVersionService(cfg versionConfig, epoch string, conns *ConnectionManager, log *slog.Logger, met outboxMetrics) *VersionService {
+func newVersionService(cfg versionConfig, conns *ConnectionManager, log *slog.Logger, met outboxMetrics) *VersionService {
 	return &VersionService{
 		cfg:   cfg,
 		conns: conns,
 		log:   log,
 		met:   met,
-		policy: &outboxPolicy{
+		policy: &logPolicy{
 			event:   "version",
-			epoch:   epoch,
+			epoch:   newEpoch,
 			limit:   cfg.pendingLimit,
 			dropped: func(n int) { met.RecordOutboxDropped(serviceVersion, "limit", n) },
 		},
@@ -113,8 +114,7 @@ func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end
 	}
 	st.alone = time.Time{}
 	s.catchUpLocked(st)
-	open, end = st.outbox.Connect(c)
-	return open, end, nil
+	return follow(s.conns, identifier, c, st.outbox)
 }
 
 // streamLocked returns the stream of a request_id, with room for so many bytes.
@@ -127,7 +127,7 @@ func (s *VersionService) streamLocked(id, identifier string, room int) (*version
 		return nil, errNoRoom
 	}
 	if st == nil {
-		st = &versionStream{outbox: newOutbox(identifier, s.conns, s.policy), alone: time.Now()}
+		st = &versionStream{identifier: identifier, outbox: newEventLog(s.policy), alone: time.Now()}
 		s.streams[id] = st
 		s.countLocked(st)
 	}
@@ -195,7 +195,7 @@ func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (deliv
 
 // versionEvent is an event that was appended.
 type versionEvent struct {
-	outbox *outbox
+	outbox *eventLog
 	n      uint64
 }
 
@@ -208,7 +208,7 @@ func (s *VersionService) TellAll(a announcement) (told []versionEvent) {
 	s.latest = a
 	s.round++
 	for _, st := range s.streams {
-		if s.conns.Connected(st.outbox.identifier) {
+		if s.conns.Connected(st.identifier) {
 			if n := s.catchUpLocked(st); n != 0 {
 				told = append(told, versionEvent{st.outbox, n})
 			}
@@ -238,13 +238,12 @@ func (s *VersionService) tidy() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	short := s.held > maxVersionHeld/2
-	known := len(s.streams)
 	for id, st := range s.streams {
 		if short {
 			st.outbox.Shed()
 		}
 		_, waiting, bytes := st.outbox.Size()
-		if s.conns.Connected(st.outbox.identifier) {
+		if s.conns.Connected(st.identifier) {
 			st.alone = time.Time{}
 		} else if st.alone.IsZero() {
 			st.alone = now
@@ -257,9 +256,6 @@ func (s *VersionService) tidy() {
 			continue
 		}
 		s.countLocked(st)
-	}
-	if len(s.streams) < known {
-		s.policy = s.policy.renewed()
 	}
 }
 

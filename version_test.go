@@ -69,6 +69,7 @@ func TestVersionQueuedThenFlushed(t *testing.T) {
 		stream.checkStory("connection_open version:1 version:2 version:3")
 		api.checkAnnounced("r", "4", true)
 		stream.checkStory("connection_open version:1 version:2 version:3 version:4")
+		time.Sleep(settleTime)
 		stream.leave()
 		api.checkAnnounced("r", "5", false)
 		api.subscribe("r").checkStory("connection_open version:5") // each is delivered once
@@ -146,13 +147,14 @@ func TestVersionOutboxExpires(t *testing.T) {
 // ID of an event that is not the one with the same number now.
 func TestVersionAfterExpiryIsNotSkipped(t *testing.T) {
 	apiTest(t, "VERSION_PENDING_SECONDS=1000", func(t *testing.T, api *apiFixture) {
+		api.version.policy.epoch = newEpoch
 		go api.version.Tidy(t.Context())
 		stream := api.subscribe("r")
 		api.checkAnnouncedToAll("1", 1, 0)
 		stream.leave()
 		time.Sleep(2000 * time.Second)
 		api.checkAnnouncedToAll("2", 0, 0)
-		api.connect("/api/sse/utils/version?request_id=r", "e-1").checkStory("connection_open version:2")
+		api.connect("/api/sse/utils/version?request_id=r", stream.lastID()).checkStory("connection_open version:2")
 	})
 }
 
@@ -165,6 +167,8 @@ func TestVersionBroadcast(t *testing.T) {
 		b.checkStory("connection_open version:own version:1") // what is its own comes first
 		c, lost := api.subscribe("c"), api.subscribe("lost")
 		c.checkStory("connection_open version:1")
+		time.Sleep(settleTime)
+		api.conns.sweep(0) // by which they are known to have been there so long
 		c.leave()
 		lost.lose()
 		api.checkAnnouncedToAll("2", 2, 1)
@@ -192,6 +196,7 @@ func TestVersionNotTwiceInARow(t *testing.T) {
 		api.checkAnnouncedToAll("1", 3, 0) // back to the old one is news again
 		a.checkStory("connection_open version:1 version:2 version:1")
 		api.checkAnnounced("a", "own", true)
+		time.Sleep(settleTime)
 		api.subscribe("a").checkStory("connection_open") // also not the one before its last
 	})
 }
@@ -252,6 +257,8 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 		if got := len(api.version.streams); got != 2 {
 			t.Errorf("got %d outboxes, want 2", got)
 		}
+		time.Sleep(settleTime)
+		api.conns.sweep(0)
 		api.version.tidy() // keeps what waits, and whoever is there
 		api.version.held -= others
 		if got, want := api.version.held, one+versionOverhead; got != want {

@@ -8,18 +8,36 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"strconv"
 	"strings"
 )
 
 // featuresHeader is the header of callbacks by which a gateway tells what it
-// can do, separated by commas. featureBatch is that /internal/send takes
-// batches.
+// can do, separated by commas.
+const featuresHeader = "Sse-Gateway-Features"
+
+// The features that a backend asks for: /internal/send takes batches, and an
+// event may have a retry.
 const (
-	featuresHeader = "Sse-Gateway-Features"
-	featureBatch   = "batch"
+	featureBatch = "batch"
+	featureRetry = "retry"
 )
+
+// features is what a gateway can do. One of another make announces none, and
+// then all are false.
+type features struct{ any, batch, retry bool }
+
+func parseFeatures(header string) (f features) {
+	for name := range strings.SplitSeq(header, ",") {
+		name = strings.TrimSpace(name)
+		f.any = f.any || name != ""
+		f.batch = f.batch || name == featureBatch
+		f.retry = f.retry || name == featureRetry
+	}
+	return f
+}
 
 // orderHeader is the header of connect callbacks by which a gateway says how
 // many requests for streams it had had by this one: <gateway>-<n>, where
@@ -48,9 +66,10 @@ func (o requestOrder) before(other requestOrder) bool {
 
 // event is one message to a browser. An empty ID or Name is left out.
 type event struct {
-	ID   string `json:"id,omitempty"`
-	Name string `json:"name"`
-	Data string `json:"data"`
+	ID    string `json:"id,omitempty"`
+	Name  string `json:"name"`
+	Data  string `json:"data"`
+	Retry int    `json:"retry,omitempty"` // reconnection time in milliseconds; 0 leaves it as it is
 }
 
 // errUnknownToken says that the gateway has no such stream, or no more.
@@ -59,11 +78,17 @@ var errUnknownToken = errors.New("unknown token")
 // closeID is the ID of the last event of a stream.
 const closeID = "close"
 
-// closeEvent is the last event of a stream. A browser that reconnects after
-// it says so by its ID, and is turned away for good.
+// closeEvent is the last event of a stream. A browser that reconnects after it
+// says so by its ID, and is turned away for good. Clients exist that ask again
+// for ever nevertheless, and so are told to take their time.
 func closeEvent(reason string) event {
-	return event{ID: closeID, Name: "connection_close", Data: fmt.Sprintf(`{"reason":%q}`, reason)}
+	retry := closeRetry + rand.IntN(closeRetry+1)
+	return event{ID: closeID, Name: "connection_close", Data: fmt.Sprintf(`{"reason":%q}`, reason), Retry: retry}
 }
+
+// closeRetry is the least reconnection time, in milliseconds, after the end of a
+// stream. The most is twice as much.
+const closeRetry = 10_000
 
 // ndjson is the media type of a batch on /internal/send: a sendRequest a line.
 const ndjson = "application/x-ndjson"
@@ -107,6 +132,9 @@ func encodeSend(b []byte, token string, e *event, end bool) []byte {
 		}
 		if e.Name != "" {
 			b = appendString(append(b, `,"name":`...), e.Name)
+		}
+		if e.Retry != 0 {
+			b = strconv.AppendInt(append(b, `,"retry":`...), int64(e.Retry), 10)
 		}
 		b = append(b, '}')
 	}
