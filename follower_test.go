@@ -748,6 +748,127 @@ func TestOutboxOfTaskDoesNotAskWhetherTheStreamOpened(t *testing.T) {
 	})
 }
 
+// A browser that leaves within a second may not have read a byte. What its stream was given is for the next one.
+func TestOutboxOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
+	for name, test := range map[string]struct {
+		end  func(t *outboxTest)
+		want string // the event after which the next connection begins
+	}{
+		"left at once":         {func(t *outboxTest) { t.onDisconnect("a") }, "x-0"},
+		"left within a second": {func(t *outboxTest) { time.Sleep(settleTime - 1); t.onDisconnect("a") }, "x-0"},
+		"left after a second":  {func(t *outboxTest) { time.Sleep(settleTime); t.onDisconnect("a") }, "x-1"},
+		"replaced at once":     {func(t *outboxTest) {}, "x-0"},
+		"replaced later":       {func(t *outboxTest) { time.Sleep(settleTime) }, "x-1"},
+		"lost at once": {func(t *outboxTest) { // the gateway crashed, which is learned much later
+			time.Sleep(time.Hour)
+			go t.conns.sweep(0)
+			t.rest()
+			t.notFound("a ?")
+		}, "x-0"},
+		"lost after a sweep": {func(t *outboxTest) {
+			time.Sleep(settleTime)
+			go t.conns.sweep(0)
+			t.rest()
+			t.connTest.ok("a ?")
+			go t.conns.sweep(0)
+			t.rest()
+			t.notFound("a ?")
+		}, "x-1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			testOutbox(t, versionLike(), func(t *outboxTest) {
+				t.append("one")
+				t.follow(connectRequest{token: "a"})
+				t.connTest.ok("a x-1 one")
+				test.end(t)
+				t.connect("b", "", test.want)
+			})
+		})
+	}
+}
+
+// Also what the gateway's own answer tells of a stream that is open later than a second counts.
+func TestOutboxOfVersionSettlesWithALaterEvent(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		t.follow(connectRequest{token: "a"})
+		t.connTest.ok("a x-1 one")
+		time.Sleep(settleTime)
+		t.append("two")
+		t.connTest.ok("a x-2 two")
+		t.append("three")
+		t.notFound("a x-3 three")
+		t.connect("b", "", "x-2")
+	})
+}
+
+// What was asked for before a crash proves nothing: the answer was late.
+func TestOutboxOfVersionLateAnswerSettlesNothing(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		t.follow(connectRequest{token: "a"})
+		time.Sleep(settleTime)
+		t.connTest.ok("a x-1 one")
+		t.append("two")
+		t.notFound("a x-2 two")
+		t.connect("b", "", "x-0")
+	})
+}
+
+// A gateway that announces no features writes an empty event if it is asked before the stream is open.
+func TestOutboxOfVersionAsksNoForeignGateway(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		follow(t.conns, "task:1", connectRequest{token: "a"}, t.outbox)
+		t.rest()
+		t.buffered("a x-1 one")
+		time.Sleep(openLimit - 1)
+		t.wantUnderWay()
+		time.Sleep(1)
+		t.rest()
+		t.connTest.ok("a ?") // now it is open, or given up
+	})
+}
+
+// An event that the gateway refuses for good would be ended, replayed and refused again without end.
+func TestOutboxSkipsWhatIsRefused(t *testing.T) {
+	testOutbox(t, taskLike(), func(t *outboxTest) {
+		t.append("one", "two")
+		t.connect("a", "", "x-0")
+		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
+		t.delivers("a x-2 two")
+		if log := t.log.String(); strings.Count(log, "level=ERROR") != 1 {
+			t.Errorf("got log %s\nwant one error", log)
+		}
+	})
+}
+
+// The callback of a stream that the gateway has given up may arrive while another is decided on.
+func TestConnectAsksAgainIfTheConnectionIsAnother(t *testing.T) {
+	testOutbox(t, taskLike(), func(t *outboxTest) {
+		t.connect("a", "", "x-0")
+		ghost := connectRequest{token: "g", probes: true}
+		_, _, err := follow(t.conns, "task:1", ghost, t.outbox)
+		if err != errAskFirst {
+			t.Fatalf("got %v, want that the gateway is asked", err)
+		}
+		asked := make(chan bool)
+		go func() { asked <- t.conns.Ask("task:1", &ghost) }()
+		t.rest()
+		t.connTest.ok("a ?")
+		t.connTest.ok("g ?") // and then it died, and its answer is late
+		t.connect("b", "", "x-0")
+		t.delivers(closing("a", "replaced"))
+		if !<-asked {
+			t.Error("the gateway knew it")
+		}
+		if _, _, err := follow(t.conns, "task:1", ghost, t.outbox); err != errAskFirst {
+			t.Errorf("got %v, want that the gateway is asked again", err)
+		}
+		t.wantConnections("task:1 b")
+	})
+}
+
 // The races: every step of each story is one that network and goroutines may choose.
 
 func TestRaceConnectDuringSend(t *testing.T) {

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -592,5 +593,85 @@ func TestParseFeatures(t *testing.T) {
 		if got := parseFeatures(header); got != want {
 			t.Errorf("%q: got %+v, want %+v", header, got, want)
 		}
+	}
+}
+
+// Something between the roles may answer for a moment. Only what is in the gateway's own words is the gateway's, unless
+// its words are not known.
+func TestGatewayClientForeignAnswers(t *testing.T) {
+	t.Parallel()
+	var status int
+	var body string
+	c := newGatewayTest(t, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(status)
+		io.WriteString(w, body)
+	})
+	const ours, another = "batch, id, retry, heartbeat", ""
+	for _, test := range []struct {
+		features string
+		status   int
+		body     string
+		want     string // taken, refused, and the beginning of the error
+	}{
+		{ours, 404, `{"error":"unknown token"}`, "0 0 unknown token"},
+		{ours, 404, "404 page not found", "0 0 the gateway at "},
+		{ours, 404, `{"error":"not found"}`, "0 0 the gateway at "},
+		{ours, 405, "", "0 0 the gateway at "},
+		{another, 404, "Cannot POST", "0 0 unknown token"},
+		{ours, 413, `{"error":"request body too large"}`, "1 1 <nil>"},
+		{ours, 400, `{"error":"event data is missing"}`, "1 1 <nil>"},
+		{ours, 413, "<h1>413</h1>", "0 0 gateway answered 413"},
+		{another, 413, "PayloadTooLargeError", "1 1 <nil>"},
+		{another, 400, "", "1 1 <nil>"},
+		{another, 500, "", "0 0 gateway answered 500"},
+	} {
+		c.heard(parseFeatures(test.features))
+		status, body = test.status, test.body
+		r := c.send("t", []event{{Data: "data"}}, false)
+		if got := fmt.Sprint(r.taken, " ", r.refused, " ", r.err); !strings.HasPrefix(got, test.want) {
+			t.Errorf("%q: %d %s: got %s, want %s", test.features, status, body, got, test.want)
+		}
+		if status == 404 {
+			continue
+		}
+		if r := c.send("t", []event{{Data: "data"}}, true); r.err == nil { // an end is never skipped
+			t.Errorf("%d to an end: got no error", status)
+		}
+	}
+}
+
+// A gateway of another make may refuse a field that it does not know.
+func TestGatewayClientRetryIsAFeature(t *testing.T) {
+	t.Parallel()
+	var got string
+	c := newGatewayTest(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		got = string(body)
+	})
+	for features, want := range map[string]*regexp.Regexp{
+		"":             regexp.MustCompile(`"name":"connection_close"},"close":true}$`),
+		"batch":        regexp.MustCompile(`"name":"connection_close"},"close":true}$`),
+		"batch, retry": regexp.MustCompile(`"name":"connection_close","retry":[12]\d{4}},"close":true}$`),
+	} {
+		c.heard(parseFeatures(features))
+		if r := c.send("t", []event{closeEvent("replaced")}, true); r.err != nil || !want.MatchString(got) {
+			t.Errorf("%q: got %v, %s, want %s", features, r.err, got, want)
+		}
+	}
+}
+
+// Clients that ask again after a 410 must not do so at once, nor all together.
+func TestCloseEventRetry(t *testing.T) {
+	t.Parallel()
+	seen := map[int]bool{}
+	for range 1000 {
+		retry := closeEvent("task_completed").Retry
+		if retry < 10_000 || retry > 20_000 {
+			t.Fatalf("got retry %d, want 10,000 to 20,000", retry)
+		}
+		seen[retry] = true
+	}
+	if len(seen) < 100 {
+		t.Errorf("got only %d different ones of 1,000", len(seen))
 	}
 }
