@@ -111,7 +111,7 @@ func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 	c := backendConfig{
 		Production:          production,
 		Addr:                r.addr("ADDR", defaultAddr),
-		GatewayURL:          strings.TrimRight(r.url("SSE_GATEWAY_URL", " #?"), "/"),
+		GatewayURL:          r.baseURL("SSE_GATEWAY_URL"),
 		CallbackSecret:      r.secret("SSE_CALLBACK_SECRET", production, production && getenv("SSE_GATEWAY_URL") != ""),
 		APIToken:            r.secret("API_TOKEN", production, production),
 		TaskWorkers:         r.number("TASK_MAX_WORKERS", 4, 1, 10000),
@@ -127,6 +127,39 @@ func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 		Gateway:             r.embeddedGateway(),
 	}
 	return c, errors.Join(r.errs...)
+}
+
+// servesHost reports whether a request with that Host is served. In development it
+// must name this machine: to a browser, a page whose name comes to point here (DNS
+// rebinding) is of the same site. If every interface is listened on, an address
+// will do, as no name can stand for it.
+func (c backendConfig) servesHost(hostport string) bool {
+	host, own := hostOf(hostport), hostOf(c.Addr)
+	ip := net.ParseIP(host)
+	anywhere := own == "" || net.ParseIP(own).IsUnspecified()
+	return c.Production || host == "localhost" || ip.IsLoopback() || host != "" && host == own || ip != nil && anywhere
+}
+
+// hostOf returns the host of host:port, or of a host alone.
+func hostOf(hostport string) string {
+	if host, _, err := net.SplitHostPort(hostport); err == nil {
+		return strings.ToLower(host)
+	}
+	return strings.ToLower(strings.Trim(hostport, "[]"))
+}
+
+// open says what everybody on the network may do for want of a secret.
+func (c backendConfig) open() string {
+	host := hostOf(c.Addr)
+	switch {
+	case c.Production || host == "localhost" || net.ParseIP(host).IsLoopback():
+		return ""
+	case c.APIToken == "":
+		return "start, report and cancel tasks, and announce versions, as API_TOKEN is not set"
+	case c.GatewayURL != "" && c.CallbackSecret == "":
+		return "take over streams, as SSE_CALLBACK_SECRET is not set"
+	}
+	return ""
 }
 
 // loadGatewayConfig reads the configuration of a gateway that runs alone.
@@ -252,6 +285,16 @@ func (r *envReader) url(name, without string) string {
 	good := u != nil && (u.Scheme == "http" || u.Scheme == "https") && !strings.ContainsAny(v, without)
 	if v != "" && !good {
 		r.fail(name, fmt.Sprintf("an http or https URL with a host, without user info and without any of %q", without))
+	}
+	return v
+}
+
+// baseURL reads a URL to which paths are added. It has none of its own, or one
+// that a gateway would not serve, and returns no slash at its end.
+func (r *envReader) baseURL(name string) string {
+	v := strings.TrimRight(r.url(name, " #?"), "/")
+	if u := parseURL(v); u != nil && u.Path != "" {
+		r.fail(name, "without a path")
 	}
 	return v
 }

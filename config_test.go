@@ -150,8 +150,8 @@ func TestConfigBounds(t *testing.T) {
 		{"ADDR", ":0|:65535|0.0.0.0:80|[::1]:80|example.com:80", ":|:65536|:-1|:+1|:http|::1:80|localhost"},
 		{"INTERNAL_ADDR", "127.0.0.1:9090", "9090|127.0.0.1"},
 		{"PORT", "0|65535", "-1|65536|80.0|:80| 80"},
-		{"SSE_GATEWAY_URL", "http://h|HTTPS://h:65535/|http://[::1]:3000/base",
-			"h:3000|http:h|http:///x|http://:80|http://h:|http://h:0|http://h:65536|http://h?|http://h/#|http://u@h|" +
+		{"SSE_GATEWAY_URL", "http://h|HTTPS://h:65535/|http://[::1]:3000",
+			"http://h/base|http://h//x|h:3000|http:h|http:///x|http://:80|http://h:|http://h:0|http://h:65536|http://h?|http://h/#|http://u@h|" +
 				"http://h/ x"},
 		{"FRONTEND_VERSION_URL", "http://h/version.json?v=1", "version.json|http://h/#x|file:///version.json"},
 		{"CALLBACK_URL", "http://h/cb?secret=a%23b", "http://h/cb?secret=a#b|http://u:p@h/cb|http://h/\x00"},

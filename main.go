@@ -85,6 +85,9 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		log.Error("listening", "err", err)
 		return 1
 	}
+	if open := cfg.open(); open != "" {
+		log.Warn("whoever reaches ADDR may do so, too: set APP_ENV=production", "addr", cfg.Addr, "open", open)
+	}
 	reg := newRegistry(version())
 	var internal []*server
 	if len(listeners) > 1 {
@@ -183,9 +186,17 @@ func (b *backend) routes(g *gateway) http.Handler {
 	}
 	crossOrigin := http.NewCrossOriginProtection()
 	crossOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		writeError(w, newError(http.StatusForbidden, "cross_site", "request from another site"))
+		writeError(w, errCrossSite)
 	}))
-	return crossOrigin.Handler(jsonErrors(mux))
+	routes := crossOrigin.Handler(jsonErrors(mux))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !b.cfg.servesHost(r.Host) {
+			b.otherHosts.log(b.log, slog.LevelWarn, "refusing a request to another host: in development only this machine is served", "host", r.Host)
+			writeError(w, errOtherHost)
+			return
+		}
+		routes.ServeHTTP(w, r)
+	})
 }
 
 // routes are those of the gateway on its public port. Every other path is
@@ -248,12 +259,21 @@ type backend struct {
 	version  *VersionService
 	callback *callbackHandler
 	closing  atomic.Bool // shutting down: not ready, nothing new is taken
+
+	otherHosts, wrongTokens throttle
 }
+
+var (
+	errWrongToken = newError(http.StatusUnauthorized, "unauthorized", "missing or wrong API token")
+	errCrossSite  = newError(http.StatusForbidden, "cross_site", "request from another site")
+	errOtherHost  = newError(http.StatusForbidden, "other_host", "request to another host")
+)
 
 func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.Logger) *backend {
 	kinds := append(slices.Sorted(maps.Keys(taskKinds())), externalTask)
 	met := newBackendMetrics(reg, kinds)
 	b := &backend{cfg: cfg, log: log, reg: reg}
+	b.otherHosts.interval, b.wrongTokens.interval = time.Minute, time.Second
 	b.gateway = newGatewayClient(gatewayURL)
 	b.conns = newConnectionManager(b.gateway, log, met)
 	b.tasks = newTaskService(taskConfig{
@@ -325,8 +345,9 @@ func (b *backend) protect(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case b.cfg.APIToken != "" && !hasBearer(r, b.cfg.APIToken):
+			b.wrongTokens.log(b.log, slog.LevelWarn, "missing or wrong API token", "remote", r.RemoteAddr, "path", r.URL.Path)
 			w.Header().Set("WWW-Authenticate", `Bearer realm="sidecast"`)
-			writeError(w, newError(http.StatusUnauthorized, "unauthorized", "missing or wrong API token"))
+			writeError(w, errWrongToken)
 		case b.closing.Load():
 			writeError(w, errClosing)
 		default:
