@@ -38,6 +38,7 @@ type callbackHandler struct {
 	secret  secret // "" lets everybody in
 	tasks   service
 	version service
+	pages   *PageService
 	conns   *ConnectionManager
 	heard   func(features) // what the gateway says it can do
 	log     *slog.Logger
@@ -106,7 +107,7 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 	}
 	t, plain := parseTarget(c.url)
 	request := connectRequest{token: c.token, lastEventID: cmp.Or(c.lastEventID, last(t.query["lastEventId"])), order: order, probes: can.any}
-	service, name, key := h.route(t.path)
+	service, name, key := h.route(t)
 	switch {
 	case !plain || service == nil:
 		h.log.Debug("refusing a stream whose URL leads nowhere", "url", c.url)
@@ -139,12 +140,14 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 
 // route finds the service that a stream's path names, and the key of its ID in
 // the query.
-func (h *callbackHandler) route(path string) (s service, name, key string) {
+func (h *callbackHandler) route(t streamTarget) (s service, name, key string) {
 	switch {
-	case underPath(path, "/api/sse/tasks"):
+	case underPath(t.path, "/api/sse/tasks"):
 		return h.tasks, serviceTask, "task_id"
-	case underPath(path, "/api/sse/utils/version"):
+	case underPath(t.path, "/api/sse/utils/version"):
 		return h.version, serviceVersion, "request_id"
+	case underPath(t.path, "/api/sse/stream"):
+		return pageStream{h.pages, t.query["task_id"]}, servicePage, "request_id"
 	}
 	return nil, "", ""
 }

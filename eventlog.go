@@ -203,6 +203,13 @@ func (l *eventLog) Size() (kept, waiting, bytes int) {
 	return len(l.entries), len(l.entries) - l.indexLocked(l.start), l.bytes
 }
 
+// Followers returns how many connections follow the log.
+func (l *eventLog) Followers() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.cursors)
+}
+
 // Shed drops the events that neither a fresh connection nor a follower would
 // get.
 func (l *eventLog) Shed() {

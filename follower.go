@@ -1,11 +1,13 @@
-// Delivery: a follower gives one connection the events of a log, each once and in
-// order. Tasks and versions are not known here. The events are in eventlog.go, the
-// connection is in connmgr.go.
+// Delivery: a follower gives one connection the events of one or more logs, each
+// once and in the order of its log. Tasks and versions are not known here. The
+// events are in eventlog.go, the connection is in connmgr.go.
 
 package main
 
 import (
 	"errors"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,28 +17,34 @@ import (
 // to count as received. A browser that leaves sooner may not have read a byte.
 const settleTime = time.Second
 
-// follower delivers the events of a log to one connection, that is, to one
-// token. One goroutine at a time does so, one run of events after the other, and
-// nothing is tried twice. When the connection is replaced its follower is told,
-// and from then on moves no position: a send that is still under way reaches
-// neither the new connection nor what that is given.
+// follower delivers events to one connection, that is, to one token. One
+// goroutine at a time does so, one run of events after the other, and nothing is
+// tried twice. When the connection is replaced its follower is told, and from
+// then on moves no position: a send that is still under way reaches neither the
+// new connection nor what that is given.
+//
+// The ID of an event is the position in every log, so that a browser that comes
+// back goes on in each. Only a follower of a single log ends with it.
 type follower struct {
 	identifier string
 	token      string
 	conns      *ConnectionManager
-	state      atomic.Int32 // idle, working, or workingAgain
-
-	cursor *cursor // set when the delivery begins
-	probes bool    // the gateway can be asked about the stream before it is open
+	probes     bool   // the gateway can be asked about the stream before it is open
+	page       bool   // follows any number of logs
+	onEnd      func() // called when the connection is no more, perhaps twice; may be nil
+	state      atomic.Int32
 
 	// For deliver alone.
 	closed bool // the connection was given the end
 	asked  bool // the gateway was asked about buffered in vain
+	turn   int  // the cursor that comes first in the next run
 
 	mu       sync.Mutex // guards the rest
-	since    time.Time  // when the connection was opened, as far as is known
-	buffered bool       // the last events wait at the gateway, which may still drop them
-	stopped  bool       // the connection has ended
+	cursors  []*cursor  // only added to
+	begun    bool
+	since    time.Time // when the connection was opened, as far as is known
+	buffered bool      // the last events wait at the gateway, which may still drop them
+	stopped  bool      // the connection has ended
 }
 
 // States of a follower: whether deliver runs, and is to look once more.
@@ -52,42 +60,86 @@ const (
 // stream that was asked for before the present connection is the one that is
 // replaced: the event that it begins with ends it. The error is errAskFirst.
 func follow(conns *ConnectionManager, identifier string, c connectRequest, log *eventLog) (open event, end bool, err error) {
-	f := &follower{identifier: identifier, token: c.token, conns: conns, probes: c.probes, since: time.Now()}
-	replaced, err := conns.OnConnect(identifier, c, f)
+	f := &follower{identifier: identifier}
+	return f.connect(conns, c, func() []*eventLog { return []*eventLog{log} })
+}
+
+// connect is follow for a follower of the logs that it asks for once it is the
+// connection.
+func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func() []*eventLog) (open event, end bool, err error) {
+	f.conns, f.token, f.probes, f.since = conns, c.token, c.probes, time.Now()
+	replaced, err := conns.OnConnect(f.identifier, c, f)
 	if err == errOutdated {
 		return closeEvent("replaced"), true, nil
 	}
 	if err != nil {
 		return event{}, false, err
 	}
-	position := f.begin(log, c.lastEventID)
+	position, stopped := f.begin(logs(), c.lastEventID)
+	if stopped && f.onEnd != nil {
+		f.onEnd() // again, as there are logs only now
+	}
 	if replaced != "" {
-		conns.CloseReplaced(identifier, replaced)
+		conns.CloseReplaced(f.identifier, replaced)
 	}
 	return event{ID: position, Name: "connection_open", Data: `{"status":"connected"}`}, false, nil
 }
 
-// begin starts the delivery and returns the ID of the event after which it goes
-// on.
-func (f *follower) begin(log *eventLog, lastEventID string) (position string) {
+// begin starts the delivery, unless the connection has ended meanwhile, and
+// returns the ID of the event after which it goes on.
+func (f *follower) begin(logs []*eventLog, lastEventID string) (position string, stopped bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.cursor = log.attach(f, parsePositions(lastEventID))
-	position = log.id(f.cursor.sent)
-	if f.stopped { // replaced meanwhile
-		f.cursor.detach(time.Time{})
-		return position
+	named := parsePositions(lastEventID)
+	for _, log := range logs {
+		f.cursors = append(f.cursors, log.attach(f, named))
 	}
-	f.wake()
-	return position
+	f.begun = true
+	_, position = around(f.cursors, nil)
+	if f.stopped {
+		f.detachLocked(time.Time{})
+	} else {
+		f.wake()
+	}
+	return strings.TrimPrefix(position, "."), f.stopped
+}
+
+// add has the follower follow one more log, from its first event on.
+func (f *follower) add(log *eventLog) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.stopped {
+		return
+	}
+	f.cursors = append(f.cursors, log.attach(f, nil))
+	if f.begun {
+		f.wake()
+	}
+}
+
+// around returns what the ID of an event has before and after the part of c: the
+// positions in the other logs.
+func around(cursors []*cursor, c *cursor) (before, after string) {
+	for _, other := range cursors {
+		switch {
+		case other == c:
+			before, after = after, ""
+		case other.log.epoch != "":
+			after += "." + other.log.id(other.sent)
+		}
+	}
+	if before != "" {
+		before = before[1:] + "."
+	}
+	return before, after
 }
 
 // seen notes that the gateway knows the connection.
 func (f *follower) seen(at time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.cursor != nil {
-		f.cursor.seen(at)
+	for _, c := range f.cursors {
+		c.seen(at)
 	}
 }
 
@@ -95,13 +147,18 @@ func (f *follower) seen(at time.Time) {
 // given time; if that is not known, it is zero.
 func (f *follower) ended(until time.Time) {
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.stopped {
-		return
-	}
+	stopped := f.stopped
 	f.stopped = true
-	if f.cursor != nil {
-		f.cursor.detach(until)
+	f.detachLocked(until)
+	f.mu.Unlock()
+	if !stopped && f.onEnd != nil {
+		f.onEnd()
+	}
+}
+
+func (f *follower) detachLocked(until time.Time) {
+	for _, c := range f.cursors {
+		c.detach(until)
 	}
 }
 
@@ -122,12 +179,14 @@ func (f *follower) wake() {
 func (f *follower) working() bool { return f.state.Load() != idle }
 
 // rest ends deliver, unless it was woken meanwhile.
-func (f *follower) rest() bool {
+func (f *follower) rest(cursors []*cursor) bool {
 	if !f.state.CompareAndSwap(working, idle) {
 		f.state.Store(working)
 		return false
 	}
-	f.cursor.log.notify()
+	for _, c := range cursors {
+		c.log.notify()
+	}
 	return true
 }
 
@@ -136,15 +195,18 @@ func (f *follower) rest() bool {
 func (f *follower) deliver() {
 	most := 1
 	for {
-		run, reason := f.cursor.take(most)
-		end := reason != "" && !f.closed
+		f.mu.Lock()
+		cursors := f.cursors
+		f.mu.Unlock()
+		c, run, reason := f.next(cursors, most)
+		end := reason != "" && !f.closed && !f.page
 		if len(run) == 0 && !end {
-			if !f.awaitOpen() && f.rest() {
+			if !f.awaitOpen() && f.rest(cursors) {
 				return
 			}
 			continue
 		}
-		events := f.events(run)
+		events := f.events(cursors, c, run)
 		if end {
 			events = []event{closeEvent(reason)}
 		}
@@ -152,42 +214,66 @@ func (f *follower) deliver() {
 		r := f.conns.Send(f.identifier, f.token, events, end)
 		most = max(1, min(2*r.taken, maxRun))
 		f.closed = end && r.err == nil
-		if !f.settle(run, r, began) && f.rest() {
+		if !f.settle(c, run, r, began) && f.rest(cursors) {
 			return
 		}
 	}
 }
 
-func (f *follower) events(run []entry) []event {
-	log := f.cursor.log
+// next returns the next run, or the reason of the end if there is none. The
+// cursors take turns.
+func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, reason string) {
+	for range cursors {
+		c = cursors[f.turn%len(cursors)]
+		f.turn++
+		if run, reason = c.take(most); len(run) > 0 {
+			break
+		}
+	}
+	return c, run, reason
+}
+
+func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
+	before, after := around(cursors, c)
 	events := make([]event, len(run))
 	for i, e := range run {
-		events[i] = event{ID: log.id(e.n), Name: log.policy.event, Data: e.data}
+		events[i] = event{Name: c.log.policy.event, Data: e.data}
+		if id := c.log.id(e.n); id != "" {
+			events[i].ID = before + id + after
+		}
 	}
 	return events
 }
 
 // settle notes what became of a run, whose send began at that time, or of the
-// end, which is a run without events. It reports whether to go on. After a failure that is so if there is
-// more to send: trying to ends the stream, so that the browser comes back for
-// what it may lack.
-func (f *follower) settle(run []entry, r sendResult, began time.Time) bool {
+// end, which is a run without events. It reports whether to go on. After a
+// failure that is so if there is more to send: trying to ends the stream, so that
+// the browser comes back for what it may lack.
+func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if r.err == nil {
-		if f.buffered && !r.buffered { // it has opened since
-			f.since = time.Now()
+		if f.buffered && !r.buffered {
+			f.openedLocked()
 		}
 		f.buffered, f.asked = r.buffered, false
 	}
-	f.cursor.settle(run, min(r.taken, len(run)), began, f.settlesLocked())
+	c.settle(run, min(r.taken, len(run)), began, f.settlesLocked())
 	switch {
 	case r.err == nil:
 		return true
 	case r.err == errSuspended, errors.Is(r.err, errUnknownToken):
 		return false
 	}
-	return len(run) > 0 && f.cursor.behind(run[0].n)
+	return len(run) > 0 && c.behind(run[0].n)
+}
+
+// openedLocked notes that the stream has opened, with all that was buffered.
+func (f *follower) openedLocked() {
+	f.buffered, f.since = false, time.Now()
+	for _, c := range f.cursors {
+		c.settle(nil, 0, time.Time{}, f.settlesLocked())
+	}
 }
 
 // settlesLocked is when the connection counts as having received what it was
@@ -211,7 +297,8 @@ const (
 // returns false at once if there are none, or if nobody needs to know.
 func (f *follower) awaitOpen() bool {
 	f.mu.Lock()
-	waiting := f.buffered && !f.stopped && !f.asked && !f.cursor.log.policy.replay
+	mayLose := slices.ContainsFunc(f.cursors, func(c *cursor) bool { return !c.log.policy.replay })
+	waiting := f.buffered && !f.stopped && !f.asked && mayLose
 	f.mu.Unlock()
 	if !waiting {
 		return false
@@ -232,8 +319,7 @@ func (f *follower) awaitOpen() bool {
 	defer f.mu.Unlock()
 	f.asked = true
 	if r.err == nil && !r.buffered {
-		f.buffered, f.since = false, time.Now()
-		f.cursor.settle(nil, 0, time.Time{}, f.settlesLocked())
+		f.openedLocked()
 	}
 	return true
 }

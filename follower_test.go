@@ -1051,9 +1051,10 @@ func TestOutboxKeepsOneOrderForManyProducers(t *testing.T) {
 // The model: an event log with its followers, and around them a network, a gateway and browsers that do at random
 // whatever they may do. A browser that sees an event twice, not in order, or after a gap fails the test at once.
 
-// world is a gateway, its streams and the browsers that follow one identifier.
+// world is a gateway, its streams and the browsers that follow one identifier: a log, or as a page several.
 type world struct {
 	*outboxTest
+	logs        []*eventLog // the first is outbox
 	rand        *rand.Rand
 	pages       int // that may be loaded besides the first
 	browsers    []*simBrowser
@@ -1068,13 +1069,13 @@ type world struct {
 // if it is made at all. Together they are less than settleTime.
 const promptly = settleTime / 4
 
-// simBrowser is a page with an EventSource.
+// simBrowser is a page with an EventSource. What it has of each log is in its last event ID.
 type simBrowser struct {
-	t        *testing.T
-	stream   *simStream // nil after its end, until the browser reconnects
-	lastID   string     // last event ID
-	position uint64     // number of the last event that it has
-	reason   string     // data of connection_close, after which it does not come back
+	t      *testing.T
+	stream *simStream        // nil after its end, until the browser reconnects
+	lastID string            // last event ID
+	has    map[string]uint64 // what that says, or the one before connection_close
+	reason string            // data of connection_close, after which it does not come back
 }
 
 func (b *simBrowser) follows() bool { return b.stream != nil }
@@ -1083,19 +1084,23 @@ func (b *simBrowser) away() bool    { return b.stream == nil && b.reason == "" }
 // receive takes an event as it comes out of the stream.
 func (b *simBrowser) receive(e event) {
 	b.t.Helper()
-	n := parsePositions(e.ID)["x"]
-	switch {
-	case e.ID == closeID:
+	had, has := parsePositions(b.lastID), parsePositions(e.ID)
+	if e.ID == closeID {
 		b.reason = e.Data
-	case e.Name == "connection_open" && b.lastID == "":
-		b.position = n
-	case e.Name == "connection_open" && n != b.position:
-		b.t.Errorf("a browser that has %d goes on after %d", b.position, n)
-	case e.Name == "connection_open":
-	case n != b.position+1:
-		b.t.Errorf("a browser that has %d gets %d", b.position, n)
-	default:
-		b.position = n
+	} else {
+		b.has = has
+	}
+	for _, log := range b.stream.logs {
+		before, known := had[log.epoch]
+		after := has[log.epoch]
+		switch {
+		case e.ID == closeID:
+		case e.Name == "connection_open" && (after == before || !known && !log.policy.replay):
+		case e.Name != "connection_open" && after == before && e.Data != log.epoch:
+		case e.Name != "connection_open" && after == before+1 && e.Data == log.epoch:
+		default:
+			b.t.Errorf("a browser that has %s gets %s %s %s", b.lastID, e.ID, e.Name, e.Data)
+		}
 	}
 	b.lastID = e.ID
 }
@@ -1104,6 +1109,7 @@ func (b *simBrowser) receive(e event) {
 type simStream struct {
 	token    string
 	browser  *simBrowser // may have left without the gateway's knowledge
+	logs     []*eventLog
 	request  connectRequest
 	sent     bool      // the connect callback has reached the backend, be it late
 	answered time.Time // when the backend has decided
@@ -1113,7 +1119,7 @@ type simStream struct {
 	opened   time.Time // when the answer has reached the gateway
 	buffer   []event   // for when it opens
 	wire     []event   // written, but not read by the browser
-	written  []uint64  // numbers of all that was written
+	written  []string  // IDs of all that was written
 	ending   bool      // when the buffer is written
 	ended    time.Time
 }
@@ -1126,7 +1132,8 @@ func (s *simStream) left() bool     { return !s.gone() && s.browser.stream != s 
 func (s *simStream) unread() bool   { return s.isOpen() && len(s.wire) > 0 }
 func (s *simStream) underWay() bool { return !s.sent }
 
-func newWorld(t *testing.T, policy logPolicy, seed uint64) *world {
+// newWorld makes a world with one log, or with that and some of tasks.
+func newWorld(t *testing.T, policy logPolicy, tasks int, seed uint64) *world {
 	w := &world{
 		outboxTest: newOutboxTest(newConnTest(t), policy),
 		rand:       rand.New(rand.NewPCG(seed, 0)),
@@ -1137,6 +1144,13 @@ func newWorld(t *testing.T, policy logPolicy, seed uint64) *world {
 	if seed%4 > 1 {
 		w.pages = 1000
 	}
+	w.logs = append(w.logs, w.outbox)
+	for i := range tasks {
+		epoch := string(rune('a' + i))
+		task := taskLike()
+		task.epoch = func() string { return epoch }
+		w.logs = append(w.logs, newEventLog(&task))
+	}
 	return w
 }
 
@@ -1145,8 +1159,23 @@ func (w *world) connect(b *simBrowser) {
 	s := &simStream{token: fmt.Sprint("t", len(w.streams)), browser: b}
 	order := requestOrder{gateway: fmt.Sprint(w.run), n: uint64(len(w.streams))}
 	s.request = connectRequest{token: s.token, lastEventID: b.lastID, order: order, probes: true}
+	s.logs = w.logs[:1]
+	for _, log := range w.logs[1:] { // another set of tasks each time
+		if w.rand.IntN(3) > 0 {
+			s.logs = append(slices.Clip(s.logs), log)
+		}
+	}
 	w.streams = append(w.streams, s)
 	b.stream = s
+}
+
+// follow makes a stream the connection.
+func (w *world) follow(s *simStream) (open event, end bool, err error) {
+	if len(w.logs) == 1 {
+		return follow(w.conns, "task:1", s.request, w.outbox)
+	}
+	f := &follower{identifier: "task:1", page: true}
+	return f.connect(w.conns, s.request, func() []*eventLog { return s.logs })
 }
 
 // arrives is when the connect callback reaches the backend, which may have to ask the gateway before it decides.
@@ -1154,9 +1183,9 @@ func (w *world) arrives(s *simStream) {
 	w.Helper()
 	s.sent = true
 	go func() {
-		open, end, err := follow(w.conns, "task:1", s.request, w.outbox)
+		open, end, err := w.follow(s)
 		for err == errAskFirst && w.conns.Ask("task:1", &s.request) {
-			open, end, err = follow(w.conns, "task:1", s.request, w.outbox)
+			open, end, err = w.follow(s)
 		}
 		s.first, s.end, s.err, s.answered = open, end, err, time.Now()
 		for n := range parsePositions(open.ID)["x"] {
@@ -1171,7 +1200,7 @@ func (w *world) arrives(s *simStream) {
 // received reports whether a browser has event n, or had the time to read it on a stream of its own.
 func (w *world) received(n uint64) bool {
 	for _, b := range w.browsers {
-		if b.lastID != "" && b.position >= n {
+		if b.has["x"] >= n {
 			return true
 		}
 	}
@@ -1180,7 +1209,8 @@ func (w *world) received(n uint64) bool {
 		if end.IsZero() {
 			end = time.Now()
 		}
-		return slices.Contains(s.written, n) && end.Sub(s.opened) >= promptly
+		wrote := slices.ContainsFunc(s.written, func(id string) bool { return parsePositions(id)["x"] == n })
+		return wrote && end.Sub(s.opened) >= promptly
 	})
 }
 
@@ -1202,8 +1232,8 @@ func (w *world) opens(s *simStream) {
 
 // write puts an event on an open stream.
 func (w *world) write(s *simStream, e event) {
-	if n, ok := parsePositions(e.ID)["x"]; ok && e.Name != "connection_open" {
-		s.written = append(s.written, n)
+	if e.Name != "connection_open" {
+		s.written = append(s.written, e.ID)
 	}
 	s.wire = append(s.wire, e)
 }
@@ -1330,7 +1360,9 @@ func (w *world) step() {
 	w.Helper()
 	switch n := w.rand.IntN(100); {
 	case n < 5:
-		w.append("data")
+		log := w.logs[w.rand.IntN(len(w.logs))]
+		log.Append(log.epoch, false)
+		w.rest()
 	case n < 6: // the page is loaded again, or in another tab
 		if len(w.browsers) <= w.pages {
 			b := &simBrowser{t: w.T}
@@ -1474,8 +1506,11 @@ func (w *world) check() {
 		if current && w.outbox.reason != "" {
 			w.Error("a browser still waits for the end")
 		}
-		if b.position != w.outbox.last {
-			w.Errorf("a browser has %d of %d events", b.position, w.outbox.last)
+		for _, log := range w.logs {
+			follows := current && slices.Contains(b.stream.logs, log) || !current && log == w.outbox
+			if follows && b.has[log.epoch] != log.last {
+				w.Errorf("a browser has %v, but the last is %s", b.has, log.id(log.last))
+			}
 		}
 		complete++
 	}
@@ -1490,14 +1525,19 @@ func TestOutboxModel(t *testing.T) {
 	worlds, _ := strconv.ParseUint(cmp.Or(os.Getenv("SIDECAST_SEEDS"), "200"), 10, 64)
 	const steps = 400
 	for seed := range worlds {
-		for _, policy := range []logPolicy{taskLike(), versionLike()} {
-			t.Run(fmt.Sprint(policy.event, " ", seed), func(t *testing.T) {
+		for _, kind := range []struct {
+			name   string
+			policy logPolicy
+			tasks  int
+		}{{"task", taskLike(), 0}, {"version", versionLike(), 0}, {"page", versionLike(), 4}} {
+			t.Run(fmt.Sprint(kind.name, " ", seed), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					w := newWorld(t, policy, seed)
+					w := newWorld(t, kind.policy, kind.tasks, seed)
 					for i := range steps {
 						w.step()
-						if i == steps*3/4 && policy.replay {
-							w.end("task_completed")
+						if log := w.logs[len(w.logs)-1]; i == steps*3/4 && log.policy.replay {
+							log.End("task_completed")
+							w.rest()
 						}
 						if t.Failed() {
 							t.Fatalf("seed %d, step %d", seed, i)

@@ -291,6 +291,7 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		secret:  cfg.CallbackSecret,
 		tasks:   b.tasks,
 		version: b.version,
+		pages:   &PageService{b.conns, b.tasks, b.version},
 		conns:   b.conns,
 		heard:   b.gateway.heard,
 		log:     log,
@@ -299,7 +300,7 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		wrongSecrets: throttle{interval: time.Second},
 		badIDs:       throttle{interval: time.Second},
 	}
-	services := label{"service", []string{serviceTask, serviceVersion}}
+	services := label{"service", []string{serviceTask, serviceVersion, servicePage}}
 	reg.gauge("sse_gateway_active_connections", "Current connections.", services, b.conns.Active)
 	reg.gauge("sse_outbox_events", "Events kept for delivery and resumption.", services, func() map[string]float64 {
 		return map[string]float64{serviceTask: float64(b.tasks.Events()), serviceVersion: float64(b.version.Events())}

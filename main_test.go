@@ -708,6 +708,7 @@ func TestWrongTokensAreLoggedOnceASecond(t *testing.T) {
 			api.do("POST", "/api/tasks", `{"type":"demo"}`, "Authorization: Bearer wr0ng")
 		}
 		time.Sleep(time.Second)
+		api.settle()
 		log := api.logged.String()
 		if n := strings.Count(log, "level=WARN"); n != 2 || !strings.Contains(log, "count=999") || strings.Contains(log, "wr0ng") {
 			t.Errorf("got log %s\nwant two warnings, the second of 999", log)

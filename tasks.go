@@ -71,11 +71,12 @@ type TaskService struct {
 
 	mu      sync.Mutex // guards the rest and the mutable part of each task
 	tasks   map[string]*task
-	queue   []*task // pending, oldest first, at most cfg.queueLimit
-	running int     // busy workers
-	outside int     // external tasks that have not ended, at most maxExternal
-	created uint64  // tasks ever made
-	closing bool    // no new tasks
+	queue   []*task                // pending, oldest first, at most cfg.queueLimit
+	running int                    // busy workers
+	outside int                    // external tasks that have not ended, at most maxExternal
+	created uint64                 // tasks ever made
+	watched map[string][]*follower // pages that follow a task that is not known, by its ID
+	closing bool                   // no new tasks
 }
 
 // task is one task. Its terminal event is in the outbox if and only if its
@@ -127,6 +128,7 @@ func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, 
 		},
 		unknown: &logPolicy{event: "error", replay: true},
 		tasks:   map[string]*task{},
+		watched: map[string][]*follower{},
 	}
 }
 
@@ -144,9 +146,58 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 		return follow(s.conns, identifier, c, t.outbox)
 	}
 	log := newEventLog(s.unknown)
-	log.Append(string(marshal(map[string]string{"error": "Task not found", "task_id": id})), true)
+	log.Append(taskNotFound(id), true)
 	log.End("task_not_found")
 	return follow(s.conns, identifier, c, log)
+}
+
+// maxFollowers is how many connections may follow one task.
+const maxFollowers = 10_000
+
+// crowded reports whether one of these tasks has as many followers as it may.
+func (s *TaskService) crowded(ids []string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.ContainsFunc(ids, func(id string) bool {
+		t := s.tasks[id]
+		return t != nil && t.outbox.Followers() >= maxFollowers || len(s.watched[id]) >= maxFollowers
+	})
+}
+
+// watch returns the logs of tasks for a page, with a log that tells it of those
+// that are not known. If one of these is made, the page is given its log, until
+// unwatch.
+func (s *TaskService) watch(ids []string, page *follower) []*eventLog {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	unknown := newEventLog(s.unknown)
+	logs := []*eventLog{unknown}
+	for _, id := range ids {
+		if t := s.tasks[id]; t != nil {
+			logs = append(logs, t.outbox)
+			continue
+		}
+		unknown.Append(taskNotFound(id), true)
+		s.watched[id] = append(s.watched[id], page)
+	}
+	return logs
+}
+
+// unwatch ends what watch began.
+func (s *TaskService) unwatch(ids []string, page *follower) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, id := range ids {
+		s.watched[id] = slices.DeleteFunc(s.watched[id], func(other *follower) bool { return other == page })
+		if len(s.watched[id]) == 0 {
+			delete(s.watched, id)
+		}
+	}
+}
+
+// taskNotFound is the data of an error event.
+func taskNotFound(id string) string {
+	return string(marshal(map[string]string{"error": "Task not found", "task_id": id}))
 }
 
 // Start makes a task. One that runs here starts as soon as a worker is free;
@@ -215,6 +266,10 @@ func (s *TaskService) addLocked(id, kind string) *task {
 		outbox: newEventLog(s.policy),
 	}
 	s.tasks[id] = t
+	for _, page := range s.watched[id] {
+		page.add(t.outbox)
+	}
+	delete(s.watched, id)
 	return t
 }
 

@@ -64,12 +64,11 @@ type outboxMetrics interface {
 
 // versionStream is one request_id.
 type versionStream struct {
-	identifier string
-	outbox     *eventLog
-	version    string    // the last one appended
-	round      uint64    // the announcement to everybody that it has, or had no need of
-	alone      time.Time // since when it has no connection; zero while it has one
-	held       int       // bytes that it held when last counted
+	outbox  *eventLog
+	version string    // the last one appended
+	round   uint64    // the announcement to everybody that it has, or had no need of
+	alone   time.Time // since when it has no connection; zero while it has one
+	held    int       // bytes that it held when last counted
 }
 
 // announcement is a version, and the data of its event.
@@ -106,19 +105,34 @@ func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end
 	if err != nil {
 		return event{}, false, err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	st, err := s.streamLocked(id, identifier, 0)
+	log, err := s.follow(id)
 	if err != nil {
 		return event{}, false, err
 	}
+	return follow(s.conns, identifier, c, log)
+}
+
+// follow returns the log of a request_id for a connection that is about to be
+// made.
+func (s *VersionService) follow(id string) (*eventLog, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st, err := s.streamLocked(id, 0)
+	if err != nil {
+		return nil, err
+	}
 	st.alone = time.Time{}
 	s.catchUpLocked(st)
-	return follow(s.conns, identifier, c, st.outbox)
+	return st.outbox, nil
+}
+
+// connected reports whether a request_id has a stream, of its own or of a page.
+func (s *VersionService) connected(id string) bool {
+	return s.conns.Connected(serviceVersion+":"+id) || s.conns.Connected(servicePage+":"+id)
 }
 
 // streamLocked returns the stream of a request_id, with room for so many bytes.
-func (s *VersionService) streamLocked(id, identifier string, room int) (*versionStream, error) {
+func (s *VersionService) streamLocked(id string, room int) (*versionStream, error) {
 	st := s.streams[id]
 	if st == nil {
 		room += versionOverhead
@@ -127,7 +141,7 @@ func (s *VersionService) streamLocked(id, identifier string, room int) (*version
 		return nil, errNoRoom
 	}
 	if st == nil {
-		st = &versionStream{identifier: identifier, outbox: newEventLog(s.policy), alone: time.Now()}
+		st = &versionStream{outbox: newEventLog(s.policy), alone: time.Now()}
 		s.streams[id] = st
 		s.countLocked(st)
 	}
@@ -163,12 +177,11 @@ func (s *VersionService) catchUpLocked(st *versionStream) (n uint64) {
 // it connects. It reports whether an open stream was given the event by the
 // time it returns, which is when ctx ends at the latest.
 func (s *VersionService) Announce(ctx context.Context, id string, a announcement) (delivered bool, err error) {
-	identifier, err := newIdentifier(serviceVersion, id)
-	if err != nil {
+	if _, err := newIdentifier(serviceVersion, id); err != nil {
 		return false, err
 	}
 	s.mu.Lock()
-	st, err := s.streamLocked(id, identifier, len(a.data)+versionOverhead)
+	st, err := s.streamLocked(id, len(a.data)+versionOverhead)
 	if err != nil {
 		s.mu.Unlock()
 		return false, err
@@ -207,8 +220,8 @@ func (s *VersionService) TellAll(a announcement) (told []versionEvent) {
 	defer s.mu.Unlock()
 	s.latest = a
 	s.round++
-	for _, st := range s.streams {
-		if s.conns.Connected(st.identifier) {
+	for id, st := range s.streams {
+		if s.connected(id) {
 			if n := s.catchUpLocked(st); n != 0 {
 				told = append(told, versionEvent{st.outbox, n})
 			}
@@ -243,7 +256,7 @@ func (s *VersionService) tidy() {
 			st.outbox.Shed()
 		}
 		_, waiting, bytes := st.outbox.Size()
-		if s.conns.Connected(st.identifier) {
+		if s.connected(id) {
 			st.alone = time.Time{}
 		} else if st.alone.IsZero() {
 			st.alone = now
