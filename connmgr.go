@@ -69,7 +69,6 @@ type connection struct {
 	token   string
 	order   requestOrder
 	owner   owner
-	since   time.Time // when it connected
 	checked time.Time // when it connected, or a sweep last asked for it
 	suspect bool      // a send failed: the client may have a gap, so the stream must end
 }
@@ -117,7 +116,7 @@ func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o own
 		m.removeLocked(identifier, replaced)
 	}
 	same := m.removeLocked(m.tokens[c.token], c.token) // something repeated a callback
-	m.connections[identifier] = &connection{token: c.token, order: c.order, owner: o, since: now, checked: now}
+	m.connections[identifier] = &connection{token: c.token, order: c.order, owner: o, checked: now}
 	m.tokens[c.token] = identifier
 	m.mu.Unlock()
 	until := now
@@ -177,10 +176,9 @@ func (m *ConnectionManager) OnDisconnect(token string) {
 		m.log.Debug("ignoring a stale disconnect", "token", mask(token))
 		return
 	}
-	now := time.Now()
-	c.owner.ended(now)
+	c.owner.ended(time.Now())
 	m.met.RecordSSEGatewayConnection(serviceOf(identifier), "disconnect")
-	m.log.Debug("disconnected", "identifier", identifier, "token", mask(token), "after", now.Sub(c.since))
+	m.log.Debug("disconnected", "identifier", identifier, "token", mask(token))
 }
 
 // lost removes the connection of identifier, which the gateway does not know

@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"time"
 )
 
 // logPolicy is what the event logs of one service have in common.
@@ -77,11 +76,6 @@ type cursor struct {
 	first    uint64 // of the run that is in flight
 	inFlight uint64 // the last number of that run; 0 for none
 	detached bool   // the reader follows no more
-
-	// settles is when the browser counts as having received what was sent, if the
-	// connection is there then. It is zero while that is not known to be with an
-	// open stream.
-	settles time.Time
 }
 
 func newEventLog(policy *logPolicy) *eventLog {
@@ -97,7 +91,19 @@ func (l *eventLog) id(n uint64) string {
 	if l.epoch == "" {
 		return ""
 	}
-	return l.epoch + "-" + strconv.FormatUint(n, 10)
+	var b strings.Builder
+	l.writeID(&b, n)
+	return b.String()
+}
+
+// maxPosition is more than the bytes of an event ID of a single log.
+const maxPosition = 32
+
+func (l *eventLog) writeID(b *strings.Builder, n uint64) {
+	var digits [20]byte
+	b.WriteString(l.epoch)
+	b.WriteByte('-')
+	b.Write(strconv.AppendUint(digits[:0], n, 10))
 }
 
 // parsePositions returns the number for each epoch that an event ID names, or
@@ -294,27 +300,20 @@ func (l *eventLog) attach(r reader, named map[string]uint64) *cursor {
 	return c
 }
 
-// seen notes that the connection is there at that time. The caller holds the log.
-func (c *cursor) seenLocked(at time.Time) {
-	if !c.settles.IsZero() && !at.Before(c.settles) {
+// received notes that a browser has what was sent.
+func (c *cursor) received() {
+	c.log.mu.Lock()
+	defer c.log.mu.Unlock()
+	if !c.detached {
 		c.log.receivedLocked(c.sent)
 	}
 }
 
-// seen is seenLocked for a caller that does not hold the log.
-func (c *cursor) seen(at time.Time) {
+// detach ends the following. What was sent and not received is given again to the
+// next reader that names no ID.
+func (c *cursor) detach() {
 	c.log.mu.Lock()
 	defer c.log.mu.Unlock()
-	c.seenLocked(at)
-}
-
-// detach ends the following: the connection is no more. It was there until the
-// given time, unless that is zero. If what was sent has not settled then, it is
-// given again to the next connection that names no ID.
-func (c *cursor) detach(until time.Time) {
-	c.log.mu.Lock()
-	defer c.log.mu.Unlock()
-	c.seenLocked(until)
 	c.detached = true
 	c.log.cursors = slices.DeleteFunc(c.log.cursors, func(other *cursor) bool { return other == c })
 	c.log.notifyLocked()
@@ -361,25 +360,21 @@ func (c *cursor) behind(n uint64) bool {
 	return c.log.reason != "" || c.log.indexLocked(n) < len(c.log.entries)
 }
 
-// settle notes that the gateway took the first events of a run, after it began to
-// be sent. They are with an open stream, and count as received once the connection
-// is there at the time settles, unless that is zero.
-func (c *cursor) settle(run []entry, taken int, began, settles time.Time) {
+// settle notes that the gateway took the first events of a run, and whether all
+// that was sent is with an open stream.
+func (c *cursor) settle(run []entry, taken int, given bool) {
 	l := c.log
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if c.detached { // what a connection that is no more was given moves nothing
 		return
 	}
-	c.inFlight, c.settles = 0, settles
+	c.inFlight = 0
 	if taken > 0 {
 		c.sent = run[taken-1].n
 	}
-	if !settles.IsZero() {
+	if given {
 		l.given = max(l.given, c.sent)
-	}
-	if taken > 0 {
-		c.seenLocked(began)
 	}
 	for _, e := range run[taken:] {
 		if e.n > l.given && !l.hasLocked(e.n) && !l.inFlightLocked(e.n) {

@@ -29,22 +29,23 @@ type follower struct {
 	identifier string
 	token      string
 	conns      *ConnectionManager
-	probes     bool   // the gateway can be asked about the stream before it is open
-	page       bool   // follows any number of logs
 	onEnd      func() // called when the connection is no more, perhaps twice; may be nil
 	state      atomic.Int32
 
 	// For deliver alone.
-	closed bool // the connection was given the end
-	asked  bool // the gateway was asked about buffered in vain
-	turn   int  // the cursor that comes first in the next run
+	turn   uint32 // the cursor that comes first in the next run
+	closed bool   // the connection was given the end
+	asked  bool   // the gateway was asked about buffered in vain
+
+	page   bool // follows any number of logs
+	probes bool // the gateway can be asked about the stream before it is open
 
 	mu       sync.Mutex // guards the rest
 	cursors  []*cursor  // only added to
-	begun    bool
-	since    time.Time // when the connection was opened, as far as is known
-	buffered bool      // the last events wait at the gateway, which may still drop them
-	stopped  bool      // the connection has ended
+	since    time.Time  // when the connection was opened, as far as is known
+	begun    bool       // the delivery has
+	buffered bool       // the last events wait at the gateway, which may still drop them
+	stopped  bool       // the connection has ended
 }
 
 // States of a follower: whether deliver runs, and is to look once more.
@@ -97,7 +98,7 @@ func (f *follower) begin(logs []*eventLog, lastEventID string) (position string,
 	f.begun = true
 	_, position = around(f.cursors, nil)
 	if f.stopped {
-		f.detachLocked(time.Time{})
+		f.detachLocked()
 	} else {
 		f.wake()
 	}
@@ -120,26 +121,37 @@ func (f *follower) add(log *eventLog) {
 // around returns what the ID of an event has before and after the part of c: the
 // positions in the other logs.
 func around(cursors []*cursor, c *cursor) (before, after string) {
+	var ids strings.Builder
+	middle := 0
 	for _, other := range cursors {
 		switch {
 		case other == c:
-			before, after = after, ""
+			middle = ids.Len()
 		case other.log.epoch != "":
-			after += "." + other.log.id(other.sent)
+			ids.WriteByte('.')
+			other.log.writeID(&ids, other.sent)
 		}
 	}
+	before, after = ids.String()[:middle], ids.String()[middle:]
 	if before != "" {
 		before = before[1:] + "."
 	}
 	return before, after
 }
 
-// seen notes that the gateway knows the connection.
+// seen notes that the connection is there at that time, and is open.
 func (f *follower) seen(at time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.seenLocked(at)
+}
+
+func (f *follower) seenLocked(at time.Time) {
+	if f.buffered || at.Sub(f.since) < settleTime {
+		return
+	}
 	for _, c := range f.cursors {
-		c.seen(at)
+		c.received()
 	}
 }
 
@@ -149,16 +161,17 @@ func (f *follower) ended(until time.Time) {
 	f.mu.Lock()
 	stopped := f.stopped
 	f.stopped = true
-	f.detachLocked(until)
+	f.seenLocked(until)
+	f.detachLocked()
 	f.mu.Unlock()
 	if !stopped && f.onEnd != nil {
 		f.onEnd()
 	}
 }
 
-func (f *follower) detachLocked(until time.Time) {
+func (f *follower) detachLocked() {
 	for _, c := range f.cursors {
-		c.detach(until)
+		c.detach()
 	}
 }
 
@@ -224,7 +237,7 @@ func (f *follower) deliver() {
 // cursors take turns.
 func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, reason string) {
 	for range cursors {
-		c = cursors[f.turn%len(cursors)]
+		c = cursors[int(f.turn)%len(cursors)]
 		f.turn++
 		if run, reason = c.take(most); len(run) > 0 {
 			break
@@ -235,11 +248,17 @@ func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, re
 
 func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
 	before, after := around(cursors, c)
+	var ids strings.Builder // of the whole run, as those of a page are long
+	ids.Grow(len(run) * (len(before) + maxPosition + len(after)))
 	events := make([]event, len(run))
 	for i, e := range run {
 		events[i] = event{Name: c.log.policy.event, Data: e.data}
-		if id := c.log.id(e.n); id != "" {
-			events[i].ID = before + id + after
+		if c.log.epoch != "" {
+			start := ids.Len()
+			ids.WriteString(before)
+			c.log.writeID(&ids, e.n)
+			ids.WriteString(after)
+			events[i].ID = ids.String()[start:]
 		}
 	}
 	return events
@@ -258,9 +277,12 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 		}
 		f.buffered, f.asked = r.buffered, false
 	}
-	c.settle(run, min(r.taken, len(run)), began, f.settlesLocked())
+	c.settle(run, min(r.taken, len(run)), !f.buffered)
 	switch {
 	case r.err == nil:
+		if !c.log.policy.replay {
+			f.seenLocked(began)
+		}
 		return true
 	case r.err == errSuspended, errors.Is(r.err, errUnknownToken):
 		return false
@@ -272,17 +294,8 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 func (f *follower) openedLocked() {
 	f.buffered, f.since = false, time.Now()
 	for _, c := range f.cursors {
-		c.settle(nil, 0, time.Time{}, f.settlesLocked())
+		c.settle(nil, 0, true)
 	}
-}
-
-// settlesLocked is when the connection counts as having received what it was
-// given: zero for not yet known.
-func (f *follower) settlesLocked() time.Time {
-	if f.buffered {
-		return time.Time{}
-	}
-	return f.since.Add(settleTime)
 }
 
 // An event that the gateway buffers until its stream is open is lost with that

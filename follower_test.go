@@ -1157,7 +1157,7 @@ func newWorld(t *testing.T, policy logPolicy, tasks int, seed uint64) *world {
 // connect has b ask the gateway for a stream. The connect callback arrives some time later.
 func (w *world) connect(b *simBrowser) {
 	s := &simStream{token: fmt.Sprint("t", len(w.streams)), browser: b}
-	order := requestOrder{gateway: fmt.Sprint(w.run), n: uint64(len(w.streams))}
+	order := parseOrder(fmt.Sprint("run", w.run, "-", len(w.streams)))
 	s.request = connectRequest{token: s.token, lastEventID: b.lastID, order: order, probes: true}
 	s.logs = w.logs[:1]
 	for _, log := range w.logs[1:] { // another set of tasks each time

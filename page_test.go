@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -176,5 +177,64 @@ func TestPageTargets(t *testing.T) {
 		if got := api.callback(apiConnect("t", "/api/sse/stream"+query)); !strings.HasPrefix(got, want) {
 			t.Errorf("%.80s: got %.200s, want %s", query, got, want)
 		}
+	}
+}
+
+// takeAll is a gateway that takes everything.
+func takeAll() *ConnectionManager {
+	gateway := senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
+	return newConnectionManager(gateway, slog.New(slog.DiscardHandler), noConnectionMetrics{})
+}
+
+// BenchmarkAppend appends to a task that pages follow, and has it delivered.
+func BenchmarkAppend(b *testing.B) {
+	for _, followers := range []int{0, 1, 100} {
+		b.Run(fmt.Sprint("followers=", followers), func(b *testing.B) {
+			conns := takeAll()
+			policy := taskLike()
+			policy.limit, policy.dropped = 1000, func(int) {}
+			log := newEventLog(&policy)
+			for i := range followers {
+				f := &follower{identifier: fmt.Sprint("page:", i), page: true}
+				f.connect(conns, connectRequest{token: newToken()}, func() []*eventLog { return []*eventLog{log} })
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				log.Append("data", false)
+			}
+			conns.Drain(b.Context())
+		})
+	}
+}
+
+// BenchmarkCatchUp gives 50,000 events to a page that has none of them: of one task, and of 50, whose IDs are longer.
+func BenchmarkCatchUp(b *testing.B) {
+	for _, tasks := range []int{1, maxPageTasks} {
+		b.Run(fmt.Sprint("tasks=", tasks), func(b *testing.B) {
+			const events = 50_000
+			taken, done := 0, make(chan bool)
+			conns := newConnectionManager(senderFunc(func(run []event) sendResult {
+				if taken += len(run); taken == events {
+					done <- true
+				}
+				return sendResult{taken: len(run)}
+			}), slog.New(slog.DiscardHandler), noConnectionMetrics{})
+			policy := taskLike()
+			policy.epoch = newEpoch
+			var logs []*eventLog
+			for range tasks {
+				log := newEventLog(&policy)
+				for range events / tasks {
+					log.Append(benchData, false)
+				}
+				logs = append(logs, log)
+			}
+			for b.Loop() {
+				f := &follower{identifier: "page:" + newToken(), page: true}
+				taken = 0
+				f.connect(conns, connectRequest{token: newToken()}, func() []*eventLog { return logs })
+				<-done
+			}
+		})
 	}
 }

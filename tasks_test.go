@@ -157,10 +157,10 @@ func TestTaskUnknownReplacesNoNewerStream(t *testing.T) {
 	for n := range 1000 {
 		id := fmt.Sprint(n)
 		var requests sync.WaitGroup
-		requests.Go(func() { api.tasks.OnConnect(id, connectRequest{token: "old " + id, order: requestOrder{"g", 1}}) })
+		requests.Go(func() { api.tasks.OnConnect(id, connectRequest{token: "old " + id, order: parseOrder("g-1")}) })
 		requests.Go(func() {
 			api.tasks.Start(externalTask, object{"task_id": marshal(id)})
-			api.tasks.OnConnect(id, connectRequest{token: "new " + id, order: requestOrder{"g", 2}})
+			api.tasks.OnConnect(id, connectRequest{token: "new " + id, order: parseOrder("g-2")})
 		})
 		requests.Wait()
 		if api.conns.tokens["new "+id] == "" {

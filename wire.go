@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"unique"
 )
 
 // featuresHeader is the header of callbacks by which a gateway tells what it
@@ -44,24 +45,25 @@ func parseFeatures(header string) (f features) {
 // gateway is another for each run of it. Callbacks may overtake each other.
 const orderHeader = "Sse-Gateway-Request"
 
-// requestOrder is the place of a request among those of a gateway's run.
+// requestOrder is the place of a request among those of a gateway's run. The zero
+// value is for not known.
 type requestOrder struct {
-	gateway string // "" if unknown
+	gateway unique.Handle[string]
 	n       uint64
 }
 
 func parseOrder(header string) requestOrder {
 	gateway, number, _ := strings.Cut(header, "-")
 	n, err := strconv.ParseUint(number, 10, 64)
-	if err != nil {
+	if err != nil || gateway == "" {
 		return requestOrder{}
 	}
-	return requestOrder{gateway, n}
+	return requestOrder{unique.Make(gateway), n}
 }
 
 // before reports whether the request is known to be older than other.
 func (o requestOrder) before(other requestOrder) bool {
-	return o.gateway != "" && o.gateway == other.gateway && o.n < other.n
+	return o.gateway != unique.Handle[string]{} && o.gateway == other.gateway && o.n < other.n
 }
 
 // event is one message to a browser. An empty ID or Name is left out.
