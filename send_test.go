@@ -29,6 +29,7 @@ func TestSendAnswers(t *testing.T) {
 		noToken  = `400 {"error":"token is missing or empty"}`
 		noData   = `400 {"error":"event data is missing"}`
 		badField = `400 {"error":"event name and id must not contain CR, LF or NUL"}`
+		badRetry = `400 {"error":"event retry must be a whole number of milliseconds from 1 to 86400000"}`
 	)
 	for _, tt := range []struct {
 		body string // with $ for the token
@@ -37,10 +38,13 @@ func TestSendAnswers(t *testing.T) {
 	}{
 		{`{"token":"$","event":{"data":"a"}}`, sentOK, "data: a"},
 		{`{"token":"$","event":{"id":"k-1","name":"n","data":"a\nb\r\nc\rd"},"close":false}`, sentOK,
-			"id: k-1\nevent: n\ndata: a\ndata: b\ndata: c\ndata: d"},
+			"event: n\ndata: a\ndata: b\ndata: c\ndata: d\nid: k-1"},
 		{`{"token":"$","event":{"id":"","name":"","data":""}}`, sentOK, "data: "},
 		{` { "close" : false , "event" : { "data" : "\u00e9\u0000" } , "token" : "$" } `, sentOK, "data: é\x00"},
-		{`{"token":"$","event":{"data":"a","retry":1},"more":{"token":1}}`, sentOK, "data: a"},
+		{`{"token":"$","event":{"data":"a","other":1},"more":{"token":1}}`, sentOK, "data: a"},
+		{`{"token":"$","event":{"data":"a","retry":1}}`, sentOK, "retry: 1\ndata: a"},
+		{`{"token":"$","event":{"retry":86400000,"id":"1","name":"n","data":"a"}}`, sentOK, "retry: 86400000\nevent: n\ndata: a\nid: 1"},
+		{`{"token":"$","event":{"data":"a","retry":1.5e3}}`, sentOK, "retry: 1500\ndata: a"},
 		{`{"token":"$","Event":{"data":"a"},"CLOSE":true}`, sentOK, ""}, // names are exact, so this asks no more than the next
 
 		// Is the stream alive? Nothing is written.
@@ -55,6 +59,10 @@ func TestSendAnswers(t *testing.T) {
 		{`{"token":"$","event":[]}`, badType, ""}, {`{"token":"$","event":true}`, badType, ""},
 		{`{"token":"$","event":{"data":null}}`, badType, ""}, {`{"token":"$","event":{"data":{}}}`, badType, ""},
 		{`{"token":"$","event":{"data":"a","id":1}}`, badType, ""}, {`{"token":"$","event":{"data":"a","name":null}}`, badType, ""},
+		{`{"token":"$","event":{"data":"a","retry":null}}`, badType, ""}, {`{"token":"$","event":{"data":"a","retry":"1"}}`, badType, ""},
+		{`{"token":"$","event":{"data":"a","retry":0}}`, badRetry, ""}, {`{"token":"$","event":{"data":"a","retry":1.5}}`, badRetry, ""},
+		{`{"token":"$","event":{"data":"a","retry":-1}}`, badRetry, ""}, {`{"token":"$","event":{"data":"a","retry":86400001}}`, badRetry, ""},
+		{`{"token":"$","event":{"retry":1}}`, noData, ""}, {`{"token":"$","event":{"data":"a","retry":1,"retry":1}}`, twice, ""},
 		{`{"token":"$","close":null}`, badType, ""}, {`{"token":"$","close":0}`, badType, ""},
 		{`{"token":"$","close":"true"}`, badType, ""}, {`{"token":"$","event":{"data":"a"},"close":{}}`, badType, ""},
 		{`{"token":"$","event":{}}`, noData, ""}, {`{"token":"$","event":{"Data":"a"}}`, noData, ""},
@@ -214,6 +222,9 @@ func TestSendConnection(t *testing.T) {
 		wantText, _ := fresh.rest()
 		gotText, _ := used.rest()
 		gotType, wantType := got.Header.Get("Content-Type"), want.Header.Get("Content-Type")
+		if got := got.Header.Get("Cache-Control"); wantType == "application/json" && got != "no-store" {
+			t.Errorf("%.300q: got Cache-Control %q, want no-store", request, got)
+		}
 		if got.StatusCode != want.StatusCode || gotType != wantType || gotText != wantText || got.Close != want.Close {
 			t.Errorf("%.300q: got %s %s %q, to be closed: %v; want %s %s %q, %v",
 				request, got.Status, gotType, gotText, got.Close, want.Status, wantType, wantText, want.Close)

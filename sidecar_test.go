@@ -37,7 +37,7 @@ func TestStreamBeginning(t *testing.T) {
 	if got := c.line(); !regexp.MustCompile(`^retry: (1\d\d\d|2000)$`).MatchString(got) {
 		t.Errorf("first line: got %q, want retry from 1000 to 2000", got)
 	}
-	if got, want := c.event(), "id: e-0\nevent: connection_open\ndata: {}"; got != want {
+	if got, want := c.event(), "event: connection_open\ndata: {}\nid: e-0"; got != want {
 		t.Errorf("got %q, want the event of the callback, %q", got, want)
 	}
 	g.send(receive(t, g.connects).Token, "live")
@@ -173,8 +173,13 @@ func TestOddCallbackAnswers(t *testing.T) {
 		logged bool
 	}{
 		{body: ``}, {body: " \r\n"}, {body: `{}`}, {body: `{"event":{"data":"a"},"close":false}`, event: "data: a"},
-		{body: `{"event":{"id":"1","name":"n","data":"a\nb","more":1},"more":[]}`, event: "id: 1\nevent: n\ndata: a\ndata: b"},
+		{body: `{"event":{"id":"1","name":"n","data":"a\nb","more":1},"more":[]}`, event: "event: n\ndata: a\ndata: b\nid: 1"},
 		{body: `{"event":{"data":""}}`, event: "data: "},
+		{body: `{"event":{"data":"a","retry":7}}`, event: "retry: 7\ndata: a"},
+		{body: `{"heartbeat":"event"}`}, {body: `{"heartbeat":"comment"}`, logged: true}, {body: `{"heartbeat":null}`, logged: true},
+		{body: `{"event":{"data":"a"},"heartbeat":1}`, event: "data: a", logged: true},
+		{body: `{"event":{"data":"a","retry":0}}`, event: "data: a", logged: true},
+		{body: `{"event":{"data":"a","retry":86400001}}`, event: "data: a", logged: true},
 		{body: `{"close":true}`, ends: true},
 		{body: `{"event":{"data":"a"},"close":true}`, event: "data: a", ends: true},
 
@@ -398,7 +403,7 @@ func TestRequestsThatOpenNoStream(t *testing.T) {
 	}{
 		{"body", "GET /x HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc", noBody},
 		{"chunked body", "GET /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", noBody},
-		{"empty chunked body", "GET /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", noBody},
+		{"malformed chunked body", "GET /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nz\r\n", noBody},
 		{"long path", "GET /" + strings.Repeat("x", 8<<10) + " HTTP/1.1\r\nHost: h\r\n\r\n", `414 {"error":"request target too long"}`},
 		{"long query", "GET /?" + strings.Repeat("x", 8<<10) + " HTTP/1.1\r\nHost: h\r\n\r\n", `414 {"error":"request target too long"}`},
 		{"not UTF-8", "GET /\xff HTTP/1.1\r\nHost: h\r\n\r\n", `400 {"error":"request target is not UTF-8"}`},

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http/httputil"
 	"slices"
 	"strconv"
 	"strings"
@@ -66,13 +65,6 @@ func (c *streamClient) wireString(n int) string {
 	text := make([]byte, n)
 	n, _ = io.ReadFull(c.wire, text)
 	return string(text[:n])
-}
-
-func TestChunkedHeartbeat(t *testing.T) {
-	got, err := io.ReadAll(httputil.NewChunkedReader(strings.NewReader(chunkedHeartbeat + lastChunk)))
-	if err != nil || string(got) != heartbeat {
-		t.Errorf("got %q, %v; want %q", got, err, heartbeat)
-	}
 }
 
 // What the socket does not take waits and is written by another goroutine, and the order stays, also at the points

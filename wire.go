@@ -15,10 +15,11 @@ import (
 
 // featuresHeader is the header of callbacks by which a gateway tells what it
 // can do, separated by commas. featureBatch is that /internal/send takes
-// batches.
+// batches; gatewayFeatures are those of this gateway.
 const (
-	featuresHeader = "Sse-Gateway-Features"
-	featureBatch   = "batch"
+	featuresHeader  = "Sse-Gateway-Features"
+	featureBatch    = "batch"
+	gatewayFeatures = featureBatch + ", id, retry, heartbeat"
 )
 
 // orderHeader is the header of connect callbacks by which a gateway says how
@@ -118,12 +119,14 @@ func encodeSend(b []byte, token string, e *event, end bool) []byte {
 
 // callbackAnswer is what the backend said to a connect callback.
 type callbackAnswer struct {
-	event sentEvent
-	end   bool
+	event     sentEvent
+	end       bool
+	beatEvent bool // this stream's heartbeats are events
 }
 
 // encodeRequest is the request as both callbacks tell it: the raw target, and
-// the headers with lower-case names and one value each.
+// the headers with lower-case names and one value each. Bytes that are not
+// UTF-8 become U+FFFD as it is, as an escape would take more room.
 func encodeRequest(r *http.Request) json.RawMessage {
 	b := appendString([]byte(`{"url":`), r.RequestURI)
 	b = append(b, `,"headers":{"host":`...)
@@ -136,7 +139,7 @@ func encodeRequest(r *http.Request) json.RawMessage {
 		b = append(b, ',')
 		b = appendString(b, strings.ToLower(name))
 		b = append(b, ':')
-		b = appendString(b, strings.Join(values, separator))
+		b = appendString(b, strings.ToValidUTF8(strings.Join(values, separator), "\uFFFD"))
 	}
 	return bytes.Clone(append(b, "}}"...)) // kept for as long as the stream: no spare room
 }
