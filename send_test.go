@@ -1,12 +1,14 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"reflect"
@@ -15,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -229,6 +232,60 @@ func TestSendConnection(t *testing.T) {
 			t.Errorf("%.300q: got %s %s %q, to be closed: %v; want %s %s %q, %v",
 				request, got.Status, gotType, gotText, got.Close, want.Status, wantType, wantText, want.Close)
 		}
+	}
+}
+
+// A request has its time from its first byte on, as with net/http, however it drips; a silent connection has longer.
+func TestSendConnectionTimes(t *testing.T) {
+	t.Parallel()
+	const pause = 9 * time.Second
+	plain := sendText("application/json", []byte(`{"token":"x"}`))
+	for _, tt := range []struct {
+		name  string
+		begun string // of the next request, with the one before
+		next  string // of it, a byte each pause
+		least time.Duration
+		most  time.Duration
+	}{
+		{"silent", "", "", sendIdle - sendIdleSlack, sendIdle},
+		{"dripping", "", plain, pause + sendDue, pause + sendDue},
+		{"begun, then dripping", plain[:60], plain[60:], sendDue, sendDue},
+		{"begun, then silent", plain[:60], "", sendDue, sendDue},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+			ours, theirs := net.Pipe()
+			go g.sendLoop(ours, nil)
+			answers := bufio.NewReader(theirs)
+			ask := func(text string) {
+				io.WriteString(theirs, text)
+				if resp, err := http.ReadResponse(answers, nil); err != nil || resp.StatusCode != 404 {
+					t.Fatalf("%s: got %v, %v, want an answer", tt.name, resp, err)
+				} else {
+					io.Copy(io.Discard, resp.Body)
+				}
+			}
+			ask(plain)
+			time.Sleep(sendIdle - sendIdleSlack - time.Second)
+			io.WriteString(theirs, plain[:60])
+			time.Sleep(sendDue - time.Second)
+			ask(plain[60:] + tt.begun)
+			began := time.Now()
+			var drip sync.WaitGroup
+			drip.Go(func() {
+				for _, c := range []byte(tt.next) {
+					time.Sleep(pause)
+					if _, err := theirs.Write([]byte{c}); err != nil {
+						return
+					}
+				}
+			})
+			_, err := answers.ReadByte()
+			if took := time.Since(began); err != io.EOF || took < tt.least || took > tt.most {
+				t.Errorf("%s: got %v after %v, want the end after %v to %v", tt.name, err, took, tt.least, tt.most)
+			}
+			drip.Wait()
+		})
 	}
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"reflect"
@@ -358,6 +359,28 @@ func TestBackendTooSlow(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 }
 
+// Where localhost has no address of its own, both loopback addresses are tried.
+func TestDialLocalhost(t *testing.T) {
+	t.Parallel()
+	for _, network := range []string{"tcp4", "tcp6"} {
+		l, err := net.Listen(network, map[string]string{"tcp4": "127.0.0.1:0", "tcp6": "[::1]:0"}[network])
+		if err != nil {
+			t.Skipf("no loopback address: %v", err)
+		}
+		defer l.Close()
+		_, port, _ := net.SplitHostPort(l.Addr().String())
+		conn, err := dial(t.Context(), "tcp", "localhost:"+port)
+		if err != nil {
+			t.Errorf("only %s listens: %v", l.Addr(), err)
+			continue
+		}
+		if got, want := conn.RemoteAddr().String(), l.Addr().String(); got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+		conn.Close()
+	}
+}
+
 func TestNoCallbackURL(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "CALLBACK_URL=", nil)
@@ -495,6 +518,35 @@ func TestPipelinedBytesEndTheStream(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 	if n := len(g.connects); n != 0 {
 		t.Error("the backend was asked about the second request")
+	}
+}
+
+// One that leaves while it waits for its turn to be asked about takes up no room until then.
+func TestClientLeavesBeforeItsCallback(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	g := newGatewayFixture(t, "", holding("connect", gate, answering(200, "")))
+	for range maxConnecting {
+		g.get("/x")
+	}
+	for range maxConnecting {
+		receive(t, g.connects)
+	}
+	var waiting []*streamClient
+	for range 10 {
+		waiting = append(waiting, g.get("/waits"))
+	}
+	g.waitMetric("gateway_streams", maxConnecting+10)
+	for i, c := range waiting {
+		[]func(){func() { c.Close() }, c.reset}[i%2]()
+	}
+	g.waitMetric("gateway_streams", maxConnecting)
+	if got := g.metric(`gateway_callbacks_total{action="connect",status="timeout"}`); got != 0 {
+		t.Errorf("got %v callbacks that were given up, want none yet", got)
+	}
+	close(gate)
+	if n := len(g.connects); n != 0 {
+		t.Errorf("the backend was asked about %d that had left", n)
 	}
 }
 
@@ -697,14 +749,26 @@ func TestGatewayShutdownAnswersThoseThatConnect(t *testing.T) {
 func TestHeartbeat(t *testing.T) {
 	t.Parallel()
 	const interval, beats = 100 * time.Millisecond, 5
-	g := newGatewayFixture(t, "HEARTBEAT_INTERVAL_SECONDS=0.1", nil)
+	g := newGatewayFixture(t, "HEARTBEAT_INTERVAL_SECONDS=0.1", func(w http.ResponseWriter, c callbackCall) {
+		if c.Request.URL == "/event" {
+			io.WriteString(w, `{"heartbeat":"event"}`)
+		}
+	})
 	began := time.Now()
-	c, old := g.open("/x"), g.dial("GET /x HTTP/1.0\r\n\r\n")
-	old.begin()
+	clients := map[*streamClient]string{}
+	for _, version := range []string{"1.0", "1.1"} {
+		clients[g.dial("GET /x HTTP/"+version+"\r\nHost: h\r\n\r\n")] = ":"
+		clients[g.dial("GET /event HTTP/"+version+"\r\nHost: h\r\n\r\n")] = "event: heartbeat\ndata: 0.1\n"
+	}
+	for c := range clients {
+		c.begin()
+	}
 	for range beats {
-		for _, c := range []*streamClient{c, old} {
-			if got, want := c.line(), ": heartbeat"; got != want {
-				t.Errorf("got %q, want %q", got, want)
+		for c, want := range clients {
+			for want := range strings.SplitSeq(want, "\n") {
+				if got := c.line(); got != want {
+					t.Errorf("got %q, want %q", got, want)
+				}
 			}
 		}
 	}
@@ -713,6 +777,7 @@ func TestHeartbeat(t *testing.T) {
 	}
 }
 
+// Also what is refused can be read there: a page should be able to tell why.
 func TestGatewayCORS(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ settings, origin, credentials string }{

@@ -137,6 +137,25 @@ func TestBufferOverflowCutsTheStream(t *testing.T) {
 	g.waitMetric("gateway_streams", 1)
 }
 
+// The limit is a second also for a write that began before, under the longer write timeout: with a large buffer one
+// always has.
+func TestBufferOverflowOfALargeBuffer(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304", nil)
+	c := g.open("/x")
+	data := strings.Repeat("x", 16<<10)
+	for range 1000 {
+		if g.send(c.callback.Token, data) == sentGone {
+			break
+		}
+	}
+	began := time.Now()
+	g.wantDisconnect(c, "error")
+	if took := time.Since(began); took < overflowTimeout/2 || took > 3*overflowTimeout {
+		t.Errorf("cut after %v, want %v", took, overflowTimeout)
+	}
+}
+
 // A client gets what was accepted for it before its stream began, or it would return for the same again and again.
 func TestBufferOverflowDuringCallback(t *testing.T) {
 	t.Parallel()
