@@ -11,7 +11,9 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"net/netip"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,7 +32,8 @@ const (
 // backend is told by it where callbacks go. Here and below, seconds may have decimals and are from 0.001 to a year; a
 // count that has no other upper bound is at most 1<<30.
 type gatewayConfig struct {
-	// Addr is the public listen address: PORT (default 3000; 0 lets the system choose) on every interface.
+	// Addr is the public listen address: PORT (default 3000; 0 lets the system choose) at HOST (default "" = on every
+	// interface).
 	Addr string
 	// InternalAddr (INTERNAL_ADDR, default "") serves pprof and /metrics, and with a gateway that runs alone it is the one
 	// address that serves /metrics and /internal/send. When empty, its public address does, and nothing serves pprof.
@@ -204,6 +207,29 @@ func healthcheckURL(getenv func(string) string) (string, error) {
 	return u.String(), errors.Join(r.errs...)
 }
 
+// warnOfVariables warns of variables that begin like ours and that nothing reads: they may be misspelt. It never shows a
+// value.
+func warnOfVariables(environ []string, log *slog.Logger) {
+	known := map[string]bool{}
+	note := func(name string) string { known[name] = true; return "" }
+	loadBackendConfig(note)
+	loadGatewayConfig(note)
+	for _, variable := range environ {
+		name, _, _ := strings.Cut(variable, "=")
+		if !known[name] && ourVariable.MatchString(name) && !serviceVariable.MatchString(name) {
+			log.Warn("no such setting: is its name misspelt?", "variable", name)
+		}
+	}
+}
+
+// ourVariable has no prefix that other programs use as well, such as LOG_. serviceVariable is what Kubernetes sets for
+// each of its services.
+var (
+	ourVariable = regexp.MustCompile(`^(TASK|SSE|VERSION|FRONTEND|CONNECTION|CALLBACK|HEARTBEAT|INTERNAL|MAX|STREAM|WRITE|RETRY|` +
+		`CORS|DATA)_`)
+	serviceVariable = regexp.MustCompile(`_(PORT|SERVICE_HOST|SERVICE_PORT)(_|$)`)
+)
+
 // envReader reads variables and collects what is wrong with them.
 type envReader struct {
 	getenv func(string) string
@@ -272,9 +298,17 @@ func (r *envReader) addr(name, unset string) string {
 	return v
 }
 
-// portAddr reads PORT as the address of that port on every interface.
+// portAddr reads HOST and PORT as an address.
 func (r *envReader) portAddr() string {
-	return fmt.Sprintf(":%d", r.number("PORT", 3000, 0, 65535))
+	host := r.getenv("HOST")
+	_, err := netip.ParseAddr(host)
+	if err != nil && strings.ContainsAny(host, ":/[] ") {
+		r.fail("HOST", "an IP address or host name, without a port")
+	}
+	if host == "localhost" {
+		host = "127.0.0.1" // see addr
+	}
+	return net.JoinHostPort(host, strconv.Itoa(r.number("PORT", 3000, 0, 65535)))
 }
 
 // url reads an absolute http or https URL that has none of some characters: '#' would cut off the rest of a secret that

@@ -306,14 +306,13 @@ func (c *streamClient) wantEnd() {
 	}
 }
 
-// wantTransient reads a stream that only tells the browser to come back, and why.
+// wantTransient reads a stream that only tells the browser to come back, and why. It ends a second later.
 func (c *streamClient) wantTransient(reason string) (retry int) {
 	c.t.Helper()
 	retry = c.begin()
 	if got, want := c.line(), ": "+reason; got != want {
 		c.t.Errorf("got %q, want %q", got, want)
 	}
-	c.wantEnd()
 	return retry
 }
 
@@ -407,7 +406,7 @@ func (b *stubBackend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		err = json.Unmarshal(body, &c)
 	}
 	if err != nil || r.Method != "POST" || r.RequestURI != callbackTarget || r.Header.Get("Content-Type") != "application/json" ||
-		r.Header.Get("Sse-Gateway-Features") != "batch, id" {
+		r.Header.Get("Sse-Gateway-Features") != "batch, id, retry, heartbeat" {
 		b.t.Errorf("got an odd callback: %s %s, %v, %s, %v", r.Method, r.RequestURI, r.Header, body, err)
 	}
 	sw := &statusWriter{w, http.StatusOK}

@@ -242,7 +242,7 @@ func listen(t testing.TB, addr string) (l net.Listener) {
 }
 
 func (s *system) serve(l net.Listener) {
-	s.server = newServer(s.log, s.routes(nil), l)
+	s.server = newServer(s.log, s.reg, s.routes(nil), l)
 	go s.server.Serve(l)
 }
 

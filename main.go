@@ -44,22 +44,22 @@ func main() {
 	stdlog.SetOutput(io.Discard) // HTTP clients print what a server said unasked, secrets too
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal kills
-	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
+	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr, os.Environ()...))
 }
 
 // run runs one command until it is done or ctx ends, and returns the exit
-// code.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
+// code. Of environ, which is NAME=value, only misspelt names are of interest.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer, environ ...string) int {
 	command := ""
 	if len(args) > 0 {
 		command = args[0]
 	}
 	switch {
 	case len(args) == 0:
-		return runBackend(ctx, getenv, stderr)
+		return runBackend(ctx, getenv, stderr, environ)
 	case len(args) > 1:
 	case command == "gateway":
-		return runGateway(ctx, getenv, stderr)
+		return runGateway(ctx, getenv, stderr, environ)
 	case command == "healthcheck":
 		return healthcheck(ctx, getenv, stderr)
 	case command == "version":
@@ -73,13 +73,14 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	return 2
 }
 
-func runBackend(ctx context.Context, getenv func(string) string, stderr io.Writer) int {
+func runBackend(ctx context.Context, getenv func(string) string, stderr io.Writer, environ []string) int {
 	cfg, err := loadBackendConfig(getenv)
 	log, logErr := newLogger(getenv, stderr)
 	if err := errors.Join(err, logErr); err != nil {
 		fmt.Fprintln(stderr, err)
 		return 1
 	}
+	warnOfVariables(environ, log)
 	listeners, err := openListeners(cfg.Addr, cfg.Gateway.InternalAddr)
 	if err != nil {
 		log.Error("listening", "err", err)
@@ -91,12 +92,12 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	reg := newRegistry(version())
 	var internal []*server
 	if len(listeners) > 1 {
-		internal = append(internal, newServer(log, internalRoutes(nil, reg), listeners[1]))
+		internal = append(internal, newServer(log, reg, internalRoutes(nil, reg), listeners[1]))
 	}
 	if cfg.GatewayURL != "" {
 		b := newBackend(cfg, cfg.GatewayURL, reg, log)
 		b.gateway.reset(ctx, cfg.CallbackSecret, log) // at first before it has streams of its own
-		servers := append([]*server{newServer(log, b.routes(nil), listeners[0])}, internal...)
+		servers := append([]*server{newServer(log, reg, b.routes(nil), listeners[0])}, internal...)
 		return serve(ctx, log, servers, b.work, b.stop)
 	}
 
@@ -119,8 +120,8 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	inside.HandleFunc("POST /internal/send", g.serveSend)
 	inside.Handle("POST /api/sse/callback", b.callback)
 	servers := append([]*server{
-		newServer(log, b.routes(g), listeners[0]),
-		newServer(log, jsonErrors(inside), loopback, g.returned),
+		newServer(log, reg, b.routes(g), listeners[0]),
+		newServer(log, reg, jsonErrors(inside), loopback, g.returned),
 	}, internal...)
 	work := func(ctx context.Context) {
 		g.work(ctx)
@@ -132,13 +133,14 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	})
 }
 
-func runGateway(ctx context.Context, getenv func(string) string, stderr io.Writer) int {
+func runGateway(ctx context.Context, getenv func(string) string, stderr io.Writer, environ []string) int {
 	cfg, err := loadGatewayConfig(getenv)
 	log, logErr := newLogger(getenv, stderr)
 	if err := errors.Join(err, logErr); err != nil {
 		fmt.Fprintln(stderr, err)
 		return 1
 	}
+	warnOfVariables(environ, log)
 	reg := newRegistry(version())
 	g := newGateway(cfg, log, newGatewayMetrics(reg))
 	g.gauges(reg)
@@ -147,9 +149,9 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 		log.Error("listening", "err", err)
 		return 1
 	}
-	servers := []*server{newServer(log, g.routes(reg, len(listeners) == 1), listeners[0])}
+	servers := []*server{newServer(log, reg, g.routes(reg, len(listeners) == 1), listeners[0])}
 	if len(listeners) > 1 {
-		servers = append(servers, newServer(log, internalRoutes(g, reg), listeners[1]))
+		servers = append(servers, newServer(log, reg, internalRoutes(g, reg), listeners[1]))
 	}
 	sends := servers[len(servers)-1]
 	sends.listeners = append(sends.listeners, g.returned)
@@ -241,7 +243,6 @@ func serveHealth(w http.ResponseWriter, r *http.Request) {
 
 func servePage(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
-	w.Header().Set("Cache-Control", "no-cache")
 	w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "+
 		"connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 	w.Write(page)

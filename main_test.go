@@ -438,7 +438,7 @@ func TestStoppingEndsStreamsOfASeparateGateway(t *testing.T) {
 // Out of file descriptors, a server logs without end what it cannot do.
 func TestServerErrorsAreLoggedOnceASecond(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
-		server := newServer(api.log, api.handler)
+		server := newServer(api.log, api.reg, api.handler)
 		for range 1000 {
 			server.ErrorLog.Print("no luck")
 			time.Sleep(2 * time.Millisecond)

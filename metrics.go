@@ -27,9 +27,10 @@ import (
 // Counting and scraping are safe for concurrent use.
 type registry struct {
 	families []family
-	build    []string // label pairs of sidecast_build_info
-	start    float64  // Unix time in seconds
-	proc     string   // where Linux shows the process; may not exist
+	requests *counterVec // HTTP requests, by code
+	build    []string    // label pairs of sidecast_build_info
+	start    float64     // Unix time in seconds
+	proc     string      // where Linux shows the process; may not exist
 }
 
 // A family is one metric name: its HELP and TYPE lines, and what writes its samples.
@@ -45,15 +46,18 @@ type label struct {
 	values []string
 }
 
-// newRegistry returns a registry without families but those of the process, whose start is the time of this call:
+// newRegistry returns a registry without families but those of servers and the process, whose start is the time of this call:
 // milliseconds late, but the same on every system and at every scrape. Calculated from /proc (boot time plus start
 // ticks) it would be no finer than a second, move with each correction of the clock, and need /proc.
 func newRegistry(version string) *registry {
-	return &registry{
+	r := &registry{
 		build: []string{labelPair("version", version), labelPair("goversion", runtime.Version())},
 		start: float64(time.Now().UnixMilli()) / 1000,
 		proc:  "/proc",
 	}
+	r.requests = r.counters("http_requests_total", "Requests answered, but for streams and events, by status; 401 is not in 4xx.",
+		label{"code", []string{"2xx", "3xx", "4xx", "401", "5xx"}})
+	return r
 }
 
 // counters registers a counter for each combination of the labels' values; without labels there is one.
@@ -332,6 +336,7 @@ func (m *backendMetrics) RecordTask(kind, status string, seconds float64) {
 type gatewayMetrics struct {
 	opened          *counter
 	closed          *counterVec   // by reason
+	refused         *counterVec   // by reason
 	events          *counterVec   // by status
 	callbacks       *counterVec   // by action, status
 	callbackSeconds *histogramVec // by action
@@ -343,6 +348,9 @@ func newGatewayMetrics(r *registry) *gatewayMetrics {
 		opened: r.counters("gateway_streams_opened_total", "Streams opened.").with(),
 		closed: r.counters("gateway_streams_closed_total", "Streams ended, by reason.",
 			label{"reason", []string{"client_closed", "server_closed", "error"}}),
+		refused: r.counters("gateway_refused_total", "Requests that got no stream: no room or a shutdown, the backend's "+
+			"final answer, its trouble, or the request itself.",
+			label{"reason", []string{refusedCapacity, refusedRejected, refusedBackend, refusedRequest}}),
 		events: r.counters("gateway_events_total", "Events posted to the gateway, by what became of them.",
 			label{"status", []string{"written", "buffered", "unknown_token", "invalid"}}),
 		callbacks: r.counters("gateway_callbacks_total", "Callbacks to the backend, by outcome.",

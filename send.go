@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"math"
 	"net/http"
 	"strconv"
 	"sync"
@@ -12,8 +13,9 @@ import (
 )
 
 const (
-	maxSend  = 1 << 20 // bytes of a body, or of a line of a batch
-	maxBatch = 4 << 20 // bytes of a batch
+	maxSend  = 1 << 20    // bytes of a body, or of a line of a batch
+	maxBatch = 4 << 20    // bytes of a batch
+	maxRetry = 86_400_000 // milliseconds that an event may ask for, a day
 )
 
 // sendRequest is the body of POST /internal/send. With neither an event nor
@@ -29,6 +31,7 @@ var (
 	errNoToken    = badRequest("bad_token", "token is missing or empty")
 	errNoData     = badRequest("bad_event", "event data is missing")
 	errEventField = badRequest("bad_event", "event name and id must not contain CR, LF or NUL")
+	errEventRetry = badRequest("bad_event", "event retry must be a whole number of milliseconds from 1 to 86400000")
 )
 
 // parseSend reads a body or a line, whose strings it decodes in place.
@@ -54,10 +57,10 @@ func parseSend(body []byte) (m sendRequest, err error) {
 }
 
 // eventFields are the member "event" of an object, and its members.
-type eventFields struct{ text, id, name, data []byte }
+type eventFields struct{ text, id, name, data, retry []byte }
 
 func (f *eventFields) field() field {
-	return field{"event", &f.text, []field{{"id", &f.id, nil}, {"name", &f.name, nil}, {"data", &f.data, nil}}}
+	return field{"event", &f.text, []field{{"id", &f.id, nil}, {"name", &f.name, nil}, {"data", &f.data, nil}, {"retry", &f.retry, nil}}}
 }
 
 func (f *eventFields) parse() (e sentEvent, err error) {
@@ -79,7 +82,18 @@ func (f *eventFields) parse() (e sentEvent, err error) {
 		e.data, err = parseText(f.data)
 		e.oneLine = len(e.data) == len(f.data)-len(`""`) // an escape would be longer than what it says
 	}
+	if err == nil && f.retry != nil {
+		e.retry, err = parseRetry(f.retry)
+	}
 	return e, err
+}
+
+func parseRetry(raw []byte) (int, error) {
+	n, err := parseNumber(raw)
+	if err == nil && (n != math.Trunc(n) || n < 1 || n > maxRetry) {
+		return 0, errEventRetry
+	}
+	return int(n), err
 }
 
 // parseText decodes a JSON string in place; that of an absent one is nil.
@@ -112,6 +126,7 @@ var (
 // serveSend is POST /internal/send. If it can, it takes the connection over
 // for the requests that will follow: see sendLoop.
 func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
+	w = uncounted(w)
 	mediaType, limit := jsonType, int64(maxSend)
 	if hasMediaType(r, ndjson) {
 		mediaType, limit = ndjson, maxBatch

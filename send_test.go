@@ -1,12 +1,14 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"reflect"
@@ -15,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -29,6 +32,7 @@ func TestSendAnswers(t *testing.T) {
 		noToken  = `400 {"error":"token is missing or empty"}`
 		noData   = `400 {"error":"event data is missing"}`
 		badField = `400 {"error":"event name and id must not contain CR, LF or NUL"}`
+		badRetry = `400 {"error":"event retry must be a whole number of milliseconds from 1 to 86400000"}`
 	)
 	for _, tt := range []struct {
 		body string // with $ for the token
@@ -37,10 +41,13 @@ func TestSendAnswers(t *testing.T) {
 	}{
 		{`{"token":"$","event":{"data":"a"}}`, sentOK, "data: a"},
 		{`{"token":"$","event":{"id":"k-1","name":"n","data":"a\nb\r\nc\rd"},"close":false}`, sentOK,
-			"id: k-1\nevent: n\ndata: a\ndata: b\ndata: c\ndata: d"},
+			"event: n\ndata: a\ndata: b\ndata: c\ndata: d\nid: k-1"},
 		{`{"token":"$","event":{"id":"","name":"","data":""}}`, sentOK, "data: "},
 		{` { "close" : false , "event" : { "data" : "\u00e9\u0000" } , "token" : "$" } `, sentOK, "data: é\x00"},
-		{`{"token":"$","event":{"data":"a","retry":1},"more":{"token":1}}`, sentOK, "data: a"},
+		{`{"token":"$","event":{"data":"a","other":1},"more":{"token":1}}`, sentOK, "data: a"},
+		{`{"token":"$","event":{"data":"a","retry":1}}`, sentOK, "retry: 1\ndata: a"},
+		{`{"token":"$","event":{"retry":86400000,"id":"1","name":"n","data":"a"}}`, sentOK, "retry: 86400000\nevent: n\ndata: a\nid: 1"},
+		{`{"token":"$","event":{"data":"a","retry":1.5e3}}`, sentOK, "retry: 1500\ndata: a"},
 		{`{"token":"$","Event":{"data":"a"},"CLOSE":true}`, sentOK, ""}, // names are exact, so this asks no more than the next
 
 		// Is the stream alive? Nothing is written.
@@ -55,6 +62,10 @@ func TestSendAnswers(t *testing.T) {
 		{`{"token":"$","event":[]}`, badType, ""}, {`{"token":"$","event":true}`, badType, ""},
 		{`{"token":"$","event":{"data":null}}`, badType, ""}, {`{"token":"$","event":{"data":{}}}`, badType, ""},
 		{`{"token":"$","event":{"data":"a","id":1}}`, badType, ""}, {`{"token":"$","event":{"data":"a","name":null}}`, badType, ""},
+		{`{"token":"$","event":{"data":"a","retry":null}}`, badType, ""}, {`{"token":"$","event":{"data":"a","retry":"1"}}`, badType, ""},
+		{`{"token":"$","event":{"data":"a","retry":0}}`, badRetry, ""}, {`{"token":"$","event":{"data":"a","retry":1.5}}`, badRetry, ""},
+		{`{"token":"$","event":{"data":"a","retry":-1}}`, badRetry, ""}, {`{"token":"$","event":{"data":"a","retry":86400001}}`, badRetry, ""},
+		{`{"token":"$","event":{"retry":1}}`, noData, ""}, {`{"token":"$","event":{"data":"a","retry":1,"retry":1}}`, twice, ""},
 		{`{"token":"$","close":null}`, badType, ""}, {`{"token":"$","close":0}`, badType, ""},
 		{`{"token":"$","close":"true"}`, badType, ""}, {`{"token":"$","event":{"data":"a"},"close":{}}`, badType, ""},
 		{`{"token":"$","event":{}}`, noData, ""}, {`{"token":"$","event":{"Data":"a"}}`, noData, ""},
@@ -214,10 +225,67 @@ func TestSendConnection(t *testing.T) {
 		wantText, _ := fresh.rest()
 		gotText, _ := used.rest()
 		gotType, wantType := got.Header.Get("Content-Type"), want.Header.Get("Content-Type")
+		if got := got.Header.Get("Cache-Control"); wantType == "application/json" && got != "no-store" {
+			t.Errorf("%.300q: got Cache-Control %q, want no-store", request, got)
+		}
 		if got.StatusCode != want.StatusCode || gotType != wantType || gotText != wantText || got.Close != want.Close {
 			t.Errorf("%.300q: got %s %s %q, to be closed: %v; want %s %s %q, %v",
 				request, got.Status, gotType, gotText, got.Close, want.Status, wantType, wantText, want.Close)
 		}
+	}
+}
+
+// A request has its time from its first byte on, as with net/http, however it drips; a silent connection has longer.
+func TestSendConnectionTimes(t *testing.T) {
+	t.Parallel()
+	const pause = 9 * time.Second
+	plain := sendText("application/json", []byte(`{"token":"x"}`))
+	for _, tt := range []struct {
+		name  string
+		begun string // of the next request, with the one before
+		next  string // of it, a byte each pause
+		least time.Duration
+		most  time.Duration
+	}{
+		{"silent", "", "", sendIdle - sendIdleSlack, sendIdle},
+		{"dripping", "", plain, pause + sendDue, pause + sendDue},
+		{"begun, then dripping", plain[:60], plain[60:], sendDue, sendDue},
+		{"begun, then silent", plain[:60], "", sendDue, sendDue},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+			ours, theirs := net.Pipe()
+			go g.sendLoop(ours, nil)
+			answers := bufio.NewReader(theirs)
+			ask := func(text string) {
+				io.WriteString(theirs, text)
+				if resp, err := http.ReadResponse(answers, nil); err != nil || resp.StatusCode != 404 {
+					t.Fatalf("%s: got %v, %v, want an answer", tt.name, resp, err)
+				} else {
+					io.Copy(io.Discard, resp.Body)
+				}
+			}
+			ask(plain)
+			time.Sleep(sendIdle - sendIdleSlack - time.Second)
+			io.WriteString(theirs, plain[:60])
+			time.Sleep(sendDue - time.Second)
+			ask(plain[60:] + tt.begun)
+			began := time.Now()
+			var drip sync.WaitGroup
+			drip.Go(func() {
+				for _, c := range []byte(tt.next) {
+					time.Sleep(pause)
+					if _, err := theirs.Write([]byte{c}); err != nil {
+						return
+					}
+				}
+			})
+			_, err := answers.ReadByte()
+			if took := time.Since(began); err != io.EOF || took < tt.least || took > tt.most {
+				t.Errorf("%s: got %v after %v, want the end after %v to %v", tt.name, err, took, tt.least, tt.most)
+			}
+			drip.Wait()
+		})
 	}
 }
 

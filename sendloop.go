@@ -20,7 +20,8 @@ import (
 )
 
 const (
-	sendIdle      = 2 * time.Minute // a silent connection is closed
+	sendIdle      = 2 * time.Minute  // a silent connection is closed
+	sendDue       = 30 * time.Second // a request has so long from its first byte, as in net/http
 	sendIdleSlack = 10 * time.Second
 	sendBuffer    = 4 << 10   // bytes that a connection's buffer begins with
 	sendBufferMax = 256 << 10 // a larger one is not kept between requests
@@ -40,20 +41,21 @@ func (g *gateway) keepSending(conn net.Conn, read *bufio.Reader, answer []byte) 
 		conn.Close()
 		return
 	}
-	g.sendLoop(conn.(*net.TCPConn), ahead)
+	g.sendLoop(conn, ahead)
 }
 
 // sendLoop serves conn; buf is what has been read of it already.
-func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
+func (g *gateway) sendLoop(conn net.Conn, buf []byte) {
 	var text, answer []byte
 	var date httpDate
 	var deadline time.Time
+	begun := false // a request, of which deadline is the end
 	now := time.Now()
 	for {
 		mediaType, head, size, plain := parsePlainSend(buf)
 		if !plain {
 			conn.SetDeadline(time.Time{})
-			g.returned.give(&returnedConn{conn, bytes.NewReader(buf)})
+			g.returned.give(&returnedConn{conn.(*net.TCPConn), bytes.NewReader(buf)})
 			return
 		}
 		if size > 0 && len(buf) >= size {
@@ -72,9 +74,15 @@ func (g *gateway) sendLoop(conn *net.TCPConn, buf []byte) {
 				text, answer = nil, nil
 			}
 			buf = append(buf[:0], rest...)
+			begun = false
 			continue
 		}
-		if deadline.Sub(now) < sendIdle-sendIdleSlack { // not each time: it costs a timer
+		switch {
+		case len(buf) > 0 && !begun:
+			begun = true
+			deadline = now.Add(sendDue)
+			conn.SetDeadline(deadline)
+		case len(buf) == 0 && deadline.Sub(now) < sendIdle-sendIdleSlack: // not each time: it costs a timer
 			deadline = now.Add(sendIdle)
 			conn.SetDeadline(deadline)
 		}
@@ -195,7 +203,7 @@ func appendAnswer(b, date []byte, mediaType string, status int, body []byte) []b
 	b = append(b, http.StatusText(status)...)
 	b = append(b, "\r\nContent-Type: "...)
 	b = append(b, mediaType...)
-	b = append(b, "\r\nDate: "...)
+	b = append(b, "\r\nCache-Control: no-store\r\nDate: "...)
 	b = append(b, date...)
 	b = append(b, "\r\nContent-Length: "...)
 	b = strconv.AppendInt(b, int64(len(body)), 10)

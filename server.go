@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -43,20 +44,64 @@ type server struct {
 	listeners []net.Listener
 }
 
-func newServer(log *slog.Logger, h http.Handler, listeners ...net.Listener) *server {
+// newServer makes a server whose answers reg counts, and which nobody may keep
+// unless h says otherwise: browsers and caches give a kept 410 to whoever asks
+// next.
+func newServer(log *slog.Logger, reg *registry, h http.Handler, listeners ...net.Listener) *server {
 	return &server{
 		listeners: listeners,
 		Server: http.Server{
-			Handler:           h,
+			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Cache-Control", "no-store")
+				h.ServeHTTP(&countedWriter{ResponseWriter: w, requests: reg.requests}, r)
+			}),
 			ReadHeaderTimeout: 10 * time.Second,
 			ReadTimeout:       30 * time.Second,
-			WriteTimeout:      30 * time.Second, // streams leave the server before
-			IdleTimeout:       2 * time.Minute,  // longer than our clients keep theirs
-			MaxHeaderBytes:    maxHeader,
+			WriteTimeout:      30 * time.Second,  // streams leave the server before
+			IdleTimeout:       2 * time.Minute,   // longer than our clients keep theirs
+			MaxHeaderBytes:    maxHeader - 4<<10, // net/http allows so many more
 			ErrorLog:          stdlog.New(&errorLog{log, throttle{interval: time.Second}}, "", 0),
 			ConnContext:       withConn,
 		},
 	}
+}
+
+// countedWriter counts an answer. It does not see one on a connection that was
+// taken over, or that goes to the uncounted writer.
+type countedWriter struct {
+	http.ResponseWriter
+	requests *counterVec
+	counted  bool
+}
+
+func (w *countedWriter) WriteHeader(status int) {
+	if !w.counted && status >= 200 {
+		w.counted = true
+		code := strconv.Itoa(status/100) + "xx"
+		if status == http.StatusUnauthorized {
+			code = "401"
+		}
+		w.requests.with(code).Inc()
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *countedWriter) Write(b []byte) (int, error) {
+	if !w.counted {
+		w.WriteHeader(http.StatusOK)
+	}
+	return w.ResponseWriter.Write(b)
+}
+
+// Unwrap is for http.ResponseController.
+func (w *countedWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// uncounted is w for answers that have metrics of their own.
+func uncounted(w http.ResponseWriter) http.ResponseWriter {
+	if c, ok := w.(*countedWriter); ok {
+		return c.ResponseWriter
+	}
+	return w
 }
 
 // throttle keeps lines that say the same from filling the log: the first one is

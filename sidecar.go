@@ -1,33 +1,31 @@
 // The gateway role: who may open a stream is asked of the backend here, who left is
-// told to it, and all streams are ended in order. One stream is in stream.go, how
-// events come is in send.go. Tasks, versions and identifiers are not known here.
+// told to it, and all streams are ended in order. The asking and telling is in
+// ask.go, who gets no stream in refuse.go; one stream is in stream.go, how events
+// come is in send.go. Tasks, versions and identifiers are not known here.
 
 package main
 
 import (
 	"bytes"
 	"context"
-	"errors"
-	"fmt"
+	"encoding/json"
 	"log/slog"
 	"maps"
 	"net/http"
 	"net/url"
 	"runtime/debug"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
-	"unicode/utf8"
 )
 
 const (
-	maxTarget      = 8 << 10 // bytes of a stream's request target; beyond it 414
-	maxHeader      = 16 << 10
-	maxAnswer      = 1 << 20 // bytes of a connect callback's answer that are looked at
+	maxTarget      = 8 << 10  // bytes of a stream's request target; beyond it 414
+	maxHeader      = 16 << 10 // bytes of a request's head
+	maxRequest     = 16 << 10 // bytes of what a stream keeps of its request, in JSON
+	maxAnswer      = 1 << 20  // bytes of a connect callback's answer that are looked at
 	callbackLimit  = 5 * time.Second
 	callbackBuffer = 2 << 10 // bytes that a connection to the backend buffers each way
 
@@ -60,6 +58,11 @@ type gateway struct {
 	disconnecting chan struct{}
 	asking        context.Context // of connect callbacks
 	stopAsking    context.CancelFunc
+	holding       context.Context // of refused clients that are held
+	stopHolding   context.CancelFunc
+	held          atomic.Int64
+
+	full, failed, misdirected throttle // of what the log says of each
 
 	returned *returnListener // connections that sendLoop gives back to net/http
 
@@ -70,8 +73,8 @@ type gateway struct {
 	count   atomic.Int64 // registered streams
 	closing atomic.Bool  // shutting down: nothing new is taken
 
-	// busy counts stream requests until their answer, streams until their end,
-	// disconnect callbacks, and resets. It is no WaitGroup because a request that is
+	// busy counts stream requests until their answer, streams and held refusals
+	// until their end, disconnect callbacks, and resets. It is no WaitGroup because a request that is
 	// turned away may still raise it from zero while shutdown waits.
 	busy atomic.Int64
 }
@@ -85,11 +88,17 @@ type shard struct {
 
 func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gateway {
 	asking, stopAsking := context.WithCancel(context.Background())
+	holding, stopHolding := context.WithCancel(context.Background())
+	seconds := formatFloat(cfg.Heartbeat.Seconds())
 	g := &gateway{
-		cfg:    cfg,
-		limits: streamLimits{buffer: cfg.StreamBuffer, writeTimeout: cfg.WriteTimeout},
-		log:    log,
-		met:    met,
+		cfg: cfg,
+		limits: streamLimits{
+			buffer:       cfg.StreamBuffer,
+			writeTimeout: cfg.WriteTimeout,
+			beatEvent:    string(appendEvent(nil, sentEvent{name: []byte("heartbeat"), data: []byte(seconds)})),
+		},
+		log: log,
+		met: met,
 		transport: &http.Transport{
 			DialContext:         dial,
 			TLSHandshakeTimeout: dialLimit,
@@ -103,6 +112,11 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 		disconnecting: make(chan struct{}, maxDisconnecting),
 		asking:        asking,
 		stopAsking:    stopAsking,
+		holding:       holding,
+		stopHolding:   stopHolding,
+		full:          throttle{interval: time.Minute},
+		failed:        throttle{interval: time.Minute},
+		misdirected:   throttle{interval: time.Minute},
 		returned:      newReturnListener(),
 		name:          newEpoch(),
 	}
@@ -115,57 +129,45 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 // serveStream answers every request that is not for one of the gateway's own
 // paths: it opens a stream if the backend accepts it.
 func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
+	w = uncounted(w)
+	g.allowOrigin(w.Header())
+	if g.isPreflight(r) {
+		servePreflight(w)
+		return
+	}
+	request, no := g.checkRequest(w, r)
+	if no != nil {
+		g.refuse(w, r, no)
+		return
+	}
 	g.busy.Add(1)
 	defer g.busy.Add(-1)
-	if origin := g.cfg.CORSAllowOrigin; origin != "" {
-		w.Header().Set("Access-Control-Allow-Origin", origin)
-		if origin != "*" {
-			w.Header().Set("Access-Control-Allow-Credentials", "true")
-		}
-	}
-	switch {
-	case r.Method != http.MethodGet:
-		w.Header().Set("Allow", http.MethodGet)
-		writeError(w, newError(http.StatusMethodNotAllowed, "", "a stream is opened with GET"))
-		return
-	case r.ContentLength != 0:
-		writeError(w, newError(http.StatusBadRequest, "", "a stream request has no body"))
-		return
-	case len(r.RequestURI) > maxTarget:
-		writeError(w, newError(http.StatusRequestURITooLong, "", "request target too long"))
-		return
-	case !utf8.ValidString(r.RequestURI):
-		writeError(w, newError(http.StatusBadRequest, "", "request target is not UTF-8"))
-		return
-	case g.cfg.CallbackURL == "":
-		g.refuse(w, r, http.StatusServiceUnavailable, "no callback URL configured")
-		return
-	}
-	s := g.register(r)
+	s := g.register(r, request)
 	if s == nil {
-		g.refuse(w, r, http.StatusServiceUnavailable, "no capacity")
+		g.refuse(w, r, &refusal{http.StatusServiceUnavailable, refusedCapacity, "no capacity"})
 		return
 	}
-	status, text, answer := g.connect(r, s)
-	if status != 0 {
+	no, answer := g.connect(r, s)
+	if no != nil {
 		g.unregister(s)
 		if answer != nil { // the backend holds a connection that never was
 			g.spawn(func() { g.disconnect(s, streamError) })
 		}
-		g.refuse(w, r, status, text)
+		g.refuse(w, r, no)
 		return
 	}
-	g.open(w, r, s, answer)
+	g.open(w, s, answer)
 }
 
 // register makes a stream for the request, or returns nil if there is no room
 // or the gateway is shutting down.
-func (g *gateway) register(r *http.Request) *stream {
+func (g *gateway) register(r *http.Request, request json.RawMessage) *stream {
 	if n := g.count.Add(1); g.cfg.MaxConnections > 0 && n > int64(g.cfg.MaxConnections) {
 		g.count.Add(-1)
+		g.full.log(g.log, slog.LevelWarn, "streams are turned away: MAX_CONNECTIONS is reached", "limit", g.cfg.MaxConnections)
 		return nil
 	}
-	s := &stream{token: newToken(), request: encodeRequest(r), chunked: r.ProtoAtLeast(1, 1), limits: &g.limits}
+	s := &stream{token: newToken(), request: request, chunked: r.ProtoAtLeast(1, 1), limits: &g.limits}
 	sh := g.shard(s.token[len(s.token)-1])
 	sh.mu.Lock()
 	sh.streams[s.token] = s
@@ -198,45 +200,33 @@ func (g *gateway) lookup(token []byte) *stream {
 	return sh.streams[string(token)]
 }
 
-// refuse answers a request that gets no stream. A browser's EventSource gives
-// up for good on any status but 200 (WHATWG HTML section 9.2.3), so transient
-// trouble is told to it as a stream that ends: it comes back by itself.
-func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, status int, text string) {
-	transient := status >= 500 || status == http.StatusRequestTimeout ||
-		status == http.StatusTooEarly || status == http.StatusTooManyRequests
-	retry := g.retry()
-	if transient && acceptsEventStream(r) {
-		setStreamHeader(w.Header())
-		w.Write(appendComment(appendRetry(nil, retry), text))
-		return
-	}
-	if status == http.StatusServiceUnavailable {
-		w.Header().Set("Retry-After", strconv.Itoa((retry+999)/1000))
-	}
-	writeError(w, newError(status, "", text))
-}
-
-// retry is a reconnection time in milliseconds, different for each stream so
-// that browsers that lost theirs together do not return together.
-func (g *gateway) retry() int {
-	return int(jitter(g.cfg.Retry, 2*g.cfg.Retry).Milliseconds())
-}
-
-func acceptsEventStream(r *http.Request) bool {
-	return slices.ContainsFunc(r.Header.Values("Accept"), func(v string) bool {
-		return strings.Contains(strings.ToLower(v), "text/event-stream")
-	})
-}
-
 func setStreamHeader(h http.Header) {
 	h.Set("Content-Type", "text/event-stream")
 	h.Set("Cache-Control", "no-cache, no-transform")
 	h.Set("X-Accel-Buffering", "no") // nginx
 }
 
-// open takes the connection over from net/http, whose buffers and goroutine
-// would cost several times what the stream itself does, and begins it.
-func (g *gateway) open(w http.ResponseWriter, r *http.Request, s *stream, a *callbackAnswer) {
+// open begins a stream that the backend has accepted.
+func (g *gateway) open(w http.ResponseWriter, s *stream, a *callbackAnswer) {
+	first := appendRetry(reserveChunk(nil), g.retry())
+	if a.event.data != nil {
+		first = appendEvent(first, a.event)
+	}
+	s.beatEvent = a.beatEvent
+	g.met.opened.Inc()
+	g.log.Debug("stream opened", "token", mask(s.token))
+	if !g.begin(w, s, first, a.end, g.cfg.MaxStream) {
+		s.reason = streamError
+		g.spawn(func() { g.ended(s) })
+		return
+	}
+	g.spawn(func() { g.watch(s) })
+}
+
+// begin takes the connection over from net/http, whose buffers and goroutine
+// would cost several times what the stream itself does, and begins s with
+// first, in a reserved buffer. It reports whether that was possible.
+func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool, lifetime time.Duration) bool {
 	header := w.Header()
 	setStreamHeader(header)
 	header.Set("Date", time.Now().UTC().Format(http.TimeFormat))
@@ -251,27 +241,18 @@ func (g *gateway) open(w http.ResponseWriter, r *http.Request, s *stream, a *cal
 	}
 	if err != nil {
 		g.log.Error("taking over a connection", "err", err)
-		g.unregister(s)
-		g.spawn(func() { g.disconnect(s, streamError) })
-		return
+		return false
 	}
 	var head bytes.Buffer
 	head.WriteString("HTTP/1.1 200 OK\r\n")
 	header.Write(&head)
 	head.WriteString("\r\n")
-	first := appendRetry(reserveChunk(nil), g.retry())
-	if a.event.data != nil {
-		first = appendEvent(first, a.event)
-	}
 	head.Write(s.chunk(&first))
-
-	g.met.opened.Inc()
-	g.log.Debug("stream opened", "token", mask(s.token))
-	s.open(conn, raw, head.Bytes(), a.end, g.cfg.MaxStream)
+	s.open(conn, raw, head.Bytes(), end, lifetime)
 	if rw.Reader.Buffered() > 0 {
 		s.end(clientClosed) // it sent more than its request
 	}
-	g.spawn(func() { g.watch(s) })
+	return true
 }
 
 // watch waits for the end of an open stream. The parked Read returns when the
@@ -280,6 +261,11 @@ func (g *gateway) watch(s *stream) {
 	s.conn.Read(make([]byte, 1))
 	s.end(clientClosed)
 	s.conn.Close()
+	g.ended(s)
+}
+
+// ended forgets a stream that was accepted, and tells the backend.
+func (g *gateway) ended(s *stream) {
 	g.unregister(s)
 	g.met.closed.with(s.reason).Inc()
 	g.log.Debug("stream closed", "token", mask(s.token), "reason", s.reason)
@@ -292,153 +278,6 @@ func (g *gateway) spawn(f func()) {
 		defer g.busy.Add(-1)
 		f()
 	}()
-}
-
-// connect asks the backend whether s may be opened. Status 0 means yes;
-// otherwise it is the status for the client. An answer beside a status means
-// that the backend accepted and then did not finish its answer.
-func (g *gateway) connect(r *http.Request, s *stream) (status int, text string, answer *callbackAnswer) {
-	order := fmt.Sprintf("%s-%d", g.name, g.requests.Add(1))
-	ctx, cancel := context.WithTimeout(g.asking, callbackLimit)
-	defer cancel()
-	select {
-	case g.connecting <- struct{}{}:
-		defer func() { <-g.connecting }()
-	case <-ctx.Done():
-		g.met.callbacks.with("connect", outcome(0, ctx.Err())).Inc()
-		status, text = explain(ctx.Err())
-		return status, text, nil
-	case <-r.Context().Done(): // the client left before the backend was asked
-		return http.StatusServiceUnavailable, "client left", nil
-	}
-	if hasLeft(r) {
-		return http.StatusServiceUnavailable, "client left", nil
-	}
-	code, body, err := g.call(ctx, "connect", "", s, order)
-	switch {
-	case err == nil && code/100 == 2:
-		return 0, "", g.parseAnswer(body)
-	case code >= 300:
-		return code, "connection rejected", nil
-	case code/100 == 2:
-		answer = &callbackAnswer{}
-	}
-	status, text = explain(err)
-	return status, text, answer
-}
-
-// hasLeft reports whether the client has closed its connection. It looks for
-// itself, as the request's context may not know yet. A browser that has tried
-// again left before, so if its first attempt comes to be numbered after its
-// second, this is seen here, and the second is not taken for a replaced tab.
-func hasLeft(r *http.Request) (left bool) {
-	conn, ok := r.Context().Value(connKey{}).(syscall.Conn)
-	if !ok {
-		return false
-	}
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return true
-	}
-	err = raw.Control(func(fd uintptr) { // not Read, for which net/http holds a lock
-		n, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		left = n == 0 || err != nil && err != syscall.EAGAIN && err != syscall.EINTR
-	})
-	return left || err != nil
-}
-
-// explain tells a client why the backend was not heard.
-func explain(err error) (status int, text string) {
-	switch {
-	case errors.Is(err, context.DeadlineExceeded):
-		return http.StatusGatewayTimeout, "backend too slow"
-	case errors.Is(err, context.Canceled):
-		return http.StatusServiceUnavailable, "shutting down"
-	}
-	return http.StatusServiceUnavailable, "backend unreachable"
-}
-
-// disconnect makes the disconnect callback of an accepted stream: once, with
-// no retry. The stream itself has ended before.
-func (g *gateway) disconnect(s *stream, reason string) {
-	turn, cancel := context.WithTimeout(context.Background(), disconnectLimit)
-	defer cancel()
-	select {
-	case g.disconnecting <- struct{}{}:
-		defer func() { <-g.disconnecting }()
-	case <-turn.Done():
-		g.met.callbacks.with("disconnect", "timeout").Inc()
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), callbackLimit)
-	defer cancel()
-	g.call(ctx, "disconnect", reason, s, "")
-}
-
-// call makes one callback and counts it. The status is set as soon as the
-// backend sent one, also when its body then failed.
-func (g *gateway) call(ctx context.Context, action, reason string, s *stream, order string) (status int, body []byte, err error) {
-	start := time.Now()
-	status, body, err = g.post(ctx, encodeCallback(action, reason, s), order)
-	g.met.callbackSeconds.with(action).observe(time.Since(start).Seconds())
-	g.met.callbacks.with(action, outcome(status, err)).Inc()
-	if err != nil {
-		g.log.Warn("callback failed", "action", action, "err", err)
-	}
-	return status, body, err
-}
-
-// outcome is what became of a callback, as the metrics have it.
-func outcome(status int, err error) string {
-	switch {
-	case errors.Is(err, context.DeadlineExceeded):
-		return "timeout"
-	case err != nil:
-		return "error"
-	case status/100 != 2:
-		return "rejected"
-	}
-	return "accepted"
-}
-
-func (g *gateway) post(ctx context.Context, payload []byte, order string) (status int, body []byte, err error) {
-	header := http.Header{"Content-Type": {jsonType}, featuresHeader: {featureBatch + ", id"}}
-	if order != "" {
-		header.Set(orderHeader, order)
-	}
-	status, body, err = postTo(ctx, g.transport, string(g.cfg.CallbackURL), header, payload, maxAnswer+1)
-	if status >= 300 {
-		err = nil // nobody needs that body
-	}
-	return status, body, err
-}
-
-// parseAnswer reads {"event":{…},"close":true} from a connect callback's
-// answer. What is not understood is left out: the backend did accept.
-func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
-	a := &callbackAnswer{}
-	if len(bytes.TrimSpace(body)) == 0 {
-		return a
-	}
-	var e eventFields
-	var end []byte
-	var err error = errBodyTooLarge
-	if len(body) <= maxAnswer {
-		err = pick(body, e.field(), field{"close", &end, nil})
-	}
-	if err != nil {
-		g.log.Warn("ignoring the callback's answer", "err", err)
-		return a
-	}
-	if a.event, err = e.parse(); err != nil {
-		g.log.Warn("ignoring the event in the callback's answer", "err", err)
-	}
-	if end != nil {
-		if a.end, err = parseBool(end); err != nil {
-			g.log.Warn("ignoring close in the callback's answer", "err", err)
-		}
-	}
-	return a
 }
 
 // work starts what the gateway does besides answering, until ctx ends.
@@ -509,6 +348,7 @@ func (sh *shard) all() []*stream {
 // and waits for their disconnect callbacks. When ctx ends it gives up.
 func (g *gateway) shutdown(ctx context.Context) {
 	g.closing.Store(true)
+	g.stopHolding()
 	time.AfterFunc(askingGrace, g.stopAsking)
 	g.endAll(ctx, g.all())
 	for g.busy.Load() > 0 {

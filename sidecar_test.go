@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"reflect"
@@ -37,7 +38,7 @@ func TestStreamBeginning(t *testing.T) {
 	if got := c.line(); !regexp.MustCompile(`^retry: (1\d\d\d|2000)$`).MatchString(got) {
 		t.Errorf("first line: got %q, want retry from 1000 to 2000", got)
 	}
-	if got, want := c.event(), "id: e-0\nevent: connection_open\ndata: {}"; got != want {
+	if got, want := c.event(), "event: connection_open\ndata: {}\nid: e-0"; got != want {
 		t.Errorf("got %q, want the event of the callback, %q", got, want)
 	}
 	g.send(receive(t, g.connects).Token, "live")
@@ -173,8 +174,13 @@ func TestOddCallbackAnswers(t *testing.T) {
 		logged bool
 	}{
 		{body: ``}, {body: " \r\n"}, {body: `{}`}, {body: `{"event":{"data":"a"},"close":false}`, event: "data: a"},
-		{body: `{"event":{"id":"1","name":"n","data":"a\nb","more":1},"more":[]}`, event: "id: 1\nevent: n\ndata: a\ndata: b"},
+		{body: `{"event":{"id":"1","name":"n","data":"a\nb","more":1},"more":[]}`, event: "event: n\ndata: a\ndata: b\nid: 1"},
 		{body: `{"event":{"data":""}}`, event: "data: "},
+		{body: `{"event":{"data":"a","retry":7}}`, event: "retry: 7\ndata: a"},
+		{body: `{"heartbeat":"event"}`}, {body: `{"heartbeat":"comment"}`, logged: true}, {body: `{"heartbeat":null}`, logged: true},
+		{body: `{"event":{"data":"a"},"heartbeat":1}`, event: "data: a", logged: true},
+		{body: `{"event":{"data":"a","retry":0}}`, event: "data: a", logged: true},
+		{body: `{"event":{"data":"a","retry":86400001}}`, event: "data: a", logged: true},
 		{body: `{"close":true}`, ends: true},
 		{body: `{"event":{"data":"a"},"close":true}`, event: "data: a", ends: true},
 
@@ -353,6 +359,28 @@ func TestBackendTooSlow(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 }
 
+// Where localhost has no address of its own, both loopback addresses are tried.
+func TestDialLocalhost(t *testing.T) {
+	t.Parallel()
+	for _, network := range []string{"tcp4", "tcp6"} {
+		l, err := net.Listen(network, map[string]string{"tcp4": "127.0.0.1:0", "tcp6": "[::1]:0"}[network])
+		if err != nil {
+			t.Skipf("no loopback address: %v", err)
+		}
+		defer l.Close()
+		_, port, _ := net.SplitHostPort(l.Addr().String())
+		conn, err := dial(t.Context(), "tcp", "localhost:"+port)
+		if err != nil {
+			t.Errorf("only %s listens: %v", l.Addr(), err)
+			continue
+		}
+		if got, want := conn.RemoteAddr().String(), l.Addr().String(); got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+		conn.Close()
+	}
+}
+
 func TestNoCallbackURL(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "CALLBACK_URL=", nil)
@@ -398,7 +426,7 @@ func TestRequestsThatOpenNoStream(t *testing.T) {
 	}{
 		{"body", "GET /x HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc", noBody},
 		{"chunked body", "GET /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", noBody},
-		{"empty chunked body", "GET /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", noBody},
+		{"malformed chunked body", "GET /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nz\r\n", noBody},
 		{"long path", "GET /" + strings.Repeat("x", 8<<10) + " HTTP/1.1\r\nHost: h\r\n\r\n", `414 {"error":"request target too long"}`},
 		{"long query", "GET /?" + strings.Repeat("x", 8<<10) + " HTTP/1.1\r\nHost: h\r\n\r\n", `414 {"error":"request target too long"}`},
 		{"not UTF-8", "GET /\xff HTTP/1.1\r\nHost: h\r\n\r\n", `400 {"error":"request target is not UTF-8"}`},
@@ -490,6 +518,35 @@ func TestPipelinedBytesEndTheStream(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 	if n := len(g.connects); n != 0 {
 		t.Error("the backend was asked about the second request")
+	}
+}
+
+// One that leaves while it waits for its turn to be asked about takes up no room until then.
+func TestClientLeavesBeforeItsCallback(t *testing.T) {
+	t.Parallel()
+	gate := make(chan struct{})
+	g := newGatewayFixture(t, "", holding("connect", gate, answering(200, "")))
+	for range maxConnecting {
+		g.get("/x")
+	}
+	for range maxConnecting {
+		receive(t, g.connects)
+	}
+	var waiting []*streamClient
+	for range 10 {
+		waiting = append(waiting, g.get("/waits"))
+	}
+	g.waitMetric("gateway_streams", maxConnecting+10)
+	for i, c := range waiting {
+		[]func(){func() { c.Close() }, c.reset}[i%2]()
+	}
+	g.waitMetric("gateway_streams", maxConnecting)
+	if got := g.metric(`gateway_callbacks_total{action="connect",status="timeout"}`); got != 0 {
+		t.Errorf("got %v callbacks that were given up, want none yet", got)
+	}
+	close(gate)
+	if n := len(g.connects); n != 0 {
+		t.Errorf("the backend was asked about %d that had left", n)
 	}
 }
 
@@ -692,14 +749,26 @@ func TestGatewayShutdownAnswersThoseThatConnect(t *testing.T) {
 func TestHeartbeat(t *testing.T) {
 	t.Parallel()
 	const interval, beats = 100 * time.Millisecond, 5
-	g := newGatewayFixture(t, "HEARTBEAT_INTERVAL_SECONDS=0.1", nil)
+	g := newGatewayFixture(t, "HEARTBEAT_INTERVAL_SECONDS=0.1", func(w http.ResponseWriter, c callbackCall) {
+		if c.Request.URL == "/event" {
+			io.WriteString(w, `{"heartbeat":"event"}`)
+		}
+	})
 	began := time.Now()
-	c, old := g.open("/x"), g.dial("GET /x HTTP/1.0\r\n\r\n")
-	old.begin()
+	clients := map[*streamClient]string{}
+	for _, version := range []string{"1.0", "1.1"} {
+		clients[g.dial("GET /x HTTP/"+version+"\r\nHost: h\r\n\r\n")] = ":"
+		clients[g.dial("GET /event HTTP/"+version+"\r\nHost: h\r\n\r\n")] = "event: heartbeat\ndata: 0.1\n"
+	}
+	for c := range clients {
+		c.begin()
+	}
 	for range beats {
-		for _, c := range []*streamClient{c, old} {
-			if got, want := c.line(), ": heartbeat"; got != want {
-				t.Errorf("got %q, want %q", got, want)
+		for c, want := range clients {
+			for want := range strings.SplitSeq(want, "\n") {
+				if got := c.line(); got != want {
+					t.Errorf("got %q, want %q", got, want)
+				}
 			}
 		}
 	}
@@ -708,6 +777,7 @@ func TestHeartbeat(t *testing.T) {
 	}
 }
 
+// Also what is refused can be read there: a page should be able to tell why.
 func TestGatewayCORS(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ settings, origin, credentials string }{

@@ -42,6 +42,7 @@ func (s sendStatus) String() string {
 type streamLimits struct {
 	buffer       int           // bytes that may wait for the client, or one event; if more would, the stream ends
 	writeTimeout time.Duration // a client that takes no byte for so long is cut
+	beatEvent    string        // the heartbeat of streams that have an event for it
 }
 
 // stream is one browser's connection, from the connect callback to its end.
@@ -55,6 +56,8 @@ type stream struct {
 	request json.RawMessage // what both callbacks say of the request, encoded once
 	chunked bool            // HTTP/1.1; an HTTP/1.0 body ends with the connection
 	limits  *streamLimits
+
+	beatEvent bool // heartbeats are events; set before open
 
 	mu       sync.Mutex // guards the rest; held across a write that cannot block, to keep the order
 	conn     net.Conn   // nil while the connect callback is under way
@@ -93,10 +96,7 @@ func (s *stream) chunk(buf *[]byte) []byte {
 	return (*buf)[at:]
 }
 
-const (
-	lastChunk        = "0\r\n\r\n"
-	chunkedHeartbeat = "c\r\n" + heartbeat + "\r\n"
-)
+const lastChunk = "0\r\n\r\n"
 
 // send writes or buffers frame, which may be empty, and then ends the stream
 // if end is set. It does not wait for the client and does not keep frame.
@@ -228,11 +228,15 @@ func (s *stream) beat() {
 	if s.conn == nil || s.ended || s.drains {
 		return
 	}
-	if s.chunked {
-		s.writeLocked([]byte(chunkedHeartbeat))
+	frame := frames.Get().(*[]byte)
+	defer frames.Put(frame)
+	*frame = reserveChunk(*frame)
+	if s.beatEvent {
+		*frame = append(*frame, s.limits.beatEvent...)
 	} else {
-		s.writeLocked([]byte(heartbeat))
+		*frame = append(*frame, heartbeat...)
 	}
+	s.writeLocked(s.chunk(frame))
 }
 
 // finish ends the stream cleanly once the client has what was sent before.

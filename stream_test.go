@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http/httputil"
 	"slices"
 	"strconv"
 	"strings"
@@ -66,13 +65,6 @@ func (c *streamClient) wireString(n int) string {
 	text := make([]byte, n)
 	n, _ = io.ReadFull(c.wire, text)
 	return string(text[:n])
-}
-
-func TestChunkedHeartbeat(t *testing.T) {
-	got, err := io.ReadAll(httputil.NewChunkedReader(strings.NewReader(chunkedHeartbeat + lastChunk)))
-	if err != nil || string(got) != heartbeat {
-		t.Errorf("got %q, %v; want %q", got, err, heartbeat)
-	}
 }
 
 // What the socket does not take waits and is written by another goroutine, and the order stays, also at the points
@@ -143,6 +135,25 @@ func TestBufferOverflowCutsTheStream(t *testing.T) {
 	other.wantData("live")
 	g.waitMetric(`gateway_streams_closed_total{reason="error"}`, 1)
 	g.waitMetric("gateway_streams", 1)
+}
+
+// The limit is a second also for a write that began before, under the longer write timeout: with a large buffer one
+// always has.
+func TestBufferOverflowOfALargeBuffer(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304", nil)
+	c := g.open("/x")
+	data := strings.Repeat("x", 16<<10)
+	for range 1000 {
+		if g.send(c.callback.Token, data) == sentGone {
+			break
+		}
+	}
+	began := time.Now()
+	g.wantDisconnect(c, "error")
+	if took := time.Since(began); took < overflowTimeout/2 || took > 3*overflowTimeout {
+		t.Errorf("cut after %v, want %v", took, overflowTimeout)
+	}
 }
 
 // A client gets what was accepted for it before its stream began, or it would return for the same again and again.

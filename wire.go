@@ -20,10 +20,11 @@ import (
 const featuresHeader = "Sse-Gateway-Features"
 
 // The features that a backend asks for: /internal/send takes batches, and an
-// event may have a retry.
+// event may have a retry. gatewayFeatures are those of this gateway.
 const (
-	featureBatch = "batch"
-	featureRetry = "retry"
+	featureBatch    = "batch"
+	featureRetry    = "retry"
+	gatewayFeatures = featureBatch + ", id, " + featureRetry + ", heartbeat"
 )
 
 // features is what a gateway can do. One of another make announces none, and
@@ -148,12 +149,14 @@ func encodeSend(b []byte, token string, e *event, end bool) []byte {
 
 // callbackAnswer is what the backend said to a connect callback.
 type callbackAnswer struct {
-	event sentEvent
-	end   bool
+	event     sentEvent
+	end       bool
+	beatEvent bool // this stream's heartbeats are events
 }
 
 // encodeRequest is the request as both callbacks tell it: the raw target, and
-// the headers with lower-case names and one value each.
+// the headers with lower-case names and one value each. Bytes that are not
+// UTF-8 become U+FFFD as it is, as an escape would take more room.
 func encodeRequest(r *http.Request) json.RawMessage {
 	b := appendString([]byte(`{"url":`), r.RequestURI)
 	b = append(b, `,"headers":{"host":`...)
@@ -166,7 +169,7 @@ func encodeRequest(r *http.Request) json.RawMessage {
 		b = append(b, ',')
 		b = appendString(b, strings.ToLower(name))
 		b = append(b, ':')
-		b = appendString(b, strings.Join(values, separator))
+		b = appendString(b, strings.ToValidUTF8(strings.Join(values, separator), "\uFFFD"))
 	}
 	return bytes.Clone(append(b, "}}"...)) // kept for as long as the stream: no spare room
 }
