@@ -8,6 +8,9 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -67,7 +70,7 @@ func TestConfigEveryVariable(t *testing.T) {
 		"TASK_CLEANUP_INTERVAL_SECONDS": "7", "TASK_EVENT_LIMIT": "8", "VERSION_PENDING_LIMIT": "9",
 		"VERSION_PENDING_SECONDS": "10", "FRONTEND_VERSION_URL": "https://example.com/version.json",
 		"FRONTEND_VERSION_POLL_SECONDS": "11", "CONNECTION_SWEEP_SECONDS": "0.5",
-		"PORT": "12", "INTERNAL_ADDR": "[::1]:13", "CALLBACK_URL": "http://localhost/cb?secret=14",
+		"PORT": "12", "HOST": "192.0.2.1", "INTERNAL_ADDR": "[::1]:13", "CALLBACK_URL": "http://localhost/cb?secret=14",
 		"HEARTBEAT_INTERVAL_SECONDS": "15", "MAX_CONNECTIONS": "16", "STREAM_BUFFER_BYTES": "1717",
 		"WRITE_TIMEOUT_SECONDS": "18", "MAX_STREAM_SECONDS": "19", "RETRY_MILLISECONDS": "20",
 		"CORS_ALLOW_ORIGIN": "https://Example.com:8443",
@@ -103,7 +106,7 @@ func TestConfigEveryVariable(t *testing.T) {
 	if got, err := loadBackendConfig(getenvFrom(env)); err != nil || got != wantBackend {
 		t.Errorf("backend: got %+v, %v\nwant %+v", got, err, wantBackend)
 	}
-	wantGateway.Addr = ":12"
+	wantGateway.Addr = "192.0.2.1:12"
 	wantGateway.CallbackURL = "http://localhost/cb?secret=14"
 	if got, err := loadGatewayConfig(getenvFrom(env)); err != nil || got != wantGateway {
 		t.Errorf("gateway: got %+v, %v\nwant %+v", got, err, wantGateway)
@@ -117,7 +120,7 @@ func TestConfigTellsEveryProblemAtOnce(t *testing.T) {
 		"TASK_TIMEOUT_SECONDS": "5m", "TASK_CLEANUP_INTERVAL_SECONDS": "0", "TASK_EVENT_LIMIT": "1",
 		"VERSION_PENDING_LIMIT": "many", "VERSION_PENDING_SECONDS": "NaN", "FRONTEND_VERSION_URL": "/version.json",
 		"FRONTEND_VERSION_POLL_SECONDS": "+Inf", "CONNECTION_SWEEP_SECONDS": "-1",
-		"PORT": "http", "INTERNAL_ADDR": "localhost", "CALLBACK_URL": "hush",
+		"PORT": "http", "HOST": "localhost:80", "INTERNAL_ADDR": "localhost", "CALLBACK_URL": "hush",
 		"HEARTBEAT_INTERVAL_SECONDS": "1e9", "MAX_CONNECTIONS": "1.5", "STREAM_BUFFER_BYTES": "64k",
 		"WRITE_TIMEOUT_SECONDS": "10 ", "MAX_STREAM_SECONDS": "never", "RETRY_MILLISECONDS": "2s",
 		"CORS_ALLOW_ORIGIN": "https://example.com/", "LOG_LEVEL": "\nINFO", "LOG_FORMAT": "xml",
@@ -149,6 +152,7 @@ func TestConfigBounds(t *testing.T) {
 		{"APP_ENV", "development", "Production|prod|development production"},
 		{"ADDR", ":0|:65535|0.0.0.0:80|[::1]:80|example.com:80", ":|:65536|:-1|:+1|:http|::1:80|localhost"},
 		{"INTERNAL_ADDR", "127.0.0.1:9090", "9090|127.0.0.1"},
+		{"HOST", "127.0.0.1|::1|::|fe80::1%eth0|localhost|gateway.internal", "[::1]|127.0.0.1:80|http://h|:|a b"},
 		{"PORT", "0|65535", "-1|65536|80.0|:80| 80"},
 		{"SSE_GATEWAY_URL", "http://h|HTTPS://h:65535/|http://[::1]:3000",
 			"http://h/base|http://h//x|h:3000|http:h|http:///x|http://:80|http://h:|http://h:0|http://h:65536|http://h?|http://h/#|http://u@h|" +
@@ -295,10 +299,60 @@ func TestNewLogger(t *testing.T) {
 	}
 }
 
+// The gateway listens where it is told, and nowhere else.
+func TestGatewayHost(t *testing.T) {
+	t.Parallel()
+	for host, want := range map[string]string{"127.0.0.1": "127.0.0.1", "::1": "::1", "localhost": "127.0.0.1", "": "::"} {
+		cfg, err := loadGatewayConfig(getenvFrom(map[string]string{"HOST": host, "PORT": "0"}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		listeners, err := openListeners(cfg.Addr)
+		if err != nil {
+			t.Skipf("HOST=%s: %v", host, err)
+		}
+		defer listeners[0].Close()
+		if got, _, _ := net.SplitHostPort(listeners[0].Addr().String()); got != want {
+			t.Errorf("HOST=%s: listens on %s, want %s", host, got, want)
+		}
+	}
+}
+
+// Of a setting whose name is misspelt nobody would hear anything. What other programs or Kubernetes set is none.
+func TestMisspeltVariables(t *testing.T) {
+	t.Parallel()
+	environ := []string{
+		"TASK_MAX_WORKER=hunter2", "SSE_CALLBACK_SECRETS=hunter2", "DATA_DIRECTORY=hunter2", "HEARTBEAT_INTERVAL=hunter2", "MAX_STREAM=hunter2",
+		"TASK_MAX_WORKERS=4", "CALLBACK_URL=http://h/", "HEARTBEAT_INTERVAL_SECONDS=15", "CORS_ALLOW_ORIGIN=*", "INTERNAL_ADDR=",
+		"PATH=/bin", "HOME=/", "LOG_DIR=/", "API_KEY=x", "APP_NAME=x", "TASKS=1", "MY_TASK_LIMIT=1", "task_max_worker=1", "=x", "TASK_",
+		"SSE_GATEWAY_PORT=tcp://10.0.0.1:3000", "SSE_GATEWAY_SERVICE_HOST=10.0.0.1", "SSE_GATEWAY_SERVICE_PORT_HTTP=3000",
+		"FRONTEND_PORT_80_TCP_ADDR=10.0.0.1",
+	}
+	for _, args := range [][]string{nil, {"gateway"}} {
+		var out bytes.Buffer
+		bad := map[string]string{"ADDR": "192.0.2.1:1", "HOST": "192.0.2.1", "PORT": "1"} // not of this machine, so that it ends at once
+		run(t.Context(), args, getenvFrom(bad), io.Discard, &out, environ...)
+		var got []string
+		for _, m := range regexp.MustCompile(`level=WARN msg="no such setting: is its name misspelt\?" variable=(\S*)`).FindAllStringSubmatch(out.String(), -1) {
+			got = append(got, m[1])
+		}
+		want := []string{"TASK_MAX_WORKER", "SSE_CALLBACK_SECRETS", "DATA_DIRECTORY", "HEARTBEAT_INTERVAL", "MAX_STREAM", "TASK_"}
+		if !slices.Equal(got, want) || strings.Contains(out.String(), "hunter2") {
+			t.Errorf("sidecast %v: got %q in %s, want %q and no value", args, got, &out, want)
+		}
+	}
+}
+
 func TestHealthcheckURL(t *testing.T) {
 	const noPort = " must be given a port above 0 for a health check, " +
 		"which cannot know the port that the system chose, not "
-	tests := []struct{ addr, port, want string }{
+	tests := []struct{ addr, port, want string }{ // port may be host and port
+		{"", "127.0.0.9 3000", "http://127.0.0.9:3000/readyz"},
+		{"", "::1 3000", "http://[::1]:3000/readyz"},
+		{"", ":: 3000", "http://127.0.0.1:3000/readyz"},
+		{"", "0.0.0.0 3000", "http://127.0.0.1:3000/readyz"},
+		{"", "localhost 3000", "http://127.0.0.1:3000/readyz"},
+		{"localhost:9", "192.0.2.7 3000", "http://127.0.0.1:9/readyz"},
 		{"", "", "http://127.0.0.1:8080/readyz"},
 		{"", "3000", "http://127.0.0.1:3000/readyz"},
 		{"localhost:9", "3000", "http://127.0.0.1:9/readyz"},
@@ -314,7 +368,11 @@ func TestHealthcheckURL(t *testing.T) {
 		{":00", "", "ADDR" + noPort + `":00"`},
 	}
 	for _, test := range tests {
-		got, err := healthcheckURL(getenvFrom(map[string]string{"ADDR": test.addr, "PORT": test.port}))
+		host, port, found := strings.Cut(test.port, " ")
+		if !found {
+			host, port = "", test.port
+		}
+		got, err := healthcheckURL(getenvFrom(map[string]string{"ADDR": test.addr, "HOST": host, "PORT": port}))
 		if err != nil {
 			got = err.Error()
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"log/slog"
 	"math"
 	"net/http/httptest"
 	"os"
@@ -21,9 +22,10 @@ func scrapeAll(r *registry) string {
 	return w.Body.String()
 }
 
-// scrapeFamilies returns the page of r up to the families of the process.
+// scrapeFamilies returns the page of r without the families that every registry has.
 func scrapeFamilies(r *registry) string {
 	text, _, _ := strings.Cut(scrapeAll(r), "# HELP process_start_time_seconds ")
+	_, text, _ = strings.Cut(text, `http_requests_total{code="5xx"} 0`+"\n")
 	return text
 }
 
@@ -40,18 +42,33 @@ func scrapeValue(text, series string) float64 {
 	return v
 }
 
-// bothRoles returns the registry of an embedded gateway: every family that the program has.
-func bothRoles() (*registry, *backendMetrics, *gatewayMetrics) {
-	r := newRegistry("1.2.3")
-	backend := newBackendMetrics(r, []string{"demo", "failing", "external"})
-	gateway := newGatewayMetrics(r)
-	service := label{"service", []string{"task", "version"}}
-	none := func() map[string]float64 { return nil }
-	r.gauge("sse_gateway_active_connections", "Connections now.", service, none)
-	r.gauge("sse_outbox_events", "Events kept.", service, none)
-	r.gauge("tasks", "Tasks remembered.", label{"status", []string{"pending", "running"}}, none)
-	r.gauge("gateway_streams", "Streams open now.", label{}, none)
-	return r, backend, gateway
+// bothRoles returns the registry of a backend with an embedded gateway, made of both as by main: every family that the
+// program has, with the gauges of their owners.
+func bothRoles(t testing.TB) (*registry, *backendMetrics, *gatewayMetrics) {
+	cfg, err := loadBackendConfig(getenvFrom(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, log := newRegistry("1.2.3"), slog.New(slog.DiscardHandler)
+	b := newBackend(cfg, "http://gateway.invalid", r, log)
+	g := newGateway(cfg.Gateway, log, newGatewayMetrics(r))
+	g.gauges(r)
+	return r, b.conns.met.(*backendMetrics), g.met
+}
+
+// A family of the contract that is not on the page would be missed by nothing but a dashboard.
+func TestMetricsFamilies(t *testing.T) {
+	r, _, _ := bothRoles(t)
+	text := scrapeAll(r)
+	for family := range strings.FieldsSeq(`sse_gateway_connections_total sse_gateway_active_connections sse_gateway_events_sent_total
+		sse_gateway_send_duration_seconds sse_outbox_events sse_outbox_dropped_total task_executions_total task_duration_seconds tasks
+		gateway_streams gateway_streams_opened_total gateway_streams_closed_total gateway_events_total gateway_refused_total
+		gateway_callbacks_total gateway_callback_duration_seconds http_requests_total process_start_time_seconds
+		process_resident_memory_bytes process_open_fds process_max_fds go_goroutines go_memstats_heap_alloc_bytes sidecast_build_info`) {
+		if n := strings.Count(text, "# TYPE "+family+" "); n != 1 {
+			t.Errorf("%s is there %d times, want once", family, n)
+		}
+	}
 }
 
 func TestMetricsText(t *testing.T) {
@@ -123,7 +140,7 @@ func TestMetricsText(t *testing.T) {
 }
 
 func TestMetricsRoles(t *testing.T) {
-	r, backend, gateway := bothRoles()
+	r, backend, gateway := bothRoles(t)
 	backend.RecordSSEGatewayConnection("task", "connect")
 	backend.RecordSSEGatewayEvent("version", "error")
 	backend.RecordSSEGatewaySendDuration("task", 6)
@@ -132,6 +149,8 @@ func TestMetricsRoles(t *testing.T) {
 	backend.RecordTask("demo", "cancelled", 2)
 	gateway.opened.Inc()
 	gateway.closed.with("client_closed").Inc()
+	gateway.refused.with("capacity").Inc()
+	r.requests.with("401").Add(2)
 	gateway.events.with("unknown_token").Inc()
 	gateway.callbacks.with("disconnect", "timeout").Inc()
 	gateway.callbackSeconds.with("connect").observe(.002)
@@ -150,17 +169,16 @@ func TestMetricsRoles(t *testing.T) {
 		`task_duration_seconds_count{type="external"}`:                           0,
 		`gateway_streams_opened_total`:                                           1,
 		`gateway_streams_closed_total{reason="client_closed"}`:                   1,
+		`gateway_refused_total{reason="capacity"}`:                               1,
+		`gateway_refused_total{reason="rejected"}`:                               0,
+		`http_requests_total{code="401"}`:                                        2,
+		`http_requests_total{code="4xx"}`:                                        0,
 		`gateway_events_total{status="unknown_token"}`:                           1,
 		`gateway_callbacks_total{action="disconnect",status="timeout"}`:          1,
 		`gateway_callback_duration_seconds_bucket{action="connect",le="0.0025"}`: 1,
 	} {
 		if got := scrapeValue(text, series); got != want {
 			t.Errorf("%s: got %v, want %v", series, got, want)
-		}
-	}
-	for _, name := range regexp.MustCompile(`(?m)^# TYPE (\S+)`).FindAllStringSubmatch(text, -1) {
-		if n := strings.Count(text, "\n# TYPE "+name[1]+" "); n != 1 {
-			t.Errorf("%s is there %d times, want once", name[1], n)
 		}
 	}
 }
@@ -177,7 +195,7 @@ func TestMetricsClosedSets(t *testing.T) {
 		}()
 		f()
 	}
-	r, backend, gateway := bothRoles()
+	r, backend, gateway := bothRoles(t)
 	before := scrapeFamilies(r)
 	panics("unknown value", func() { gateway.closed.with("other") })
 	panics("empty value", func() { gateway.closed.with("") })
@@ -194,7 +212,7 @@ func TestMetricsClosedSets(t *testing.T) {
 
 // Counting happens once per event and stream, so it must leave nothing for the garbage collector.
 func TestMetricsAllocations(t *testing.T) {
-	_, backend, _ := bothRoles()
+	_, backend, _ := bothRoles(t)
 	if n := testing.AllocsPerRun(100, func() {
 		backend.RecordSSEGatewayEvent("task", "success")
 		backend.RecordSSEGatewaySendDuration("task", .01)
@@ -348,7 +366,7 @@ func TestMetricsProcLinux(t *testing.T) {
 // promtool is the reference reader of the format; it also knows how metrics should be named.
 func TestMetricsPromtool(t *testing.T) {
 	needs(t, "promtool")
-	r, _, _ := bothRoles()
+	r, _, _ := bothRoles(t)
 	if out := tool(t, scrapeAll(r), "promtool", "check", "metrics"); out != "" {
 		t.Error(out)
 	}
