@@ -32,10 +32,11 @@ type site struct {
 	backend *process
 }
 
-func startSite(t *testing.T) *site {
+// startSite starts a site whose gateway also has env.
+func startSite(t *testing.T, env ...string) *site {
 	backendAddr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	s := &site{gateway: startOwnGateway(t, "RETRY_MILLISECONDS=100",
-		"CALLBACK_URL=http://"+backendAddr+"/api/sse/callback?secret=browser")}
+	s := &site{gateway: startOwnGateway(t, append(env, "RETRY_MILLISECONDS=100",
+		"CALLBACK_URL=http://"+backendAddr+"/api/sse/callback?secret=browser")...)}
 	s.backend = startBackend(t, "ADDR="+backendAddr, "SSE_GATEWAY_URL="+s.gateway.URL, "SSE_CALLBACK_SECRET=browser")
 	proxy := &httputil.ReverseProxy{
 		FlushInterval: -1,
@@ -51,7 +52,12 @@ func startSite(t *testing.T) *site {
 		// As a proxy should: an answer with another status would end the EventSource for good.
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { panic(http.ErrAbortHandler) },
 	}
-	front := httptest.NewServer(proxy)
+	mux := http.NewServeMux()
+	mux.Handle("/", proxy)
+	mux.HandleFunc("/report.csv", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Disposition", "attachment")
+	})
+	front := httptest.NewServer(mux)
 	t.Cleanup(front.Close)
 	s.URL = front.URL
 	return s
@@ -96,17 +102,115 @@ func TestBrowserPage(t *testing.T) {
 	tab.wait(`!document.querySelector("#version-banner").hidden &&
 		document.querySelector("#version-banner").textContent.includes("browser-2")`)
 
-	// A page that was about to be left, and stays, has closed its streams and says so.
+	// That version is what a page is that is loaded afterwards: it shows no banner, but for the next one it does.
+	second := tab.browser.open(site.URL + "/")
+	second.wait(`document.querySelector("#version-name").textContent == "browser-2"`)
+	second.wait(`document.querySelector("#version-banner").hidden`)
+	site.post(t, "/api/deployments/version", `{"version":"browser-3"}`)
+	second.wait(`!document.querySelector("#version-banner").hidden &&
+		document.querySelector("#version-banner").textContent.includes("browser-3")`)
+}
+
+// A link to a download or to mailto: makes a browser announce that the page is left, and the page closes its streams.
+// As it stays, it opens them again where they were.
+func TestBrowserPageThatStays(t *testing.T) {
+	t.Parallel()
+	site := startSite(t)
+	tab := startBrowser(t).open(site.URL + "/")
 	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
-	card := fmt.Sprintf(`document.querySelector("#tasks [data-task-id='%s']")`, task)
-	tab.run(`const follow = document.querySelector("#follow-form");
-		follow.elements.task_id.value = "` + task + `";
-		follow.requestSubmit()`)
-	tab.wait(card + `?.dataset.state == "open"`)
-	tab.run(`dispatchEvent(new Event("beforeunload"))`)
-	tab.wait(card + `.dataset.state == "closed" && document.querySelector("#versions").dataset.state == "closed"`)
-	tab.run(card + `.querySelector(".again").click(); window.listed = ` + card + `.querySelector(".count").textContent`)
-	tab.wait(`listed == "0" && ` + card + `.dataset.state == "open" && ` + card + `.querySelector(".count").textContent == "2"`)
+	tab.run(`window.left = 0; addEventListener("beforeunload", () => left++)
+		const form = document.querySelector("#follow-form");
+		form.elements.task_id.value = "` + task + `";
+		form.requestSubmit()`)
+	opens := `document.querySelectorAll("#tasks li[data-event-name=connection_open]").length`
+	tab.wait(opens + ` == 1 && document.querySelector("#versions").dataset.state == "open"`)
+	for i, link := range []string{"/report.csv", "mailto:somebody@example.com"} {
+		tab.run(`location.href = "` + link + `"`)
+		tab.wait(fmt.Sprintf(`left == %d && document.querySelector("#versions").dataset.state == "reconnecting"`, i+1))
+		site.post(t, "/api/tasks/"+task+"/progress", `{"value":0.5}`)
+		tab.wait(fmt.Sprintf(`%s == %d && document.querySelector("#versions").dataset.state == "open"`, opens, i+2))
+	}
+	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
+	tab.wait(`document.querySelector("#tasks article[data-status=completed][data-state=closed]")`)
+	var ids []string
+	tab.get(`[...document.querySelectorAll("#tasks li[data-event-name=task_event]")].map(li => li.dataset.eventId)`, &ids)
+	wantIDs(t, ids, 4)
+	site.post(t, "/api/deployments/version", `{"version":"browser-2"}`)
+	tab.wait(`!document.querySelector("#version-banner").hidden`)
+}
+
+// pageClient returns the function of the page that README.md shows, too.
+func pageClient(t *testing.T) string {
+	t.Helper()
+	_, client, _ := strings.Cut(edited(t, "index.html"), "\nfunction openStream(")
+	client, _, ok := strings.Cut(client, "\n}\n")
+	if client = "function openStream(" + client + "\n}\n"; !ok || !strings.Contains(edited(t, "README.md"), client) {
+		t.Fatal("README.md does not have the openStream of index.html")
+	}
+	return client
+}
+
+// A connection may be lost without a word, and a proxy may answer in the gateway's place: a browser would wait for
+// minutes in the first case, and give up for good in the second.
+func TestBrowserSilence(t *testing.T) {
+	t.Parallel()
+	queries := make(chan url.Values, 100)
+	answer := make(chan http.HandlerFunc, 100)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/stream" {
+			queries <- r.URL.Query()
+			(<-answer)(w, r)
+		}
+	}))
+	t.Cleanup(server.Close)
+	const (
+		first = "event: connection_open\ndata: {}\nid: a-0\n\nevent: task_event\ndata: 1\nid: a-1\n\n"
+		beat  = "event: heartbeat\ndata: 0.3\n\n"
+		last  = "event: task_event\ndata: 2\nid: a-2\n\nevent: connection_close\ndata: {}\nid: close\n\n"
+	)
+	answer <- streamThat(first+beat, true) // and is silent from now on
+	answer <- http.NotFound
+	answer <- streamThat(beat, true)
+	answer <- streamThat(beat+last, true)
+	tab := startBrowser(t).open(server.URL + "/")
+	tab.run(pageClient(t) + `window.got = []; window.lost = 0;
+		openStream("/stream?id=7", { task_event: e => got.push(e.data), connection_close: () => got.push("end"), lost: () => lost++ })`)
+	tab.wait(`got.join() == "1,2,end"`)
+	for i, want := range []string{"", "a-1", "a-1", "a-1"} {
+		q := <-queries
+		if q.Get("id") != "7" || q.Get("heartbeat") != "event" || q.Get("lastEventId") != want || q.Has("lastEventId") != (want != "") {
+			t.Errorf("request %d: got %v, want lastEventId %q", i, q, want)
+		}
+	}
+	if lost := tab.count("lost"); lost < 3 {
+		t.Errorf("the page was told of %d losses, want 3 or more", lost)
+	}
+	tab.run(`dispatchEvent(new Event("beforeunload")); setTimeout(() => window.late = true, 3000)`)
+	tab.wait(`window.late`)
+	if n := len(queries); n > 0 {
+		t.Errorf("the page asked %d times more after the end", n)
+	}
+}
+
+// A gateway that is stopped keeps its connections open, so that no browser sees a loss. The page does.
+func TestBrowserSilentGateway(t *testing.T) {
+	t.Parallel()
+	site := startSite(t, "HEARTBEAT_INTERVAL_SECONDS=0.5")
+	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
+	tab := startBrowser(t).open(site.URL + "/")
+	tab.run(pageClient(t) + `window.ids = []; window.beats = 0; window.lost = 0;
+		openStream("/api/sse/tasks?task_id=` + task + `", { heartbeat: () => beats++, lost: () => lost++,
+			task_event: e => ids.push(e.lastEventId), connection_close: () => window.end = true })`)
+	tab.wait(`ids.length == 1 && beats > 0`)
+	site.gateway.signal(syscall.SIGSTOP)
+	tab.wait(`lost > 0`)
+	site.gateway.signal(syscall.SIGCONT)
+	site.post(t, "/api/tasks/"+task+"/progress", `{"value":0.5}`)
+	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
+	tab.wait(`window.end`)
+	var ids []string
+	tab.get(`ids`, &ids)
+	wantIDs(t, ids, 3)
 }
 
 // A page that does nothing but open an EventSource is left in peace after the end.
