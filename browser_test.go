@@ -238,6 +238,91 @@ func TestBrowserEnd(t *testing.T) {
 	}
 }
 
+// Another site that knows an ID can neither take a stream over nor eat what it would bring, whatever it embeds. (Browsers
+// mark such requests to loopback addresses and over HTTPS.)
+func TestBrowserOtherSite(t *testing.T) {
+	t.Parallel()
+	site := startSite(t)
+	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
+	path := "/api/sse/tasks?task_id=" + task
+	other := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	t.Cleanup(other.Close)
+	browser := startBrowser(t)
+	victim := browser.open(site.URL + "/healthz")
+	victim.run(`window.got = []; const source = new EventSource("` + path + `");
+		for (const name of ["task_event", "connection_close"])
+			source.addEventListener(name, e => got.push(name + " " + e.data))`)
+	victim.wait(`got.length == 1`)
+	// The same host, and another one, with another port.
+	for _, address := range []string{other.URL, strings.Replace(other.URL, "127.0.0.1", "localhost", 1)} {
+		attacker := browser.open(address + "/")
+		attacker.run(`window.failed = 0; const url = "` + site.URL + path + `";
+			const image = new Image(); image.onerror = () => failed++; image.src = url;
+			fetch(url, { mode: "no-cors" }).then(answer => answer.text()).then(() => failed++, () => failed++);
+			new EventSource(url).onerror = () => failed++`)
+		attacker.wait(`failed == 3`)
+	}
+	site.post(t, "/api/tasks/"+task+"/progress", `{"value":0.5}`)
+	victim.wait(`got.length > 1`)
+	if n := victim.count(`got.filter(event => event.startsWith("task_event")).length`); n != 2 {
+		t.Errorf("the victim has %d events of its task, want 2", n)
+	}
+	if n := victim.count(`got.length`); n != 2 {
+		t.Errorf("the victim has %d events, want 2: its stream was ended", n)
+	}
+}
+
+// A page whose name comes to point at this machine is of the same site for its browser, and could do everything to a
+// backend in development, which asks for no token.
+func TestBrowserRebinding(t *testing.T) {
+	t.Parallel()
+	backend := startBackend(t)
+	address := strings.Replace(backend.URL, "127.0.0.1", "rebound.test", 1)
+	tab := startBrowser(t, "--host-resolver-rules=MAP rebound.test 127.0.0.1").open(address + "/")
+	tab.run(`fetch("/api/tasks", { method: "POST", headers: { "Content-Type": "application/json" }, body: '{"type":"demo"}' })
+		.then(answer => window.post = answer.status);
+		fetch("/api/tasks").then(answer => window.list = answer.status)`)
+	tab.wait(`window.post && window.list`)
+	if post, list := tab.count(`post`), tab.count(`list`); post != http.StatusForbidden || list != http.StatusForbidden {
+		t.Errorf("a page of another name got %d for a POST and %d for the list, want 403", post, list)
+	}
+	if list := mustAsk(t, "GET", backend.URL+"/api/tasks", ""); !strings.Contains(list, `"tasks":[]`) {
+		t.Errorf("it started a task: %s", list)
+	}
+}
+
+// A page of another origin lives on when the gateway restarts behind nginx, and when nginx has a limit.
+func TestBrowserOtherOrigin(t *testing.T) {
+	needs(t, "nginx", "root")
+	t.Parallel()
+	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	h := host{gateway: startOwnGateway(t, "CORS_ALLOW_ORIGIN=*", "RETRY_MILLISECONDS=100",
+		"CALLBACK_URL=http://"+addr+"/api/sse/callback?secret="+deploySecret)}
+	h.backend = startBackend(t, "ADDR="+addr, "SSE_GATEWAY_URL="+h.gateway.URL, "SSE_CALLBACK_SECRET="+deploySecret)
+	nginx := h.front(t, "retry: 3000", "retry: 100", "limit_conn streams 1000", "limit_conn streams 1")
+	path := startTask(t, h.backend.URL, "", `{"type":"external","params":{"task_id":"t"}}`)
+	page := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	t.Cleanup(page.Close)
+	tab := startBrowser(t).open(page.URL + "/")
+	tab.run(`window.lost = [0, 0]; window.got = [];
+		window.sources = ["` + path + `", "/api/sse/utils/version?request_id=r"].map((path, i) => {
+			const source = new EventSource("` + nginx.URL + `" + path);
+			source.addEventListener("task_event", e => got.push(JSON.parse(e.data).event_type));
+			source.onerror = () => lost[i]++;
+			return source;
+		})`)
+	tab.wait(`got.length == 1 || lost[0] > 2`)
+	tab.wait(`lost[0] > 2 || lost[1] > 2`) // one of them is beyond the limit
+	h.gateway.kill(t)
+	tab.run(`lost = [0, 0]`)
+	tab.wait(`lost[0] > 1 && lost[1] > 1`)
+	h.gateway.restart(t)
+	tab.wait(`sources.some(source => source.readyState == EventSource.OPEN)`)
+	if n := tab.count(`sources.filter(source => source.readyState == EventSource.CLOSED).length`); n > 0 {
+		t.Errorf("%d of 2 EventSources of another origin died", n)
+	}
+}
+
 // wantIDs checks that ids are <epoch>-1 to <epoch>-<n>.
 func wantIDs(t *testing.T, ids []string, n int) {
 	t.Helper()
@@ -260,14 +345,15 @@ type browser struct {
 	answers map[int]chan json.RawMessage
 }
 
-func startBrowser(t *testing.T) *browser {
+// startBrowser starts one that has further options.
+func startBrowser(t *testing.T, options ...string) *browser {
 	t.Helper()
 	needs(t, "chromium")
 	fromTest, toBrowser := newPipe(t)
 	fromBrowser, toTest := newPipe(t)
-	cmd := exec.Command("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+	cmd := exec.Command("chromium", append(options, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-		"--user-data-dir="+t.TempDir(), "--remote-debugging-pipe")
+		"--user-data-dir="+t.TempDir(), "--remote-debugging-pipe")...)
 	cmd.ExtraFiles = []*os.File{fromTest, toTest}         // descriptors 3 and 4
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // its children write to the folder, too
 	if err := cmd.Start(); err != nil {
