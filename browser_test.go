@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -278,7 +279,7 @@ func TestBrowserRebinding(t *testing.T) {
 	t.Parallel()
 	backend := startBackend(t)
 	address := strings.Replace(backend.URL, "127.0.0.1", "rebound.test", 1)
-	tab := startBrowser(t, "--host-resolver-rules=MAP rebound.test 127.0.0.1").open(address + "/")
+	tab := startBrowser(t).open(address + "/")
 	tab.run(`fetch("/api/tasks", { method: "POST", headers: { "Content-Type": "application/json" }, body: '{"type":"demo"}' })
 		.then(answer => window.post = answer.status);
 		fetch("/api/tasks").then(answer => window.list = answer.status)`)
@@ -336,24 +337,72 @@ func wantIDs(t *testing.T, ids []string, n int) {
 	}
 }
 
-// A browser is a headless Chromium.
-type browser struct {
-	t       *testing.T
+// browserPatience is for what takes milliseconds, but not on a machine that is busy with other tests.
+const browserPatience = time.Minute
+
+// A chromium is a headless Chromium. All tests that run at the same time share one, for it takes seconds of CPU to start.
+type chromium struct {
+	cmd     *exec.Cmd
+	profile string // folder
+	pipes   [2]*os.File
+
 	mu      sync.Mutex // guards the rest
-	to      *os.File
 	next    int
 	answers map[int]chan json.RawMessage
 }
 
-// startBrowser starts one that has further options.
-func startBrowser(t *testing.T, options ...string) *browser {
+var sharedChromium struct {
+	mu    sync.Mutex // guards the rest
+	users int        // while there are some, it runs
+	*chromium
+}
+
+// A browser is what one test has of Chromium: a context of its own, as a private window is.
+type browser struct {
+	t testing.TB
+	*chromium
+	context string
+}
+
+func startBrowser(t testing.TB) *browser {
 	t.Helper()
 	needs(t, "chromium")
-	fromTest, toBrowser := newPipe(t)
-	fromBrowser, toTest := newPipe(t)
-	cmd := exec.Command("chromium", append(options, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+	shared := &sharedChromium
+	shared.mu.Lock()
+	defer shared.mu.Unlock()
+	if shared.users == 0 {
+		shared.chromium = startChromium(t)
+	}
+	shared.users++
+	t.Cleanup(func() {
+		shared.mu.Lock()
+		defer shared.mu.Unlock()
+		if shared.users--; shared.users == 0 {
+			shared.chromium.kill()
+		}
+	})
+	b := &browser{t: t, chromium: shared.chromium}
+	var created struct{ BrowserContextID string }
+	b.call("", "Target.createBrowserContext", nil, &created)
+	b.context = created.BrowserContextID
+	t.Cleanup(func() {
+		b.call("", "Target.disposeBrowserContext", map[string]any{"browserContextId": b.context}, &struct{}{})
+	})
+	return b
+}
+
+func startChromium(t testing.TB) *chromium {
+	t.Helper()
+	fromTest, toBrowser, err1 := os.Pipe()
+	fromBrowser, toTest, err2 := os.Pipe()
+	profile, err3 := os.MkdirTemp("", "chromium")
+	if err := errors.Join(err1, err2, err3); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-		"--user-data-dir="+t.TempDir(), "--remote-debugging-pipe")...)
+		"--disable-background-timer-throttling", "--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows",
+		"--host-resolver-rules=MAP rebound.test 127.0.0.1", "--user-data-dir="+profile, "--remote-debugging-pipe")
 	cmd.ExtraFiles = []*os.File{fromTest, toTest}         // descriptors 3 and 4
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // its children write to the folder, too
 	if err := cmd.Start(); err != nil {
@@ -361,27 +410,22 @@ func startBrowser(t *testing.T, options ...string) *browser {
 	}
 	fromTest.Close()
 	toTest.Close()
-	t.Cleanup(func() {
-		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-		cmd.Wait()
-	})
-	b := &browser{t: t, to: toBrowser, answers: map[int]chan json.RawMessage{}}
-	go b.read(fromBrowser)
-	return b
+	c := &chromium{cmd: cmd, profile: profile, pipes: [2]*os.File{toBrowser, fromBrowser}, answers: map[int]chan json.RawMessage{}}
+	go c.read()
+	return c
 }
 
-func newPipe(t *testing.T) (r, w *os.File) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { r.Close(); w.Close() })
-	return r, w
+func (c *chromium) kill() {
+	syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
+	c.cmd.Wait()
+	c.pipes[0].Close()
+	c.pipes[1].Close()
+	os.RemoveAll(c.profile)
 }
 
 // read hands out the answers, and passes over events.
-func (b *browser) read(from *os.File) {
-	for r := bufio.NewReader(from); ; {
+func (c *chromium) read() {
+	for r := bufio.NewReader(c.pipes[1]); ; {
 		message, err := r.ReadBytes(0)
 		if err != nil {
 			return
@@ -390,10 +434,10 @@ func (b *browser) read(from *os.File) {
 			ID int `json:"id"`
 		}
 		json.Unmarshal(bytes.TrimRight(message, "\x00"), &m)
-		b.mu.Lock()
-		answer := b.answers[m.ID]
-		delete(b.answers, m.ID)
-		b.mu.Unlock()
+		c.mu.Lock()
+		answer := c.answers[m.ID]
+		delete(c.answers, m.ID)
+		c.mu.Unlock()
 		if answer != nil {
 			answer <- bytes.TrimRight(message, "\x00")
 		}
@@ -412,7 +456,7 @@ func (b *browser) call(session, method string, params map[string]any, result any
 		message["sessionId"] = session
 	}
 	text, _ := json.Marshal(message)
-	b.to.Write(append(text, 0))
+	b.pipes[0].Write(append(text, 0))
 	b.mu.Unlock()
 	select {
 	case text := <-answer:
@@ -423,7 +467,7 @@ func (b *browser) call(session, method string, params map[string]any, result any
 		if err := json.Unmarshal(m.Result, result); err != nil {
 			b.t.Fatalf("%s: %v in %s", method, err, text)
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.After(browserPatience):
 		b.t.Fatalf("%s: no answer", method)
 	}
 }
@@ -437,7 +481,7 @@ type tab struct {
 func (b *browser) open(address string) *tab {
 	b.t.Helper()
 	var target struct{ TargetID string }
-	b.call("", "Target.createTarget", map[string]any{"url": address}, &target)
+	b.call("", "Target.createTarget", map[string]any{"url": address, "browserContextId": b.context}, &target)
 	var attached struct{ SessionID string }
 	b.call("", "Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true}, &attached)
 	t := &tab{b, attached.SessionID}
@@ -476,7 +520,7 @@ func (t *tab) count(expression string) (n int) {
 // wait waits until a condition is truthy.
 func (t *tab) wait(condition string) {
 	t.t.Helper()
-	eventually(t.t, 20*time.Second, condition, func() (ok bool) {
+	eventually(t.t, browserPatience, condition, func() (ok bool) {
 		t.get("!!("+condition+")", &ok)
 		return ok
 	})
