@@ -160,7 +160,12 @@ func TestBrowserSilence(t *testing.T) {
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/stream" {
 			queries <- r.URL.Query()
-			(<-answer)(w, r)
+			select {
+			case h := <-answer:
+				h(w, r)
+			default:
+				http.NotFound(w, r)
+			}
 		}
 	}))
 	t.Cleanup(server.Close)
