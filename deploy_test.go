@@ -237,7 +237,7 @@ func (img image) healthy(p *process) bool {
 
 // The image has nothing but what the Dockerfile copies: no libc, so only a static binary runs, no shell, no /etc/hosts.
 func TestContainer(t *testing.T) {
-	needs(t, "root", "sh", "install", "chroot")
+	needs(t, "root", "go", "sh", "install", "chroot")
 	t.Parallel()
 	img := buildImage(t)
 	gatewayPort, backendPort := freePort(t), freePort(t)
@@ -423,9 +423,9 @@ func TestNginxErrors(t *testing.T) {
 					if scheme == "https" {
 						base = "https://" + secure
 					}
-					away := askForStreams(t, base+"/api/sse/x", 60)
+					away := askForStreams(t, base+"/api/sse/x", 45)
 					if away == 0 || !strings.Contains(nginx.output(), tt.log) {
-						t.Errorf("%d of 60 pages were told to come back; nginx' log has %q: %v", away, tt.log,
+						t.Errorf("%d of 45 pages were told to come back; nginx' log has %q: %v", away, tt.log,
 							strings.Contains(nginx.output(), tt.log))
 					}
 				})
@@ -733,9 +733,8 @@ func TestMonitoring(t *testing.T) {
 			for _, name := range metricNames(target.Expr) {
 				shown[name] = true
 			}
-			if series(target.Expr) == 0 {
-				t.Errorf("%s: nothing for %s", panel.Title, target.Expr)
-			}
+			// A scrape that failed, as they do on a busy machine, hides its series until the next one.
+			eventually(t, deployPatience, panel.Title+": something for "+target.Expr, func() bool { return series(target.Expr) > 0 })
 		}
 	}
 	for name := range families {
