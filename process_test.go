@@ -248,6 +248,7 @@ func eventually(t testing.TB, limit time.Duration, what string, cond func() bool
 
 // A process that does not start must fail its test soon and in its own words, or every cause looks like a timeout.
 func TestGatewayStartupTimeoutFails(t *testing.T) {
+	needs(t, "sh")
 	t.Setenv("API_TOKEN", "the developer's")
 	for _, tt := range []struct {
 		name, script string
