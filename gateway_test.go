@@ -434,6 +434,40 @@ level=INFO msg="the gateway answers now"
 	})
 }
 
+// A gateway that answers too late for a start is asked again with more patience: each reset ends all of its streams, so
+// that one which is always slow would otherwise lose them once a second.
+func TestGatewayClientResetsASlowGateway(t *testing.T) {
+	testPosts(t, func(t *postTest) {
+		tried, answered := 0, 0
+		t.client.transport = slowGateway(func(ctx context.Context) error {
+			tried++
+			select {
+			case <-time.After(2 * time.Second):
+				answered++
+			case <-ctx.Done():
+			}
+			return ctx.Err()
+		})
+		t.client.reset(t.Context(), "", slog.New(slog.DiscardHandler))
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if tried != 2 || answered != 1 {
+			t.Errorf("%d resets were tried and %d answered, want 2 and 1", tried, answered)
+		}
+	})
+}
+
+// A slowGateway answers 200 to what it returns nil for.
+type slowGateway func(context.Context) error
+
+func (wait slowGateway) RoundTrip(r *http.Request) (*http.Response, error) {
+	if err := wait(r.Context()); err != nil {
+		return nil, err
+	}
+	header := http.Header{"Content-Type": {"application/json"}}
+	return &http.Response{StatusCode: http.StatusOK, Header: header, Body: io.NopCloser(strings.NewReader(`{"status":"ok"}`))}, nil
+}
+
 // beBusy makes the client wait for its gateway until the returned POSTs are answered.
 func (t *postTest) beBusy() (busy [maxPostingBatches]*steppedPost) {
 	t.client.heard(features{any: true, batch: true})

@@ -477,12 +477,19 @@ func startSplit(t testing.TB, start func(testing.TB, ...string) *process) (v vis
 // One command and two commands do the same.
 func TestIntegrationProcesses(t *testing.T) {
 	t.Parallel()
-	embedded := startBackend(t)
-	split, _ := startSplit(t, startGateway)
-	for _, v := range []visitor{newVisitor(t, embedded.URL, embedded.URL), split} {
-		wantStory(t, v.follow(v.start("demo", `{"steps":1}`)), "task_started", "progress_update step 1 of 1",
+	check := func(v visitor) {
+		v.t.Helper()
+		wantStory(v.t, v.follow(v.start("demo", `{"steps":1}`)), "task_started", "progress_update step 1 of 1",
 			"task_completed", "connection_close task_completed")
 	}
+	t.Run("embedded", func(t *testing.T) {
+		backend := startBackend(t)
+		check(newVisitor(t, backend.URL, backend.URL))
+	})
+	t.Run("split", func(t *testing.T) {
+		v, _ := startSplit(t, startGateway)
+		check(v)
+	})
 }
 
 // The streams that a gateway holds for a backend which stops must end: the next backend does not know of them, and the
