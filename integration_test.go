@@ -749,7 +749,8 @@ func TestIntegrationBackendUnreachable(t *testing.T) {
 	for _, es := range clients {
 		es.cut()
 	}
-	if _, err := s.tasks.Progress(id, "meanwhile", 0); err != nil {
+	text := "meanwhile"
+	if _, _, err := s.tasks.Progress(id, report{text: &text}); err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(3 * time.Second) // the outage
@@ -774,8 +775,9 @@ func BenchmarkReplay(b *testing.B) {
 	const events = 1000
 	s := newSystem(b, startGateway)
 	id := s.start("external", `{}`)
+	text, half := "a text of usual length", 0.5
 	for range events - 2 {
-		s.tasks.Progress(id, "a text of usual length", 0.5)
+		s.tasks.Progress(id, report{text: &text, value: &half})
 	}
 	s.complete(id)
 	for b.Loop() {

@@ -169,6 +169,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 	mux.HandleFunc("POST /api/tasks", b.protect(b.tasks.serveStart))
 	mux.HandleFunc("GET /api/tasks", b.protectList(b.tasks.serveList))
 	mux.HandleFunc("GET /api/tasks/{task_id}/status", b.tasks.serveStatus)
+	mux.HandleFunc("GET /api/tasks/{task_id}/events", b.tasks.serveEvents)
 	mux.HandleFunc("POST /api/tasks/{task_id}/cancel", b.protect(b.tasks.serveCancel))
 	mux.HandleFunc("DELETE /api/tasks/{task_id}", b.protect(b.tasks.serveDelete))
 	mux.HandleFunc("POST /api/tasks/{task_id}/progress", b.protect(b.tasks.serveProgress))
@@ -185,7 +186,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 	crossOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		writeError(w, newError(http.StatusForbidden, "cross_site", "request from another site"))
 	}))
-	return crossOrigin.Handler(jsonErrors(mux))
+	return crossOrigin.Handler(plainPaths(jsonErrors(mux)))
 }
 
 // routes are those of the gateway on its public port. Every other path is
@@ -263,6 +264,7 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		timeout:    cfg.TaskTimeout,
 		remember:   cfg.TaskCleanup,
 		eventLimit: cfg.TaskEventLimit,
+		memory:     cfg.TaskMemory,
 	}, epoch, b.conns, log, met)
 	b.version = newVersionService(versionConfig{
 		pendingLimit: cfg.VersionPendingLimit,

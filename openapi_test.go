@@ -386,7 +386,7 @@ func testAPIErrors(t *testing.T, operations map[string]*apiOperation) {
 			r.target = strings.Replace(r.target+"?", "?", "?a="+strings.Repeat("a", 8<<10)+"&", 1)
 		}},
 		{http.StatusUnsupportedMediaType, func(b *backend, r *apiRequest) { r.header.Set("Content-Type", "text/plain") }},
-		{http.StatusConflict, func(b *backend, r *apiRequest) { b.tasks.Complete(apiTask, nil) }},
+		{http.StatusConflict, func(b *backend, r *apiRequest) { b.tasks.Complete(apiTask, "null") }},
 		{http.StatusServiceUnavailable, func(b *backend, r *apiRequest) { b.closing.Store(true) }}, // the last: it stays so
 	}
 	for name, op := range operations {

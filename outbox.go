@@ -54,7 +54,7 @@ type outbox struct {
 
 	mu     sync.Mutex
 	log    []entry // ascending numbers
-	bytes  int     // of their data, as far as it is not shared
+	bytes  int     // that their data takes, as far as it is not shared
 	last   uint64  // number of the newest event; they count from 1
 	start  uint64  // a fresh connection gets what is after it
 	given  uint64  // the last number that an open stream was given
@@ -79,12 +79,15 @@ type entry struct {
 	shared bool // its data is in other outboxes, too
 }
 
-// size is how many bytes only this outbox holds.
+// entrySize is how many bytes an entry takes without its data.
+const entrySize = 32
+
+// size is how many bytes of data only this outbox holds.
 func (e entry) size() int {
 	if e.shared {
 		return 0
 	}
-	return len(e.data)
+	return heapSize(len(e.data))
 }
 
 func newOutbox(identifier string, conns *ConnectionManager, policy *outboxPolicy) *outbox {
@@ -186,14 +189,15 @@ func (o *outbox) Wait(ctx context.Context, n uint64) bool {
 		i := o.indexLocked(n - 1)
 		dropped := i == len(o.log) || o.log[i].n != n
 		busy := o.token != "" && o.sender == o.token && !dropped
+		if done || !busy {
+			o.mu.Unlock()
+			return done
+		}
 		if o.changed == nil {
 			o.changed = make(chan struct{})
 		}
 		changed := o.changed
 		o.mu.Unlock()
-		if done || !busy {
-			return done
-		}
 		select {
 		case <-ctx.Done():
 			return false
@@ -208,6 +212,37 @@ func (o *outbox) Size() (kept, waiting, bytes int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return len(o.log), len(o.log) - o.indexLocked(o.start), o.bytes
+}
+
+// Held returns how many bytes of the heap the events take, as far as they are not shared.
+func (o *outbox) Held() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.bytes + cap(o.log)*entrySize
+}
+
+// After returns at most so many of the events that follow the one with this ID: from the
+// first that is kept, if it is none of this outbox.
+func (o *outbox) After(id string, most int) (events []event) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n, _ := o.parseID(id)
+	if n > o.last {
+		n = 0
+	}
+	rest := o.log[o.indexLocked(n):]
+	for _, e := range rest[:min(most, len(rest))] {
+		events = append(events, event{ID: o.id(e.n), Name: o.policy.event, Data: e.data})
+	}
+	return events
+}
+
+// DropOldest drops the oldest event that is not marked, not under way and not the last
+// one. It reports whether there was one.
+func (o *outbox) DropOldest() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.dropOneLocked(o.indexLocked(max(o.start, o.flying)), len(o.log)-1)
 }
 
 // Shed drops the events that neither a fresh connection nor this one would
@@ -239,17 +274,23 @@ func (o *outbox) trimLocked() {
 		from = limit
 	}
 	from = max(from, o.indexLocked(o.flying))
-	for len(o.log)-from > limit {
-		i := slices.IndexFunc(o.log[from:], func(e entry) bool { return !e.keep })
-		if i < 0 {
-			return
-		}
-		if o.log[from+i].n > o.given {
-			o.policy.dropped(1)
-		}
-		o.dropLocked(from+i, from+i+1)
-		o.notifyLocked()
+	for len(o.log)-from > limit && o.dropOneLocked(from, len(o.log)) {
 	}
+}
+
+// dropOneLocked drops the oldest event between two indexes that is not marked, and reports
+// whether there was one.
+func (o *outbox) dropOneLocked(from, to int) bool {
+	i := slices.IndexFunc(o.log[min(from, to):to], func(e entry) bool { return !e.keep })
+	if i < 0 {
+		return false
+	}
+	if o.log[from+i].n > o.given {
+		o.policy.dropped(1)
+	}
+	o.dropLocked(from+i, from+i+1)
+	o.notifyLocked()
+	return true
 }
 
 func (o *outbox) dropLocked(from, to int) {
