@@ -473,7 +473,7 @@ func TestOutboxSize(t *testing.T) {
 		t.outbox.Shed()
 		want(3, 3, 16)
 		t.delivers("a x-2 two", "a x-3 shared", "a x-4 four")
-		want(3, 0, 7)
+		want(3, 0, 16)
 		t.outbox.Shed()
 		want(0, 0, 0)
 	})

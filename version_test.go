@@ -239,15 +239,15 @@ func TestVersionBodies(t *testing.T) {
 		`{"version":"` + long + `"}`:       badVersion,
 		`{"version":"1","changelog":null}`: badChangelog,
 		`{"version":"1","changelog":[]}`:   badChangelog,
-		`{"version":"1","changelog":"` + longest + `"}`:                    badChangelog,
-		`{"version":"1","request_id":null}`:                                badID,
-		`{"version":"1","request_id":""}`:                                  badID,
-		`{"version":"1","request_id":"a:b"}`:                               badID,
-		`{"version":"1","request_id":"a\nb"}`:                              badID,
-		`{"version":"1","request_id":"` + long + `"}`:                      badID,
-		`{"x":"` + strings.Repeat("x", maxVersionBody) + `"}`:              `413 {"error":"request body too large","code":"too_large"}`,
+		`{"version":"1","changelog":"` + longest + `"}`:                                  badChangelog,
+		`{"version":"1","request_id":null}`:                                              badID,
+		`{"version":"1","request_id":""}`:                                                badID,
+		`{"version":"1","request_id":"a:b"}`:                                             badID,
+		`{"version":"1","request_id":"a\nb"}`:                                            badID,
+		`{"version":"1","request_id":"` + long + `"}`:                                    badID,
+		`{"x":"` + strings.Repeat("x", maxVersionBody) + `"}`:                            `413 {"error":"request body too large","code":"too_large"}`,
 		`{"version":"1","changelog":"` + strings.Repeat("\u2028", maxChangelog/3) + `"}`: `413 {"error":"version and changelog have more than 64000 bytes in JSON","code":"too_large"}`,
-		`{"version":"` + long[1:] + `","changelog":"` + longest[1:] + `"}`: `202 {"delivered":0,"failed":0,"version":"` + long[1:] + `"}`,
+		`{"version":"` + long[1:] + `","changelog":"` + longest[1:] + `"}`:               `202 {"delivered":0,"failed":0,"version":"` + long[1:] + `"}`,
 	} {
 		api.checkAnnounce(body, want)
 	}
@@ -515,7 +515,9 @@ func TestVersionPoll(t *testing.T) {
 	if got := stream.text(); !strings.Contains(got, `version {"version":"5"}`) || !strings.Contains(got, `version {"version":"1.10"}`) {
 		t.Errorf("got\n%s\nwant no changelog, and the number as its text", got)
 	}
-	api.subscribe("fresh").checkStory("connection_open version:posted")
+	fresh := api.subscribe("fresh")
+	api.conns.Drain(t.Context())
+	fresh.checkStory("connection_open version:posted")
 	stop()
 	file.answers <- noHTTP
 	<-stopped
