@@ -304,7 +304,7 @@ func TestIntegrationExternalTask(t *testing.T) {
 	id := s.start("external", `{"task_id":"nightly","title":"Report of the night"}`)
 	es := s.follow(id)
 	eventIDs := []string{s.progress(id, "half"), s.progress(id, "nearly"), s.complete(id)}
-	s.wantPost("/api/tasks/nightly/progress", `{"text":"late","value":1}`, `409 {"error":"task is finished","code":"task_finished"}`)
+	s.wantPost("/api/tasks/nightly/progress", `{"text":"late","value":1}`, `409 {"error":"task is finished","code":"task_finished","status":"completed"}`)
 	wantEnd(t, es, "task_started", "progress_update half", "progress_update nearly",
 		"task_completed", "connection_close task_completed")
 	var got []string

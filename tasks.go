@@ -25,7 +25,7 @@ const (
 	maxTaskList  = 100       // tasks in a list
 	maxTaskPage  = 1000      // events in an answer
 	maxExternal  = 10000     // external tasks that have not ended
-	taskOverhead = 1200      // bytes that a task takes without its texts and events
+	taskOverhead = 740       // bytes that a task takes without its texts and events
 
 	// maxTaskResult is how many bytes an encoded result has at most. With the rest of
 	// its event it stays below maxEventData: see TestEventsFitOneLine.
@@ -403,6 +403,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 	}
 	if t.cancel != nil {
 		t.cancel()
+		t.cancel = nil
 	}
 	var seconds float64
 	if !t.start.IsZero() {
