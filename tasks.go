@@ -25,7 +25,7 @@ const (
 	maxTaskList  = 100       // tasks in a list
 	maxTaskPage  = 1000      // events in an answer
 	maxExternal  = 10000     // external tasks that have not ended
-	taskOverhead = 740       // bytes that a task takes without its texts and events
+	taskOverhead = 780       // bytes that a task takes without its texts and events
 
 	// maxTaskResult is how many bytes an encoded result has at most. With the rest of
 	// its event it stays below maxEventData: see TestEventsFitOneLine.
@@ -260,14 +260,25 @@ func (s *TaskService) dispatchLocked() {
 func (s *TaskService) runLocked(t *task, late string) {
 	t.status, t.start = taskRunning, time.Now()
 	t.seen = t.start
-	t.deadline = time.AfterFunc(s.cfg.timeout, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
+	t.deadline = s.afterwards(t, s.cfg.timeout, func(t *task) {
 		if time.Since(t.seen) >= s.cfg.timeout { // not if a report came while this waited
 			s.finishLocked(t, taskFailed, "", late)
 		}
 	})
 	s.emitLocked(t, "task_started", nil, true)
+}
+
+// afterwards calls f under mu when a time has passed, unless t is forgotten by
+// then. The timer does not hold t: a stopped one may stay in memory for long.
+func (s *TaskService) afterwards(t *task, d time.Duration, f func(*task)) *time.Timer {
+	id, number := t.id, t.number
+	return time.AfterFunc(d, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if t := s.tasks[id]; t != nil && t.number == number { // and not its successor
+			f(t)
+		}
+	})
 }
 
 // run does the work of t on a worker.
@@ -411,13 +422,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 	}
 	s.met.RecordTask(t.kind, string(status), seconds)
 	t.place = s.finished.PushBack(t)
-	t.deadline = time.AfterFunc(s.cfg.remember, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.tasks[t.id] == t {
-			s.forgetLocked(t)
-		}
-	})
+	t.deadline = s.afterwards(t, s.cfg.remember, s.forgetLocked)
 	return true
 }
 
@@ -455,7 +460,7 @@ func (s *TaskService) forgetLocked(t *task) {
 	delete(s.tasks, t.id)
 	s.finished.Remove(t.place)
 	s.memory.count(&t.held, 0)
-	t.deadline.Stop()           // it holds the task
+	t.deadline.Stop()
 	if t.kind == externalTask { // its ID may be chosen again
 		s.policy = s.policy.renewed()
 	}

@@ -1029,7 +1029,7 @@ func TestTaskMemoryOfRunningTasks(t *testing.T) {
 
 // A bound is only true if what is counted is what is held. Not parallel, for it looks at the heap.
 func TestTaskMemoryIsCounted(t *testing.T) {
-	const tasks = 4000 // enough for the map, which grows in steps
+	const tasks = 3000 // of the map, which grows in steps, three quarters are full then
 	external, x := `{"type":"external","params":{"task_id":"ID"}}`, strings.Repeat("x", 100<<10)
 	for _, tt := range []struct {
 		name, start string

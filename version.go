@@ -25,7 +25,7 @@ const (
 	// and announcements to a single one, are refused.
 	maxVersionHeld    = 256 << 20
 	versionOverhead   = 360
-	connectedOverhead = 300
+	connectedOverhead = 250
 	// tidyInterval is the longest time between two looks through the outboxes.
 	tidyInterval = 10 * time.Second
 

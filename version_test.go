@@ -309,7 +309,7 @@ func checkCounted(t *testing.T, what string, parts, counted int, before uint64) 
 
 // A bound is only true if what is counted is what is held. Not parallel, for it looks at the heap.
 func TestVersionMemoryIsCounted(t *testing.T) {
-	const ids = 8000 // enough for the maps, which grow in steps
+	const ids = 3000 // of the maps, which grow in steps, three quarters are full then
 	for _, tt := range []struct {
 		name      string
 		broadcast bool
