@@ -385,7 +385,12 @@ type versionFile struct {
 func (f versionFile) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	select {
 	case f.polls <- r:
-		(<-f.answers)(w, r)
+	case <-r.Context().Done():
+		return
+	}
+	select {
+	case answer := <-f.answers:
+		answer(w, r)
 	case <-r.Context().Done():
 	}
 }
@@ -441,6 +446,7 @@ func TestVersionPoll(t *testing.T) {
 	server := httptest.NewServer(file)
 	defer server.Close()
 	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
 	stopped := make(chan bool)
 	go func() {
 		api.version.Poll(ctx, server.URL+"/version.json?key=hidden", time.Millisecond)
