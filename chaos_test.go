@@ -129,7 +129,7 @@ func TestChaos(t *testing.T) {
 			for tick := time.Tick(10 * time.Millisecond); ctx.Err() == nil; <-tick {
 				text := fmt.Sprintf("report %d on %s", len(j.texts), j.id)
 				j.texts = append(j.texts, text)
-				c.tasks.Progress(j.id, text, 0)
+				c.tasks.Progress(j.id, report{text: &text})
 			}
 		})
 	}

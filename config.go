@@ -89,15 +89,20 @@ type backendConfig struct {
 	// TaskEventLimit (TASK_EVENT_LIMIT, default 1000) is how many events are kept per task. Beyond it the oldest progress
 	// goes; the first and the terminal event always stay, hence at least 2.
 	TaskEventLimit int
+	// TaskMemory (TASK_MEMORY_BYTES, default 256 MiB, at least 64 KiB) is what all tasks may hold: events, results and what
+	// else they take. Beyond it the tasks that finished first are forgotten; when there are none, new ones are answered 503,
+	// and a report makes its own task lose its oldest progress. An end is always taken, and the last report kept.
+	TaskMemory int
 	// VersionPendingLimit (VERSION_PENDING_LIMIT, default 100, 0 = unbounded) is how many undelivered events are kept per
 	// request_id; beyond it the oldest is dropped and counted. As many delivered ones are kept for browsers that come back.
 	VersionPendingLimit int
 	// VersionPendingTTL (VERSION_PENDING_SECONDS, default 3600) is how long an outbox is kept without a connection. Then
 	// its events are dropped and counted.
 	VersionPendingTTL time.Duration
-	// FrontendVersionURL (FRONTEND_VERSION_URL, default "" = no polling) is a version.json; version streams get changes.
+	// FrontendVersionURL (FRONTEND_VERSION_URL, default "" = no polling) is a version.json that is polled in full. A version that was
+	// seen twice in a row, and is not the current one, is announced to all.
 	FrontendVersionURL string
-	// FrontendVersionPoll (FRONTEND_VERSION_POLL_SECONDS, default 30) is how often; an announcement is late by up to this.
+	// FrontendVersionPoll (FRONTEND_VERSION_POLL_SECONDS, default 30) is how often; an announcement is late by up to twice this.
 	FrontendVersionPoll time.Duration
 	// Sweep (CONNECTION_SWEEP_SECONDS, default 60) is how often connections are checked against the gateway, and so about
 	// how long one that the gateway lost is still counted.
@@ -122,6 +127,7 @@ func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 		TaskTimeout:         r.seconds("TASK_TIMEOUT_SECONDS", "300"),
 		TaskCleanup:         r.seconds("TASK_CLEANUP_INTERVAL_SECONDS", "600"),
 		TaskEventLimit:      r.number("TASK_EVENT_LIMIT", 1000, 2, maxCount),
+		TaskMemory:          r.number("TASK_MEMORY_BYTES", 256<<20, 64<<10, math.MaxInt),
 		VersionPendingLimit: r.number("VERSION_PENDING_LIMIT", 100, 0, maxCount),
 		VersionPendingTTL:   r.seconds("VERSION_PENDING_SECONDS", "3600"),
 		FrontendVersionURL:  r.url("FRONTEND_VERSION_URL", " #"),

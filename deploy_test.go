@@ -608,7 +608,7 @@ func TestReplicas(t *testing.T) {
 		tabs = append(tabs, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=tab-%d", ingress, i)))
 	}
 	for _, tab := range tabs {
-		tab.waitFor(t, deployPatience, func(got []message) bool { return len(got) == 1 })
+		waitTold(t, tab, "1 1.0")
 	}
 	for i, b := range backends {
 		series := `sse_gateway_active_connections{service="version"}`
@@ -620,7 +620,7 @@ func TestReplicas(t *testing.T) {
 	version = "1.1"
 	mu.Unlock()
 	for _, tab := range tabs {
-		waitTold(t, tab, "1 1.1")
+		waitTold(t, tab, "1 1.0", "2 1.1")
 	}
 
 	// One replica is away. No other answers for its ids; those of the others notice nothing.

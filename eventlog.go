@@ -38,7 +38,7 @@ type eventLog struct {
 
 	mu      sync.Mutex // guards the rest, and the cursors
 	entries []entry    // ascending numbers
-	bytes   int        // of their data, as far as it is not shared
+	bytes   int        // that their data takes, as far as it is not shared
 	last    uint64     // number of the newest event
 	start   uint64     // a fresh connection gets what is after it
 	given   uint64     // the last number that an open stream was given
@@ -54,12 +54,15 @@ type entry struct {
 	shared bool // its data is in other logs, too
 }
 
-// size is how many bytes only this log holds.
+// entrySize is how many bytes an entry takes without its data.
+const entrySize = 32
+
+// size is how many bytes of data only this log holds.
 func (e entry) size() int {
 	if e.shared {
 		return 0
 	}
-	return len(e.data)
+	return heapSize(len(e.data))
 }
 
 // reader is who follows a log. Both methods are called with the log locked.
@@ -171,14 +174,15 @@ func (l *eventLog) Wait(ctx context.Context, n uint64) bool {
 		done := l.given >= n
 		going := l.hasLocked(n) || l.inFlightLocked(n)
 		going = going && slices.ContainsFunc(l.cursors, func(c *cursor) bool { return c.reader.working() })
+		if done || !going {
+			l.mu.Unlock()
+			return done
+		}
 		if l.changed == nil {
 			l.changed = make(chan struct{})
 		}
 		changed := l.changed
 		l.mu.Unlock()
-		if done || !going {
-			return done
-		}
 		select {
 		case <-ctx.Done():
 			return false
@@ -207,6 +211,38 @@ func (l *eventLog) Size() (kept, waiting, bytes int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.entries), len(l.entries) - l.indexLocked(l.start), l.bytes
+}
+
+// Held returns how many bytes of the heap the events take, as far as they are
+// not shared.
+func (l *eventLog) Held() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.bytes + cap(l.entries)*entrySize
+}
+
+// After returns the events that follow the one with this ID, most at most: from
+// the first that is kept, if it is none of this log.
+func (l *eventLog) After(id string, most int) (events []event) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := parsePositions(id)[l.epoch]
+	if n > l.last {
+		n = 0
+	}
+	rest := l.entries[l.indexLocked(n):]
+	for _, e := range rest[:min(most, len(rest))] {
+		events = append(events, event{ID: l.id(e.n), Name: l.policy.event, Data: e.data})
+	}
+	return events
+}
+
+// DropOldest drops the oldest event that is not marked and not the last one. It
+// reports whether there was one.
+func (l *eventLog) DropOldest() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.loseLocked(0, len(l.entries)-1)
 }
 
 // Followers returns how many connections follow the log.
@@ -258,23 +294,25 @@ func (l *eventLog) trimLocked() {
 		l.dropLocked(0, from-limit)
 		from = limit
 	}
-	for len(l.entries)-from > limit {
-		i := slices.IndexFunc(l.entries[from:], func(e entry) bool { return !e.keep })
-		if i < 0 {
-			return
-		}
-		l.loseLocked(from + i)
+	for len(l.entries)-from > limit && l.loseLocked(from, len(l.entries)) {
 	}
 }
 
-// loseLocked drops an event that a fresh connection would get. It counts unless
-// somebody was given it, or may be: see settle.
-func (l *eventLog) loseLocked(i int) {
+// loseLocked drops the oldest event between two indexes that is not marked, and
+// reports whether there was one. It counts unless somebody was given it, or may
+// be: see settle.
+func (l *eventLog) loseLocked(from, to int) bool {
+	i := slices.IndexFunc(l.entries[min(from, to):to], func(e entry) bool { return !e.keep })
+	if i < 0 {
+		return false
+	}
+	i += from
 	if n := l.entries[i].n; n > l.given && !l.inFlightLocked(n) {
 		l.policy.dropped(1)
 	}
 	l.dropLocked(i, i+1)
 	l.notifyLocked()
+	return true
 }
 
 func (l *eventLog) dropLocked(from, to int) {

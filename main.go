@@ -174,6 +174,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 	mux.HandleFunc("POST /api/tasks", b.protect(b.tasks.serveStart))
 	mux.HandleFunc("GET /api/tasks", b.protectList(b.tasks.serveList))
 	mux.HandleFunc("GET /api/tasks/{task_id}/status", b.tasks.serveStatus)
+	mux.HandleFunc("GET /api/tasks/{task_id}/events", b.tasks.serveEvents)
 	mux.HandleFunc("POST /api/tasks/{task_id}/cancel", b.protect(b.tasks.serveCancel))
 	mux.HandleFunc("DELETE /api/tasks/{task_id}", b.protect(b.tasks.serveDelete))
 	mux.HandleFunc("POST /api/tasks/{task_id}/progress", b.protect(b.tasks.serveProgress))
@@ -190,7 +191,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 	crossOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		writeError(w, errCrossSite)
 	}))
-	routes := crossOrigin.Handler(jsonErrors(mux))
+	routes := crossOrigin.Handler(plainPaths(jsonErrors(mux)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !b.cfg.servesHost(r.Host) {
 			b.otherHosts.log(b.log, slog.LevelWarn, "refusing a request to another host: in development only this machine is served", "host", r.Host)
@@ -283,6 +284,7 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		timeout:    cfg.TaskTimeout,
 		remember:   cfg.TaskCleanup,
 		eventLimit: cfg.TaskEventLimit,
+		memory:     cfg.TaskMemory,
 	}, b.conns, log, met)
 	b.version = newVersionService(versionConfig{
 		pendingLimit: cfg.VersionPendingLimit,
