@@ -47,6 +47,10 @@ type eventLog struct {
 	changed chan struct{} // closed when what Wait looks at changes; nil while nobody waits
 }
 
+// maxEventData is how many bytes the data of an event has at most, as clients
+// exist that break at a line of 65,536.
+const maxEventData = 64_000
+
 type entry struct {
 	n      uint64
 	data   string

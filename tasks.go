@@ -25,16 +25,12 @@ const (
 	maxTaskList  = 100       // tasks in a list
 	maxTaskPage  = 1000      // events in an answer
 	maxExternal  = 10000     // external tasks that have not ended
-	taskOverhead = 660       // bytes that a task takes without its texts and events
+	taskOverhead = 700       // bytes that a task takes without its texts and events
 
 	// maxTaskResult is how many bytes an encoded result has at most. With the rest of
 	// its event it stays below maxEventData: see TestEventsFitOneLine.
 	maxTaskResult = 63000
 )
-
-// maxEventData is how many bytes the data of an event has at most, as clients exist that
-// break at a line of 65,536.
-const maxEventData = 64000
 
 // taskStatus is where a task is in its life: pending, running, then one of
 // the others for good.
