@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 	"weak"
 )
@@ -1034,8 +1035,8 @@ func TestTaskMemoryOfRunningTasks(t *testing.T) {
 
 // A bound is only true if what is counted is what is held. Not parallel, for it looks at the heap.
 func TestTaskMemoryIsCounted(t *testing.T) {
-	const tasks = 3000 // of the map, which grows in steps, three quarters are full then
-	external, x := `{"type":"external","params":{"task_id":"ID"}}`, strings.Repeat("x", 100<<10)
+	const tasks = 1500 // of the map, which grows in steps, three quarters are full then
+	external, x := `{"type":"external","params":{"task_id":"ID"}}`, strings.Repeat("x", 12<<10)
 	for _, tt := range []struct {
 		name, start string
 		steps       []string // of each task
@@ -1045,34 +1046,36 @@ func TestTaskMemoryIsCounted(t *testing.T) {
 		{"progress", external, []string{`progress {"text":"21 of 42 rows","value":0.5}`, `progress {"value":0.75}`}},
 		{"long progress", external, []string{`progress {"text":"` + x[:3000] + `"}`, `progress {"value":0.75}`}},
 		{"small result", external, []string{`progress {"text":"21 of 42 rows","value":0.5}`, `complete {"result":42}`}},
-		{"large result", external, []string{`complete {"result":"` + x[:20000] + `","more":"` + x + `"}`}},
+		{"large result", external, []string{`complete {"result":"` + x[:9000] + `","more":"` + x + `"}`}},
 		{"failure", external, []string{`fail {"error":"` + x + `"}`}},
 		{"pending", `{"type":"demo","params":{"message":"` + x[:2000] + `"}}`, nil},
 		{"run here", `{"type":"failing","params":{"delay":0,"error_message":"no luck"}}`, nil},
 	} {
-		api := newAPI(t, "TASK_MEMORY_BYTES=1000000000 TASK_MAX_WORKERS=1 TASK_QUEUE_LIMIT=10000")
-		api.tasks.log = slog.New(slog.DiscardHandler)
-		if tt.name == "pending" {
-			api.demo(taskWaits)
-			api.tasks.kinds["demo"] = demoTask
-		}
-		before := heapInUse()
-		for range tasks {
-			id := newToken()
-			api.start(strings.Replace(tt.start, "ID", id, 1))
-			for _, step := range tt.steps {
-				route, body, _ := strings.Cut(step, " ")
-				if w := api.request("POST", "/api/tasks/"+id+"/"+route, body); w.Code != http.StatusOK {
-					t.Fatalf("%s: got %d %s", tt.name, w.Code, w.Body)
+		synctest.Test(t, func(t *testing.T) { // whose timers go with it
+			api := newAPI(t, "TASK_MEMORY_BYTES=1000000000 TASK_MAX_WORKERS=1 TASK_QUEUE_LIMIT=10000")
+			api.tasks.log = slog.New(slog.DiscardHandler)
+			if tt.name == "pending" {
+				api.demo(taskWaits)
+				api.tasks.kinds["demo"] = demoTask
+			}
+			before := heapInUse()
+			for range tasks {
+				id := newToken()
+				api.start(strings.Replace(tt.start, "ID", id, 1))
+				for _, step := range tt.steps {
+					route, body, _ := strings.Cut(step, " ")
+					if w := api.request("POST", "/api/tasks/"+id+"/"+route, body); w.Code != http.StatusOK {
+						t.Fatalf("%s: got %d %s", tt.name, w.Code, w.Body)
+					}
 				}
 			}
-		}
-		if tt.name == "run here" {
-			eventually(t, patience, "all have failed", func() bool { return api.tasks.Counts()["failed"] == tasks })
-		}
-		api.conns.Drain(t.Context())
-		checkCounted(t, tt.name, tasks, api.tasks.memory.held, before)
-		runtime.KeepAlive(api)
+			if tt.name == "run here" {
+				eventually(t, patience, "all have failed", func() bool { return api.tasks.Counts()["failed"] == tasks })
+			}
+			synctest.Wait()
+			checkCounted(t, tt.name, tasks, api.tasks.memory.held, before)
+			runtime.KeepAlive(api)
+		})
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -317,6 +318,7 @@ func checkCounted(t *testing.T, what string, parts, counted int, before uint64) 
 
 // A bound is only true if what is counted is what is held. Not parallel, for it looks at the heap.
 func TestVersionMemoryIsCounted(t *testing.T) {
+	const ids = 1500 // of the maps, which grow in steps, three quarters are full then
 	for _, tt := range []struct {
 		name      string
 		broadcast bool
@@ -329,34 +331,32 @@ func TestVersionMemoryIsCounted(t *testing.T) {
 		{"connected and told", false, "ca"},
 		{"announced, connected and told", false, "alcl"},
 	} {
-		api := newAPI(t, "")
-		api.conns.gateway = senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
-		api.conns.log = slog.New(slog.DiscardHandler)
-		if tt.broadcast {
-			api.checkAnnouncedToAll("1.4.2", 0, 0)
-		}
-		ids := 3000 // of the maps, which grow in steps, three quarters are full then
-		if tt.steps == "a" {
-			ids *= 4 // of so little that what other tests leave would count
-		}
-		before := heapInUse()
-		for range ids {
-			id := newToken()
-			single := `{"request_id":"` + id + `","version":"1.4.2"`
-			for _, step := range tt.steps {
-				switch step {
-				case 'c':
-					api.request("POST", "/api/sse/callback", apiConnect(newToken(), "/api/sse/utils/version?request_id="+id))
-				case 'a':
-					api.request("POST", "/api/deployments/version", single+`}`)
-				case 'l':
-					api.request("POST", "/api/deployments/version", single+`,"changelog":"`+strings.Repeat("x", 1000)+`"}`)
+		synctest.Test(t, func(t *testing.T) { // whose timers go with it
+			api := newAPI(t, "")
+			api.conns.gateway = senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
+			api.conns.log = slog.New(slog.DiscardHandler)
+			if tt.broadcast {
+				api.checkAnnouncedToAll("1.4.2", 0, 0)
+			}
+			before := heapInUse()
+			for range ids {
+				id := newToken()
+				single := `{"request_id":"` + id + `","version":"1.4.2"`
+				for _, step := range tt.steps {
+					switch step {
+					case 'c':
+						api.request("POST", "/api/sse/callback", apiConnect(newToken(), "/api/sse/utils/version?request_id="+id))
+					case 'a':
+						api.request("POST", "/api/deployments/version", single+`}`)
+					case 'l':
+						api.request("POST", "/api/deployments/version", single+`,"changelog":"`+strings.Repeat("x", 1000)+`"}`)
+					}
 				}
 			}
-		}
-		api.conns.Drain(t.Context())
-		checkCounted(t, tt.name, ids, api.version.memory.held, before)
-		runtime.KeepAlive(api)
+			synctest.Wait()
+			checkCounted(t, tt.name, ids, api.version.memory.held, before)
+			runtime.KeepAlive(api)
+		})
 	}
 }
 
