@@ -65,11 +65,11 @@ func TestHeldRefusalsAreBounded(t *testing.T) {
 		if got := ended(streams); got != 3 {
 			t.Errorf("got %d of 1003 ended at once, want 3", got)
 		}
-		time.Sleep(time.Second - 1)
+		time.Sleep(time.Second - time.Nanosecond)
 		if got := ended(streams); got != 3 {
 			t.Errorf("got %d ended within the second, want 3", got)
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		if got := ended(streams); got != 1003 {
 			t.Errorf("got %d ended after a second, want all", got)
 		}
