@@ -171,9 +171,6 @@ func (s *eventSource) run(ctx context.Context) {
 		if p.retry != nil {
 			delay = min(time.Duration(float64(*p.retry)*s.retryScale), longestDelay)
 		}
-		if lastEventID == closeID { // it comes back for its 410 after 10 s at least, and nobody waits for that here
-			delay = min(delay, 100*time.Millisecond)
-		}
 		select {
 		case <-ctx.Done():
 			return
