@@ -124,12 +124,11 @@ func jsonErrors(mux *http.ServeMux) http.Handler {
 }
 
 // plainPaths refuses paths that are not clean or have escapes: a proxy that decides by
-// the path must decide on what is routed. Those of streams are looked at elsewhere.
+// the path must decide on what is routed.
 func plainPaths(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, clean := r.URL.Path, path.Clean(r.URL.Path)
-		plain := p == r.URL.EscapedPath() && (p == clean || p == clean+"/")
-		if !plain && !strings.HasPrefix(clean, "/api/sse/") {
+		if p != r.URL.EscapedPath() || p != clean && p != clean+"/" {
 			writeError(w, badRequest("bad_path", "path must be clean and without escapes"))
 			return
 		}

@@ -19,8 +19,10 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"path"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -184,21 +186,22 @@ func (b *backend) routes(g *gateway) http.Handler {
 	if !b.cfg.Production {
 		mux.HandleFunc("GET /{$}", servePage)
 	}
-	if g != nil {
-		mux.HandleFunc("/api/sse/", g.serveStream)
-	}
 	crossOrigin := http.NewCrossOriginProtection()
 	crossOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		writeError(w, errCrossSite)
 	}))
 	routes := crossOrigin.Handler(plainPaths(jsonErrors(mux)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !b.cfg.servesHost(r.Host) {
+		isStream := strings.HasPrefix(path.Clean(r.URL.Path), "/api/sse/") && r.URL.EscapedPath() != "/api/sse/callback"
+		switch {
+		case !b.cfg.servesHost(r.Host):
 			b.otherHosts.log(b.log, slog.LevelWarn, "refusing a request to another host: in development only this machine is served", "host", r.Host)
 			writeError(w, errOtherHost)
-			return
+		case isStream && g != nil: // not through mux, which would redirect to the clean path
+			g.serveStream(w, r)
+		default:
+			routes.ServeHTTP(w, r)
 		}
-		routes.ServeHTTP(w, r)
 	})
 }
 
