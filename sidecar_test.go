@@ -450,9 +450,9 @@ func TestRequestsThatOpenNoStream(t *testing.T) {
 	g.open("/" + strings.Repeat("x", 8<<10-1))
 }
 
-// More at once would take the backend's sockets and the gateway's own; the rest must wait, not fail.
+// More at once would take the backend's sockets and the gateway's own; the rest must wait, not fail. It is not parallel,
+// for all must be there before the first is given up.
 func TestConnectCallbacksAreBounded(t *testing.T) {
-	t.Parallel()
 	const clients, bound = 300, 256
 	underWay := make(chan struct{}, bound)
 	gate := make(chan struct{})
@@ -721,9 +721,9 @@ func TestGatewayShutdownIsBounded(t *testing.T) {
 	c.wantEnd()
 }
 
-// A proxy would tell a browser whose connection ends without an answer 502, and it would give up for good.
+// A proxy would tell a browser whose connection ends without an answer 502, and it would give up for good. It is not
+// parallel, for all must be there before the first is given up.
 func TestGatewayShutdownAnswersThoseThatConnect(t *testing.T) {
-	t.Parallel()
 	g := newGatewayFixture(t, "", holding("connect", nil, answering(200, "")))
 	var asked []*streamClient
 	for range maxConnecting {
