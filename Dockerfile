@@ -1,11 +1,14 @@
 # Both roles in one image.
 #
-#   all in one: docker run -e API_TOKEN=… -p 8080:8080 sidecast
-#   backend:    docker run -e API_TOKEN=… -e SSE_CALLBACK_SECRET=… -e SSE_GATEWAY_URL=http://gateway:3000 sidecast
-#   gateway:    docker run -e ADDR= -e PORT=3000 \
-#                 -e CALLBACK_URL='http://backend:8080/api/sse/callback?secret=…' sidecast gateway
+#   all in one: docker run -e API_TOKEN=… -p 127.0.0.1:8080:8080 sidecast
+#   backend:    docker run --network=sidecast --name=backend -e API_TOKEN=… -e SSE_CALLBACK_SECRET=… \
+#                 -e SSE_GATEWAY_URL=http://gateway:3001 -p 127.0.0.1:8080:8080 sidecast
+#   gateway:    docker run --network=sidecast --name=gateway -e ADDR= -e PORT=3000 -e INTERNAL_ADDR=:3001 \
+#                 -e CALLBACK_URL='http://backend:8080/api/sse/callback?secret=…' -p 127.0.0.1:3000:3000 sidecast gateway
 #
-# The health check asks at ADDR, or without it at PORT: a gateway has no use for ADDR, so it is run with an empty one.
+# A container listens on all of its own interfaces, so HOST is unset; -p says that this machine's proxy alone gets in, and
+# the network that only the backend reaches port 3001. The health check asks at ADDR, or without it at PORT: a gateway has
+# no use for ADDR, so it is run with an empty one.
 
 FROM golang:1.26 AS build
 WORKDIR /src
@@ -17,7 +20,7 @@ FROM scratch
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY --from=build /sidecast /sidecast
 USER 65532:65532
-ENV ADDR=:8080 APP_ENV=production
+ENV ADDR=:8080 APP_ENV=production MAX_CONNECTIONS=10000
 EXPOSE 8080 3000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5s CMD ["/sidecast", "healthcheck"]
 ENTRYPOINT ["/sidecast"]

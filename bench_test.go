@@ -30,7 +30,7 @@ func BenchmarkAppendEvent(b *testing.B) {
 func BenchmarkParseSend(b *testing.B) {
 	for _, size := range []int{100, 64 << 10} {
 		b.Run(fmt.Sprintf("data=%d", size), func(b *testing.B) {
-			body := encodeSend(nil, "3f0c2b1e-8a6d-4c55-9f0e-2d7c1b4a9e10", &event{"k3v9x2ab-17", "task_event", strings.Repeat("x", size)}, false)
+			body := encodeSend(nil, "3f0c2b1e-8a6d-4c55-9f0e-2d7c1b4a9e10", &event{ID: "k3v9x2ab-17", Name: "task_event", Data: strings.Repeat("x", size)}, false)
 			b.SetBytes(int64(len(body)))
 			b.ReportAllocs()
 			for b.Loop() {
@@ -48,7 +48,7 @@ func BenchmarkSend(b *testing.B) {
 	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
 	var requests []string
 	for _, token := range g.openMany(10000) {
-		requests = append(requests, sendText("application/json", encodeSend(nil, token, &event{"k3v9x2ab-17", "task_event", benchData}, false)))
+		requests = append(requests, sendText("application/json", encodeSend(nil, token, &event{ID: "k3v9x2ab-17", Name: "task_event", Data: benchData}, false)))
 	}
 	g.benchExchange(b, requests)
 }
@@ -58,7 +58,7 @@ func BenchmarkSendBatch(b *testing.B) {
 	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
 	var batch []byte
 	for _, token := range g.openMany(100) {
-		batch = append(batch, encodeSend(nil, token, &event{"k3v9x2ab-17", "task_event", benchData}, false)...)
+		batch = append(batch, encodeSend(nil, token, &event{ID: "k3v9x2ab-17", Name: "task_event", Data: benchData}, false)...)
 		batch = append(batch, '\n')
 	}
 	g.benchExchange(b, []string{sendText("application/x-ndjson", batch)})
@@ -71,13 +71,13 @@ func BenchmarkGroupCommit(b *testing.B) {
 		for _, senders := range []int{1, 64} {
 			b.Run(fmt.Sprintf("features=%s/senders=%d", features, senders), func(b *testing.B) {
 				m, tokens := benchConns(b, features)
-				events := []event{{"k3v9x2ab-17", "task_event", benchData}}
+				events := []event{{ID: "k3v9x2ab-17", Name: "task_event", Data: benchData}}
 				b.ReportAllocs()
 				b.ResetTimer()
 				benchEach(b, senders, func(i int) {
 					token := tokens[i%len(tokens)]
-					if _, got := m.Send("task:"+token, token, events, false); got != delivered {
-						b.Errorf("got %v, want %v", got, delivered)
+					if r := m.Send("task:"+token, token, events, false); r.err != nil {
+						b.Error(r.err)
 					}
 				})
 			})
@@ -92,18 +92,18 @@ func BenchmarkOutboxes(b *testing.B) {
 		b.Run("features="+features, func(b *testing.B) {
 			m, tokens := benchConns(b, features)
 			policy := versionLike()
-			outboxes := make([]*outbox, len(tokens))
+			outboxes := make([]*eventLog, len(tokens))
 			for i, token := range tokens {
-				outboxes[i] = newOutbox("task:"+token, m, &policy)
-				outboxes[i].Connect(connectRequest{token: token, url: "/"})
+				outboxes[i] = newEventLog(&policy)
+				follow(m, "task:"+token, connectRequest{token: token}, outboxes[i])
 			}
 			b.ReportAllocs()
 			b.ResetTimer()
 			benchEach(b, 64, func(i int) { outboxes[i%len(outboxes)].Append(benchData, false) })
 			m.Drain(b.Context())
 			for _, o := range outboxes {
-				if o.start != o.last {
-					b.Fatalf("%s was given %d of %d events", o.identifier, o.start, o.last)
+				if o.given != o.last {
+					b.Fatalf("a stream was given %d of %d events", o.given, o.last)
 				}
 			}
 		})
@@ -117,11 +117,11 @@ func benchConns(b *testing.B, features string) (m *ConnectionManager, tokens []s
 	p := startOwnGateway(b, "CALLBACK_URL="+backend.server.URL+callbackTarget)
 	g := &gatewayFixture{stubBackend: backend, t: b, addr: strings.TrimPrefix(p.URL, "http://")}
 	client := newGatewayClient(p.URL)
-	client.heard(features)
+	client.heard(parseFeatures(features))
 	m = newConnectionManager(client, slog.New(slog.DiscardHandler), noConnectionMetrics{})
 	tokens = g.openMany(1000)
 	for _, token := range tokens {
-		m.OnConnect("task:"+token, token, "/")
+		connectToken(m, "task:"+token, token)
 	}
 	return m, tokens
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -32,10 +33,11 @@ type site struct {
 	backend *process
 }
 
-func startSite(t *testing.T) *site {
+// startSite starts a site whose gateway also has env.
+func startSite(t *testing.T, env ...string) *site {
 	backendAddr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	s := &site{gateway: startOwnGateway(t, "RETRY_MILLISECONDS=100",
-		"CALLBACK_URL=http://"+backendAddr+"/api/sse/callback?secret=browser")}
+	s := &site{gateway: startOwnGateway(t, append(env, "RETRY_MILLISECONDS=100",
+		"CALLBACK_URL=http://"+backendAddr+"/api/sse/callback?secret=browser")...)}
 	s.backend = startBackend(t, "ADDR="+backendAddr, "SSE_GATEWAY_URL="+s.gateway.URL, "SSE_CALLBACK_SECRET=browser")
 	proxy := &httputil.ReverseProxy{
 		FlushInterval: -1,
@@ -51,7 +53,12 @@ func startSite(t *testing.T) *site {
 		// As a proxy should: an answer with another status would end the EventSource for good.
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { panic(http.ErrAbortHandler) },
 	}
-	front := httptest.NewServer(proxy)
+	mux := http.NewServeMux()
+	mux.Handle("/", proxy)
+	mux.HandleFunc("/report.csv", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Disposition", "attachment")
+	})
+	front := httptest.NewServer(mux)
 	t.Cleanup(front.Close)
 	s.URL = front.URL
 	return s
@@ -96,17 +103,120 @@ func TestBrowserPage(t *testing.T) {
 	tab.wait(`!document.querySelector("#version-banner").hidden &&
 		document.querySelector("#version-banner").textContent.includes("browser-2")`)
 
-	// A page that was about to be left, and stays, has closed its streams and says so.
+	// That version is what a page is that is loaded afterwards: it shows no banner, but for the next one it does.
+	second := tab.browser.open(site.URL + "/")
+	second.wait(`document.querySelector("#version-name").textContent == "browser-2"`)
+	second.wait(`document.querySelector("#version-banner").hidden`)
+	site.post(t, "/api/deployments/version", `{"version":"browser-3"}`)
+	second.wait(`!document.querySelector("#version-banner").hidden &&
+		document.querySelector("#version-banner").textContent.includes("browser-3")`)
+}
+
+// A link to a download or to mailto: makes a browser announce that the page is left, and the page closes its streams.
+// As it stays, it opens them again where they were.
+func TestBrowserPageThatStays(t *testing.T) {
+	t.Parallel()
+	site := startSite(t)
+	tab := startBrowser(t).open(site.URL + "/")
 	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
-	card := fmt.Sprintf(`document.querySelector("#tasks [data-task-id='%s']")`, task)
-	tab.run(`const follow = document.querySelector("#follow-form");
-		follow.elements.task_id.value = "` + task + `";
-		follow.requestSubmit()`)
-	tab.wait(card + `?.dataset.state == "open"`)
-	tab.run(`dispatchEvent(new Event("beforeunload"))`)
-	tab.wait(card + `.dataset.state == "closed" && document.querySelector("#versions").dataset.state == "closed"`)
-	tab.run(card + `.querySelector(".again").click(); window.listed = ` + card + `.querySelector(".count").textContent`)
-	tab.wait(`listed == "0" && ` + card + `.dataset.state == "open" && ` + card + `.querySelector(".count").textContent == "2"`)
+	tab.run(`window.left = 0; addEventListener("beforeunload", () => left++)
+		const form = document.querySelector("#follow-form");
+		form.elements.task_id.value = "` + task + `";
+		form.requestSubmit()`)
+	opens := `document.querySelectorAll("#tasks li[data-event-name=connection_open]").length`
+	tab.wait(opens + ` == 1 && document.querySelector("#versions").dataset.state == "open"`)
+	for i, link := range []string{"/report.csv", "mailto:somebody@example.com"} {
+		tab.run(`location.href = "` + link + `"`)
+		tab.wait(fmt.Sprintf(`left == %d && document.querySelector("#versions").dataset.state == "reconnecting"`, i+1))
+		site.post(t, "/api/tasks/"+task+"/progress", `{"value":0.5}`)
+		tab.wait(fmt.Sprintf(`%s == %d && document.querySelector("#versions").dataset.state == "open"`, opens, i+2))
+	}
+	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
+	tab.wait(`document.querySelector("#tasks article[data-status=completed][data-state=closed]")`)
+	var ids []string
+	tab.get(`[...document.querySelectorAll("#tasks li[data-event-name=task_event]")].map(li => li.dataset.eventId)`, &ids)
+	wantIDs(t, ids, 4)
+	site.post(t, "/api/deployments/version", `{"version":"browser-2"}`)
+	tab.wait(`!document.querySelector("#version-banner").hidden`)
+}
+
+// pageClient returns the function of the page that README.md shows, too.
+func pageClient(t *testing.T) string {
+	t.Helper()
+	_, client, _ := strings.Cut(edited(t, "index.html"), "\nfunction openStream(")
+	client, _, ok := strings.Cut(client, "\n}\n")
+	if client = "function openStream(" + client + "\n}\n"; !ok || !strings.Contains(edited(t, "README.md"), client) {
+		t.Fatal("README.md does not have the openStream of index.html")
+	}
+	return client
+}
+
+// A connection may be lost without a word, and a proxy may answer in the gateway's place: a browser would wait for
+// minutes in the first case, and give up for good in the second.
+func TestBrowserSilence(t *testing.T) {
+	t.Parallel()
+	queries := make(chan url.Values, 100)
+	answer := make(chan http.HandlerFunc, 100)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/stream" {
+			queries <- r.URL.Query()
+			select {
+			case h := <-answer:
+				h(w, r)
+			default:
+				http.NotFound(w, r)
+			}
+		}
+	}))
+	t.Cleanup(server.Close)
+	const (
+		first = "event: connection_open\ndata: {}\nid: a-0\n\nevent: task_event\ndata: 1\nid: a-1\n\n"
+		beat  = "event: heartbeat\ndata: 0.3\n\n"
+		last  = "event: task_event\ndata: 2\nid: a-2\n\nevent: connection_close\ndata: {}\nid: close\n\n"
+	)
+	answer <- streamThat(first+beat, true) // and is silent from now on
+	answer <- http.NotFound
+	answer <- streamThat(beat, true)
+	answer <- streamThat(beat+last, true)
+	tab := startBrowser(t).open(server.URL + "/")
+	tab.run(pageClient(t) + `window.got = []; window.lost = 0;
+		openStream("/stream?id=7", { task_event: e => got.push(e.data), connection_close: () => got.push("end"), lost: () => lost++ })`)
+	tab.wait(`got.join() == "1,2,end"`)
+	for i, want := range []string{"", "a-1", "a-1", "a-1"} {
+		q := <-queries
+		if q.Get("id") != "7" || q.Get("heartbeat") != "event" || q.Get("lastEventId") != want || q.Has("lastEventId") != (want != "") {
+			t.Errorf("request %d: got %v, want lastEventId %q", i, q, want)
+		}
+	}
+	if lost := tab.count("lost"); lost < 3 {
+		t.Errorf("the page was told of %d losses, want 3 or more", lost)
+	}
+	tab.run(`dispatchEvent(new Event("beforeunload")); setTimeout(() => window.late = true, 3000)`)
+	tab.wait(`window.late`)
+	if n := len(queries); n > 0 {
+		t.Errorf("the page asked %d times more after the end", n)
+	}
+}
+
+// A gateway that is stopped keeps its connections open, so that no browser sees a loss. The page does.
+func TestBrowserSilentGateway(t *testing.T) {
+	t.Parallel()
+	site := startSite(t, "HEARTBEAT_INTERVAL_SECONDS=0.5")
+	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
+	tab := startBrowser(t).open(site.URL + "/")
+	tab.run(pageClient(t) + `window.ids = []; window.beats = 0; window.lost = 0;
+		openStream("/api/sse/tasks?task_id=` + task + `", { heartbeat: () => beats++, lost: () => lost++,
+			task_event: e => ids.push(e.lastEventId), connection_close: () => window.end = true })`)
+	tab.wait(`ids.length == 1 && beats > 0`)
+	site.gateway.signal(syscall.SIGSTOP)
+	tab.wait(`lost > 0`)
+	site.gateway.signal(syscall.SIGCONT)
+	site.post(t, "/api/tasks/"+task+"/progress", `{"value":0.5}`)
+	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
+	tab.wait(`window.end`)
+	var ids []string
+	tab.get(`ids`, &ids)
+	wantIDs(t, ids, 3)
 }
 
 // A page that does nothing but open an EventSource is left in peace after the end.
@@ -134,6 +244,91 @@ func TestBrowserEnd(t *testing.T) {
 	}
 }
 
+// Another site that knows an ID can neither take a stream over nor eat what it would bring, whatever it embeds. (Browsers
+// mark such requests to loopback addresses and over HTTPS.)
+func TestBrowserOtherSite(t *testing.T) {
+	t.Parallel()
+	site := startSite(t)
+	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
+	path := "/api/sse/tasks?task_id=" + task
+	other := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	t.Cleanup(other.Close)
+	browser := startBrowser(t)
+	victim := browser.open(site.URL + "/healthz")
+	victim.run(`window.got = []; const source = new EventSource("` + path + `");
+		for (const name of ["task_event", "connection_close"])
+			source.addEventListener(name, e => got.push(name + " " + e.data))`)
+	victim.wait(`got.length == 1`)
+	// The same host, and another one, with another port.
+	for _, address := range []string{other.URL, strings.Replace(other.URL, "127.0.0.1", "localhost", 1)} {
+		attacker := browser.open(address + "/")
+		attacker.run(`window.failed = 0; const url = "` + site.URL + path + `";
+			const image = new Image(); image.onerror = () => failed++; image.src = url;
+			fetch(url, { mode: "no-cors" }).then(answer => answer.text()).then(() => failed++, () => failed++);
+			new EventSource(url).onerror = () => failed++`)
+		attacker.wait(`failed == 3`)
+	}
+	site.post(t, "/api/tasks/"+task+"/progress", `{"value":0.5}`)
+	victim.wait(`got.length > 1`)
+	if n := victim.count(`got.filter(event => event.startsWith("task_event")).length`); n != 2 {
+		t.Errorf("the victim has %d events of its task, want 2", n)
+	}
+	if n := victim.count(`got.length`); n != 2 {
+		t.Errorf("the victim has %d events, want 2: its stream was ended", n)
+	}
+}
+
+// A page whose name comes to point at this machine is of the same site for its browser, and could do everything to a
+// backend in development, which asks for no token.
+func TestBrowserRebinding(t *testing.T) {
+	t.Parallel()
+	backend := startBackend(t)
+	address := strings.Replace(backend.URL, "127.0.0.1", "rebound.test", 1)
+	tab := startBrowser(t).open(address + "/")
+	tab.run(`fetch("/api/tasks", { method: "POST", headers: { "Content-Type": "application/json" }, body: '{"type":"demo"}' })
+		.then(answer => window.post = answer.status);
+		fetch("/api/tasks").then(answer => window.list = answer.status)`)
+	tab.wait(`window.post && window.list`)
+	if post, list := tab.count(`post`), tab.count(`list`); post != http.StatusForbidden || list != http.StatusForbidden {
+		t.Errorf("a page of another name got %d for a POST and %d for the list, want 403", post, list)
+	}
+	if list := mustAsk(t, "GET", backend.URL+"/api/tasks", ""); !strings.Contains(list, `"tasks":[]`) {
+		t.Errorf("it started a task: %s", list)
+	}
+}
+
+// A page of another origin lives on when the gateway restarts behind nginx, and when nginx has a limit.
+func TestBrowserOtherOrigin(t *testing.T) {
+	needs(t, "nginx", "root")
+	t.Parallel()
+	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	h := host{gateway: startOwnGateway(t, "CORS_ALLOW_ORIGIN=*", "RETRY_MILLISECONDS=100",
+		"CALLBACK_URL=http://"+addr+"/api/sse/callback?secret="+deploySecret)}
+	h.backend = startBackend(t, "ADDR="+addr, "SSE_GATEWAY_URL="+h.gateway.URL, "SSE_CALLBACK_SECRET="+deploySecret)
+	nginx := h.front(t, "retry: 3000", "retry: 100", "limit_conn streams 1000", "limit_conn streams 1")
+	path := startTask(t, h.backend.URL, "", `{"type":"external","params":{"task_id":"t"}}`)
+	page := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	t.Cleanup(page.Close)
+	tab := startBrowser(t).open(page.URL + "/")
+	tab.run(`window.lost = [0, 0]; window.got = [];
+		window.sources = ["` + path + `", "/api/sse/utils/version?request_id=r"].map((path, i) => {
+			const source = new EventSource("` + nginx.URL + `" + path);
+			source.addEventListener("task_event", e => got.push(JSON.parse(e.data).event_type));
+			source.onerror = () => lost[i]++;
+			return source;
+		})`)
+	tab.wait(`got.length == 1 || lost[0] > 2`)
+	tab.wait(`lost[0] > 2 || lost[1] > 2`) // one of them is beyond the limit
+	h.gateway.kill(t)
+	tab.run(`lost = [0, 0]`)
+	tab.wait(`lost[0] > 1 && lost[1] > 1`)
+	h.gateway.restart(t)
+	tab.wait(`sources.some(source => source.readyState == EventSource.OPEN)`)
+	if n := tab.count(`sources.filter(source => source.readyState == EventSource.CLOSED).length`); n > 0 {
+		t.Errorf("%d of 2 EventSources of another origin died", n)
+	}
+}
+
 // wantIDs checks that ids are <epoch>-1 to <epoch>-<n>.
 func wantIDs(t *testing.T, ids []string, n int) {
 	t.Helper()
@@ -147,23 +342,72 @@ func wantIDs(t *testing.T, ids []string, n int) {
 	}
 }
 
-// A browser is a headless Chromium.
-type browser struct {
-	t       *testing.T
+// browserPatience is for what takes milliseconds, but not on a machine that is busy with other tests.
+const browserPatience = time.Minute
+
+// A chromium is a headless Chromium. All tests that run at the same time share one, for it takes seconds of CPU to start.
+type chromium struct {
+	cmd     *exec.Cmd
+	profile string // folder
+	pipes   [2]*os.File
+
 	mu      sync.Mutex // guards the rest
-	to      *os.File
 	next    int
 	answers map[int]chan json.RawMessage
 }
 
-func startBrowser(t *testing.T) *browser {
+var sharedChromium struct {
+	mu    sync.Mutex // guards the rest
+	users int        // while there are some, it runs
+	*chromium
+}
+
+// A browser is what one test has of Chromium: a context of its own, as a private window is.
+type browser struct {
+	t testing.TB
+	*chromium
+	context string
+}
+
+func startBrowser(t testing.TB) *browser {
 	t.Helper()
 	needs(t, "chromium")
-	fromTest, toBrowser := newPipe(t)
-	fromBrowser, toTest := newPipe(t)
+	shared := &sharedChromium
+	shared.mu.Lock()
+	defer shared.mu.Unlock()
+	if shared.users == 0 {
+		shared.chromium = startChromium(t)
+	}
+	shared.users++
+	t.Cleanup(func() {
+		shared.mu.Lock()
+		defer shared.mu.Unlock()
+		if shared.users--; shared.users == 0 {
+			shared.chromium.kill()
+		}
+	})
+	b := &browser{t: t, chromium: shared.chromium}
+	var created struct{ BrowserContextID string }
+	b.call("", "Target.createBrowserContext", nil, &created)
+	b.context = created.BrowserContextID
+	t.Cleanup(func() {
+		b.call("", "Target.disposeBrowserContext", map[string]any{"browserContextId": b.context}, &struct{}{})
+	})
+	return b
+}
+
+func startChromium(t testing.TB) *chromium {
+	t.Helper()
+	fromTest, toBrowser, err1 := os.Pipe()
+	fromBrowser, toTest, err2 := os.Pipe()
+	profile, err3 := os.MkdirTemp("", "chromium")
+	if err := errors.Join(err1, err2, err3); err != nil {
+		t.Fatal(err)
+	}
 	cmd := exec.Command("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-		"--user-data-dir="+t.TempDir(), "--remote-debugging-pipe")
+		"--disable-background-timer-throttling", "--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows",
+		"--host-resolver-rules=MAP rebound.test 127.0.0.1", "--user-data-dir="+profile, "--remote-debugging-pipe")
 	cmd.ExtraFiles = []*os.File{fromTest, toTest}         // descriptors 3 and 4
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // its children write to the folder, too
 	if err := cmd.Start(); err != nil {
@@ -171,27 +415,22 @@ func startBrowser(t *testing.T) *browser {
 	}
 	fromTest.Close()
 	toTest.Close()
-	t.Cleanup(func() {
-		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-		cmd.Wait()
-	})
-	b := &browser{t: t, to: toBrowser, answers: map[int]chan json.RawMessage{}}
-	go b.read(fromBrowser)
-	return b
+	c := &chromium{cmd: cmd, profile: profile, pipes: [2]*os.File{toBrowser, fromBrowser}, answers: map[int]chan json.RawMessage{}}
+	go c.read()
+	return c
 }
 
-func newPipe(t *testing.T) (r, w *os.File) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { r.Close(); w.Close() })
-	return r, w
+func (c *chromium) kill() {
+	syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
+	c.cmd.Wait()
+	c.pipes[0].Close()
+	c.pipes[1].Close()
+	os.RemoveAll(c.profile)
 }
 
 // read hands out the answers, and passes over events.
-func (b *browser) read(from *os.File) {
-	for r := bufio.NewReader(from); ; {
+func (c *chromium) read() {
+	for r := bufio.NewReader(c.pipes[1]); ; {
 		message, err := r.ReadBytes(0)
 		if err != nil {
 			return
@@ -200,10 +439,10 @@ func (b *browser) read(from *os.File) {
 			ID int `json:"id"`
 		}
 		json.Unmarshal(bytes.TrimRight(message, "\x00"), &m)
-		b.mu.Lock()
-		answer := b.answers[m.ID]
-		delete(b.answers, m.ID)
-		b.mu.Unlock()
+		c.mu.Lock()
+		answer := c.answers[m.ID]
+		delete(c.answers, m.ID)
+		c.mu.Unlock()
 		if answer != nil {
 			answer <- bytes.TrimRight(message, "\x00")
 		}
@@ -222,7 +461,7 @@ func (b *browser) call(session, method string, params map[string]any, result any
 		message["sessionId"] = session
 	}
 	text, _ := json.Marshal(message)
-	b.to.Write(append(text, 0))
+	b.pipes[0].Write(append(text, 0))
 	b.mu.Unlock()
 	select {
 	case text := <-answer:
@@ -233,7 +472,7 @@ func (b *browser) call(session, method string, params map[string]any, result any
 		if err := json.Unmarshal(m.Result, result); err != nil {
 			b.t.Fatalf("%s: %v in %s", method, err, text)
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.After(browserPatience):
 		b.t.Fatalf("%s: no answer", method)
 	}
 }
@@ -247,7 +486,7 @@ type tab struct {
 func (b *browser) open(address string) *tab {
 	b.t.Helper()
 	var target struct{ TargetID string }
-	b.call("", "Target.createTarget", map[string]any{"url": address}, &target)
+	b.call("", "Target.createTarget", map[string]any{"url": address, "browserContextId": b.context}, &target)
 	var attached struct{ SessionID string }
 	b.call("", "Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true}, &attached)
 	t := &tab{b, attached.SessionID}
@@ -286,7 +525,7 @@ func (t *tab) count(expression string) (n int) {
 // wait waits until a condition is truthy.
 func (t *tab) wait(condition string) {
 	t.t.Helper()
-	eventually(t.t, 20*time.Second, condition, func() (ok bool) {
+	eventually(t.t, browserPatience, condition, func() (ok bool) {
 		t.get("!!("+condition+")", &ok)
 		return ok
 	})

@@ -6,10 +6,12 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"log/slog"
 	"net/http"
 	"net/url"
+	"path"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -22,22 +24,13 @@ const maxCallback = 256 << 10
 // service is what a callback is routed to.
 type service interface {
 	// OnConnect registers the connection of the service's id. It returns the
-	// event that begins its stream, and whether that ends it, or errBadID or
-	// errNoRoom.
+	// event that begins its stream, and whether that ends it, or errBadID,
+	// errNoRoom or errAskFirst.
 	OnConnect(id string, c connectRequest) (open event, end bool, err error)
 }
 
 // errNoRoom says that a service remembers as much as it may.
 var errNoRoom = newError(http.StatusServiceUnavailable, "no_room", "too many announcements or request IDs")
-
-// connectRequest is a stream that wants to be the connection of an
-// identifier.
-type connectRequest struct {
-	token       string
-	url         string // raw request target
-	lastEventID string // its Last-Event-ID header
-	order       requestOrder
-}
 
 // callbackHandler is POST /api/sse/callback, by which a gateway asks who may
 // connect and tells who left.
@@ -45,33 +38,40 @@ type callbackHandler struct {
 	secret  secret // "" lets everybody in
 	tasks   service
 	version service
+	pages   *PageService
 	conns   *ConnectionManager
-	heard   func(features string) // what the gateway says it can do
+	heard   func(features) // what the gateway says it can do
 	log     *slog.Logger
 	closing *atomic.Bool
+
+	wrongSecrets, badIDs throttle
 }
 
 // callback is the body.
 type callback struct {
-	action         string
-	connectRequest // of a disconnect, only the token counts
+	action      string
+	token       string
+	url         string // the raw request target of the stream
+	lastEventID string // its Last-Event-ID header
 }
 
 // connectAnswer is the answer to a connect callback.
 type connectAnswer struct {
-	Event event `json:"event"`
-	Close bool  `json:"close,omitempty"`
+	Event     event  `json:"event"`
+	Close     bool   `json:"close,omitempty"`
+	Heartbeat string `json:"heartbeat,omitempty"`
 }
 
 var (
 	errUnknownAction = badRequest("unknown_action", "unknown action")
 	errWrongSecret   = newError(http.StatusUnauthorized, "unauthorized", "missing or wrong secret")
 	errStreamOver    = newError(http.StatusGone, "stream_finished", "this stream is finished")
+	errGatewayGone   = newError(http.StatusServiceUnavailable, "gateway_gone", "the gateway does not know this stream")
 )
 
 func (h *callbackHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if h.secret != "" && !sameSecret(r.URL.Query().Get("secret"), h.secret) {
-		h.log.Warn("callback with a missing or wrong secret", "remote", r.RemoteAddr)
+		h.wrongSecrets.log(h.log, slog.LevelWarn, "callback with a missing or wrong secret", "remote", r.RemoteAddr)
 		writeError(w, errWrongSecret)
 		return
 	}
@@ -85,60 +85,121 @@ func (h *callbackHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		writeError(w, err)
 		return
 	}
-	h.heard(r.Header.Get(featuresHeader))
+	can := parseFeatures(r.Header.Get(featuresHeader))
+	h.heard(can)
 	if c.action == "disconnect" {
 		h.conns.OnDisconnect(c.token)
 		writeJSON(w, http.StatusOK, struct{}{})
 		return
 	}
-	c.order = parseOrder(r.Header.Get(orderHeader))
-	h.connect(w, c.connectRequest)
-}
-
-func (h *callbackHandler) connect(w http.ResponseWriter, c connectRequest) {
-	switch {
-	case h.closing.Load():
-		writeError(w, errClosing)
-		return
-	case c.lastEventID == closeID:
-		writeError(w, errStreamOver)
-		return
-	}
-	service, id := h.route(c.url)
-	if service == nil {
-		writeError(w, badRequest("cannot_route", "Cannot route URL: "+c.url))
-		return
-	}
-	open, end, err := service.OnConnect(id, c)
+	answer, err := h.connect(c, parseOrder(r.Header.Get(orderHeader)), can)
 	if err != nil {
-		h.log.Warn("refusing a connection", "id", strconv.Quote(id[:min(len(id), 2*maxID)]), "err", err)
 		writeError(w, err)
 		return
 	}
-	end = end || h.closing.Load() // since the look above; EndAll may have missed this stream
-	writeJSON(w, http.StatusOK, connectAnswer{open, end})
+	writeJSON(w, http.StatusOK, answer)
 }
 
-// route finds the service and the ID that a stream's target names.
-func (h *callbackHandler) route(target string) (service, string) {
-	u, err := url.ParseRequestURI(target)
-	if err != nil {
-		return nil, ""
+// connect decides on a stream.
+func (h *callbackHandler) connect(c callback, order requestOrder, can features) (a connectAnswer, err error) {
+	if h.closing.Load() {
+		return a, errClosing
 	}
-	query := u.Query()
+	t, plain := parseTarget(c.url)
+	request := connectRequest{token: c.token, lastEventID: cmp.Or(c.lastEventID, last(t.query["lastEventId"])), order: order, probes: can.any}
+	service, name, key := h.route(t)
 	switch {
-	case underPath(u.Path, "/api/sse/tasks"):
-		return h.tasks, query.Get("task_id")
-	case underPath(u.Path, "/api/sse/utils/version"):
-		return h.version, query.Get("request_id")
+	case !plain || service == nil:
+		h.log.Debug("refusing a stream whose URL leads nowhere", "url", c.url)
+		return a, badRequest("cannot_route", "Cannot route URL: "+c.url)
+	case request.lastEventID == closeID:
+		return a, errStreamOver
+	case len(t.query[key]) > 1:
+		return a, badRequest("duplicate_field", key+" stands twice in the URL")
 	}
-	return nil, ""
+	id := last(t.query[key])
+	a.Event, a.Close, err = service.OnConnect(id, request)
+	for tries := 3; err == errAskFirst; tries-- { // again if there is a new connection by then
+		if tries == 0 || !h.conns.Ask(name+":"+id, &request) {
+			return a, errGatewayGone
+		}
+		a.Event, a.Close, err = service.OnConnect(id, request)
+	}
+	if err == errBadID {
+		h.badIDs.log(h.log, slog.LevelWarn, "refusing a stream with a bad ID", "id", strconv.Quote(id[:min(len(id), 2*maxID)]))
+	}
+	if !can.retry {
+		a.Event.Retry = 0
+	}
+	if last(t.query["heartbeat"]) == "event" {
+		a.Heartbeat = "event"
+	}
+	a.Close = a.Close || h.closing.Load() // since the look above; EndAll may have missed this stream
+	return a, err
+}
+
+// route finds the service that a stream's path names, and the key of its ID in
+// the query.
+func (h *callbackHandler) route(t streamTarget) (s service, name, key string) {
+	switch {
+	case underPath(t.path, "/api/sse/tasks"):
+		return h.tasks, serviceTask, "task_id"
+	case underPath(t.path, "/api/sse/utils/version"):
+		return h.version, serviceVersion, "request_id"
+	case underPath(t.path, "/api/sse/stream"):
+		return pageStream{h.pages, t.query["task_id"]}, servicePage, "request_id"
+	}
+	return nil, "", ""
 }
 
 // underPath reports whether path is prefix or below it.
 func underPath(path, prefix string) bool {
 	rest, ok := strings.CutPrefix(path, prefix)
 	return ok && (rest == "" || rest[0] == '/')
+}
+
+// streamTarget is a stream's request target: its path, and the values in its
+// query of the keys that mean something here.
+type streamTarget struct {
+	path  string
+	query map[string][]string
+}
+
+// parseTarget takes apart a plain target: one whose path is clean and has no
+// escapes, and whose keys are spelled literally, if they are any of ours. So a
+// proxy in front, which may decide by the normalized path or by the first key in
+// any case, decides on what is routed here.
+func parseTarget(target string) (t streamTarget, plain bool) {
+	t = streamTarget{query: map[string][]string{}}
+	var query string
+	t.path, query, _ = strings.Cut(target, "?")
+	clean := path.Clean(t.path)
+	if t.path != clean && t.path != clean+"/" || strings.ContainsAny(t.path, `%\`) || strings.Contains(target, "#") {
+		return t, false
+	}
+	for pair := range strings.SplitSeq(query, "&") {
+		key, value, _ := strings.Cut(pair, "=")
+		decoded, _ := url.QueryUnescape(key)
+		for _, ours := range []string{"task_id", "request_id", "lastEventId", "heartbeat"} {
+			if !strings.EqualFold(decoded, ours) {
+				continue
+			}
+			if key != ours {
+				return t, false
+			}
+			value, _ = url.QueryUnescape(value) // nothing, if it cannot be decoded
+			t.query[ours] = append(t.query[ours], value)
+		}
+	}
+	return t, true
+}
+
+// last returns the last value, or "" if there is none.
+func last(values []string) string {
+	if len(values) == 0 {
+		return ""
+	}
+	return values[len(values)-1]
 }
 
 func parseCallback(body []byte) (c callback, err error) {

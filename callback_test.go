@@ -46,7 +46,7 @@ func TestCallbackRoutesToTaskService(t *testing.T) {
 	checkCallbackRoutes(t, api, map[string]string{
 		"/api/sse/tasks?task_id=abc":                           "task:abc",
 		"/api/sse/tasks/?task_id=abc":                          "task:abc",
-		"/api/sse/tasks/deep/er?x=1&task_id=abc&task_id=other": "task:abc",
+		"/api/sse/tasks/deep/er?x=1&task_id=abc&other=task_id": "task:abc",
 	})
 }
 
@@ -108,8 +108,8 @@ func TestCallbackSecret(t *testing.T) {
 		}
 	}
 	log := api.logged.String()
-	if got, want := strings.Count(log, `level=WARN msg="callback with a missing or wrong secret"`), 6; got != want {
-		t.Errorf("got %d warnings, want %d:\n%s", got, want, log)
+	if got := strings.Count(log, `level=WARN msg="callback with a missing or wrong secret"`); got == 0 || got == 6 {
+		t.Errorf("got %d warnings for 6 callbacks, want fewer, but one:\n%s", got, log)
 	}
 	if strings.Contains(log, "s3cret") || strings.Contains(log, "wr0ng") {
 		t.Errorf("a secret is in the log:\n%s", log)
@@ -346,6 +346,133 @@ func FuzzCallbackBody(f *testing.F) {
 		good := text(c["action"]) && text(c["token"]) && (text(request["url"]) || answer == "{}")
 		if status == "200" && !good {
 			t.Errorf("%q: got %s, want 400", body, got)
+		}
+	})
+}
+
+// A proxy in front may decide by the normalized path, or by the first of several keys in any case.
+func TestCallbackTakesOnlyPlainTargets(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	api.external("a")
+	for _, target := range []string{
+		"/api/sse/x/../tasks?task_id=a", "/api/sse/./tasks?task_id=a", "/api/sse//tasks?task_id=a", "//api/sse/tasks?task_id=a",
+		"/api/sse/tasks/..?task_id=a", "/api/sse/tasks/%2e%2e/x?task_id=a", "/api/sse/task%73?task_id=a", `/api/sse/tasks\x?task_id=a`,
+		"/api/sse/tasks?Task_ID=a", "/api/sse/tasks?task%5Fid=a", "/api/sse/tasks?task_id=a&TASK_ID=b", "/api/sse/tasks?%74ask_id=b&task_id=a",
+		"/api/sse/tasks?task_id=a&LastEventID=e-1", "/api/sse/tasks?task_id=a&Heartbeat=event",
+		"/api/sse/tasks?x=#&task_id=a", "/api/sse/tasks?task_id=a#", "http://gateway/api/sse/tasks?task_id=a",
+		"/api/sse/utils/version?Request_Id=a",
+	} {
+		if got := api.callback(apiConnect("t", target)); !strings.Contains(got, `400 {"error":"Cannot route URL: `) {
+			t.Errorf("%s: got %s, want 400", target, got)
+		}
+	}
+	for _, target := range []string{
+		"/api/sse/tasks?task_id=a&task_id=a", "/api/sse/tasks?task_id=a&task_id=", "/api/sse/utils/version?request_id=a&request_id=b",
+	} {
+		if got := api.callback(apiConnect("t", target)); !strings.HasSuffix(got, `"code":"duplicate_field"}`) {
+			t.Errorf("%s: got %s, want 400", target, got)
+		}
+	}
+	if got := api.identifiers(); got != "" {
+		t.Errorf("got %q connected, want nobody", got)
+	}
+	if log := api.logged.String(); !strings.Contains(log, "level=DEBUG") || strings.Contains(log, "level=WARN") {
+		t.Errorf("got log %s\nwant lines for debugging", log)
+	}
+}
+
+// Some clients send no header, and name the last event in the query.
+func TestCallbackLastEventIDInTheQuery(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.external("a")
+		api.post("a/progress", `{"text":"","value":0.5}`)
+		const target = "/api/sse/tasks?task_id=a"
+		api.connect(target + "&lastEventId=e-1").checkStory("connection_open progress_update")
+		api.connect(target + "&lastEventId=e-1&lastEventId=e-2").checkStory("connection_open")      // the last counts
+		api.connect(target+"&lastEventId=e-2", "e-1").checkStory("connection_open progress_update") // the header counts more
+		api.connect(target+"&lastEventId=e-2", "").checkStory("connection_open")
+		for _, query := range []string{"&lastEventId=close", "&lastEventId=e-1&lastEventId=close"} {
+			if got := api.callback(apiConnect("t", target+query)); !strings.HasPrefix(got, "410 ") {
+				t.Errorf("%s: got %s, want 410", query, got)
+			}
+		}
+	})
+}
+
+func TestCallbackHeartbeatEvents(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	api.external("a")
+	for target, want := range map[string]bool{
+		"/api/sse/tasks?task_id=a&heartbeat=event":            true,
+		"/api/sse/utils/version?heartbeat=event&request_id=r": true,
+		"/api/sse/tasks?task_id=a&heartbeat=comment":          false,
+		"/api/sse/tasks?task_id=a":                            false,
+	} {
+		got := api.callback(apiConnect("t", target))
+		if !strings.HasPrefix(got, "200 ") || strings.HasSuffix(got, `,"heartbeat":"event"}`) != want {
+			t.Errorf("%s: got %s, want heartbeat events: %t", target, got, want)
+		}
+	}
+}
+
+// The gateway of the first callback has died, or has given it up. It must not take the page's living stream away.
+func TestCallbackAsksBeforeItReplaces(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		const target, features = "/api/sse/utils/version?request_id=r", "Sse-Gateway-Features: batch, id, retry"
+		living := api.connect(target)
+		const gone = `503 {"error":"the gateway does not know this stream","code":"gateway_gone"}`
+		if got := api.do("POST", "/api/sse/callback", apiConnect("ghost", target), features); got != gone {
+			t.Errorf("a token that the gateway does not know: got %s, want %s", got, gone)
+		}
+		api.gateway.fail(errNoAnswer)
+		if got := api.do("POST", "/api/sse/callback", apiConnect("ghost", target), features); got != gone {
+			t.Errorf("a gateway that does not answer: got %s, want %s", got, gone)
+		}
+		api.gateway.fail(nil)
+		living.checkStory("connection_open")
+		if got := api.conns.tokens[living.token]; got != "version:r" {
+			t.Error("the living stream is not the connection any more")
+		}
+		api.connect(target, features).checkStory("connection_open") // it knows this one
+		living.checkStory("connection_open connection_close:replaced")
+	})
+}
+
+// One of another make would write an empty event if it were asked while its callback is under way.
+func TestCallbackAsksNoForeignGateway(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		const target = "/api/sse/utils/version?request_id=r"
+		api.connect(target)
+		if got := api.callback(apiConnect("unknown", target)); !strings.HasPrefix(got, "200 ") {
+			t.Errorf("got %s, want 200", got)
+		}
+	})
+}
+
+// The order of requests outlives the task: else the older request of a browser would replace its newer one.
+func TestCallbackOrderOutlivesTheTask(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		connect := func(token, order string) string {
+			return api.do("POST", "/api/sse/callback", apiConnect(token, "/api/sse/tasks?task_id=a"), "Sse-Gateway-Request: "+order)
+		}
+		api.external("a")
+		connect("six", "g-6")
+		api.gateway.fail(errNoAnswer) // so that its stream stays
+		api.post("a/complete", `{}`)
+		api.settle()
+		api.do("DELETE", "/api/tasks/a", "")
+		for again := range 2 {
+			if got := connect("five", "g-5"); !strings.Contains(got, `\"replaced\"`) || !strings.HasSuffix(got, `"close":true}`) {
+				t.Errorf("got %s, want the end: replaced", got)
+			}
+			if again == 0 {
+				api.external("a")
+			}
+		}
+		if api.conns.tokens["six"] == "" {
+			t.Error("the older request replaced the newer")
 		}
 	})
 }

@@ -89,15 +89,20 @@ type backendConfig struct {
 	// TaskEventLimit (TASK_EVENT_LIMIT, default 1000) is how many events are kept per task. Beyond it the oldest progress
 	// goes; the first and the terminal event always stay, hence at least 2.
 	TaskEventLimit int
+	// TaskMemory (TASK_MEMORY_BYTES, default 256 MiB, at least 64 KiB) is what all tasks may hold: events, results and what
+	// else they take. Beyond it the tasks that finished first are forgotten; when there are none, new ones are answered 503,
+	// and a report makes its own task lose its oldest progress. An end is always taken, and the last report kept.
+	TaskMemory int
 	// VersionPendingLimit (VERSION_PENDING_LIMIT, default 100, 0 = unbounded) is how many undelivered events are kept per
 	// request_id; beyond it the oldest is dropped and counted. As many delivered ones are kept for browsers that come back.
 	VersionPendingLimit int
 	// VersionPendingTTL (VERSION_PENDING_SECONDS, default 3600) is how long an outbox is kept without a connection. Then
 	// its events are dropped and counted.
 	VersionPendingTTL time.Duration
-	// FrontendVersionURL (FRONTEND_VERSION_URL, default "" = no polling) is a version.json; version streams get changes.
+	// FrontendVersionURL (FRONTEND_VERSION_URL, default "" = no polling) is a version.json that is polled in full. A version that was
+	// seen twice in a row, and is not the current one, is announced to all.
 	FrontendVersionURL string
-	// FrontendVersionPoll (FRONTEND_VERSION_POLL_SECONDS, default 30) is how often; an announcement is late by up to this.
+	// FrontendVersionPoll (FRONTEND_VERSION_POLL_SECONDS, default 30) is how often; an announcement is late by up to twice this.
 	FrontendVersionPoll time.Duration
 	// Sweep (CONNECTION_SWEEP_SECONDS, default 60) is how often connections are checked against the gateway, and so about
 	// how long one that the gateway lost is still counted.
@@ -114,7 +119,7 @@ func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 	c := backendConfig{
 		Production:          production,
 		Addr:                r.addr("ADDR", defaultAddr),
-		GatewayURL:          strings.TrimRight(r.url("SSE_GATEWAY_URL", " #?"), "/"),
+		GatewayURL:          r.baseURL("SSE_GATEWAY_URL"),
 		CallbackSecret:      r.secret("SSE_CALLBACK_SECRET", production, production && getenv("SSE_GATEWAY_URL") != ""),
 		APIToken:            r.secret("API_TOKEN", production, production),
 		TaskWorkers:         r.number("TASK_MAX_WORKERS", 4, 1, 10000),
@@ -122,6 +127,7 @@ func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 		TaskTimeout:         r.seconds("TASK_TIMEOUT_SECONDS", "300"),
 		TaskCleanup:         r.seconds("TASK_CLEANUP_INTERVAL_SECONDS", "600"),
 		TaskEventLimit:      r.number("TASK_EVENT_LIMIT", 1000, 2, maxCount),
+		TaskMemory:          r.number("TASK_MEMORY_BYTES", 256<<20, 64<<10, math.MaxInt),
 		VersionPendingLimit: r.number("VERSION_PENDING_LIMIT", 100, 0, maxCount),
 		VersionPendingTTL:   r.seconds("VERSION_PENDING_SECONDS", "3600"),
 		FrontendVersionURL:  r.url("FRONTEND_VERSION_URL", " #"),
@@ -130,6 +136,39 @@ func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 		Gateway:             r.embeddedGateway(),
 	}
 	return c, errors.Join(r.errs...)
+}
+
+// servesHost reports whether a request with that Host is served. In development it
+// must name this machine: to a browser, a page whose name comes to point here (DNS
+// rebinding) is of the same site. If every interface is listened on, an address
+// will do, as no name can stand for it.
+func (c backendConfig) servesHost(hostport string) bool {
+	host, own := hostOf(hostport), hostOf(c.Addr)
+	ip := net.ParseIP(host)
+	anywhere := own == "" || net.ParseIP(own).IsUnspecified()
+	return c.Production || host == "localhost" || ip.IsLoopback() || host != "" && host == own || ip != nil && anywhere
+}
+
+// hostOf returns the host of host:port, or of a host alone.
+func hostOf(hostport string) string {
+	if host, _, err := net.SplitHostPort(hostport); err == nil {
+		return strings.ToLower(host)
+	}
+	return strings.ToLower(strings.Trim(hostport, "[]"))
+}
+
+// open says what everybody on the network may do for want of a secret.
+func (c backendConfig) open() string {
+	host := hostOf(c.Addr)
+	switch {
+	case c.Production || host == "localhost" || net.ParseIP(host).IsLoopback():
+		return ""
+	case c.APIToken == "":
+		return "start, report and cancel tasks, and announce versions, as API_TOKEN is not set"
+	case c.GatewayURL != "" && c.CallbackSecret == "":
+		return "take over streams, as SSE_CALLBACK_SECRET is not set"
+	}
+	return ""
 }
 
 // loadGatewayConfig reads the configuration of a gateway that runs alone.
@@ -286,6 +325,16 @@ func (r *envReader) url(name, without string) string {
 	good := u != nil && (u.Scheme == "http" || u.Scheme == "https") && !strings.ContainsAny(v, without)
 	if v != "" && !good {
 		r.fail(name, fmt.Sprintf("an http or https URL with a host, without user info and without any of %q", without))
+	}
+	return v
+}
+
+// baseURL reads a URL to which paths are added. It has none of its own, or one
+// that a gateway would not serve, and returns no slash at its end.
+func (r *envReader) baseURL(name string) string {
+	v := strings.TrimRight(r.url(name, " #?"), "/")
+	if u := parseURL(v); u != nil && u.Path != "" {
+		r.fail(name, "without a path")
 	}
 	return v
 }

@@ -27,13 +27,29 @@ type sender interface {
 	send(token string, events []event, end bool) sendResult
 }
 
+// connectRequest is a stream that wants to be the connection of an identifier.
+type connectRequest struct {
+	token       string
+	lastEventID string
+	order       requestOrder
+	probes      bool   // the gateway says whether it knows a token, also before the stream is open
+	replaces    string // the token that it may replace, since the gateway was asked
+}
+
+// owner is who a connection is for. It is called without a lock.
+type owner interface {
+	seen(at time.Time)     // the gateway knows the connection
+	ended(until time.Time) // the connection is no more; until when it was there, or zero
+}
+
 // ConnectionManager knows which token is the current connection of each
-// identifier. It makes no promise about what was delivered; outboxes do.
+// identifier. It makes no promise about what was delivered; followers do.
 type ConnectionManager struct {
-	gateway sender
-	log     *slog.Logger
-	met     connectionMetrics
-	active  atomic.Int64 // goroutines of background
+	gateway  sender
+	log      *slog.Logger
+	met      connectionMetrics
+	failures throttle     // of what is logged about sends
+	active   atomic.Int64 // goroutines of background
 
 	// mu guards the maps; under it there is map work only. Whenever it is free,
 	// connections[id].token == t if and only if tokens[t] == id.
@@ -51,8 +67,8 @@ const maxReplaced = 10000
 // connection is the one current connection of an identifier.
 type connection struct {
 	token   string
-	url     string    // request target of the stream
-	since   time.Time // when it connected
+	order   requestOrder
+	owner   owner
 	checked time.Time // when it connected, or a sweep last asked for it
 	suspect bool      // a send failed: the client may have a gap, so the stream must end
 }
@@ -62,29 +78,73 @@ func newConnectionManager(gateway sender, log *slog.Logger, met connectionMetric
 		gateway:     gateway,
 		log:         log,
 		met:         met,
+		failures:    throttle{interval: time.Minute},
 		connections: map[string]*connection{},
 		tokens:      map[string]string{},
 		replaced:    map[string]string{},
 	}
 }
 
-// OnConnect makes token the connection of identifier. It returns the token
-// that this replaces, or "", which the caller gives to CloseReplaced.
-func (m *ConnectionManager) OnConnect(identifier, token, url string) (replaced string) {
+// Why a stream does not become the connection of an identifier.
+var (
+	errOutdated = errors.New("a newer request is the connection")
+	errAskFirst = errors.New("the gateway must be asked whether it knows the token")
+)
+
+// OnConnect makes the token of c the connection of identifier. It returns the
+// token that this replaces, or "", which the caller gives to CloseReplaced.
+//
+// A request that is older than the present connection's is errOutdated: callbacks
+// may overtake each other. One that would replace a connection is errAskFirst
+// unless its gateway was asked, for that may have died or given the callback up.
+func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o owner) (replaced string, err error) {
 	now := time.Now()
 	m.mu.Lock()
-	if other, ok := m.tokens[token]; ok && other != identifier {
-		delete(m.connections, other)
+	old := m.connections[identifier]
+	switch {
+	case old != nil && c.order.before(old.order):
+		err = errOutdated
+	case old != nil && old.token != c.token && c.probes && old.token != c.replaces:
+		err = errAskFirst
 	}
-	if c, ok := m.connections[identifier]; ok && c.token != token {
-		replaced = c.token
-		delete(m.tokens, replaced)
+	if err != nil {
+		m.mu.Unlock()
+		return "", err
 	}
-	m.connections[identifier] = &connection{token: token, url: url, since: now, checked: now}
-	m.tokens[token] = identifier
+	if old != nil && old.token != c.token {
+		replaced = old.token
+		m.removeLocked(identifier, replaced)
+	}
+	same := m.removeLocked(m.tokens[c.token], c.token) // something repeated a callback
+	m.connections[identifier] = &connection{token: c.token, order: c.order, owner: o, checked: now}
+	m.tokens[c.token] = identifier
 	m.mu.Unlock()
+	until := now
+	if c.probes {
+		until = time.Time{} // Ask has seen, or not
+	}
+	if replaced != "" {
+		old.owner.ended(until)
+	}
+	if same != nil {
+		same.owner.ended(until)
+	}
 	m.met.RecordSSEGatewayConnection(serviceOf(identifier), "connect")
-	return replaced
+	return replaced, nil
+}
+
+// Ask reports whether the gateway knows the stream of c, which then may replace
+// the present connection of identifier. It asks about that, too: who comes after
+// a dead one gets what that may have lost.
+func (m *ConnectionManager) Ask(identifier string, c *connectRequest) bool {
+	m.mu.Lock()
+	old := m.connections[identifier]
+	m.mu.Unlock()
+	if old != nil {
+		c.replaces = old.token
+		m.Probe(identifier, old.token)
+	}
+	return m.gateway.send(c.token, nil, false).err == nil
 }
 
 // CloseReplaced tells a replaced stream that it is at its end. It returns at
@@ -96,7 +156,7 @@ func (m *ConnectionManager) CloseReplaced(identifier, token string) {
 		if r.err == nil || errors.Is(r.err, errUnknownToken) {
 			return
 		}
-		m.log.Warn("closing a replaced stream", "identifier", identifier, "token", mask(token), "err", r.err)
+		m.log.Debug("closing a replaced stream", "identifier", identifier, "token", mask(token), "err", r.err)
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		if len(m.replaced) < maxReplaced {
@@ -110,31 +170,37 @@ func (m *ConnectionManager) CloseReplaced(identifier, token string) {
 func (m *ConnectionManager) OnDisconnect(token string) {
 	m.mu.Lock()
 	identifier := m.tokens[token]
-	c := m.connections[identifier]
-	removed := m.removeLocked(identifier, token)
+	c := m.removeLocked(identifier, token)
 	m.mu.Unlock()
-	if !removed {
+	if c == nil {
 		m.log.Debug("ignoring a stale disconnect", "token", mask(token))
 		return
 	}
+	c.owner.ended(time.Now())
 	m.met.RecordSSEGatewayConnection(serviceOf(identifier), "disconnect")
-	m.log.Debug("disconnected", "identifier", identifier, "url", c.url, "after", time.Since(c.since))
+	m.log.Debug("disconnected", "identifier", identifier, "token", mask(token))
 }
 
-// remove removes the connection of identifier if it is still that of token.
-func (m *ConnectionManager) remove(identifier, token string) bool {
+// lost removes the connection of identifier, which the gateway does not know
+// any more, if it is still that of token.
+func (m *ConnectionManager) lost(identifier, token string) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.removeLocked(identifier, token)
+	c := m.removeLocked(identifier, token)
+	m.mu.Unlock()
+	if c != nil {
+		c.owner.ended(time.Time{})
+	}
 }
 
-func (m *ConnectionManager) removeLocked(identifier, token string) bool {
-	if c := m.connections[identifier]; c == nil || c.token != token {
-		return false
+// removeLocked returns the connection that it removed, or nil.
+func (m *ConnectionManager) removeLocked(identifier, token string) *connection {
+	c := m.connections[identifier]
+	if c == nil || c.token != token {
+		return nil
 	}
 	delete(m.connections, identifier)
 	delete(m.tokens, token)
-	return true
+	return c
 }
 
 // Connected reports whether identifier has a connection.
@@ -156,85 +222,81 @@ func (m *ConnectionManager) Active() map[string]float64 {
 	return n
 }
 
-// delivery is what became of an event.
-type delivery int
+// errSuspended says that a send was not tried: an earlier one failed, and the
+// stream is being ended for it.
+var errSuspended = errors.New("the stream is being ended")
 
-const (
-	delivered    delivery = iota
-	heldBack              // the gateway took it, but its stream is not open yet
-	disconnected          // the token is not, or no longer, the connection
-	failed                // it is unknown whether the gateway took it
-	suspended             // not tried: an earlier event failed, and the stream is being ended for it
-)
-
-// Send gives events to the connection of identifier, if that is still token,
-// or only the first ones: it returns how many were taken, and what became of
-// the last of those or, if there is none, of the first event. If end is set,
-// there is one event, after which the stream ends. Nothing is tried twice.
-// After a failure the client may lack an event, or have it; from then on Send
-// only tries to end the stream, so that the browser comes back and resumes by
-// ID.
-func (m *ConnectionManager) Send(identifier, token string, events []event, end bool) (taken int, result delivery) {
+// Send gives events to the connection of identifier, if that is still token, or
+// only the first ones: see sendResult. If end is set, there is one event, after
+// which the stream ends. Nothing is tried twice. After a failure the client may
+// lack an event, or have it; from then on Send only tries to end the stream, so
+// that the browser comes back and resumes by ID.
+func (m *ConnectionManager) Send(identifier, token string, events []event, end bool) sendResult {
 	m.mu.Lock()
 	c := m.connections[identifier]
 	current := c != nil && c.token == token
 	suspect := current && c.suspect
 	m.mu.Unlock()
 	if !current {
-		return 0, disconnected
+		return sendResult{err: errUnknownToken}
 	}
 	if suspect {
 		m.endSuspect(identifier, token)
-		return 0, suspended
+		return sendResult{err: errSuspended}
 	}
 	r := m.send(identifier, token, events, end)
-	if errors.Is(r.err, errUnknownToken) {
-		m.remove(identifier, token)
-	} else if r.err != nil {
-		m.log.Error("sending an event", "identifier", identifier, "token", mask(token), "err", r.err)
+	switch {
+	case errors.Is(r.err, errUnknownToken) && r.taken == 0:
+		m.lost(identifier, token)
+	case r.err != nil && !errors.Is(r.err, errUnknownToken):
 		m.suspect(identifier, token)
 	}
 	if r.taken > 0 {
 		r.err = nil // the next Send says so
 	}
-	return r.taken, r.delivery()
+	return r
 }
 
-// send posts events and records how it went.
+// send posts events, and counts and logs how it went.
 func (m *ConnectionManager) send(identifier, token string, events []event, end bool) sendResult {
 	start := time.Now()
 	r := m.gateway.send(token, events, end)
 	service := serviceOf(identifier)
 	m.met.RecordSSEGatewaySendDuration(service, time.Since(start).Seconds())
-	for range r.taken {
+	for range r.taken - r.refused {
 		m.met.RecordSSEGatewayEvent(service, "success")
+	}
+	for range r.refused {
+		m.met.RecordSSEGatewayEvent(service, "error")
 	}
 	if r.err != nil {
 		m.met.RecordSSEGatewayEvent(service, "error")
 	}
+	if r.refused > 0 {
+		m.failures.log(m.log, slog.LevelError, "skipping an event that the gateway refuses", "identifier", identifier, "token", mask(token))
+	}
+	if r.err != nil && !errors.Is(r.err, errUnknownToken) {
+		m.failures.log(m.log, slog.LevelError, "sending an event", "identifier", identifier, "token", mask(token), "err", r.err)
+	}
 	return r
 }
 
-// Probe reports whether the gateway has opened the stream of token: delivered,
-// heldBack, disconnected, or failed when it did not say.
-func (m *ConnectionManager) Probe(identifier, token string) delivery {
+// Probe asks the gateway for a stream. If it does not know the token, the
+// connection of identifier is removed, if it is still that one.
+func (m *ConnectionManager) Probe(identifier, token string) sendResult {
+	asked := time.Now() // the answer may be late
 	r := m.gateway.send(token, nil, false)
 	if errors.Is(r.err, errUnknownToken) {
-		m.remove(identifier, token)
+		m.lost(identifier, token)
+	} else if r.err == nil && !r.buffered {
+		m.mu.Lock()
+		c := m.connections[identifier]
+		m.mu.Unlock()
+		if c != nil && c.token == token {
+			c.owner.seen(asked)
+		}
 	}
-	return r.delivery()
-}
-
-func (r sendResult) delivery() delivery {
-	switch {
-	case errors.Is(r.err, errUnknownToken):
-		return disconnected
-	case r.err != nil:
-		return failed
-	case r.buffered:
-		return heldBack
-	}
-	return delivered
+	return r
 }
 
 // endSuspect ends a stream that may have a gap. The gateway's disconnect
@@ -242,7 +304,7 @@ func (r sendResult) delivery() delivery {
 func (m *ConnectionManager) endSuspect(identifier, token string) {
 	r := m.gateway.send(token, nil, true)
 	if errors.Is(r.err, errUnknownToken) {
-		m.remove(identifier, token)
+		m.lost(identifier, token)
 	} else if r.err != nil {
 		m.log.Debug("ending a stream that may have a gap", "identifier", identifier, "token", mask(token), "err", r.err)
 	}

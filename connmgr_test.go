@@ -48,6 +48,37 @@ func (noConnectionMetrics) RecordSSEGatewayConnection(service, action string)   
 func (noConnectionMetrics) RecordSSEGatewayEvent(service, status string)                 {}
 func (noConnectionMetrics) RecordSSEGatewaySendDuration(service string, seconds float64) {}
 
+// nobody owns a connection and does not mind its end.
+type nobody struct{}
+
+func (nobody) seen(time.Time)  {}
+func (nobody) ended(time.Time) {}
+
+// connectToken makes token the connection of identifier, and returns the one that it replaces.
+func connectToken(m *ConnectionManager, identifier, token string) (replaced string) {
+	replaced, _ = m.OnConnect(identifier, connectRequest{token: token}, nobody{})
+	return replaced
+}
+
+// What became of a send, in a word.
+const (
+	delivered    = "delivered"
+	heldBack     = "buffered"
+	disconnected = "unknown token"
+	suspended    = "the stream is being ended"
+	failed       = "no answer"
+)
+
+func outcomeOf(r sendResult) string {
+	switch {
+	case r.err != nil:
+		return r.err.Error()
+	case r.buffered:
+		return heldBack
+	}
+	return delivered
+}
+
 // senderFunc is a gateway that answers by itself.
 type senderFunc func(events []event) sendResult
 
@@ -172,7 +203,7 @@ func (t *connTest) rest() {
 
 func (t *connTest) onConnect(identifier, token string) (replaced string) {
 	t.Helper()
-	replaced = t.conns.OnConnect(identifier, token, "/stream")
+	replaced = connectToken(t.conns, identifier, token)
 	t.rest()
 	return replaced
 }
@@ -184,13 +215,10 @@ func (t *connTest) onDisconnect(token string) {
 }
 
 // send begins to send an event without ID. Its outcome comes through the channel.
-func (t *connTest) send(identifier, token, data string) <-chan delivery {
+func (t *connTest) send(identifier, token, data string) <-chan string {
 	t.Helper()
-	outcome := make(chan delivery, 1)
-	go func() {
-		_, result := t.conns.Send(identifier, token, []event{{Data: data}}, false)
-		outcome <- result
-	}()
+	outcome := make(chan string, 1)
+	go func() { outcome <- outcomeOf(t.conns.Send(identifier, token, []event{{Data: data}}, false)) }()
 	t.rest()
 	return outcome
 }
@@ -230,10 +258,10 @@ func (t *connTest) wantUnderWay(want ...string) {
 }
 
 // wantOutcome waits for the outcome of a send.
-func (t *connTest) wantOutcome(outcome <-chan delivery, want delivery) {
+func (t *connTest) wantOutcome(outcome <-chan string, want string) {
 	t.Helper()
 	if got := <-outcome; got != want {
-		t.Errorf("got outcome %d, want %d", got, want)
+		t.Errorf("got outcome %q, want %q", got, want)
 	}
 }
 
@@ -414,10 +442,10 @@ func TestFailureOfReplacedTokenLeavesTheNewOneAlone(t *testing.T) {
 
 func TestProbe(t *testing.T) {
 	testConns(t, func(t *connTest) {
-		probe := func(answer func(string), want delivery) {
+		probe := func(answer func(string), want string) {
 			t.Helper()
-			outcome := make(chan delivery, 1)
-			go func() { outcome <- t.conns.Probe("task:1", "a") }()
+			outcome := make(chan string, 1)
+			go func() { outcome <- outcomeOf(t.conns.Probe("task:1", "a")) }()
 			t.rest()
 			answer("a ?")
 			t.wantOutcome(outcome, want)
@@ -582,10 +610,10 @@ func TestRecordSSEGatewayConnection(t *testing.T) {
 	reg := newRegistry("test")
 	unknown := senderFunc(func([]event) sendResult { return sendResult{err: errUnknownToken} })
 	m := newConnectionManager(unknown, slog.New(slog.DiscardHandler), newBackendMetrics(reg, nil))
-	m.OnConnect("task:1", "a", "/")
-	m.OnConnect("task:1", "b", "/") // replaces a
-	m.OnConnect("version:1", "c", "/")
-	m.OnConnect("version:2", "d", "/")
+	connectToken(m, "task:1", "a")
+	connectToken(m, "task:1", "b") // replaces a
+	connectToken(m, "version:1", "c")
+	connectToken(m, "version:2", "d")
 	m.OnDisconnect("a") // stale
 	m.OnDisconnect("b")
 	m.OnDisconnect("b") // twice
@@ -605,12 +633,12 @@ func TestRecordSSEGatewayEvent(t *testing.T) {
 	answer := sendResult{taken: 1}
 	m := newConnectionManager(senderFunc(func([]event) sendResult { return answer }),
 		slog.New(slog.DiscardHandler), newBackendMetrics(reg, nil))
-	m.OnConnect("task:1", "a", "/")
+	connectToken(m, "task:1", "a")
 	m.Send("task:1", "a", []event{{}}, false)
 	answer = sendResult{err: errNoAnswer}
 	m.Send("task:1", "a", []event{{}}, false)
 	m.Send("task:1", "a", []event{{}}, false) // is not tried any more
-	m.OnConnect("task:1", "b", "/")
+	connectToken(m, "task:1", "b")
 	answer = sendResult{taken: 2, err: errUnknownToken}
 	m.Send("task:1", "b", make([]event, 4), false)
 	wantSeries(t, reg, map[string]float64{
@@ -673,8 +701,8 @@ func TestNothingIsCalledUnderTheMutex(t *testing.T) {
 	m := newConnectionManager(w, slog.New(w), w)
 	w.conns = m
 	for _, w.err = range []error{nil, errNoAnswer, errUnknownToken} {
-		m.OnConnect("task:1", "a", "/")
-		m.CloseReplaced("task:1", m.OnConnect("task:1", "b", "/"))
+		connectToken(m, "task:1", "a")
+		m.CloseReplaced("task:1", connectToken(m, "task:1", "b"))
 		m.Drain(t.Context())
 		m.OnDisconnect("a")
 		m.Send("task:1", "b", []event{{}}, false)
@@ -806,11 +834,11 @@ func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
 		identifier := identifiers[rand.N(len(identifiers))]
 		switch rand.N(6) {
 		case 0, 1:
-			if replaced := m.OnConnect(identifier, fmt.Sprint("t", made.Add(1)), "/"); replaced != "" {
+			if replaced := connectToken(m, identifier, fmt.Sprint("t", made.Add(1))); replaced != "" {
 				m.CloseReplaced(identifier, replaced)
 			}
 		case 2:
-			m.OnConnect(identifier, oldToken(), "/") // moves, or comes back
+			connectToken(m, identifier, oldToken()) // moves, or comes back
 		case 3:
 			m.OnDisconnect(oldToken())
 		case 4:
@@ -850,12 +878,12 @@ func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
 func BenchmarkConnectionManagerSend(b *testing.B) {
 	m := newConnectionManager(senderFunc(func([]event) sendResult { return sendResult{taken: 1} }),
 		slog.New(slog.DiscardHandler), newBackendMetrics(newRegistry("test"), nil))
-	m.OnConnect("task:1", "a", "/")
+	connectToken(m, "task:1", "a")
 	events := []event{{ID: "x-1", Name: "task_event", Data: "{}"}}
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, got := m.Send("task:1", "a", events, false); got != delivered {
-			b.Fatalf("got outcome %d, want %d", got, delivered)
+		if r := m.Send("task:1", "a", events, false); r.err != nil {
+			b.Fatal(r.err)
 		}
 	}
 }

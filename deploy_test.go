@@ -1,7 +1,12 @@
 package main
 
 import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"net/http"
@@ -25,7 +30,7 @@ import (
 // skipped test proves nothing, so CI must install the tool.
 func needs(t testing.TB, tools ...string) {
 	t.Helper()
-	const text = "this test needs %s; run it as root where Debian's nginx-light, prometheus and systemd are installed"
+	const text = "this test needs %s: it runs as root, where what .ci/run installs is there"
 	for _, tool := range tools {
 		_, err := exec.LookPath(tool)
 		has := err == nil || tool == "root" && os.Geteuid() == 0
@@ -232,7 +237,7 @@ func (img image) healthy(p *process) bool {
 
 // The image has nothing but what the Dockerfile copies: no libc, so only a static binary runs, no shell, no /etc/hosts.
 func TestContainer(t *testing.T) {
-	needs(t, "root")
+	needs(t, "root", "go", "sh", "install", "chroot")
 	t.Parallel()
 	img := buildImage(t)
 	gatewayPort, backendPort := freePort(t), freePort(t)
@@ -292,11 +297,11 @@ func startHost(t testing.TB, env ...string) host {
 // address is where a process listens: host:port.
 func address(p *process) string { return strings.TrimPrefix(p.URL, "http://") }
 
-// front starts the nginx of a host.
-func (h host) front(t testing.TB) *process {
+// front starts the nginx of a host, with its configuration edited as well.
+func (h host) front(t testing.TB, oldNew ...string) *process {
 	t.Helper()
-	return startNginx(t, "deploy/nginx.conf",
-		"server 127.0.0.1:8080", "server "+address(h.backend), "server 127.0.0.1:3000", "server "+address(h.gateway))
+	return startNginx(t, "deploy/nginx.conf", append(oldNew,
+		"server 127.0.0.1:8080", "server "+address(h.backend), "server 127.0.0.1:3000", "server "+address(h.gateway))...)
 }
 
 // startNginx starts nginx with a configuration of ours, edited so that it reaches what the test has. It takes root,
@@ -315,7 +320,26 @@ func TestNginx(t *testing.T) {
 	needs(t, "nginx", "root")
 	t.Parallel()
 	host := startHost(t)
-	site := host.front(t).URL
+
+	// What Kubernetes adds: a port for metrics, and for nothing else.
+	metrics := regexp.MustCompile(`metrics\.conf: \|\n((?:    .*\n)+)`).FindStringSubmatch(edited(t, "deploy/kubernetes.yaml",
+		"listen 9100;", fmt.Sprintf("listen 127.0.0.1:%d;", freePort(t)),
+		"127.0.0.1:8080/", address(host.backend)+"/", "127.0.0.1:3001/", address(host.gateway)+"/"))
+	extra := t.TempDir()
+	writeFile(t, extra+"/metrics.conf", metrics[1])
+	nginx := host.front(t, "/etc/sidecast/conf.d/", extra+"/")
+	site := nginx.URL
+	port := "http://" + regexp.MustCompile(`listen (.*);`).FindStringSubmatch(metrics[1])[1]
+	for path, family := range map[string]string{"/backend": "task_executions_total", "/gateway": "gateway_streams"} {
+		if page := mustAsk(t, "GET", port+path, ""); !strings.Contains(page, "# TYPE "+family+" ") {
+			t.Errorf("%s has no %s", path, family)
+		}
+	}
+	for _, path := range []string{"/", "/metrics", "/backend/", "/gateway/../internal/send", "/debug/pprof/", "/api/tasks"} {
+		if got, _ := ask(t, "GET", port+path, ""); got != http.StatusNotFound {
+			t.Errorf("%s at the port for metrics: got %d, want 404", path, got)
+		}
+	}
 
 	if page := mustAsk(t, "GET", site+"/", ""); !strings.Contains(page, "new EventSource(") {
 		t.Errorf("the page is not ours: %.200s", page)
@@ -345,6 +369,167 @@ func TestNginx(t *testing.T) {
 		if got, _ := ask(t, method, site+target, ""); got != http.StatusNotFound {
 			t.Errorf("%s: got %d, want 404", request, got)
 		}
+	}
+}
+
+// Whatever nginx itself says for a while in place of the gateway, no EventSource takes it for the end: over either
+// version of HTTP, and with pages of another site.
+func TestNginxErrors(t *testing.T) {
+	needs(t, "nginx", "root")
+	t.Parallel()
+	for _, tt := range []struct {
+		name   string
+		oldNew []string // what brings nginx into trouble
+		log    string   // what it says then
+	}{
+		{"500, no descriptors", []string{"worker_rlimit_nofile 65536", "worker_rlimit_nofile 50"}, "24: Too many open files"},
+		{"500, no connections", []string{"worker_connections 32768", "worker_connections 40"}, "worker_connections are not enough"},
+		{"502", nil, "prematurely closed connection"},
+		{"504", []string{"proxy_read_timeout 5m", "proxy_read_timeout 100ms"}, "timed out"},
+		{"429, streams", []string{"limit_conn streams 1000", "limit_conn streams 5"}, "limiting connections"},
+		{"429, requests", []string{"# limit_req", "limit_req", "20r/s", "1r/s", "burst=40", "burst=5"}, "limiting requests"},
+		{"503", []string{"limit_conn_status 429;", "", "limit_conn streams 1000", "limit_conn streams 5"}, "limiting connections"},
+	} {
+		for file, servers := range map[string][]string{
+			"nginx.conf":          {"server 127.0.0.1:8080", "server 127.0.0.1:3000"},
+			"nginx-replicas.conf": {"server 10.0.0.1:80", "server 10.0.0.2:80", "server 10.0.0.3:80"},
+		} {
+			for _, scheme := range []string{"http", "https"} { // 1.1 and 2
+				if scheme == "http" && strings.Contains(tt.name, "no connections") {
+					continue // none to accept, so nothing is answered
+				}
+				t.Run(tt.name+", "+file+", "+scheme, func(t *testing.T) {
+					t.Parallel()
+					gateway := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+						switch {
+						case r.URL.Path == "/readyz":
+						case tt.name == "502":
+							panic(http.ErrAbortHandler)
+						case tt.name == "504":
+							<-r.Context().Done()
+						default:
+							streamThat(": stream\n", true)(w, r)
+						}
+					}))
+					t.Cleanup(gateway.Close)
+					secure, cert := fmt.Sprintf("127.0.0.1:%d", freePort(t)), writeCertificate(t)
+					oldNew := append(slices.Clone(tt.oldNew), "worker_processes auto", "worker_processes 1", "listen 80;",
+						"listen 80; listen "+secure+" ssl http2; ssl_certificate "+cert+"; ssl_certificate_key "+cert+";")
+					for _, server := range servers {
+						oldNew = append(oldNew, server, "server "+strings.TrimPrefix(gateway.URL, "http://"))
+					}
+					nginx := startNginx(t, "deploy/"+file, oldNew...)
+					base := nginx.URL
+					if scheme == "https" {
+						base = "https://" + secure
+					}
+					away := askForStreams(t, base+"/api/sse/x", 45)
+					if away == 0 || !strings.Contains(nginx.output(), tt.log) {
+						t.Errorf("%d of 45 pages were told to come back; nginx' log has %q: %v", away, tt.log,
+							strings.Contains(nginx.output(), tt.log))
+					}
+				})
+			}
+		}
+	}
+}
+
+// askForStreams opens n streams at once, as pages of another site would, and returns how many nginx told to come back.
+// All the others must have a stream; some may have to wait for nginx, or for a network error.
+func askForStreams(t testing.TB, target string, n int) (away int) {
+	t.Helper()
+	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
+	defer transport.CloseIdleConnections()
+	ctx, cancel := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer cancel()
+	request := func() (answer string) {
+		req, _ := http.NewRequestWithContext(ctx, "GET", target, nil)
+		req.Header.Set("Accept", "text/event-stream")
+		req.Header.Set("Origin", "https://other.example")
+		resp, err := transport.RoundTrip(req)
+		if err != nil {
+			return "network error"
+		}
+		all.Go(func() {
+			<-ctx.Done() // the stream stays
+			resp.Body.Close()
+		})
+		line, _ := bufio.NewReader(resp.Body).ReadString('\n')
+		h := resp.Header
+		return fmt.Sprintf("%d %s, %s, %s, %s, %s", resp.StatusCode, h.Get("Content-Type"), h.Get("Cache-Control"),
+			h.Get("Access-Control-Allow-Origin"), h.Get("Access-Control-Allow-Credentials"), strings.TrimSpace(line))
+	}
+	answers := make(chan string, n)
+	answers <- request() // alone: over HTTP/2 the others share its connection
+	for range n - 1 {
+		all.Go(func() { answers <- request() })
+	}
+	streams := 0
+	for patience, answered := deployPatience, 0; answered < n; answered++ {
+		select {
+		case answer := <-answers:
+			switch answer {
+			case "200 text/event-stream, no-store, https://other.example, true, retry: 3000":
+				away++
+				patience = time.Second // the rest may wait for nginx
+			case "200 Text/Event-Stream ;charset=utf-8; odd, , , , : stream":
+				streams++
+			case "network error":
+			default:
+				t.Errorf("%s: a page was answered %q", target, answer)
+			}
+		case <-time.After(patience):
+			answered = n
+		}
+	}
+	t.Logf("%s: %d streams, %d told to come back", target, streams, away)
+	return away
+}
+
+// writeCertificate writes a certificate and its key to a file.
+func writeCertificate(t testing.TB) (file string) {
+	t.Helper()
+	server := httptest.NewTLSServer(nil)
+	defer server.Close()
+	cert := server.TLS.Certificates[0]
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file = filepath.Join(t.TempDir(), "certificate.pem")
+	writeFile(t, file, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]}))+
+		string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
+	return file
+}
+
+// A limit counts the streams of a client, also of one behind a proxy that is known, and of no other's word on it.
+func TestNginxLimitsClients(t *testing.T) {
+	needs(t, "nginx", "root")
+	t.Parallel()
+	host := startHost(t)
+	for _, proxies := range []string{"127.0.0.0/8", "10.0.0.0/8"} {
+		t.Run(proxies, func(t *testing.T) {
+			nginx := host.front(t, "10.0.0.0/8", proxies, "limit_conn streams 1000", "limit_conn streams 1")
+			ask := func(client string) (first string) {
+				req, _ := http.NewRequestWithContext(t.Context(), "GET", nginx.URL+"/api/sse/utils/version?request_id="+client, nil)
+				req.Header.Set("X-Forwarded-For", "192.0.2.7, "+client)
+				resp, err := new(http.Transport).RoundTrip(req)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { resp.Body.Close() })
+				body := make([]byte, 200)
+				n, _ := resp.Body.Read(body)
+				return string(body[:n])
+			}
+			away := func(text string) bool { return strings.Contains(text, "gateway is away") }
+			first, again, other := ask("192.0.2.1"), ask("192.0.2.1"), ask("192.0.2.2")
+			if away(first) || !away(again) || away(other) != (proxies == "10.0.0.0/8") {
+				t.Errorf("got %q, again %q, another client %q", first, again, other)
+			}
+		})
 	}
 }
 
@@ -423,7 +608,7 @@ func TestReplicas(t *testing.T) {
 		tabs = append(tabs, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=tab-%d", ingress, i)))
 	}
 	for _, tab := range tabs {
-		tab.waitFor(t, deployPatience, func(got []message) bool { return len(got) == 1 })
+		waitTold(t, tab, "1 1.0")
 	}
 	for i, b := range backends {
 		series := `sse_gateway_active_connections{service="version"}`
@@ -435,39 +620,52 @@ func TestReplicas(t *testing.T) {
 	version = "1.1"
 	mu.Unlock()
 	for _, tab := range tabs {
-		waitTold(t, tab, "1 1.1")
+		waitTold(t, tab, "1 1.0", "2 1.1")
 	}
 
-	// One replica dies. Its tasks are gone, as their followers learn; those of the others notice nothing.
+	// One replica is away. No other answers for its ids; those of the others notice nothing.
 	followers = follow("second", 60)
-	lost := map[string]bool{}
+	away := map[string]bool{}
 	for id := range followers {
 		status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", "")
-		lost[id] = status == http.StatusOK
+		away[id] = status == http.StatusOK
 	}
-	for _, p := range []*process{dyingNginx, dying.gateway, dying.backend} {
-		p.kill(t)
-	}
+	dyingNginx.kill(t)
 	for id, es := range followers {
-		if lost[id] {
-			waitTold(t, es, "1 task_started", "Task not found", "task_not_found")
-			waitFinished(t, es)
+		if away[id] { // twice: a proxy that gives a server up has done so by then
+			before := es.opens()
+			eventually(t, deployPatience, "told to come back", func() bool { return es.opens() >= before+2 })
 		}
-	}
-	for id, es := range followers {
 		want := http.StatusOK
-		if lost[id] {
-			want = http.StatusNotFound
+		if away[id] {
+			want = http.StatusBadGateway
 		}
 		if got := complete(id); got != want {
-			t.Errorf("completing %s, on the dead replica: %v: got %d, want %d", id, lost[id], got, want)
+			t.Errorf("completing %s, away: %v: got %d, want %d", id, away[id], got, want)
 		}
-		if !lost[id] {
-			waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
-			if es.opens() != 1 {
-				t.Errorf("the follower of %s reconnected", id)
-			}
+	}
+	dyingNginx.restart(t)
+	for id, es := range followers {
+		if away[id] {
+			complete(id)
+		} else if es.opens() != 1 {
+			t.Errorf("the follower of %s reconnected", id)
 		}
+		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
+		waitFinished(t, es)
+	}
+
+	// It dies. Its tasks are gone, as their followers learn from itself.
+	followers = follow("third", 20)
+	for id := range followers {
+		if status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", ""); status != http.StatusOK {
+			delete(followers, id)
+		}
+	}
+	dying.backend.restart(t)
+	for _, es := range followers {
+		waitTold(t, es, "1 task_started", "Task not found", "task_not_found")
+		waitFinished(t, es)
 	}
 }
 
@@ -478,7 +676,7 @@ func metricNames(expr string) (names []string) {
 	// What is in the way: matchers, ranges, labels, functions.
 	other := regexp.MustCompile(`\{.*?\}|\[.*?\]|\b(by|on|group_left) \(.*?\)|\w+\(`)
 	for _, word := range regexp.MustCompile(`\b[a-z]\w+`).FindAllString(other.ReplaceAllString(expr, " "), -1) {
-		if word != "sum" && word != "up" { // up is Prometheus' own
+		if word != "sum" && word != "and" && word != "up" { // up is Prometheus' own
 			names = append(names, regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(word, ""))
 		}
 	}
@@ -545,9 +743,8 @@ func TestMonitoring(t *testing.T) {
 			for _, name := range metricNames(target.Expr) {
 				shown[name] = true
 			}
-			if series(target.Expr) == 0 {
-				t.Errorf("%s: nothing for %s", panel.Title, target.Expr)
-			}
+			// A scrape that failed, as they do on a busy machine, hides its series until the next one.
+			eventually(t, deployPatience, panel.Title+": something for "+target.Expr, func() bool { return series(target.Expr) > 0 })
 		}
 	}
 	for name := range families {
@@ -591,7 +788,7 @@ func TestSystemdUnit(t *testing.T) {
 		}
 	}
 	// From 0, the perfect sandbox, to 100, none.
-	tool(t, "", "systemd-analyze", "security", "--offline=true", "--threshold=20", template)
+	tool(t, "", "systemd-analyze", "security", "--offline=true", "--threshold=15", template)
 }
 
 // The program does not miss a variable whose name is misspelt.

@@ -118,6 +118,9 @@ type sourceState struct {
 	events     []message // of all connections
 }
 
+// longestDelay is the longest that an eventSource waits before it comes back. At its end a stream asks for up to 20 s.
+const longestDelay = 500 * time.Millisecond
+
 // retryScale is an option: tests would wait too long for what a real stream asks of a browser.
 func retryScale(factor float64) func(*eventSource) {
 	return func(s *eventSource) { s.retryScale = factor }
@@ -166,7 +169,7 @@ func (s *eventSource) run(ctx context.Context) {
 		s.update(func(now *sourceState) { now.readyState = "connecting" })
 		lastEventID = p.lastEventID
 		if p.retry != nil {
-			delay = time.Duration(float64(*p.retry) * s.retryScale)
+			delay = min(time.Duration(float64(*p.retry)*s.retryScale), longestDelay)
 		}
 		select {
 		case <-ctx.Done():

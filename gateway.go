@@ -51,7 +51,7 @@ type gatewayClient struct {
 	url       string            // with /internal/
 	transport http.RoundTripper // an http.Client would cost more, and follow redirects
 
-	batches atomic.Bool // the gateway takes them
+	features atomic.Pointer[features] // nil until the gateway has said
 
 	mu      sync.Mutex     // guards the rest
 	posting int            // POSTs under way
@@ -62,6 +62,7 @@ type gatewayClient struct {
 // somebody else's POST brings.
 type waitingSend struct {
 	lines int            // of JSON
+	skips bool           // an event that is refused for good is skipped: the stream goes on without it
 	body  []byte         // the lines, with a newline between them
 	turn  sync.WaitGroup // until somebody has done it, or it is its turn
 	sendResult
@@ -70,7 +71,8 @@ type waitingSend struct {
 
 // sendResult is what became of one send.
 type sendResult struct {
-	taken    int   // how many of the events the gateway took
+	taken    int   // how many of the events the gateway took, or refused for good
+	refused  int   // how many of those it refused
 	buffered bool  // the last of them waits for its stream to open
 	err      error // of the next: errUnknownToken, or it is not known whether the gateway took it
 }
@@ -90,12 +92,14 @@ func newGatewayClient(baseURL string) *gatewayClient {
 }
 
 // heard notes what the gateway says it can do.
-func (c *gatewayClient) heard(features string) {
-	batches := false
-	for feature := range strings.SplitSeq(features, ",") {
-		batches = batches || strings.TrimSpace(feature) == featureBatch
+func (c *gatewayClient) heard(f features) { c.features.Store(&f) }
+
+// can returns what the gateway has said it can do.
+func (c *gatewayClient) can() features {
+	if f := c.features.Load(); f != nil {
+		return *f
 	}
-	c.batches.Store(batches)
+	return features{}
 }
 
 // send gives the events to the stream of token, one after the other, or only
@@ -103,14 +107,19 @@ func (c *gatewayClient) heard(features string) {
 // at most, after which the stream ends. Without events and end it asks whether
 // the stream is alive.
 func (c *gatewayClient) send(token string, events []event, end bool) sendResult {
-	batches := c.batches.Load()
+	can := c.can()
 	limit := maxPosting
-	if batches {
+	if can.batch {
 		limit = maxPostingBatches
 	} else if len(events) > 1 {
 		events = events[:1]
 	}
-	s := &waitingSend{lines: max(len(events), 1), body: encodeSends(token, events, end)}
+	if end && len(events) == 1 && !can.retry {
+		e := events[0]
+		e.Retry = 0 // unknown to it
+		events = []event{e}
+	}
+	s := &waitingSend{lines: max(len(events), 1), skips: !end && len(events) > 0, body: encodeSends(token, events, end)}
 	c.mu.Lock()
 	if c.posting < limit {
 		c.posting++
@@ -124,7 +133,7 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 			return s.sendResult
 		}
 	}
-	if batches {
+	if can.batch {
 		runtime.Gosched() // others that are about to send come along
 	}
 	c.mu.Lock()
@@ -152,9 +161,9 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 // reset tells a gateway that runs already that its streams are not known
 // here, so that it ends them and the browsers come back. Otherwise, after a
 // backend that was killed, they would wait for ever. It returns after one try;
-// if that brought no answer, it goes on in the background until ctx ends, and
-// streams of this backend may have to come back, too. A gateway that does not
-// know of it is fine.
+// if that brought no answer of a gateway, it goes on in the background until ctx
+// ends, and streams of this backend may have to come back, too. It also ends
+// when a gateway calls back that announces no features: that knows of no reset.
 func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *slog.Logger) {
 	err := c.tryReset(ctx, resetLimit, callbackSecret, log)
 	if err == nil {
@@ -167,35 +176,48 @@ func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *s
 			case <-ctx.Done():
 				return
 			case <-time.After(resetPause):
-				err = c.tryReset(ctx, sendLimit, callbackSecret, log) // or one that is slow would be reset for ever
 			}
+			if f := c.features.Load(); f != nil && !f.any {
+				return
+			}
+			err = c.tryReset(ctx, sendLimit, callbackSecret, log) // or one that is slow would be reset for ever
 		}
 		log.Info("the gateway answers now")
 	}()
 }
 
-// tryReset returns an error unless the gateway answered. An answer of 5xx may
-// be that of a proxy before it.
+// tryReset returns an error unless the gateway itself answered. A proxy before it
+// may answer anything else.
 func (c *gatewayClient) tryReset(ctx context.Context, limit time.Duration, callbackSecret secret, log *slog.Logger) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	header := http.Header{"Content-Type": {jsonType}, "Authorization": {"Bearer " + string(callbackSecret)}}
-	status, _, err := postTo(ctx, c.transport, c.url+"reset", header, []byte("{}"), maxBatchBytes)
+	status, answer, err := postTo(ctx, c.transport, c.url+"reset", header, []byte("{}"), maxBatchBytes)
+	o, _ := parseObject(answer)
 	switch {
-	case status == 0:
+	case err != nil:
 		return err
-	case status >= 500:
-		return fmt.Errorf("gateway answered %d", status)
-	case status == http.StatusUnauthorized:
-		log.Warn("the gateway has another callback secret")
+	case status == http.StatusUnauthorized && o["error"] != nil:
+		log.Warn("the gateway has another callback secret: is SSE_CALLBACK_SECRET the one in its CALLBACK_URL?")
+		return nil
+	case status == http.StatusOK && o["status"] != nil:
+		return nil
 	}
-	return nil
+	return c.explain(status)
+}
+
+// explain says what a status means that is none of the gateway's own answers.
+func (c *gatewayClient) explain(status int) error {
+	if status == http.StatusNotFound || status == http.StatusMethodNotAllowed {
+		return fmt.Errorf("the gateway at %s does not serve /internal/send: is INTERNAL_ADDR set there?", strings.TrimSuffix(c.url, "/internal/"))
+	}
+	return fmt.Errorf("gateway answered %d", status)
 }
 
 // takeLocked returns s and what may go out with it.
 func (c *gatewayClient) takeLocked(s *waitingSend) []*waitingSend {
 	n, lines, size := 0, s.lines, len(s.body)
-	for c.batches.Load() && n < len(c.waiting) {
+	for c.can().batch && n < len(c.waiting) {
 		lines += c.waiting[n].lines
 		size += len(c.waiting[n].body)
 		if lines > maxBatchSends || size > maxBatchBytes {
@@ -211,9 +233,8 @@ func (c *gatewayClient) takeLocked(s *waitingSend) []*waitingSend {
 // post sends the batch in one POST and sets the results.
 func (c *gatewayClient) post(batch []*waitingSend) {
 	var err error
-	if len(batch) == 1 && (batch[0].lines == 1 || !c.batches.Load()) {
-		first, _, _ := bytes.Cut(batch[0].body, []byte("\n"))
-		batch[0].sendResult, err = c.postOne(first)
+	if len(batch) == 1 && (batch[0].lines == 1 || !c.can().batch) {
+		batch[0].sendResult, err = c.postOne(batch[0])
 	} else {
 		err = c.postBatch(batch)
 	}
@@ -224,17 +245,26 @@ func (c *gatewayClient) post(batch []*waitingSend) {
 	}
 }
 
-func (c *gatewayClient) postOne(body []byte) (r sendResult, err error) {
-	status, answer, err := c.do(jsonType, body)
-	switch {
-	case err != nil:
+// postOne posts the first line of s.
+func (c *gatewayClient) postOne(s *waitingSend) (r sendResult, err error) {
+	line, _, _ := bytes.Cut(s.body, []byte("\n"))
+	status, answer, err := c.do(jsonType, line)
+	if err != nil {
 		return r, err
-	case status == http.StatusNotFound:
-		return sendResult{err: errUnknownToken}, nil
-	case status != http.StatusOK:
-		return r, fmt.Errorf("gateway answered %d", status)
 	}
-	return sendResult{taken: 1, buffered: bytes.Contains(answer, []byte(`"buffered"`))}, nil
+	if status == http.StatusOK {
+		return sendResult{taken: 1, buffered: bytes.Contains(answer, []byte(`"buffered"`))}, nil
+	}
+	o, _ := parseObject(answer)
+	said, _, _ := o.str("error")
+	anyWords := !c.can().any // those of a gateway of another make are not known
+	switch {
+	case status == http.StatusNotFound && (said == errUnknownToken.Error() || anyWords):
+		return sendResult{err: errUnknownToken}, nil
+	case (status == http.StatusBadRequest || status == http.StatusRequestEntityTooLarge) && (said != "" || anyWords) && s.skips:
+		return sendResult{taken: 1, refused: 1}, nil
+	}
+	return r, c.explain(status) // something between answered, or it is not a gateway
 }
 
 func (c *gatewayClient) postBatch(batch []*waitingSend) error {
@@ -251,29 +281,34 @@ func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 	if err != nil {
 		return err
 	}
+	if status != http.StatusOK {
+		return c.explain(status)
+	}
 	lines := bytes.Split(bytes.TrimSpace(answer), []byte("\n"))
-	if status != http.StatusOK || len(lines) != want {
-		c.heard("") // it is another gateway than before
-		return fmt.Errorf("gateway answered %d and %d results to a batch of %d", status, len(lines), want)
+	if len(lines) != want {
+		return fmt.Errorf("gateway answered %d results to a batch of %d", len(lines), want)
 	}
 	for _, s := range batch {
-		s.sendResult = readResult(lines[:s.lines])
+		s.sendResult = readResult(lines[:s.lines], s.skips)
 		lines = lines[s.lines:]
 	}
 	return nil
 }
 
 // readResult reads the lines that answer those of one send.
-func readResult(lines [][]byte) (r sendResult) {
+func readResult(lines [][]byte, skips bool) (r sendResult) {
 	for _, line := range lines {
-		switch string(line) {
-		case batchOK:
+		refused := bytes.HasPrefix(line, []byte(`{"status":400`)) || bytes.HasPrefix(line, []byte(`{"status":413`))
+		switch answer := string(line); {
+		case answer == batchOK:
 			r.buffered = false
-		case batchBuffered:
+		case answer == batchBuffered:
 			r.buffered = true
-		case batchUnknown:
+		case answer == batchUnknown:
 			r.err = errUnknownToken
 			return r
+		case refused && skips:
+			r.refused++
 		default:
 			r.err = fmt.Errorf("gateway answered %q", line)
 			return r

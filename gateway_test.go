@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -45,7 +46,7 @@ func TestGatewayClientWire(t *testing.T) {
 		{nil, true, `{"token":"t","close":true}`},
 		{[]event{{}}, false, `{"token":"t","event":{"data":""}}`},
 		{[]event{{Name: "error", Data: "é\n"}}, false, `{"token":"t","event":{"data":"é\n","name":"error"}}`},
-		{[]event{{"x-1", "version", `{"<&>":1}`}}, true,
+		{[]event{{ID: "x-1", Name: "version", Data: `{"<&>":1}`}}, true,
 			`{"token":"t","event":{"data":"{\"<&>\":1}","id":"x-1","name":"version"},"close":true}`},
 	} {
 		if r := c.send("t", test.events, test.end); r.err != nil {
@@ -412,15 +413,19 @@ func TestGatewayClientResets(t *testing.T) {
 		synctest.Wait()
 		t.next(post).answer <- steppedPostAnswer{err: errors.New("refused")}
 		<-returned
-		for _, status := range []int{503, 401} {
+		for _, answer := range []steppedPostAnswer{
+			{status: 503}, {status: 404, body: "404 page not found"}, {status: 200, body: "<p>Hello"}, // something between
+			{status: 404, body: `{"error":"not found"}`}, {status: 401}, // a gateway's other address, a proxy's login
+			{status: 401, body: `{"error":"missing or wrong secret"}`},
+		} {
 			time.Sleep(resetPause)
 			synctest.Wait()
-			t.reply(t.next(post), status, "")
+			t.reply(t.next(post), answer.status, answer.body)
 		}
 		time.Sleep(time.Minute)
 		t.wantNone()
 		want := `level=WARN msg="the gateway does not answer yet" err=refused
-level=WARN msg="the gateway has another callback secret"
+level=WARN msg="the gateway has another callback secret: is SSE_CALLBACK_SECRET the one in its CALLBACK_URL?"
 level=INFO msg="the gateway answers now"
 `
 		if got := log.String(); got != want {
@@ -429,9 +434,43 @@ level=INFO msg="the gateway answers now"
 	})
 }
 
+// A gateway that answers too late for a start is asked again with more patience: each reset ends all of its streams, so
+// that one which is always slow would otherwise lose them once a second.
+func TestGatewayClientResetsASlowGateway(t *testing.T) {
+	testPosts(t, func(t *postTest) {
+		tried, answered := 0, 0
+		t.client.transport = slowGateway(func(ctx context.Context) error {
+			tried++
+			select {
+			case <-time.After(2 * time.Second):
+				answered++
+			case <-ctx.Done():
+			}
+			return ctx.Err()
+		})
+		t.client.reset(t.Context(), "", slog.New(slog.DiscardHandler))
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if tried != 2 || answered != 1 {
+			t.Errorf("%d resets were tried and %d answered, want 2 and 1", tried, answered)
+		}
+	})
+}
+
+// A slowGateway answers 200 to what it returns nil for.
+type slowGateway func(context.Context) error
+
+func (wait slowGateway) RoundTrip(r *http.Request) (*http.Response, error) {
+	if err := wait(r.Context()); err != nil {
+		return nil, err
+	}
+	header := http.Header{"Content-Type": {"application/json"}}
+	return &http.Response{StatusCode: http.StatusOK, Header: header, Body: io.NopCloser(strings.NewReader(`{"status":"ok"}`))}, nil
+}
+
 // beBusy makes the client wait for its gateway until the returned POSTs are answered.
 func (t *postTest) beBusy() (busy [maxPostingBatches]*steppedPost) {
-	t.client.heard("batch")
+	t.client.heard(features{any: true, batch: true})
 	for i := range busy {
 		t.send("busy")
 		busy[i] = t.next(single("busy"))
@@ -486,7 +525,7 @@ func TestGatewayClientSendsRuns(t *testing.T) {
 		t.reply(t.next("application/json "+line("a", "1")), 200, "")
 		t.wantResult(a, "1 false <nil>")
 
-		t.client.heard("batch")
+		t.client.heard(features{any: true, batch: true})
 		a = t.send("a", run...)
 		t.reply(t.next(runs("a")), 200, `{"status":"buffered"}`+"\n"+`{"status":"ok"}`)
 		t.wantResult(a, "2 false <nil>")
@@ -503,12 +542,12 @@ func TestGatewayClientSendsRuns(t *testing.T) {
 `)
 		t.wantResult(a, "2 true <nil>")
 		t.wantResult(b, "1 false unknown token")
-		t.wantResult(c, `0 false gateway answered "{\"status\":413}"`)
+		t.wantResult(c, "2 false <nil>") // the one that was refused for good is skipped
 
 		t.send("busy")
 		busy[0] = t.next(single("busy"))
 		a = t.send("a", run...)
-		t.client.heard("") // of another gateway, while a waits
+		t.client.heard(features{}) // of another gateway, while a waits
 		t.reply(busy[0], 200, "")
 		t.reply(t.next("application/json "+line("a", "1")), 200, "")
 		t.wantResult(a, "1 false <nil>")
@@ -520,19 +559,15 @@ func TestGatewayClientSendsRuns(t *testing.T) {
 
 // A batch that failed is in doubt as a whole.
 func TestGatewayClientBatchFailures(t *testing.T) {
-	doubt := func(status, results int) string {
-		return fmt.Sprintf("0 false gateway answered %d and %d results to a batch of 2", status, results)
-	}
 	for name, test := range map[string]struct {
-		answer  steppedPostAnswer
-		want    string
-		batches bool // afterwards
+		answer steppedPostAnswer
+		want   string
 	}{
-		"no answer":        {steppedPostAnswer{err: errNoAnswer}, "0 false no answer", true},
-		"another gateway":  {steppedPostAnswer{status: 415}, doubt(415, 1), false},
-		"no such path":     {steppedPostAnswer{status: 404}, doubt(404, 1), false},
-		"too few results":  {steppedPostAnswer{status: 200, body: "1\n"}, doubt(200, 1), false},
-		"too many results": {steppedPostAnswer{status: 200, body: "1\n2\n3\n"}, doubt(200, 3), false},
+		"no answer":        {steppedPostAnswer{err: errNoAnswer}, "0 false no answer"},
+		"another gateway":  {steppedPostAnswer{status: 415}, "0 false gateway answered 415"},
+		"no such path":     {steppedPostAnswer{status: 404}, "0 false the gateway at http://hush does not serve /internal/send: is INTERNAL_ADDR set there?"},
+		"too few results":  {steppedPostAnswer{status: 200, body: "1\n"}, "0 false gateway answered 1 results to a batch of 2"},
+		"too many results": {steppedPostAnswer{status: 200, body: "1\n2\n3\n"}, "0 false gateway answered 3 results to a batch of 2"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			testPosts(t, func(t *postTest) {
@@ -545,8 +580,8 @@ func TestGatewayClientBatchFailures(t *testing.T) {
 				for _, p := range busy[1:] {
 					t.reply(p, 200, "")
 				}
-				if got := t.client.batches.Load(); got != test.batches {
-					t.Errorf("takes batches: got %t, want %t", got, test.batches)
+				if !t.client.can().batch { // only a callback says what a gateway can do
+					t.Error("takes no batches any more")
 				}
 			})
 		})
@@ -578,15 +613,99 @@ func TestGatewayClientBoundsItsBatches(t *testing.T) {
 	})
 }
 
-func TestGatewayClientHears(t *testing.T) {
+func TestParseFeatures(t *testing.T) {
 	t.Parallel()
-	c := newGatewayClient("http://hush")
-	for features, want := range map[string]bool{
-		"batch": true, "a, batch ,b": true, "": false, "batches": false, "a;batch": false,
+	for header, want := range map[string]features{
+		"":                            {},
+		" ":                           {},
+		"batch":                       {any: true, batch: true},
+		"a, batch ,retry":             {any: true, batch: true, retry: true},
+		"batches":                     {any: true},
+		"a;batch":                     {any: true},
+		"batch, id, retry, heartbeat": {any: true, batch: true, retry: true},
 	} {
-		c.heard(features)
-		if c.batches.Load() != want {
-			t.Errorf("%q: takes batches: got %t, want %t", features, !want, want)
+		if got := parseFeatures(header); got != want {
+			t.Errorf("%q: got %+v, want %+v", header, got, want)
 		}
+	}
+}
+
+// Something between the roles may answer for a moment. Only what is in the gateway's own words is the gateway's, unless
+// its words are not known.
+func TestGatewayClientForeignAnswers(t *testing.T) {
+	t.Parallel()
+	var status int
+	var body string
+	c := newGatewayTest(t, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(status)
+		io.WriteString(w, body)
+	})
+	const ours, another = "batch, id, retry, heartbeat", ""
+	for _, test := range []struct {
+		features string
+		status   int
+		body     string
+		want     string // taken, refused, and the beginning of the error
+	}{
+		{ours, 404, `{"error":"unknown token"}`, "0 0 unknown token"},
+		{ours, 404, "404 page not found", "0 0 the gateway at "},
+		{ours, 404, `{"error":"not found"}`, "0 0 the gateway at "},
+		{ours, 405, "", "0 0 the gateway at "},
+		{another, 404, "Cannot POST", "0 0 unknown token"},
+		{ours, 413, `{"error":"request body too large"}`, "1 1 <nil>"},
+		{ours, 400, `{"error":"event data is missing"}`, "1 1 <nil>"},
+		{ours, 413, "<h1>413</h1>", "0 0 gateway answered 413"},
+		{another, 413, "PayloadTooLargeError", "1 1 <nil>"},
+		{another, 400, "", "1 1 <nil>"},
+		{another, 500, "", "0 0 gateway answered 500"},
+	} {
+		c.heard(parseFeatures(test.features))
+		status, body = test.status, test.body
+		r := c.send("t", []event{{Data: "data"}}, false)
+		if got := fmt.Sprint(r.taken, " ", r.refused, " ", r.err); !strings.HasPrefix(got, test.want) {
+			t.Errorf("%q: %d %s: got %s, want %s", test.features, status, body, got, test.want)
+		}
+		if status == 404 {
+			continue
+		}
+		if r := c.send("t", []event{{Data: "data"}}, true); r.err == nil { // an end is never skipped
+			t.Errorf("%d to an end: got no error", status)
+		}
+	}
+}
+
+// A gateway of another make may refuse a field that it does not know.
+func TestGatewayClientRetryIsAFeature(t *testing.T) {
+	t.Parallel()
+	var got string
+	c := newGatewayTest(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		got = string(body)
+	})
+	for features, want := range map[string]*regexp.Regexp{
+		"":             regexp.MustCompile(`"name":"connection_close"},"close":true}$`),
+		"batch":        regexp.MustCompile(`"name":"connection_close"},"close":true}$`),
+		"batch, retry": regexp.MustCompile(`"name":"connection_close","retry":[12]\d{4}},"close":true}$`),
+	} {
+		c.heard(parseFeatures(features))
+		if r := c.send("t", []event{closeEvent("replaced")}, true); r.err != nil || !want.MatchString(got) {
+			t.Errorf("%q: got %v, %s, want %s", features, r.err, got, want)
+		}
+	}
+}
+
+// Clients that ask again after a 410 must not do so at once, nor all together.
+func TestCloseEventRetry(t *testing.T) {
+	t.Parallel()
+	seen := map[int]bool{}
+	for range 1000 {
+		retry := closeEvent("task_completed").Retry
+		if retry < 10_000 || retry > 20_000 {
+			t.Fatalf("got retry %d, want 10,000 to 20,000", retry)
+		}
+		seen[retry] = true
+	}
+	if len(seen) < 100 {
+		t.Errorf("got only %d different ones of 1,000", len(seen))
 	}
 }

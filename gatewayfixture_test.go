@@ -385,6 +385,8 @@ type stubBackend struct {
 }
 
 func newStubBackend(t testing.TB, answer backendAnswer) *stubBackend {
+	t.Helper()
+	needsOwnGateway(t)
 	if answer == nil {
 		answer = answering(http.StatusOK, "")
 	}

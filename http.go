@@ -10,6 +10,7 @@ import (
 	"errors"
 	"mime"
 	"net/http"
+	"path"
 	"strings"
 )
 
@@ -119,6 +120,20 @@ func jsonErrors(mux *http.ServeMux) http.Handler {
 		handler.ServeHTTP(&head, r) // sets Allow
 		text := strings.ToLower(http.StatusText(head.status))
 		writeError(w, newError(head.status, strings.ReplaceAll(text, " ", "_"), text))
+	})
+}
+
+// plainPaths refuses paths that are not clean or have escapes: a proxy that decides by
+// the path must decide on what is routed. Those of streams are looked at elsewhere.
+func plainPaths(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p, clean := r.URL.Path, path.Clean(r.URL.Path)
+		plain := p == r.URL.EscapedPath() && (p == clean || p == clean+"/")
+		if !plain && !strings.HasPrefix(clean, "/api/sse/") {
+			writeError(w, badRequest("bad_path", "path must be clean and without escapes"))
+			return
+		}
+		h.ServeHTTP(w, r)
 	})
 }
 

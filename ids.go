@@ -15,6 +15,7 @@ import (
 const (
 	serviceTask    = "task"
 	serviceVersion = "version"
+	servicePage    = "page"
 )
 
 // maxID is the length of the longest ID, in bytes.

@@ -304,7 +304,7 @@ func TestIntegrationExternalTask(t *testing.T) {
 	id := s.start("external", `{"task_id":"nightly","title":"Report of the night"}`)
 	es := s.follow(id)
 	eventIDs := []string{s.progress(id, "half"), s.progress(id, "nearly"), s.complete(id)}
-	s.wantPost("/api/tasks/nightly/progress", `{"text":"late","value":1}`, `409 {"error":"task is finished","code":"task_finished"}`)
+	s.wantPost("/api/tasks/nightly/progress", `{"text":"late","value":1}`, `409 {"error":"task is finished","code":"task_finished","status":"completed"}`)
 	wantEnd(t, es, "task_started", "progress_update half", "progress_update nearly",
 		"task_completed", "connection_close task_completed")
 	var got []string
@@ -477,12 +477,19 @@ func startSplit(t testing.TB, start func(testing.TB, ...string) *process) (v vis
 // One command and two commands do the same.
 func TestIntegrationProcesses(t *testing.T) {
 	t.Parallel()
-	embedded := startBackend(t)
-	split, _ := startSplit(t, startGateway)
-	for _, v := range []visitor{newVisitor(t, embedded.URL, embedded.URL), split} {
-		wantStory(t, v.follow(v.start("demo", `{"steps":1}`)), "task_started", "progress_update step 1 of 1",
+	check := func(v visitor) {
+		v.t.Helper()
+		wantStory(v.t, v.follow(v.start("demo", `{"steps":1}`)), "task_started", "progress_update step 1 of 1",
 			"task_completed", "connection_close task_completed")
 	}
+	t.Run("embedded", func(t *testing.T) {
+		backend := startBackend(t)
+		check(newVisitor(t, backend.URL, backend.URL))
+	})
+	t.Run("split", func(t *testing.T) {
+		v, _ := startSplit(t, startGateway)
+		check(v)
+	})
 }
 
 // The streams that a gateway holds for a backend which stops must end: the next backend does not know of them, and the
@@ -749,7 +756,8 @@ func TestIntegrationBackendUnreachable(t *testing.T) {
 	for _, es := range clients {
 		es.cut()
 	}
-	if _, err := s.tasks.Progress(id, "meanwhile", 0); err != nil {
+	text := "meanwhile"
+	if _, _, err := s.tasks.Progress(id, report{text: &text}); err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(3 * time.Second) // the outage
@@ -774,8 +782,9 @@ func BenchmarkReplay(b *testing.B) {
 	const events = 1000
 	s := newSystem(b, startGateway)
 	id := s.start("external", `{}`)
+	text, half := "a text of usual length", 0.5
 	for range events - 2 {
-		s.tasks.Progress(id, "a text of usual length", 0.5)
+		s.tasks.Progress(id, report{text: &text, value: &half})
 	}
 	s.complete(id)
 	for b.Loop() {

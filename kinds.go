@@ -29,33 +29,9 @@ func taskKinds() map[string]taskKind {
 	}
 }
 
-// externalTask is the kind of task that is worked on elsewhere and reported
-// over HTTP.
-const externalTask = "external"
-
 // badParam says what a param must be.
 func badParam(format string, args ...any) error {
 	return badRequest("bad_params", fmt.Sprintf(format, args...))
-}
-
-// externalParams reads {"task_id":"…","title":"…"}, both optional.
-func externalParams(params object) (id, title string, err error) {
-	id, given, err := params.str("task_id")
-	if err != nil {
-		return "", "", badParam("task_id must be a string")
-	}
-	if !given {
-		id = newToken()
-	} else if _, err := newIdentifier(serviceTask, id); err != nil {
-		return "", "", err
-	} else if id == "." || id == ".." { // the URLs of its reports would lead elsewhere
-		return "", "", errBadID
-	}
-	title, _, err = params.str("title")
-	if err != nil || len(title) > maxTaskText {
-		return "", "", badParam("title must be a string of at most %d bytes", maxTaskText)
-	}
-	return id, title, nil
 }
 
 // demoTask takes some steps, with a pause before each.

@@ -86,6 +86,9 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		log.Error("listening", "err", err)
 		return 1
 	}
+	if open := cfg.open(); open != "" {
+		log.Warn("whoever reaches ADDR may do so, too: set APP_ENV=production", "addr", cfg.Addr, "open", open)
+	}
 	reg := newRegistry(version())
 	var internal []*server
 	if len(listeners) > 1 {
@@ -171,6 +174,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 	mux.HandleFunc("POST /api/tasks", b.protect(b.tasks.serveStart))
 	mux.HandleFunc("GET /api/tasks", b.protectList(b.tasks.serveList))
 	mux.HandleFunc("GET /api/tasks/{task_id}/status", b.tasks.serveStatus)
+	mux.HandleFunc("GET /api/tasks/{task_id}/events", b.tasks.serveEvents)
 	mux.HandleFunc("POST /api/tasks/{task_id}/cancel", b.protect(b.tasks.serveCancel))
 	mux.HandleFunc("DELETE /api/tasks/{task_id}", b.protect(b.tasks.serveDelete))
 	mux.HandleFunc("POST /api/tasks/{task_id}/progress", b.protect(b.tasks.serveProgress))
@@ -185,9 +189,17 @@ func (b *backend) routes(g *gateway) http.Handler {
 	}
 	crossOrigin := http.NewCrossOriginProtection()
 	crossOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		writeError(w, newError(http.StatusForbidden, "cross_site", "request from another site"))
+		writeError(w, errCrossSite)
 	}))
-	return crossOrigin.Handler(jsonErrors(mux))
+	routes := crossOrigin.Handler(plainPaths(jsonErrors(mux)))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !b.cfg.servesHost(r.Host) {
+			b.otherHosts.log(b.log, slog.LevelWarn, "refusing a request to another host: in development only this machine is served", "host", r.Host)
+			writeError(w, errOtherHost)
+			return
+		}
+		routes.ServeHTTP(w, r)
+	})
 }
 
 // routes are those of the gateway on its public port. Every other path is
@@ -249,13 +261,21 @@ type backend struct {
 	version  *VersionService
 	callback *callbackHandler
 	closing  atomic.Bool // shutting down: not ready, nothing new is taken
+
+	otherHosts, wrongTokens throttle
 }
+
+var (
+	errWrongToken = newError(http.StatusUnauthorized, "unauthorized", "missing or wrong API token")
+	errCrossSite  = newError(http.StatusForbidden, "cross_site", "request from another site")
+	errOtherHost  = newError(http.StatusForbidden, "other_host", "request to another host")
+)
 
 func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.Logger) *backend {
 	kinds := append(slices.Sorted(maps.Keys(taskKinds())), externalTask)
 	met := newBackendMetrics(reg, kinds)
-	epoch := newEpoch()
 	b := &backend{cfg: cfg, log: log, reg: reg}
+	b.otherHosts.interval, b.wrongTokens.interval = time.Minute, time.Second
 	b.gateway = newGatewayClient(gatewayURL)
 	b.conns = newConnectionManager(b.gateway, log, met)
 	b.tasks = newTaskService(taskConfig{
@@ -264,21 +284,26 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		timeout:    cfg.TaskTimeout,
 		remember:   cfg.TaskCleanup,
 		eventLimit: cfg.TaskEventLimit,
-	}, epoch, b.conns, log, met)
+		memory:     cfg.TaskMemory,
+	}, b.conns, log, met)
 	b.version = newVersionService(versionConfig{
 		pendingLimit: cfg.VersionPendingLimit,
 		pendingTTL:   cfg.VersionPendingTTL,
-	}, epoch, b.conns, log, met)
+	}, b.conns, log, met)
 	b.callback = &callbackHandler{
 		secret:  cfg.CallbackSecret,
 		tasks:   b.tasks,
 		version: b.version,
+		pages:   &PageService{b.conns, b.tasks, b.version},
 		conns:   b.conns,
 		heard:   b.gateway.heard,
 		log:     log,
 		closing: &b.closing,
+
+		wrongSecrets: throttle{interval: time.Second},
+		badIDs:       throttle{interval: time.Second},
 	}
-	services := label{"service", []string{serviceTask, serviceVersion}}
+	services := label{"service", []string{serviceTask, serviceVersion, servicePage}}
 	reg.gauge("sse_gateway_active_connections", "Current connections.", services, b.conns.Active)
 	reg.gauge("sse_outbox_events", "Events kept for delivery and resumption.", services, func() map[string]float64 {
 		return map[string]float64{serviceTask: float64(b.tasks.Events()), serviceVersion: float64(b.version.Events())}
@@ -324,8 +349,9 @@ func (b *backend) protect(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case b.cfg.APIToken != "" && !hasBearer(r, b.cfg.APIToken):
+			b.wrongTokens.log(b.log, slog.LevelWarn, "missing or wrong API token", "remote", r.RemoteAddr, "path", r.URL.Path)
 			w.Header().Set("WWW-Authenticate", `Bearer realm="sidecast"`)
-			writeError(w, newError(http.StatusUnauthorized, "unauthorized", "missing or wrong API token"))
+			writeError(w, errWrongToken)
 		case b.closing.Load():
 			writeError(w, errClosing)
 		default:

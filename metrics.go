@@ -288,7 +288,7 @@ type backendMetrics struct {
 
 // newBackendMetrics registers the families; taskTypes are the types of task that RecordTask accepts, each once.
 func newBackendMetrics(r *registry, taskTypes []string) *backendMetrics {
-	service := label{"service", []string{"task", "version"}}
+	service := label{"service", []string{"task", "version", "page"}}
 	kind := label{"type", taskTypes}
 	taskBuckets := []float64{.1, .5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600}
 	return &backendMetrics{

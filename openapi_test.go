@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
@@ -117,6 +118,8 @@ func TestOpenAPI(t *testing.T) {
 		"examples": testAPIExamples,
 		"streams":  testAPIStreams,
 		"errors":   testAPIErrors,
+		"codes":    testAPICodes,
+		"events":   testAPIEvents,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, operations) })
 	}
@@ -364,7 +367,13 @@ func testAPIErrors(t *testing.T, operations map[string]*apiOperation) {
 		status int
 		make   func(b *backend, r *apiRequest)
 	}{
-		{http.StatusBadRequest, func(b *backend, r *apiRequest) { r.body = "[]" }},
+		{http.StatusBadRequest, func(b *backend, r *apiRequest) {
+			if id := "/" + apiTask; r.body == "" && strings.Contains(r.target, id) {
+				r.target = strings.Replace(r.target, id, strings.ReplaceAll(id, "-", "%2D"), 1)
+			} else {
+				r.body = "[]"
+			}
+		}},
 		{http.StatusUnauthorized, func(b *backend, r *apiRequest) {
 			r.header.Del("Authorization")
 			r.target, _, _ = strings.Cut(r.target, "?secret=")
@@ -379,14 +388,19 @@ func testAPIErrors(t *testing.T, operations map[string]*apiOperation) {
 		}},
 		{http.StatusRequestEntityTooLarge, func(b *backend, r *apiRequest) {
 			if r.body != "" {
-				r.body = strings.Repeat(" ", 256<<10) + r.body
+				r.body = strings.Repeat(" ", maxFailBody) + r.body
 			}
 		}},
 		{http.StatusRequestURITooLong, func(b *backend, r *apiRequest) {
 			r.target = strings.Replace(r.target+"?", "?", "?a="+strings.Repeat("a", 8<<10)+"&", 1)
 		}},
 		{http.StatusUnsupportedMediaType, func(b *backend, r *apiRequest) { r.header.Set("Content-Type", "text/plain") }},
-		{http.StatusConflict, func(b *backend, r *apiRequest) { b.tasks.Complete(apiTask, nil) }},
+		{http.StatusConflict, func(b *backend, r *apiRequest) { // whatever the examples before made of the task
+			b.tasks.Cancel(apiTask)
+			b.tasks.Delete(apiTask)
+			b.tasks.Start(externalTask, object{"task_id": marshal(apiTask), "title": marshal("Nightly import")})
+			b.tasks.Cancel(apiTask)
+		}},
 		{http.StatusServiceUnavailable, func(b *backend, r *apiRequest) { b.closing.Store(true) }}, // the last: it stays so
 	}
 	for name, op := range operations {
@@ -433,4 +447,137 @@ func (b *apiBody) hasExample(text string) bool {
 		}
 	}
 	return false
+}
+
+// testAPICodes tests that the codes of errors in the source are those that the file lists.
+func testAPICodes(t *testing.T, _ map[string]*apiOperation) {
+	codes := map[string]bool{"not_found": true, "method_not_allowed": true} // what jsonErrors makes of statuses
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	call := regexp.MustCompile(`(?:newError\([^,()]+|badRequest\()(?:, )?(\S+?),`)
+	for _, name := range files {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		source, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range call.FindAllStringSubmatch(string(source), -1) {
+			if code, err := strconv.Unquote(m[1]); err == nil && code != "" {
+				codes[code] = true
+			} else if err != nil && m[1] != "code" && !strings.HasPrefix(m[1], "strings.ReplaceAll(") {
+				t.Errorf("%s: a code that is no literal in %s", name, m[0])
+			}
+		}
+	}
+	file, err := os.ReadFile("openapi.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, list, _ := strings.Cut(string(file), "\n        code:\n          enum:\n")
+	var got []string
+	for line := range strings.Lines(list) {
+		code, ok := strings.CutPrefix(line, "            - ")
+		if !ok {
+			break
+		}
+		got = append(got, strings.TrimSpace(code))
+	}
+	if want := slices.Sorted(maps.Keys(codes)); !slices.Equal(got, want) {
+		t.Errorf("openapi.yaml lists\n%v\nand the program has\n%v", got, want)
+	}
+}
+
+// An apiSchema is as much of a schema as those of the events use.
+type apiSchema struct {
+	Type             string
+	Const            any
+	Enum             []any
+	Minimum, Maximum *float64
+	Required         []string
+	Properties       map[string]*apiSchema
+}
+
+// fits reports whether a value is as described. A member that is not described does not fit.
+func (s *apiSchema) fits(v any) bool {
+	kind := map[string]reflect.Kind{"object": reflect.Map, "string": reflect.String, "number": reflect.Float64}[s.Type]
+	switch {
+	case s.Const != nil && v != s.Const, s.Enum != nil && !slices.Contains(s.Enum, v), s.Type == "null" && v != nil:
+		return false
+	case kind != reflect.Invalid && (v == nil || reflect.TypeOf(v).Kind() != kind):
+		return false
+	}
+	if n, ok := v.(float64); ok && (s.Minimum != nil && n < *s.Minimum || s.Maximum != nil && n > *s.Maximum) {
+		return false
+	}
+	members, ok := v.(map[string]any)
+	if !ok || s.Type != "object" {
+		return true
+	}
+	for _, name := range s.Required {
+		if _, ok := members[name]; !ok {
+			return false
+		}
+	}
+	for name, member := range members {
+		if s.Properties[name] == nil || !s.Properties[name].fits(member) {
+			return false
+		}
+	}
+	return true
+}
+
+// testAPIEvents tests that the data of every event is as the file describes it.
+func testAPIEvents(t *testing.T, _ map[string]*apiOperation) {
+	file, err := os.ReadFile("openapi.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema := func(name string) (s apiSchema) {
+		_, text, ok := strings.Cut(string(file), "\n    "+name+": ")
+		if err := json.NewDecoder(strings.NewReader(text)).Decode(&s); !ok || err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		return s
+	}
+	api := newAPI(t, "")
+	var streams []*apiStream
+	for _, end := range []string{`complete {"result":{"rows":42}}`, `fail {"error":"no luck"}`, `cancel `} {
+		id := api.start(`{"type":"external"}`)
+		streams = append(streams, api.follow(id))
+		api.post(id+"/progress", `{"text":"half","value":0.5}`)
+		route, body, _ := strings.Cut(end, " ")
+		api.post(id+"/"+route, body)
+	}
+	api.checkAnnounced("r", "1", false)
+	api.do("POST", "/api/deployments/version", `{"version":"2","changelog":"x"}`)
+	streams = append(streams, api.subscribe("r"), api.follow("unknown"))
+	api.conns.Drain(t.Context())
+	names := map[string]string{"connection_open": "ConnectionOpen", "connection_close": "ConnectionClose", "version": "Version",
+		"error": "TaskNotFound", "task_started": "TaskStarted", "progress_update": "ProgressUpdate",
+		"task_completed": "TaskCompleted", "task_failed": "TaskFailed", "task_cancelled": "TaskCancelled"}
+	seen := map[string]bool{}
+	for _, stream := range streams {
+		for _, e := range stream.events() {
+			var data map[string]any
+			if err := json.Unmarshal([]byte(e.Data), &data); err != nil {
+				t.Fatal(err)
+			}
+			kind, _ := data["event_type"].(string)
+			kind = cmp.Or(kind, e.Name)
+			seen[kind] = true
+			if s := schema(names[kind]); !s.fits(data) || s.fits(map[string]any{}) {
+				t.Errorf("%s %s is not as described", names[kind], e.Data)
+			}
+		}
+	}
+	if len(seen) != len(names) {
+		t.Errorf("got events %v, want each of %v", seen, names)
+	}
+	if s := schema("Heartbeat"); !s.fits(15.0) || s.fits("15") {
+		t.Error("a heartbeat is not a number")
+	}
 }

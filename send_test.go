@@ -490,13 +490,13 @@ func FuzzSendBody(f *testing.F) {
 		wantToken, wantEnd := text(o, "token"), string(o["close"]) == "true"
 		var want *event
 		if o["event"] != nil {
-			want = &event{text(e, "id"), text(e, "name"), text(e, "data")}
+			want = &event{ID: text(e, "id"), Name: text(e, "name"), Data: text(e, "data")}
 		}
 		for _, body := range [][]byte{body, encodeSend(nil, wantToken, want, wantEnd)} {
 			m, err := parseSend(bytes.Clone(body))
 			var got *event
 			if m.event.data != nil {
-				got = &event{string(m.event.id), string(m.event.name), string(m.event.data)}
+				got = &event{ID: string(m.event.id), Name: string(m.event.name), Data: string(m.event.data)}
 			}
 			if m.event.oneLine && bytes.ContainsAny(m.event.data, "\r\n") {
 				t.Errorf("%q: the data %q are said to be one line", body, m.event.data)

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"strings"
 	"sync"
@@ -14,21 +16,23 @@ import (
 )
 
 // After all that a gateway may meet, mixed for SIDECAST_SOAK (a duration, 2s by default), nothing of it is left: no
-// stream, goroutine, descriptor or memory, and the metrics agree with each other.
+// stream, goroutine, descriptor or memory, the metrics agree with each other, and the backend has heard of every end.
+//
+// A run of more than some minutes needs -timeout, too. With SIDECAST_SOAK set, it prints what it did and left behind.
 func TestSoak(t *testing.T) {
 	t.Parallel()
-	length := 2 * time.Second
+	length, tell := 2*time.Second, t.Log
 	if text := os.Getenv("SIDECAST_SOAK"); text != "" {
 		var err error
 		if length, err = time.ParseDuration(text); err != nil {
 			t.Fatal(err)
 		}
+		tell = func(report ...any) { fmt.Println(report...) } // go test shows no log of a test that passes
 	}
 	s := newSoak(t)
 	s.stall() // what it allocates once, it has allocated
 	s.wait("the first stream has ended", func() bool { return s.metric("gateway_streams") == 0 })
-	goroutines, descriptors := s.metric("go_goroutines"), s.metric("process_open_fds")
-	heap := s.metric("go_memstats_heap_alloc_bytes")
+	began := s.left()
 
 	acts := []func(){s.visit, s.visit, s.send, s.send, s.stall, s.misbehave}
 	end := time.Now().Add(length)
@@ -54,29 +58,87 @@ func TestSoak(t *testing.T) {
 	if opened != closed {
 		t.Errorf("%v streams opened and %v closed, want as many", opened, closed)
 	}
+	var now soakLeft
+	defer func() {
+		tell(fmt.Sprintf("%v: %.0f streams opened, %.0f closed\nleft before: %v\nleft after:  %v", length, opened, closed, began, now))
+	}()
 	s.wait("goroutines, descriptors and heap are back where they began", func() bool {
-		return s.metric("go_goroutines") <= goroutines && s.metric("process_open_fds") <= descriptors &&
-			s.metric("go_memstats_heap_alloc_bytes") <= heap+1<<20
+		now = s.left()
+		return now.goroutines <= began.goroutines && now.descriptors <= began.descriptors && now.heap <= began.heap+1<<20 &&
+			now.streams == 0 && now.unended == 0
 	})
 }
 
-// soak is a gateway process, its backend, and what its clients do.
+// soakLeft is what a gateway holds.
+type soakLeft struct {
+	goroutines, descriptors, heap, resident, streams float64
+	unended                                          int // streams that the backend has accepted, and not heard the end of
+}
+
+func (l soakLeft) String() string {
+	return fmt.Sprintf("%.0f goroutines, %.0f descriptors, %.1f MiB of heap, %.1f MiB resident, %.0f streams, %d unended at the backend",
+		l.goroutines, l.descriptors, l.heap/(1<<20), l.resident/(1<<20), l.streams, l.unended)
+}
+
+func (s *soak) left() soakLeft {
+	s.mu.Lock()
+	unended := len(s.accepted)
+	s.mu.Unlock()
+	return soakLeft{
+		goroutines:  s.metric("go_goroutines"),
+		descriptors: s.metric("process_open_fds"),
+		heap:        s.metric("go_memstats_heap_alloc_bytes"),
+		resident:    s.metric("process_resident_memory_bytes"),
+		streams:     s.metric("gateway_streams"),
+		unended:     unended,
+	}
+}
+
+// soak is a gateway process, its backend, and what its clients do. Unlike a stubBackend, it remembers no stream that
+// has ended, so that it can go on for as long as one likes.
 type soak struct {
 	t       *testing.T
 	gateway *process
-	backend *stubBackend
 	client  *http.Client
+	lately  chan string // tokens of streams opened lately; what does not fit is nobody's
+
+	mu       sync.Mutex
+	accepted map[string]bool // tokens of streams that have not ended
 }
 
 func newSoak(t *testing.T) *soak {
-	backend := newStubBackend(t, nil)
-	t.Cleanup(backend.server.Close)
-	return &soak{
-		t:       t,
-		backend: backend,
-		gateway: startOwnGateway(t, "CALLBACK_URL="+backend.server.URL+callbackTarget, "HEARTBEAT_INTERVAL_SECONDS=0.2",
-			"WRITE_TIMEOUT_SECONDS=0.5", "STREAM_BUFFER_BYTES=65536", "MAX_STREAM_SECONDS=1"),
-		client: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, // its descriptors would be counted
+	s := &soak{
+		t:        t,
+		client:   &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, // its descriptors would be counted
+		lately:   make(chan string, 100),
+		accepted: map[string]bool{},
+	}
+	backend := httptest.NewServer(http.HandlerFunc(s.callback))
+	t.Cleanup(backend.Close)
+	s.gateway = startOwnGateway(t, "CALLBACK_URL="+backend.URL+callbackTarget, "HEARTBEAT_INTERVAL_SECONDS=0.2",
+		"WRITE_TIMEOUT_SECONDS=0.5", "STREAM_BUFFER_BYTES=65536", "MAX_STREAM_SECONDS=1")
+	return s
+}
+
+// callback takes the gateway's callbacks. It accepts every stream.
+func (s *soak) callback(_ http.ResponseWriter, r *http.Request) {
+	var c callbackCall
+	if err := json.NewDecoder(r.Body).Decode(&c); err != nil {
+		s.t.Errorf("reading a callback: %v", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.Action == "disconnect" {
+		if !s.accepted[c.Token] {
+			s.t.Error("a disconnect callback of a stream that has ended, or never was")
+		}
+		delete(s.accepted, c.Token)
+		return
+	}
+	s.accepted[c.Token] = true
+	select {
+	case s.lately <- c.Token:
+	default:
 	}
 }
 
@@ -113,8 +175,8 @@ func (s *soak) visit() {
 // send posts to a stream that was opened lately, and perhaps ends it.
 func (s *soak) send() {
 	select {
-	case c := <-s.backend.connects:
-		s.post(fmt.Sprintf(`{"token":%q,"event":{"data":"x"},"close":%t}`, c.Token, rand.IntN(2) == 0))
+	case token := <-s.lately:
+		s.post(fmt.Sprintf(`{"token":%q,"event":{"data":"x"},"close":%t}`, token, rand.IntN(2) == 0))
 	default:
 		s.post(`{"token":"nobody","event":{"data":"x"}}`)
 	}
@@ -138,8 +200,8 @@ func (s *soak) stall() {
 	}
 	defer conn.Close()
 	select {
-	case c := <-s.backend.connects: // perhaps another's, which stands it
-		big := fmt.Sprintf(`{"token":%q,"event":{"data":%q}}`, c.Token, strings.Repeat("x", 60<<10))
+	case token := <-s.lately: // perhaps another's, which stands it
+		big := fmt.Sprintf(`{"token":%q,"event":{"data":%q}}`, token, strings.Repeat("x", 60<<10))
 		for s.post(big) == http.StatusOK {
 		}
 	case <-time.After(time.Second):

@@ -1,21 +1,27 @@
-// The HTTP handlers of tasks: limits, reading, answers. What they decide on is in
-// tasks.go.
+// What the API shows of tasks, and its HTTP handlers: limits, reading, answers. What they
+// decide on is in tasks.go; the reports of external tasks are in external.go.
 
 package main
 
 import (
-	"bytes"
+	"cmp"
 	"encoding/json"
+	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
+	"slices"
+	"strings"
 	"time"
 )
 
-// taskView is a task as the API shows it.
+// taskView is a task as the API shows it. Most of it is null until it is known.
 type taskView struct {
 	TaskID    string          `json:"task_id"`
 	Type      string          `json:"type"`
 	Status    taskStatus      `json:"status"`
+	Title     *string         `json:"title"`
+	Progress  *taskProgress   `json:"progress"`
 	StartTime *time.Time      `json:"start_time"`
 	EndTime   *time.Time      `json:"end_time"`
 	Result    json.RawMessage `json:"result"`
@@ -23,20 +29,82 @@ type taskView struct {
 }
 
 func (t *task) viewLocked() taskView {
-	v := taskView{TaskID: t.id, Type: t.kind, Status: t.status, Result: t.result}
-	if !t.start.IsZero() {
-		start := t.start.UTC()
-		v.StartTime = &start
+	v := taskView{
+		TaskID:    t.id,
+		Type:      t.kind,
+		Status:    t.status,
+		Title:     orNull(t.title, t.title != ""),
+		Progress:  t.progress,
+		StartTime: orNull(t.start.UTC(), !t.start.IsZero()),
+		EndTime:   orNull(t.end.UTC(), !t.end.IsZero()),
+		Error:     orNull(t.err, t.status == taskFailed),
 	}
-	if !t.end.IsZero() {
-		end := t.end.UTC()
-		v.EndTime = &end
-	}
-	if t.status == taskFailed {
-		failure := t.err
-		v.Error = &failure
+	if t.result != "" {
+		v.Result = json.RawMessage(t.result)
 	}
 	return v
+}
+
+// orNull returns a pointer to a value, or nil, which is null in JSON, if there is none.
+func orNull[T any](value T, there bool) *T {
+	if !there {
+		return nil
+	}
+	return &value
+}
+
+// Status returns one task.
+func (s *TaskService) Status(id string) (taskView, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.tasks[id]
+	if t == nil {
+		return taskView{}, errTaskUnknown
+	}
+	return t.viewLocked(), nil
+}
+
+// History returns at most maxTaskPage of a task's events after the one with
+// this ID, or from the first one, and the status that the task has.
+func (s *TaskService) History(id, after string) (events []event, status taskStatus, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.tasks[id]
+	if t == nil {
+		return nil, "", errTaskUnknown
+	}
+	return t.outbox.After(after, maxTaskPage), t.status, nil
+}
+
+// List returns the newest tasks, newest first.
+func (s *TaskService) List() []taskView {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	tasks := slices.SortedFunc(maps.Values(s.tasks), func(a, b *task) int { return cmp.Compare(b.number, a.number) })
+	views := []taskView{}
+	for _, t := range tasks[:min(len(tasks), maxTaskList)] {
+		views = append(views, t.viewLocked())
+	}
+	return views
+}
+
+// usableFailure is the text that a task fails with when this one was given.
+func usableFailure(text string) string { return cmp.Or(truncate(text), "task failed") }
+
+// truncate cuts a text to maxTaskText bytes, and leaves out what is not UTF-8,
+// such as half a character at the end. What is cut off is not kept in memory.
+func truncate(text string) string {
+	if len(text) > maxTaskText {
+		text = strings.Clone(text[:maxTaskText])
+	}
+	return strings.ToValidUTF8(text, "")
+}
+
+// conflict is an error about a task, of which it tells the status.
+func (t *task) conflict(e *apiError) error {
+	told := *e
+	told.Task = string(t.status)
+	return &told
 }
 
 // serveStart is POST /api/tasks.
@@ -63,17 +131,18 @@ func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) {
 		writeError(w, err)
 		return
 	}
+	s.mu.Lock()
+	view := t.viewLocked()
+	s.mu.Unlock()
 	streamURL := "/api/sse/tasks?task_id=" + url.QueryEscape(t.id)
 	if known {
-		if view, err := s.Status(t.id); err == nil {
-			writeJSON(w, http.StatusOK, struct {
-				taskView
-				StreamURL string `json:"stream_url"`
-			}{view, streamURL})
-			return
-		}
+		writeJSON(w, http.StatusOK, struct {
+			taskView
+			StreamURL string `json:"stream_url"`
+		}{view, streamURL})
+		return
 	}
-	writeJSON(w, http.StatusAccepted, map[string]any{"task_id": t.id, "stream_url": streamURL, "status": taskPending})
+	writeJSON(w, http.StatusAccepted, map[string]any{"task_id": t.id, "stream_url": streamURL, "status": view.Status})
 }
 
 // serveList is GET /api/tasks.
@@ -91,6 +160,25 @@ func (s *TaskService) serveStatus(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, view)
 }
 
+// serveEvents is GET /api/tasks/{task_id}/events. It writes one event after
+// the other, as together they may be large.
+func (s *TaskService) serveEvents(w http.ResponseWriter, r *http.Request) {
+	events, status, err := s.History(r.PathValue("task_id"), r.URL.Query().Get("after"))
+	if err != nil {
+		writeError(w, err)
+		return
+	}
+	w.Header().Set("Content-Type", jsonType)
+	w.Header().Set("Cache-Control", "no-store")
+	comma := ""
+	fmt.Fprint(w, `{"events":[`)
+	for _, e := range events {
+		fmt.Fprintf(w, `%s{"id":%q,"data":%s}`, comma, e.ID, e.Data)
+		comma = ","
+	}
+	fmt.Fprintf(w, "],\"status\":%q}\n", status)
+}
+
 // serveCancel is POST /api/tasks/{task_id}/cancel.
 func (s *TaskService) serveCancel(w http.ResponseWriter, r *http.Request) {
 	writeSuccess(w, s.Cancel(r.PathValue("task_id")), "task cancelled")
@@ -99,56 +187,6 @@ func (s *TaskService) serveCancel(w http.ResponseWriter, r *http.Request) {
 // serveDelete is DELETE /api/tasks/{task_id}.
 func (s *TaskService) serveDelete(w http.ResponseWriter, r *http.Request) {
 	writeSuccess(w, s.Delete(r.PathValue("task_id")), "task deleted")
-}
-
-// serveProgress is POST /api/tasks/{task_id}/progress.
-func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) {
-	s.serveReport(w, r, func(id string, body object) (string, error) {
-		progress, err := text(body, "text", "")
-		if err != nil {
-			return "", err
-		}
-		value, err := parseNumber(body["value"])
-		if err != nil {
-			return "", badRequest("bad_value", "value must be a number")
-		}
-		return s.Progress(id, progress, value)
-	})
-}
-
-// serveComplete is POST /api/tasks/{task_id}/complete.
-func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) {
-	s.serveReport(w, r, func(id string, body object) (string, error) {
-		if len(body["result"]) > maxTaskResult {
-			return "", errResultTooLarge
-		}
-		return s.Complete(id, bytes.Clone(body["result"])) // which would keep all of the body
-	})
-}
-
-// serveFail is POST /api/tasks/{task_id}/fail.
-func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) {
-	s.serveReport(w, r, func(id string, body object) (string, error) {
-		failure, err := text(body, "error", "")
-		if err != nil || failure == "" {
-			return "", badParam("error must be a string of 1 to %d bytes", maxTaskText)
-		}
-		return s.Fail(id, failure)
-	})
-}
-
-func (s *TaskService) serveReport(w http.ResponseWriter, r *http.Request, report func(id string, body object) (eventID string, err error)) {
-	body, err := readJSON(w, r, maxTaskBody)
-	if err != nil {
-		writeError(w, err)
-		return
-	}
-	eventID, err := report(r.PathValue("task_id"), body)
-	if err != nil {
-		writeError(w, err)
-		return
-	}
-	writeJSON(w, http.StatusOK, map[string]string{"event_id": eventID})
 }
 
 func writeSuccess(w http.ResponseWriter, err error, message string) {

@@ -1,30 +1,35 @@
 // TaskService: workers and the life cycle of a task. Tokens are not known here;
-// outbox.go delivers the events, taskapi.go speaks HTTP, kinds.go has the work.
+// outbox.go delivers the events, taskapi.go speaks HTTP, kinds.go has the work, and
+// external.go is for tasks that are worked on elsewhere.
 
 package main
 
 import (
-	"cmp"
+	"container/list"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/http"
 	"runtime/debug"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 )
 
 const (
-	maxTaskBody   = 256 << 10 // bytes of a request body
-	maxTaskText   = 8 << 10   // bytes of a progress text, a title or an error
-	maxTaskResult = 64 << 10  // bytes of an encoded result
-	maxTaskList   = 100       // tasks in a list
-	maxExternal   = 10000     // external tasks that have not ended
+	maxTaskBody  = 256 << 10 // bytes of a request body
+	maxFailBody  = 4 << 20   // bytes of one that tells of a failure
+	maxTaskText  = 8 << 10   // bytes of a progress text, a title or an error
+	maxTaskList  = 100       // tasks in a list
+	maxTaskPage  = 1000      // events in an answer
+	maxExternal  = 10000     // external tasks that have not ended
+	taskOverhead = 700       // bytes that a task takes without its texts and events
+
+	// maxTaskResult is how many bytes an encoded result has at most. With the rest of
+	// its event it stays below maxEventData: see TestEventsFitOneLine.
+	maxTaskResult = 63000
 )
 
 // taskStatus is where a task is in its life: pending, running, then one of
@@ -48,6 +53,7 @@ type taskConfig struct {
 	timeout    time.Duration // a task that runs for longer fails
 	remember   time.Duration // how long a finished task is kept
 	eventLimit int           // events kept for each task
+	memory     int           // bytes that all tasks may hold
 }
 
 // taskMetrics is what a TaskService tells of its work.
@@ -59,23 +65,26 @@ type taskMetrics interface {
 // TaskService runs tasks, or follows those that others run, and tells their
 // followers.
 //
-// Lock order: mu, then that of an outbox.
+// Lock order: mu, then that of an event log.
 type TaskService struct {
 	cfg     taskConfig
 	conns   *ConnectionManager
 	log     *slog.Logger
 	met     taskMetrics
 	kinds   map[string]taskKind
-	unknown *outboxPolicy // of streams for tasks that are not known
+	policy  *logPolicy // of the logs of tasks
+	unknown *logPolicy // of streams for tasks that are not known
 
-	mu      sync.Mutex    // guards the rest and the mutable part of each task
-	policy  *outboxPolicy // of tasks made from now on
-	tasks   map[string]*task
-	queue   []*task // pending, oldest first, at most cfg.queueLimit
-	running int     // busy workers
-	outside int     // external tasks that have not ended, at most maxExternal
-	created uint64  // tasks ever made
-	closing bool    // no new tasks
+	mu       sync.Mutex // guards the rest and the mutable part of each task
+	tasks    map[string]*task
+	queue    []*task                // pending, oldest first, at most cfg.queueLimit
+	finished list.List              // of *task, in the order of their ends
+	memory   budget                 // of the tasks; see emitLocked for what happens beyond it
+	running  int                    // busy workers
+	outside  int                    // external tasks that have not ended, at most maxExternal
+	created  uint64                 // tasks ever made
+	watched  map[string][]*follower // pages that follow a task that is not known, by its ID
+	closing  bool                   // no new tasks
 }
 
 // task is one task. Its terminal event is in the outbox if and only if its
@@ -83,20 +92,31 @@ type TaskService struct {
 type task struct {
 	id     string
 	kind   string
-	work   taskFunc // nil: external
-	title  string   // of an external task
-	number uint64   // of creation
-	outbox *outbox
+	title  string // of an external task
+	number uint64 // of creation
+	outbox *eventLog
 
 	status   taskStatus
-	value    float64
-	start    time.Time // zero before it runs
-	end      time.Time // zero before it finished
-	result   json.RawMessage
+	work     taskFunc      // until it runs; nil: external
+	params   int           // bytes that work may hold; 0 when the task has finished
+	progress *taskProgress // nil before the first report; not changed, but replaced
+	seq      uint64        // of the last report that had one
+	last     uint64        // number of the last event
+	start    time.Time     // zero before it runs
+	end      time.Time     // zero before it finished
+	result   string        // JSON, a part of the terminal event; "" unless completed
 	err      string
 	cancel   context.CancelFunc // of work's context; nil before it runs, and if external
 	seen     time.Time          // start, or the last report from outside
 	deadline *time.Timer        // fails the task, later forgets it; nil while it is pending
+	place    *list.Element      // among the finished ones
+	held     int                // bytes, as counted in the service's memory
+}
+
+// taskProgress is how far a task is, as events and the API show it.
+type taskProgress struct {
+	Text  string  `json:"text"`
+	Value float64 `json:"value"` // from 0 to 1, never less than before
 }
 
 var (
@@ -109,24 +129,27 @@ var (
 	errTaskIDTaken   = newError(http.StatusConflict, "task_id_taken", "task_id is taken by a finished or different task")
 	errTaskKind      = badRequest("unknown_type", "unknown task type")
 	errQueueFull     = newError(http.StatusServiceUnavailable, "queue_full", "task queue is full")
+	errMemoryFull    = newError(http.StatusServiceUnavailable, "memory_full", "tasks that have not finished hold all memory")
 )
 
-func newTaskService(cfg taskConfig, epoch string, conns *ConnectionManager, log *slog.Logger, met taskMetrics) *TaskService {
+func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, met taskMetrics) *TaskService {
 	return &TaskService{
 		cfg:   cfg,
 		conns: conns,
 		log:   log,
 		met:   met,
 		kinds: taskKinds(),
-		policy: &outboxPolicy{
+		policy: &logPolicy{
 			event:   "task_event",
-			epoch:   epoch,
+			epoch:   newEpoch,
 			replay:  true,
 			limit:   cfg.eventLimit,
 			dropped: func(n int) { met.RecordOutboxDropped(serviceTask, "limit", n) },
 		},
-		unknown: &outboxPolicy{event: "error", replay: true},
+		unknown: &logPolicy{event: "error", replay: true},
 		tasks:   map[string]*task{},
+		watched: map[string][]*follower{},
+		memory:  budget{limit: cfg.memory},
 	}
 }
 
@@ -138,16 +161,64 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 		return event{}, false, err
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock() // lest a newer stream be here first, at a task that was made meanwhile
-	if t := s.tasks[id]; t != nil {
-		open, end = t.outbox.Connect(c)
-		return open, end, nil
+	t := s.tasks[id]
+	s.mu.Unlock()
+	if t != nil {
+		return follow(s.conns, identifier, c, t.outbox)
 	}
-	o := newOutbox(identifier, s.conns, s.unknown)
-	o.Append(string(marshal(map[string]string{"error": "Task not found", "task_id": id})), true)
-	o.End("task_not_found")
-	open, end = o.Connect(c)
-	return open, end, nil
+	log := newEventLog(s.unknown)
+	log.Append(taskNotFound(id), true)
+	log.End("task_not_found")
+	return follow(s.conns, identifier, c, log)
+}
+
+// maxFollowers is how many connections may follow one task.
+const maxFollowers = 10_000
+
+// crowded reports whether one of these tasks has as many followers as it may.
+func (s *TaskService) crowded(ids []string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.ContainsFunc(ids, func(id string) bool {
+		t := s.tasks[id]
+		return t != nil && t.outbox.Followers() >= maxFollowers || len(s.watched[id]) >= maxFollowers
+	})
+}
+
+// watch returns the logs of tasks for a page, with a log that tells it of those
+// that are not known. If one of these is made, the page is given its log, until
+// unwatch.
+func (s *TaskService) watch(ids []string, page *follower) []*eventLog {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	unknown := newEventLog(s.unknown)
+	logs := []*eventLog{unknown}
+	for _, id := range ids {
+		if t := s.tasks[id]; t != nil {
+			logs = append(logs, t.outbox)
+			continue
+		}
+		unknown.Append(taskNotFound(id), true)
+		s.watched[id] = append(s.watched[id], page)
+	}
+	return logs
+}
+
+// unwatch ends what watch began.
+func (s *TaskService) unwatch(ids []string, page *follower) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, id := range ids {
+		s.watched[id] = slices.DeleteFunc(s.watched[id], func(other *follower) bool { return other == page })
+		if len(s.watched[id]) == 0 {
+			delete(s.watched, id)
+		}
+	}
+}
+
+// taskNotFound is the data of an error event.
+func taskNotFound(id string) string {
+	return string(marshal(map[string]string{"error": "Task not found", "task_id": id}))
 }
 
 // Start makes a task. One that runs here starts as soon as a worker is free;
@@ -165,58 +236,59 @@ func (s *TaskService) Start(kind string, params object) (t *task, known bool, er
 	if err != nil {
 		return nil, false, err
 	}
+	t = &task{id: newToken(), kind: kind, work: work}
+	for _, raw := range params {
+		t.params += len(raw)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch {
-	case s.closing:
-		return nil, false, errClosing
-	case s.running >= s.cfg.workers && len(s.queue) >= s.cfg.queueLimit:
+	if s.running >= s.cfg.workers && len(s.queue) >= s.cfg.queueLimit {
 		return nil, false, errQueueFull
 	}
-	t = s.addLocked(newToken(), kind)
-	t.work = work
+	if err := s.addLocked(t); err != nil {
+		return nil, false, err
+	}
 	s.queue = append(s.queue, t)
 	s.dispatchLocked()
 	return t, false, nil
 }
 
-func (s *TaskService) startExternal(params object) (t *task, known bool, err error) {
-	id, title, err := externalParams(params)
-	if err != nil {
-		return nil, false, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// addLocked makes t a pending task.
+func (s *TaskService) addLocked(t *task) error {
 	if s.closing {
-		return nil, false, errClosing
+		return errClosing
 	}
-	if t = s.tasks[id]; t != nil {
-		if t.kind != externalTask || t.title != title || t.status.finished() {
-			return nil, false, errTaskIDTaken
-		}
-		return t, true, nil
+	t.outbox = newEventLog(s.policy)
+	if !s.makeRoomLocked(t.size()) {
+		return errMemoryFull
 	}
-	if s.outside >= maxExternal {
-		return nil, false, errQueueFull
+	s.created++
+	t.number, t.status = s.created, taskPending
+	s.tasks[t.id] = t
+	s.memory.count(&t.held, t.size())
+	for _, page := range s.watched[t.id] {
+		page.add(t.outbox)
 	}
-	s.outside++
-	t = s.addLocked(id, externalTask)
-	t.title = title
-	s.runLocked(t, "worker lost")
-	return t, false, nil
+	delete(s.watched, t.id)
+	return nil
 }
 
-func (s *TaskService) addLocked(id, kind string) *task {
-	s.created++
-	t := &task{
-		id:     id,
-		kind:   kind,
-		number: s.created,
-		status: taskPending,
-		outbox: newOutbox(serviceTask+":"+id, s.conns, s.policy),
+// size is about how many bytes of the heap the task takes.
+func (t *task) size() int {
+	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + t.params + t.outbox.Held()
+	if t.progress != nil {
+		n += len(t.progress.Text)
 	}
-	s.tasks[id] = t
-	return t
+	return n
+}
+
+// makeRoomLocked forgets the tasks that finished first until there is room for n bytes
+// more. It reports whether there is.
+func (s *TaskService) makeRoomLocked(n int) bool {
+	for !s.memory.fits(n) && s.finished.Len() > 0 {
+		s.forgetLocked(s.finished.Front().Value.(*task))
+	}
+	return s.memory.fits(n)
 }
 
 // dispatchLocked gives waiting tasks to free workers.
@@ -228,7 +300,8 @@ func (s *TaskService) dispatchLocked() {
 		ctx, cancel := context.WithCancel(context.Background())
 		t.cancel = cancel
 		s.runLocked(t, "timed out")
-		go s.run(ctx, t)
+		go s.run(ctx, t, t.work)
+		t.work = nil // the goroutine has it for as long as it needs it
 	}
 }
 
@@ -237,19 +310,30 @@ func (s *TaskService) dispatchLocked() {
 func (s *TaskService) runLocked(t *task, late string) {
 	t.status, t.start = taskRunning, time.Now()
 	t.seen = t.start
-	t.deadline = time.AfterFunc(s.cfg.timeout, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
+	t.deadline = s.afterwards(t, s.cfg.timeout, func(t *task) {
 		if time.Since(t.seen) >= s.cfg.timeout { // not if a report came while this waited
-			s.finishLocked(t, taskFailed, nil, late)
+			s.finishLocked(t, taskFailed, "", late)
 		}
 	})
 	s.emitLocked(t, "task_started", nil, true)
 }
 
+// afterwards calls f under mu when a time has passed, unless t is forgotten by
+// then. The timer does not hold t: a stopped one may stay in memory for long.
+func (s *TaskService) afterwards(t *task, d time.Duration, f func(*task)) *time.Timer {
+	id, number := t.id, t.number
+	return time.AfterFunc(d, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if t := s.tasks[id]; t != nil && t.number == number { // and not its successor
+			f(t)
+		}
+	})
+}
+
 // run does the work of t on a worker.
-func (s *TaskService) run(ctx context.Context, t *task) {
-	var result json.RawMessage
+func (s *TaskService) run(ctx context.Context, t *task, work taskFunc) {
+	var result string
 	failure := "internal error" // unless work gets to return
 	defer func() {
 		if v := recover(); v != nil {
@@ -258,19 +342,19 @@ func (s *TaskService) run(ctx context.Context, t *task) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if failure != "" {
-			s.finishLocked(t, taskFailed, nil, failure)
+			s.finishLocked(t, taskFailed, "", failure)
 		} else {
 			s.finishLocked(t, taskCompleted, result, "")
 		}
 		s.running--
 		s.dispatchLocked()
 	}()
-	value, err := t.work(ctx, &progress{s, t})
+	value, err := work(ctx, &progress{s, t})
 	if err == nil {
 		result, err = encodeResult(value)
 	}
 	if err != nil {
-		failure = cmp.Or(truncate(err.Error()), "task failed")
+		failure = usableFailure(err.Error())
 	} else {
 		failure = ""
 	}
@@ -278,15 +362,22 @@ func (s *TaskService) run(ctx context.Context, t *task) {
 
 var errResultTooLarge = newError(http.StatusRequestEntityTooLarge, "too_large", fmt.Sprintf("result is larger than %d bytes", maxTaskResult))
 
-func encodeResult(result any) (json.RawMessage, error) {
+func encodeResult(result any) (string, error) {
 	encoded, err := json.Marshal(result)
 	if err != nil {
-		return nil, errors.New("result has no JSON form")
+		return "", errors.New("result has no JSON form")
 	}
-	if len(encoded) > maxTaskResult {
-		return nil, errResultTooLarge
+	return compactResult(encoded)
+}
+
+// compactResult returns a result as it is in the events: without white space, and null if
+// there is none.
+func compactResult(encoded json.RawMessage) (string, error) {
+	result := string(marshal(encoded))
+	if len(result) > maxTaskResult {
+		return "", errResultTooLarge
 	}
-	return encoded, nil
+	return result, nil
 }
 
 // progress is how the work of a task reports on itself. It may be used by
@@ -303,35 +394,49 @@ func (p *progress) Report(text string, value float64) {
 	p.s.mu.Lock()
 	defer p.s.mu.Unlock()
 	if !p.t.status.finished() {
-		p.s.reportLocked(p.t, truncate(text), value)
+		text = truncate(text)
+		p.s.reportLocked(p.t, report{text: &text, value: &value})
 	}
 }
 
-func (s *TaskService) reportLocked(t *task, text string, value float64) (n uint64) {
-	if value > t.value { // which NaN is not
-		t.value = min(value, 1)
+func (s *TaskService) reportLocked(t *task, r report) {
+	var p taskProgress
+	if t.progress != nil {
+		p = *t.progress
 	}
-	return s.emitLocked(t, "progress_update", struct {
-		Text  string  `json:"text"`
-		Value float64 `json:"value"`
-	}{text, t.value}, false)
+	if r.text != nil {
+		p.Text = *r.text
+	}
+	if r.value != nil && *r.value > p.Value { // which NaN is not
+		p.Value = min(*r.value, 1)
+	}
+	t.progress = &p
+	s.emitLocked(t, "progress_update", p, false)
 }
 
-// emitLocked appends an event to the task's outbox.
-func (s *TaskService) emitLocked(t *task, eventType string, data any, keep bool) (n uint64) {
-	return t.outbox.Append(string(marshal(struct {
+// emitLocked appends an event to the task's outbox and returns its data. Beyond the limit
+// of memory it makes room: by the tasks that finished first, and when there are none, by
+// the task's own progress, of which the last stays.
+func (s *TaskService) emitLocked(t *task, eventType string, data any, keep bool) (event string) {
+	event = string(marshal(struct {
 		EventType string    `json:"event_type"`
 		TaskID    string    `json:"task_id"`
 		Timestamp time.Time `json:"timestamp"`
 		Data      any       `json:"data"`
-	}{eventType, t.id, time.Now().UTC(), data})), keep)
+	}{eventType, t.id, time.Now().UTC(), data}))
+	t.last = t.outbox.Append(event, keep)
+	s.memory.count(&t.held, t.size())
+	for !s.makeRoomLocked(0) && t.outbox.DropOldest() {
+		s.memory.count(&t.held, t.size())
+	}
+	return event
 }
 
 // finishLocked ends a task, unless it has ended: whoever comes first decides
-// how. It returns the number of the terminal event, or 0.
-func (s *TaskService) finishLocked(t *task, status taskStatus, result json.RawMessage, failure string) (n uint64) {
+// how. It reports whether it was this one.
+func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure string) bool {
 	if t.status.finished() {
-		return 0
+		return false
 	}
 	if t.kind == externalTask {
 		s.outside--
@@ -339,36 +444,36 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result json.RawMe
 	if t.status == taskPending {
 		s.queue = slices.DeleteFunc(s.queue, func(other *task) bool { return other == t })
 	}
-	t.status, t.end, t.result, t.err = status, time.Now(), result, failure
+	t.status, t.end, t.err, t.work, t.params = status, time.Now(), failure, nil, 0
 	var data any
 	switch status {
 	case taskCompleted:
-		data = result
+		data = json.RawMessage(result)
 	case taskFailed:
 		data = map[string]string{"error": failure}
+		s.conns.background(func() { // not under mu
+			s.log.Info("task failed", "task_id", t.id, "type", t.kind, "err", failure)
+		})
 	}
 	eventType := "task_" + string(status)
-	n = s.emitLocked(t, eventType, data, true)
+	event := s.emitLocked(t, eventType, data, true)
+	t.result = event[len(event)-1-len(result) : len(event)-1] // one copy is enough
 	t.outbox.End(eventType)
 	if t.deadline != nil {
 		t.deadline.Stop()
 	}
 	if t.cancel != nil {
 		t.cancel()
+		t.cancel = nil
 	}
 	var seconds float64
 	if !t.start.IsZero() {
 		seconds = t.end.Sub(t.start).Seconds()
 	}
 	s.met.RecordTask(t.kind, string(status), seconds)
-	t.deadline = time.AfterFunc(s.cfg.remember, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.tasks[t.id] == t {
-			s.forgetLocked(t)
-		}
-	})
-	return n
+	t.place = s.finished.PushBack(t)
+	t.deadline = s.afterwards(t, s.cfg.remember, s.forgetLocked)
+	return true
 }
 
 // Cancel ends a task that has not ended. Its work is told by its context; an
@@ -380,7 +485,7 @@ func (s *TaskService) Cancel(id string) error {
 	if t == nil {
 		return errTaskUnknown
 	}
-	if s.finishLocked(t, taskCancelled, nil, "") == 0 {
+	if !s.finishLocked(t, taskCancelled, "", "") {
 		return errCannotCancel
 	}
 	return nil
@@ -403,44 +508,9 @@ func (s *TaskService) Delete(id string) error {
 
 func (s *TaskService) forgetLocked(t *task) {
 	delete(s.tasks, t.id)
-	t.deadline.Stop()           // it holds the task
-	if t.kind == externalTask { // its ID may be chosen again
-		s.policy = s.policy.renewed()
-	}
-}
-
-// Progress, Complete and Fail are the reports of an external worker. They
-// return the ID of the event that tells the followers.
-func (s *TaskService) Progress(id, text string, value float64) (eventID string, err error) {
-	return s.report(id, func(t *task) uint64 { return s.reportLocked(t, text, value) })
-}
-
-func (s *TaskService) Complete(id string, result json.RawMessage) (eventID string, err error) {
-	return s.report(id, func(t *task) uint64 { return s.finishLocked(t, taskCompleted, result, "") })
-}
-
-func (s *TaskService) Fail(id, failure string) (eventID string, err error) {
-	return s.report(id, func(t *task) uint64 { return s.finishLocked(t, taskFailed, nil, failure) })
-}
-
-// report applies a report to a running external task, under mu.
-func (s *TaskService) report(id string, apply func(*task) uint64) (eventID string, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	t := s.tasks[id]
-	switch {
-	case t == nil:
-		return "", errTaskUnknown
-	case t.kind != externalTask:
-		return "", errNotExternal
-	case t.status == taskCancelled:
-		return "", errTaskCancelled
-	case t.status.finished():
-		return "", errTaskFinished
-	}
-	t.seen = time.Now()
-	t.deadline.Reset(s.cfg.timeout)
-	return t.outbox.id(apply(t)), nil
+	s.finished.Remove(t.place)
+	s.memory.count(&t.held, 0)
+	t.deadline.Stop()
 }
 
 // Close takes no more tasks and fails those that have not ended.
@@ -450,7 +520,7 @@ func (s *TaskService) Close() {
 	s.closing = true
 	s.queue = nil // at once, not one by one
 	for _, t := range s.tasks {
-		s.finishLocked(t, taskFailed, nil, "server is shutting down")
+		s.finishLocked(t, taskFailed, "", "server is shutting down")
 	}
 }
 
@@ -475,34 +545,3 @@ func (s *TaskService) Events() (n int) {
 	}
 	return n
 }
-
-// Status returns one task.
-func (s *TaskService) Status(id string) (taskView, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	t := s.tasks[id]
-	if t == nil {
-		return taskView{}, errTaskUnknown
-	}
-	return t.viewLocked(), nil
-}
-
-// List returns the newest tasks, newest first.
-func (s *TaskService) List() []taskView {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	tasks := slices.SortedFunc(maps.Values(s.tasks), func(a, b *task) int { return cmp.Compare(b.number, a.number) })
-	views := []taskView{}
-	for _, t := range tasks[:min(len(tasks), maxTaskList)] {
-		views = append(views, t.viewLocked())
-	}
-	return views
-}
-
-// truncate cuts a text to maxTaskText bytes, and leaves out what is not UTF-8,
-// such as half a character at the end.
-func truncate(text string) string {
-	return strings.ToValidUTF8(text[:min(len(text), maxTaskText)], "")
-}
-
-// HTTP

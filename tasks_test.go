@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math"
 	"net/http"
 	"regexp"
@@ -13,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 	"weak"
 )
@@ -148,24 +150,20 @@ close connection_close {"reason":"task_not_found"}
 	})
 }
 
-// A task is made, and followed, while an older request for the same ID is
-// told that there is none. That must not replace the newer stream.
+// A task is gone, and an older request for it arrives late and is told that there is none. That must not replace the
+// stream of the newer one: the order of requests outlives the task.
 func TestTaskUnknownReplacesNoNewerStream(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
 	api.conns.gateway = senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
-	for n := range 1000 {
-		id := fmt.Sprint(n)
-		var requests sync.WaitGroup
-		requests.Go(func() { api.tasks.OnConnect(id, connectRequest{token: "old " + id, order: requestOrder{"g", 1}}) })
-		requests.Go(func() {
-			api.tasks.Start(externalTask, object{"task_id": marshal(id)})
-			api.tasks.OnConnect(id, connectRequest{token: "new " + id, order: requestOrder{"g", 2}})
-		})
-		requests.Wait()
-		if !api.conns.remove("task:"+id, "new "+id) {
-			t.Fatalf("task %s: the older stream replaced the newer", id)
-		}
+	api.tasks.Start(externalTask, object{"task_id": marshal("a")})
+	api.tasks.OnConnect("a", connectRequest{token: "new", order: parseOrder("g-2")})
+	api.tasks.mu.Lock()
+	delete(api.tasks.tasks, "a") // as when it is forgotten
+	api.tasks.mu.Unlock()
+	api.tasks.OnConnect("a", connectRequest{token: "old", order: parseOrder("g-1")})
+	if api.conns.tokens["new"] == "" {
+		t.Error("the older stream replaced the newer")
 	}
 }
 
@@ -345,8 +343,8 @@ func TestTaskParams(t *testing.T) {
 			`{"type":"external","params":{"title":"x` + long + `"}}`:        badTitle,
 			`{"type":"external","params":{"title":1}}`:                      badTitle,
 			`{"type":"external","params":{"task_id":1}}`:                    "task_id must be a string",
-			`{"type":"external","params":{"task_id":""}}`:                   errBadID.Error(),
-			`{"type":"external","params":{"task_id":"a:b"}}`:                errBadID.Error(),
+			`{"type":"external","params":{"task_id":""}}`:                   errBadTaskID.Error(),
+			`{"type":"external","params":{"task_id":"a:b"}}`:                errBadTaskID.Error(),
 		} {
 			got := api.do("POST", "/api/tasks", body)
 			if before, _, _ := strings.Cut(got, `","code":"`); before != `400 {"error":"`+want {
@@ -362,11 +360,52 @@ func TestTaskParams(t *testing.T) {
 	})
 }
 
+// The answer tells the status that the task has.
 func TestTaskStartAnswer(t *testing.T) {
+	apiTest(t, "TASK_MAX_WORKERS=1", func(t *testing.T, api *apiFixture) {
+		api.check("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a+b&c"}}`,
+			`202 {"status":"running","stream_url":"/api/sse/tasks?task_id=a%2Bb%26c","task_id":"a+b&c"}`)
+		api.connect("/api/sse/tasks?task_id=a%2Bb%26c").checkStory("connection_open task_started")
+		for _, want := range []taskStatus{taskRunning, taskPending} {
+			if got := api.do("POST", "/api/tasks", `{"type":"demo"}`); !strings.Contains(got, `"status":"`+string(want)+`"`) {
+				t.Errorf("got %s, want %s", got, want)
+			}
+		}
+	})
+}
+
+// What cannot stand in the path of its reports is no task_id that one may choose.
+func TestTaskIDsMayStandInPaths(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
-		api.check("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a/b c"}}`,
-			`202 {"status":"pending","stream_url":"/api/sse/tasks?task_id=a%2Fb+c","task_id":"a/b c"}`)
-		api.connect("/api/sse/tasks?task_id=a%2Fb+c").checkStory("connection_open task_started")
+		for _, id := range []string{plainChars, strings.Repeat("x", maxID), "...", "import-7"} {
+			api.external(id)
+			api.checkPost(id+"/progress", `{"value":0}`, `200 {"event_id":"e-2"}`)
+		}
+		for _, id := range []string{"", ".", "..", "a/b", "a b", "a%62", "é", "a:b", "a?b", "a#b", `a\b`, "a[b]", "<a>", "a\x00", strings.Repeat("x", maxID+1)} {
+			got := api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":`+string(marshal(id))+`}}`)
+			if want := `400 {"error":"task_id must be 1 to 128 of `; !strings.HasPrefix(got, want) || !strings.HasSuffix(got, `,"code":"bad_id"}`) {
+				t.Errorf("%q: got %s, want %s", id, got, want)
+			}
+		}
+	})
+}
+
+// A proxy that lets only some ids through decides by the path that it sees.
+func TestTaskPathsArePlain(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.external("abc")
+		const refused = `400 {"error":"path must be clean and without escapes","code":"bad_path"}`
+		for _, path := range []string{
+			"/api/tasks/%61bc/cancel", "/api/tasks/ab%63/cancel", "/api/tasks/x/../abc/cancel", "/api/tasks//abc/cancel", "/api/tasks/./abc/cancel",
+			"//api/tasks/abc/cancel", "/api/./tasks/abc/cancel", "/api/sse/../tasks/abc/cancel", "/api/%74asks/abc/cancel", "/api/tasks/abc%2Fcancel",
+			"/api/tasks/abc/cance%6c", "/api/tasks/x%2F..%2Fabc/cancel", "/api/tasks/\xe9/cancel",
+		} {
+			api.check("POST", path, "", refused)
+		}
+		api.check("GET", "/api/tasks/%61bc/status", "", refused)
+		api.check("GET", "/api/tasks/%61bc/events", "", refused)
+		api.check("DELETE", "/api/tasks/%61bc", "", refused)
+		api.checkStatus("abc", taskRunning, "")
 	})
 }
 
@@ -453,14 +492,14 @@ func TestTaskResultLimit(t *testing.T) {
 		}{
 			{fits, taskCompleted, ""},
 			{nil, taskCompleted, ""},
-			{fits + "x", taskFailed, "result is larger than 65536 bytes"},
+			{fits + "x", taskFailed, "result is larger than 63000 bytes"},
 			{make(chan int), taskFailed, "result has no JSON form"},
 			{math.NaN(), taskFailed, "result has no JSON form"},
 		} {
 			api.checkStatus(api.demo(taskReturns(tt.result, nil)), tt.want, tt.wantError)
 		}
 		api.external("a")
-		api.checkPost("a/complete", `{"result":"`+fits+`x"}`, `413 {"error":"result is larger than 65536 bytes","code":"too_large"}`)
+		api.checkPost("a/complete", `{"result":"`+fits+`x"}`, `413 {"error":"result is larger than 63000 bytes","code":"too_large"}`)
 		api.checkStatus("a", taskRunning, "")
 		api.checkPost("a/complete", `{"result":"`+fits+`"}`, `200 {"event_id":"e-2"}`)
 	})
@@ -490,6 +529,8 @@ func TestTaskStatus(t *testing.T) {
 		for _, id := range []string{"running", "completed", "failed", "cancelled"} {
 			api.external(id)
 		}
+		api.start(`{"type":"external","params":{"task_id":"titled","title":"A <b>"}}`)
+		api.post("titled/progress", `{"text":"half","value":0.5}`)
 		api.demo(taskWaits)
 		pending := api.demo(taskWaits)
 		time.Sleep(1500 * time.Millisecond)
@@ -500,12 +541,14 @@ func TestTaskStatus(t *testing.T) {
 			runs = `"start_time":"2000-01-01T00:00:00Z","end_time":null`
 			ran  = `"start_time":"2000-01-01T00:00:00Z","end_time":"2000-01-01T00:00:01.5Z"`
 		)
+		const none = `"title":null,"progress":null,`
 		for id, want := range map[string]string{
-			pending:     `"type":"demo","status":"pending","start_time":null,"end_time":null,"result":null,"error":null`,
-			"running":   `"type":"external","status":"running",` + runs + `,"result":null,"error":null`,
-			"completed": `"type":"external","status":"completed",` + ran + `,"result":{"n":[1,null]},"error":null`,
-			"failed":    `"type":"external","status":"failed",` + ran + `,"result":null,"error":"no luck"`,
-			"cancelled": `"type":"external","status":"cancelled",` + ran + `,"result":null,"error":null`,
+			pending:     `"type":"demo","status":"pending",` + none + `"start_time":null,"end_time":null,"result":null,"error":null`,
+			"running":   `"type":"external","status":"running",` + none + runs + `,"result":null,"error":null`,
+			"titled":    `"type":"external","status":"running","title":"A <b>","progress":{"text":"half","value":0.5},` + runs + `,"result":null,"error":null`,
+			"completed": `"type":"external","status":"completed",` + none + ran + `,"result":{"n":[1,null]},"error":null`,
+			"failed":    `"type":"external","status":"failed",` + none + ran + `,"result":null,"error":"no luck"`,
+			"cancelled": `"type":"external","status":"cancelled",` + none + ran + `,"result":null,"error":null`,
 		} {
 			if got, want := api.status(id), `200 {"task_id":"`+id+`",`+want+`}`; got != want {
 				t.Errorf("got  %s\nwant %s", got, want)
@@ -572,11 +615,14 @@ func TestTaskIsRememberedForAWhile(t *testing.T) {
 // are not the events that have the same numbers now.
 func TestTaskSuccessorIsFollowedFromItsStart(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.tasks.policy.epoch = newEpoch
 		api.external("a")
+		first := api.follow("a")
+		first.leave()
 		api.post("a/cancel", "")
 		api.do("DELETE", "/api/tasks/a", "")
 		api.external("a")
-		resumed := api.connect("/api/sse/tasks?task_id=a", "e-1")
+		resumed := api.connect("/api/sse/tasks?task_id=a", first.lastID())
 		resumed.checkStory("connection_open task_started")
 	})
 }
@@ -657,10 +703,10 @@ func TestExternalReportsRefused(t *testing.T) {
 		before := api.do("GET", "/api/tasks", "")
 		for id, want := range map[string]string{
 			"unknown":   `404 {"error":"task not found","code":"task_not_found"}`,
-			ours:        `409 {"error":"task is not external","code":"not_external"}`,
-			"completed": `409 {"error":"task is finished","code":"task_finished"}`,
-			"failed":    `409 {"error":"task is finished","code":"task_finished"}`,
-			"cancelled": `409 {"error":"task cancelled","code":"task_cancelled"}`,
+			ours:        `409 {"error":"task is not external","code":"not_external","status":"running"}`,
+			"completed": `409 {"error":"task is finished","code":"task_finished","status":"completed"}`,
+			"failed":    `409 {"error":"task is finished","code":"task_finished","status":"failed"}`,
+			"cancelled": `409 {"error":"task cancelled","code":"task_cancelled","status":"cancelled"}`,
 		} {
 			api.checkPost(id+"/progress", `{"text":"x","value":1}`, want)
 			api.checkPost(id+"/complete", `{"result":2}`, want)
@@ -674,28 +720,359 @@ func TestExternalReportsRefused(t *testing.T) {
 func TestExternalReportBodies(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		api.external("a")
-		long := strings.Repeat("x", maxTaskText+1)
 		const (
 			noObject = `400 {"error":"body must be one JSON object","code":"not_json"}`
-			badValue = `400 {"error":"value must be a number","code":"bad_value"}`
-			badText  = `400 {"error":"text must be a string of at most 8192 bytes","code":"bad_params"}`
-			badError = `400 {"error":"error must be a string of 1 to 8192 bytes","code":"bad_params"}`
+			tooLarge = `413 {"error":"request body too large","code":"too_large"}`
+			badValue = `400 {"error":"value must be a number from 0 to 1","code":"bad_value"}`
+			badText  = `400 {"error":"text must be a string","code":"bad_params"}`
+			badSeq   = `400 {"error":"seq must be a whole number from 1","code":"bad_seq"}`
+			nothing  = `400 {"error":"text or value must be there","code":"missing_field"}`
 		)
-		api.checkPost("a/progress", `{}`, badValue)
-		api.checkPost("a/progress", `{"value":null}`, badValue)
-		api.checkPost("a/progress", `{"value":"1"}`, badValue)
-		api.checkPost("a/progress", `{"value":1e999}`, badValue)
-		api.checkPost("a/progress", `{"text":1,"value":1}`, badText)
-		api.checkPost("a/progress", `{"text":"`+long+`","value":1}`, badText)
-		api.checkPost("a/progress", ``, noObject)
+		for body, want := range map[string]string{
+			``:                         noObject,
+			`[]`:                       noObject,
+			`{}`:                       nothing,
+			`{"value":null}`:           nothing,
+			`{"seq":1}`:                nothing,
+			`{"value":"1"}`:            badValue,
+			`{"value":1e999}`:          badValue,
+			`{"value":50}`:             badValue, // a percentage
+			`{"value":1.0101}`:         badValue,
+			`{"value":"x","text":"x"}`: badValue,
+			`{"text":1,"value":1}`:     badText,
+			`{"text":null,"value":1}`:  badText,
+			`{"value":1,"seq":0}`:      badSeq,
+			`{"value":1,"seq":-1}`:     badSeq,
+			`{"value":1,"seq":1.5}`:    badSeq,
+			`{"value":1,"seq":1e16}`:   badSeq,
+			`{"value":1,"seq":"1"}`:    badSeq,
+			`{"value":1,"seq":null}`:   badSeq,
+		} {
+			api.checkPost("a/progress", body, want)
+		}
 		api.checkPost("a/complete", `null`, noObject)
-		api.checkPost("a/complete", strings.Repeat(" ", maxTaskBody)+`{}`, `413 {"error":"request body too large","code":"too_large"}`)
-		api.checkPost("a/fail", `{}`, badError)
-		api.checkPost("a/fail", `{"error":""}`, badError)
-		api.checkPost("a/fail", `{"error":null}`, badError)
-		api.checkPost("a/fail", `{"error":"`+long+`"}`, badError)
+		api.checkPost("a/complete", strings.Repeat(" ", maxTaskBody)+`{}`, tooLarge)
+		api.checkPost("a/fail", `"no luck"`, noObject)
+		api.checkPost("a/fail", strings.Repeat(" ", maxFailBody)+`{}`, tooLarge)
 		api.follow("a").checkStory("connection_open task_started")
 	})
+}
+
+// A task whose failure is refused over its text would run on, and end as one whose worker was lost.
+func TestExternalFailureIsNeverLost(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		trace := "x" + strings.Repeat("é", maxTaskText)
+		for body, want := range map[string]string{
+			`{"error":"no luck"}`:       "no luck",
+			`{"error":"` + trace + `"}`: trace[:maxTaskText-1],
+			`{"error":"` + strings.Repeat("x", maxFailBody-len(`{"error":""}`)) + `"}`: strings.Repeat("x", maxTaskText),
+			`{}`:                    "task failed",
+			`{"error":""}`:          "task failed",
+			`{"error":null}`:        "task failed",
+			`{"error":7}`:           "task failed",
+			`{"error":["no luck"]}`: "task failed",
+			`{"error":{"code":1}}`:  "task failed",
+			`{"message":"no luck"}`: "task failed",
+		} {
+			id := api.start(`{"type":"external"}`)
+			api.checkPost(id+"/fail", body, `200 {"event_id":"e-2"}`)
+			api.checkStatus(id, taskFailed, want)
+			api.checkPost(id+"/fail", body, `200 {"event_id":"e-2"}`) // also when it is said again
+		}
+	})
+}
+
+// A report may be about the text or the value alone. What it leaves out stays as it was.
+func TestExternalProgressKeepsTheLast(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		long := "x" + strings.Repeat("é", maxTaskText)
+		api.external("a")
+		stream := api.follow("a")
+		for _, body := range []string{
+			`{"text":"first"}`, `{"value":0.25}`, `{"text":"second","value":null}`, `{"text":"","value":0.125}`, `{"text":"` + long + `"}`,
+			`{"value":-1}`, `{"value":1.01}`,
+		} {
+			api.post("a/progress", body)
+		}
+		cut := long[:maxTaskText-1]
+		texts, values := stream.updates()
+		if want := []string{"first", "first", "second", "", cut, cut, cut}; !slices.Equal(texts, want) {
+			t.Errorf("got texts %.100q, want %.100q", texts, want)
+		}
+		if want := []float64{0, 0.25, 0.25, 0.25, 0.25, 0.25, 1}; !slices.Equal(values, want) {
+			t.Errorf("got values %v, want %v", values, want)
+		}
+	})
+}
+
+// A worker that did not get the answer to its last report says it again.
+func TestExternalEndSaidAgain(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		for _, id := range []string{"completed", "empty", "failed"} {
+			api.external(id)
+		}
+		const (
+			taken     = `200 {"event_id":"e-2"}`
+			completed = `409 {"error":"task is finished","code":"task_finished","status":"completed"}`
+			failed    = `409 {"error":"task is finished","code":"task_finished","status":"failed"}`
+		)
+		for range 2 {
+			api.checkPost("completed/complete", `{"result":{"a": [1, "<é>"]}}`, taken)
+			api.checkPost("empty/complete", `{}`, taken)
+			api.checkPost("failed/fail", `{"error":"no luck"}`, taken)
+		}
+		api.checkPost("completed/complete", `{"result":{"a":[1,"<é>"]}}`, taken)
+		api.checkPost("empty/complete", `{"result":null}`, taken)
+		api.checkPost("completed/complete", `{"result":{"a":[1,"<è>"]}}`, completed)
+		api.checkPost("completed/complete", `{}`, completed)
+		api.checkPost("completed/fail", `{"error":"no luck"}`, completed)
+		api.checkPost("failed/fail", `{"error":"no"}`, failed)
+		api.checkPost("failed/complete", `{}`, failed)
+		api.follow("completed").checkStory("connection_open task_started task_completed connection_close:task_completed")
+	})
+}
+
+// A worker that numbers its reports may say one again.
+func TestExternalProgressSaidAgain(t *testing.T) {
+	apiTest(t, "TASK_TIMEOUT_SECONDS=10", func(t *testing.T, api *apiFixture) {
+		api.external("a")
+		stream := api.follow("a")
+		const again = `200 {"event_id":"e-3","repeated":true}`
+		api.checkPost("a/progress", `{"value":0.1,"seq":1}`, `200 {"event_id":"e-2"}`)
+		api.checkPost("a/progress", `{"value":0.5,"seq":7}`, `200 {"event_id":"e-3"}`)
+		for range 3 { // which is a sign of life
+			time.Sleep(9 * time.Second)
+			api.checkPost("a/progress", `{"value":0.5,"seq":7}`, again)
+		}
+		api.checkPost("a/progress", `{"value":0.9,"seq":3}`, again)
+		api.checkPost("a/progress", `{"value":0.6}`, `200 {"event_id":"e-4"}`)
+		api.checkPost("a/complete", `{"result":1}`, `200 {"event_id":"e-5"}`)
+		api.checkPost("a/progress", `{"value":0.5,"seq":7}`, `200 {"event_id":"e-5","repeated":true}`)
+		api.checkPost("a/progress", `{"value":0.7,"seq":8}`, `409 {"error":"task is finished","code":"task_finished","status":"completed"}`)
+		if _, got := stream.updates(); !slices.Equal(got, []float64{0.1, 0.5, 0.6}) {
+			t.Errorf("got values %v, want each report once", got)
+		}
+		time.Sleep(time.Minute)
+		api.checkStatus("a", taskCompleted, "")
+	})
+}
+
+func TestTaskHistory(t *testing.T) {
+	apiTest(t, "TASK_EVENT_LIMIT=5000", func(t *testing.T, api *apiFixture) {
+		api.external("a")
+		api.post("a/progress", `{"text":"<1>","value":0.5}`)
+		const (
+			head     = `"task_id":"a","timestamp":"2000-01-01T00:00:00Z","data":`
+			started  = `{"id":"e-1","data":{"event_type":"task_started",` + head + `null}}`
+			progress = `{"id":"e-2","data":{"event_type":"progress_update",` + head + `{"text":"<1>","value":0.5}}}`
+		)
+		checkEvents := func(query, want string) {
+			t.Helper()
+			api.check("GET", "/api/tasks/a/events"+query, "", "200 "+want)
+		}
+		all := `{"events":[` + started + `,` + progress + `],"status":"running"}`
+		for _, query := range []string{"", "?after=", "?after=e-0", "?after=f-1", "?after=e", "?after=e-x", "?after=e-3", "?after=close", "?after=f-1.g-1"} {
+			checkEvents(query, all)
+		}
+		checkEvents("?after=f-1.e-1", `{"events":[`+progress+`],"status":"running"}`) // of a page
+		checkEvents("?after=e-1", `{"events":[`+progress+`],"status":"running"}`)
+		checkEvents("?after=e-2", `{"events":[],"status":"running"}`)
+		api.check("GET", "/api/tasks/b/events", "", `404 {"error":"task not found","code":"task_not_found"}`)
+
+		for range 2 * maxTaskPage {
+			api.post("a/progress", `{"value":0.5}`)
+		}
+		api.post("a/complete", `{}`)
+		after, total := "", 0
+		for range 4 {
+			w := api.request("GET", "/api/tasks/a/events?after="+after, "")
+			var page struct {
+				Events []struct {
+					ID   string
+					Data json.RawMessage
+				}
+				Status taskStatus
+			}
+			if err := json.Unmarshal(w.Body.Bytes(), &page); err != nil || page.Status != taskCompleted || len(page.Events) > maxTaskPage {
+				t.Fatalf("got %d events, status %s, %v", len(page.Events), page.Status, err)
+			}
+			if h := w.Header(); h.Get("Content-Type") != "application/json" || h.Get("Cache-Control") != "no-store" {
+				t.Errorf("got headers %v", h)
+			}
+			if len(page.Events) == 0 {
+				break
+			}
+			total += len(page.Events)
+			after = page.Events[len(page.Events)-1].ID
+		}
+		if want := 2*maxTaskPage + 3; total != want || after != fmt.Sprint("e-", want) {
+			t.Errorf("got %d events up to %s, want %d", total, after, want)
+		}
+	})
+}
+
+func TestTaskFailureIsLogged(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.external("a")
+		api.post("a/fail", `{"error":"no luck"}`)
+		api.external("b")
+		api.post("b/complete", `{}`)
+		api.external("c")
+		api.post("c/cancel", ``)
+		api.start(`{"type":"failing","params":{"delay":0}}`)
+		api.settle()
+		log := api.logged.String()
+		if got := strings.Count(log, `msg="task failed"`); got != 2 || !strings.Contains(log, `level=INFO msg="task failed" task_id=a type=external err="no luck"`+"\n") {
+			t.Errorf("got %d lines, want 2:\n%s", got, log)
+		}
+	})
+}
+
+// Clients exist that break at a line of 65,536 bytes: each event has one line, and fits.
+func TestEventsFitOneLine(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		checkFits := func(stream *apiStream, least int) {
+			t.Helper()
+			longest := 0
+			for _, e := range stream.events() {
+				longest = max(longest, len(e.Data))
+			}
+			if longest < least || longest > maxEventData {
+				t.Errorf("got data of %d bytes, want from %d to %d", longest, least, maxEventData)
+			}
+		}
+		zeros := strings.Repeat(`\u0000`, maxTaskText)
+		for i, body := range []string{
+			`{"result":"` + strings.Repeat("x", maxTaskResult-2) + `"}`,
+			`{"error":"` + zeros + `"}`,
+		} {
+			id := fmt.Sprint(i, strings.Repeat("x", maxID-1))
+			api.external(id)
+			api.checkPost(id+"/progress", `{"text":"`+zeros+`","value":0.123456789123456789}`, `200 {"event_id":"e-2"}`)
+			api.checkPost(id+[]string{"/complete", "/fail"}[i], body, `200 {"event_id":"e-3"}`)
+			checkFits(api.follow(id), 6*maxTaskText)
+		}
+		checkFits(api.follow(api.demo(taskReturns(strings.Repeat("x", maxTaskResult-2), nil))), maxTaskResult)
+		api.checkAnnounce(`{"request_id":"r","version":"1","changelog":"`+strings.Repeat("\u2028", (maxEventData-31)/6)+`"}`,
+			`202 {"delivered":false,"requestId":"r","status":"queued"}`)
+		checkFits(api.subscribe("r"), maxEventData-6)
+		api.checkAnnounce(`{"request_id":"r","version":"1","changelog":"`+strings.Repeat("\u2028", (maxEventData-31)/6+1)+`"}`,
+			`413 {"error":"version and changelog have more than 64000 bytes in JSON","code":"too_large"}`)
+	})
+}
+
+// The tasks that finished first make room for others.
+func TestTaskMemoryForgetsTheOldest(t *testing.T) {
+	apiTest(t, "TASK_MEMORY_BYTES=1000000", func(t *testing.T, api *apiFixture) {
+		api.external("running")
+		result := strings.Repeat("x", 50000)
+		complete := func(id string) string { return api.post(id+"/complete", `{"result":"`+result+`"}`) }
+		for i := range 100 {
+			id := fmt.Sprint("task-", i)
+			api.external(id)
+			if got := complete(id); got[:4] != "200 " || got != complete(id) {
+				t.Fatalf("task %d: got %s, which is not remembered", i, got)
+			}
+			if got := api.tasks.memory.held; got > 1000000 {
+				t.Fatalf("%d bytes are held", got)
+			}
+		}
+		fit := 1000000 / 58500 // a result takes seven pages, and the rest of its task a kilobyte
+		for i := range 100 {
+			got, want := api.status(fmt.Sprint("task-", i))[:3], "404"
+			if i >= 100-fit {
+				want = "200"
+			}
+			if got != want {
+				t.Errorf("task %d: got %s, want %s", i, got, want)
+			}
+		}
+		api.checkStatus("running", taskRunning, "")
+	})
+}
+
+// When nothing has finished, nobody loses what a follower has not got yet but by a newer report, and ends come through.
+func TestTaskMemoryOfRunningTasks(t *testing.T) {
+	apiTest(t, "TASK_MEMORY_BYTES=100000", func(t *testing.T, api *apiFixture) {
+		const full = `503 {"error":"tasks that have not finished hold all memory","code":"memory_full"}`
+		api.external("a")
+		api.external("b")
+		text := strings.Repeat("x", 1000)
+		for n := range 200 {
+			if got := api.post("a/progress", fmt.Sprintf(`{"text":"%d %s","value":0.5}`, n, text)); got != fmt.Sprintf(`200 {"event_id":"e-%d"}`, n+2) {
+				t.Fatalf("report %d: got %s", n, got)
+			}
+			if got := api.tasks.memory.held; got > 100000 {
+				t.Fatalf("%d bytes are held", got)
+			}
+		}
+		api.check("POST", "/api/tasks", `{"type":"external"}`, full)
+		api.check("POST", "/api/tasks", `{"type":"demo"}`, full)
+		stream := api.follow("a")
+		texts, _ := stream.updates()
+		if n := len(texts); n < 60 || n > 80 || texts[n-1] != "199 "+text || !strings.HasPrefix(stream.story(), "connection_open task_started progress_update") {
+			t.Errorf("got %d reports up to %.10q, want the first event and the newest reports", n, texts[n-1])
+		}
+		api.post("b/progress", `{"text":"first `+text+`"}`)
+		api.post("b/progress", `{"text":"only `+text+`"}`)
+		if texts, _ := api.follow("b").updates(); !slices.Equal(texts, []string{"only " + text}) {
+			t.Errorf("the other task: got %q, want its own report", texts)
+		}
+		if got := api.metric(`sse_outbox_dropped_total{service="task",reason="limit"}`); got != float64(201-len(texts)) {
+			t.Errorf("got %v dropped, want %d", got, 201-len(texts))
+		}
+		api.checkPost("b/complete", `{"result":"`+strings.Repeat("x", 60000)+`"}`, `200 {"event_id":"e-4"}`)
+		api.follow("b").checkStory("connection_open task_started task_completed connection_close:task_completed")
+		api.checkStatus("b", taskCompleted, "")
+		api.external("c") // for which b is forgotten
+		api.check("GET", "/api/tasks/b/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+	})
+}
+
+// A bound is only true if what is counted is what is held. Not parallel, for it looks at the heap.
+func TestTaskMemoryIsCounted(t *testing.T) {
+	const tasks = 1500 // of the map, which grows in steps, three quarters are full then
+	external, x := `{"type":"external","params":{"task_id":"ID"}}`, strings.Repeat("x", 12<<10)
+	for _, tt := range []struct {
+		name, start string
+		steps       []string // of each task
+	}{
+		{"external", external, nil},
+		{"title", `{"type":"external","params":{"task_id":"ID","title":"` + x[:200] + `"}}`, nil},
+		{"progress", external, []string{`progress {"text":"21 of 42 rows","value":0.5}`, `progress {"value":0.75}`}},
+		{"long progress", external, []string{`progress {"text":"` + x[:3000] + `"}`, `progress {"value":0.75}`}},
+		{"small result", external, []string{`progress {"text":"21 of 42 rows","value":0.5}`, `complete {"result":42}`}},
+		{"large result", external, []string{`complete {"result":"` + x[:9000] + `","more":"` + x + `"}`}},
+		{"failure", external, []string{`fail {"error":"` + x + `"}`}},
+		{"pending", `{"type":"demo","params":{"message":"` + x[:2000] + `"}}`, nil},
+		{"run here", `{"type":"failing","params":{"delay":0,"error_message":"no luck"}}`, nil},
+	} {
+		synctest.Test(t, func(t *testing.T) { // whose timers go with it
+			api := newAPI(t, "TASK_MEMORY_BYTES=1000000000 TASK_MAX_WORKERS=1 TASK_QUEUE_LIMIT=10000")
+			api.tasks.log = slog.New(slog.DiscardHandler)
+			if tt.name == "pending" {
+				api.demo(taskWaits)
+				api.tasks.kinds["demo"] = demoTask
+			}
+			before := heapInUse()
+			for range tasks {
+				id := newToken()
+				api.start(strings.Replace(tt.start, "ID", id, 1))
+				for _, step := range tt.steps {
+					route, body, _ := strings.Cut(step, " ")
+					if w := api.request("POST", "/api/tasks/"+id+"/"+route, body); w.Code != http.StatusOK {
+						t.Fatalf("%s: got %d %s", tt.name, w.Code, w.Body)
+					}
+				}
+			}
+			if tt.name == "run here" {
+				eventually(t, patience, "all have failed", func() bool { return api.tasks.Counts()["failed"] == tasks })
+			}
+			synctest.Wait()
+			checkCounted(t, tt.name, tasks, api.tasks.memory.held, before)
+			runtime.KeepAlive(api)
+		})
+	}
 }
 
 func TestExternalWorkerLost(t *testing.T) {
@@ -711,7 +1088,7 @@ func TestExternalWorkerLost(t *testing.T) {
 		api.checkStatus("a", taskRunning, "")
 		time.Sleep(time.Nanosecond)
 		api.checkStatus("a", taskFailed, "worker lost")
-		api.checkPost("a/progress", `{"value":0}`, `409 {"error":"task is finished","code":"task_finished"}`)
+		api.checkPost("a/progress", `{"value":0}`, `409 {"error":"task is finished","code":"task_finished","status":"failed"}`)
 	})
 }
 
@@ -757,10 +1134,11 @@ func TestExternalCreationIsIdempotent(t *testing.T) {
 			api.check("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`","title":"`+title+`"}}`, want)
 		}
 		const (
-			made  = `202 {"status":"pending","stream_url":"/api/sse/tasks?task_id=a","task_id":"a"}`
-			known = `200 {"task_id":"a","type":"external","status":"running","start_time":"2000-01-01T00:00:00Z","end_time":null,` +
-				`"result":null,"error":null,"stream_url":"/api/sse/tasks?task_id=a"}`
-			taken = `409 {"error":"task_id is taken by a finished or different task","code":"task_id_taken"}`
+			made  = `202 {"status":"running","stream_url":"/api/sse/tasks?task_id=a","task_id":"a"}`
+			known = `200 {"task_id":"a","type":"external","status":"running","title":"t","progress":null,` +
+				`"start_time":"2000-01-01T00:00:00Z","end_time":null,"result":null,"error":null,"stream_url":"/api/sse/tasks?task_id=a"}`
+			taken = `409 {"error":"task_id is taken by a finished or different task","code":"task_id_taken","status":"running"}`
+			ended = `409 {"error":"task_id is taken by a finished or different task","code":"task_id_taken","status":"completed"}`
 		)
 		checkCreate("a", "t", made)
 		checkCreate("a", "t", known)
@@ -768,7 +1146,7 @@ func TestExternalCreationIsIdempotent(t *testing.T) {
 		api.follow("a").checkStory("connection_open task_started") // once
 		checkCreate(api.demo(taskWaits), "", taken)
 		api.post("a/complete", `{}`)
-		checkCreate("a", "t", taken)
+		checkCreate("a", "t", ended)
 		api.do("DELETE", "/api/tasks/a", "")
 		checkCreate("a", "t", made)
 	})

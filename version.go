@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -18,16 +19,18 @@ const (
 	maxVersion     = 256      // bytes of a version
 	maxChangelog   = 32 << 10 // bytes of a changelog
 
-	// maxVersionHeld bounds what is kept for all request IDs together, in
-	// bytes; each ID and each event counts versionOverhead. Beyond half of it
-	// only what waits is kept, and beyond all of it new IDs, and announcements
-	// to a single one, are refused.
-	maxVersionHeld  = 256 << 20
-	versionOverhead = 512
+	// maxVersionHeld bounds what is kept for all request IDs together, in bytes.
+	// Each ID takes versionOverhead, and with a connection connectedOverhead more.
+	// Beyond half of it only what waits is kept, and beyond all of it new IDs,
+	// and announcements to a single one, are refused.
+	maxVersionHeld    = 256 << 20
+	versionOverhead   = 225
+	connectedOverhead = 520
 	// tidyInterval is the longest time between two looks through the outboxes.
 	tidyInterval = 10 * time.Second
 
 	pollLimit = 10 * time.Second
+	pollAgain = time.Second // after the first poll, as a version counts when it was seen twice
 	// announceLimit bounds how long an announcement waits to learn whether it
 	// was delivered.
 	announceLimit = 10 * time.Second
@@ -42,17 +45,17 @@ type versionConfig struct {
 // VersionService tells browsers about new versions of the frontend: one by
 // its request_id, which may connect later, or all.
 //
-// Lock order: mu, then that of an outbox.
+// Lock order: mu, then that of an event log.
 type VersionService struct {
-	cfg   versionConfig
-	conns *ConnectionManager
-	log   *slog.Logger
-	met   outboxMetrics
+	cfg    versionConfig
+	conns  *ConnectionManager
+	log    *slog.Logger
+	met    outboxMetrics
+	policy *logPolicy // of the logs
 
 	mu      sync.Mutex                // guards the rest
-	policy  *outboxPolicy             // of outboxes made from now on
 	streams map[string]*versionStream // by request_id
-	held    int                       // the sum of theirs
+	memory  budget                    // of the streams
 	latest  announcement              // to everybody
 	round   uint64                    // announcements to everybody so far
 }
@@ -64,7 +67,7 @@ type outboxMetrics interface {
 
 // versionStream is one request_id.
 type versionStream struct {
-	outbox  *outbox
+	outbox  *eventLog
 	version string    // the last one appended
 	round   uint64    // the announcement to everybody that it has, or had no need of
 	alone   time.Time // since when it has no connection; zero while it has one
@@ -80,21 +83,23 @@ type announcement struct {
 var (
 	errBadVersion   = badRequest("bad_version", fmt.Sprintf("version must be a string of 1 to %d bytes", maxVersion))
 	errBadChangelog = badRequest("bad_changelog", fmt.Sprintf("changelog must be a string of at most %d bytes", maxChangelog))
+	errVersionEvent = newError(http.StatusRequestEntityTooLarge, "too_large", fmt.Sprintf("version and changelog have more than %d bytes in JSON", maxEventData))
 )
 
-func newVersionService(cfg versionConfig, epoch string, conns *ConnectionManager, log *slog.Logger, met outboxMetrics) *VersionService {
+func newVersionService(cfg versionConfig, conns *ConnectionManager, log *slog.Logger, met outboxMetrics) *VersionService {
 	return &VersionService{
 		cfg:   cfg,
 		conns: conns,
 		log:   log,
 		met:   met,
-		policy: &outboxPolicy{
+		policy: &logPolicy{
 			event:   "version",
-			epoch:   epoch,
+			epoch:   newEpoch,
 			limit:   cfg.pendingLimit,
 			dropped: func(n int) { met.RecordOutboxDropped(serviceVersion, "limit", n) },
 		},
 		streams: map[string]*versionStream{},
+		memory:  budget{limit: maxVersionHeld},
 	}
 }
 
@@ -105,41 +110,57 @@ func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end
 	if err != nil {
 		return event{}, false, err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	st, err := s.streamLocked(id, identifier, 0)
+	log, err := s.follow(id)
 	if err != nil {
 		return event{}, false, err
 	}
-	st.alone = time.Time{}
-	s.catchUpLocked(st)
-	open, end = st.outbox.Connect(c)
-	return open, end, nil
+	return follow(s.conns, identifier, c, log)
 }
 
-// streamLocked returns the stream of a request_id, with room for so many bytes.
-func (s *VersionService) streamLocked(id, identifier string, room int) (*versionStream, error) {
+// follow returns the log of a request_id for a connection that is about to be
+// made.
+func (s *VersionService) follow(id string) (*eventLog, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st, err := s.streamLocked(id, 0)
+	if err != nil {
+		return nil, err
+	}
+	st.alone = time.Time{}
+	s.catchUpLocked(st)
+	s.countLocked(id, st)
+	return st.outbox, nil
+}
+
+// connected reports whether a request_id has a stream, of its own or of a page.
+func (s *VersionService) connected(id string) bool {
+	return s.conns.Connected(serviceVersion+":"+id) || s.conns.Connected(servicePage+":"+id)
+}
+
+// streamLocked returns the stream of a request_id, with room for n bytes.
+func (s *VersionService) streamLocked(id string, n int) (*versionStream, error) {
 	st := s.streams[id]
 	if st == nil {
-		room += versionOverhead
+		n += versionOverhead + 2*len(id)
 	}
-	if room > 0 && s.held+room > maxVersionHeld {
+	if n > 0 && !s.memory.fits(n) {
 		return nil, errNoRoom
 	}
 	if st == nil {
-		st = &versionStream{outbox: newOutbox(identifier, s.conns, s.policy), alone: time.Now()}
+		st = &versionStream{outbox: newEventLog(s.policy), alone: time.Now()}
 		s.streams[id] = st
-		s.countLocked(st)
+		s.countLocked(id, st)
 	}
 	return st, nil
 }
 
-// countLocked counts anew what st holds.
-func (s *VersionService) countLocked(st *versionStream) {
-	kept, _, bytes := st.outbox.Size()
-	s.held -= st.held
-	st.held = bytes + (1+kept)*versionOverhead
-	s.held += st.held
+// countLocked counts what st holds now.
+func (s *VersionService) countLocked(id string, st *versionStream) {
+	n := versionOverhead + 2*len(id) + len(st.version) + st.outbox.Held()
+	if st.alone.IsZero() {
+		n += connectedOverhead
+	}
+	s.memory.count(&st.held, n)
 }
 
 // catchUpLocked appends the latest announcement to everybody, unless st has
@@ -154,28 +175,28 @@ func (s *VersionService) catchUpLocked(st *versionStream) (n uint64) {
 		return 0
 	}
 	st.version = s.latest.version
-	n = st.outbox.AppendShared(s.latest.data)
-	s.countLocked(st)
-	return n
+	return st.outbox.AppendShared(s.latest.data)
 }
 
 // Announce tells one request_id, at once if it is connected, otherwise when
 // it connects. It reports whether an open stream was given the event by the
 // time it returns, which is when ctx ends at the latest.
 func (s *VersionService) Announce(ctx context.Context, id string, a announcement) (delivered bool, err error) {
-	identifier, err := newIdentifier(serviceVersion, id)
-	if err != nil {
+	if _, err := newIdentifier(serviceVersion, id); err != nil {
 		return false, err
 	}
 	s.mu.Lock()
-	st, err := s.streamLocked(id, identifier, len(a.data)+versionOverhead)
+	st, err := s.streamLocked(id, heapSize(len(a.data))+entrySize)
 	if err != nil {
 		s.mu.Unlock()
 		return false, err
 	}
-	st.version = a.version
+	if a.version != s.latest.version { // which this one would tell again
+		s.catchUpLocked(st)
+	}
+	st.version, st.round = a.version, s.round
 	n := st.outbox.Append(a.data, false)
-	s.countLocked(st)
+	s.countLocked(id, st)
 	s.mu.Unlock()
 	return st.outbox.Wait(ctx, n), nil
 }
@@ -195,7 +216,7 @@ func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (deliv
 
 // versionEvent is an event that was appended.
 type versionEvent struct {
-	outbox *outbox
+	outbox *eventLog
 	n      uint64
 }
 
@@ -207,10 +228,11 @@ func (s *VersionService) TellAll(a announcement) (told []versionEvent) {
 	defer s.mu.Unlock()
 	s.latest = a
 	s.round++
-	for _, st := range s.streams {
-		if s.conns.Connected(st.outbox.identifier) {
+	for id, st := range s.streams {
+		if s.connected(id) {
 			if n := s.catchUpLocked(st); n != 0 {
 				told = append(told, versionEvent{st.outbox, n})
+				s.countLocked(id, st)
 			}
 		}
 	}
@@ -237,14 +259,13 @@ func (s *VersionService) tidy() {
 	now := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	short := s.held > maxVersionHeld/2
-	known := len(s.streams)
+	short := s.memory.held > s.memory.limit/2
 	for id, st := range s.streams {
 		if short {
 			st.outbox.Shed()
 		}
 		_, waiting, bytes := st.outbox.Size()
-		if s.conns.Connected(st.outbox.identifier) {
+		if s.connected(id) {
 			st.alone = time.Time{}
 		} else if st.alone.IsZero() {
 			st.alone = now
@@ -252,14 +273,11 @@ func (s *VersionService) tidy() {
 		forgettable := short && bytes == 0 // it gets the latest announcement to everybody anyway
 		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || forgettable) {
 			delete(s.streams, id)
-			s.held -= st.held
+			s.memory.count(&st.held, 0)
 			s.met.RecordOutboxDropped(serviceVersion, "expired", waiting)
 			continue
 		}
-		s.countLocked(st)
-	}
-	if len(s.streams) < known {
-		s.policy = s.policy.renewed()
+		s.countLocked(id, st)
 	}
 }
 
@@ -274,16 +292,17 @@ func (s *VersionService) Events() (n int) {
 	return n
 }
 
-// Poll asks, until ctx ends, for a version.json and announces a changed
-// version to everybody. The first one seen is where it starts from. What goes
-// wrong is logged when it begins and when it is over, and never announced.
+// Poll asks, until ctx ends, for a version.json. What it sees twice in a row
+// (a rolling deployment answers now this, now that) and is not the latest
+// version is announced to everybody, also the first one: it may have been
+// deployed while nobody polled. What goes wrong is logged when it begins and
+// when it is over, and never announced.
 func (s *VersionService) Poll(ctx context.Context, target string, interval time.Duration) {
 	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: dial, TLSHandshakeTimeout: dialLimit}
-	p := poller{url: target, client: &http.Client{Timeout: pollLimit, Transport: transport}}
-	ticker := time.NewTicker(interval)
-	defer ticker.Stop()
-	for known, failing := "", false; ; {
-		a, err := p.fetch(ctx)
+	client := &http.Client{Timeout: pollLimit, Transport: transport}
+	pause := min(interval, pollAgain)
+	for seen, failing := "", false; ; pause = interval {
+		a, err := fetchVersion(ctx, client, target)
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -293,44 +312,38 @@ func (s *VersionService) Poll(ctx context.Context, target string, interval time.
 			s.log.Info("polling the frontend version works again")
 		}
 		failing = err != nil
-		if err == nil && a.version != known && a.version != "" {
-			if known != "" {
+		if !failing {
+			if a.version == seen && a.version != s.Latest() {
 				s.log.Info("new frontend version", "version", a.version)
 				s.TellAll(a) // a gateway that hangs holds up no poll
 			}
-			known = a.version
+			seen = a.version
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-ticker.C:
+		case <-time.After(pause):
 		}
 	}
 }
 
-// poller fetches a version.json, again only if it has changed (RFC 9110
-// section 13).
-type poller struct {
-	url          string
-	client       *http.Client
-	etag         string
-	lastModified string
+// Latest returns the version that was last announced to everybody, or "".
+func (s *VersionService) Latest() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.latest.version
 }
 
-// fetch returns what the file says, or nothing if it has not changed.
-func (p *poller) fetch(ctx context.Context) (a announcement, err error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url, nil)
+// fetchVersion returns what a version.json says. It asks for all of it each
+// time: validators that are made of date and size miss deployments.
+func fetchVersion(ctx context.Context, client *http.Client, target string) (a announcement, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
 	if err != nil {
 		return a, withoutSecrets(err)
 	}
 	req.Header.Set("Accept", jsonType)
-	if p.etag != "" {
-		req.Header.Set("If-None-Match", p.etag)
-	}
-	if p.lastModified != "" {
-		req.Header.Set("If-Modified-Since", p.lastModified)
-	}
-	resp, err := p.client.Do(req)
+	req.Header.Set("Cache-Control", "no-cache")
+	resp, err := client.Do(req)
 	if err != nil {
 		return a, withoutSecrets(err)
 	}
@@ -338,22 +351,33 @@ func (p *poller) fetch(ctx context.Context) (a announcement, err error) {
 	switch {
 	case err != nil:
 		return a, err
-	case resp.StatusCode == http.StatusNotModified:
-		return a, nil
 	case resp.StatusCode != http.StatusOK:
 		return a, fmt.Errorf("the server of the version answered %d", resp.StatusCode)
 	case len(body) > maxVersionBody:
 		return a, errors.New("the version is too large")
 	}
-	o, err := parseObject(body)
+	o, err := parseObject(bytes.TrimPrefix(body, []byte("\ufeff")))
+	if err == nil {
+		a, err = parsePolled(o)
+	}
 	if err != nil {
 		return a, fmt.Errorf("reading the version: %w", err)
 	}
-	if a, err = parseAnnouncement(o); err != nil {
-		return a, fmt.Errorf("reading the version: %w", err)
-	}
-	p.etag, p.lastModified = resp.Header.Get("ETag"), resp.Header.Get("Last-Modified")
 	return a, nil
+}
+
+// parsePolled is parseAnnouncement for a file that a build made: a number is
+// taken as its text, and a changelog that cannot be used is left out.
+func parsePolled(o object) (announcement, error) {
+	if _, err := parseNumber(o["version"]); err == nil {
+		o["version"] = marshal(string(o["version"]))
+	}
+	a, err := parseAnnouncement(o)
+	if err != nil {
+		delete(o, "changelog")
+		a, err = parseAnnouncement(o)
+	}
+	return a, err
 }
 
 // parseAnnouncement reads {"version":"…","changelog":"…"}.
@@ -370,6 +394,9 @@ func parseAnnouncement(o object) (a announcement, err error) {
 		Version   string `json:"version"`
 		Changelog string `json:"changelog,omitempty"`
 	}{version, changelog})
+	if len(data) > maxEventData {
+		return a, errVersionEvent
+	}
 	return announcement{version, string(data)}, nil
 }
 

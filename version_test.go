@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -69,6 +72,7 @@ func TestVersionQueuedThenFlushed(t *testing.T) {
 		stream.checkStory("connection_open version:1 version:2 version:3")
 		api.checkAnnounced("r", "4", true)
 		stream.checkStory("connection_open version:1 version:2 version:3 version:4")
+		time.Sleep(settleTime)
 		stream.leave()
 		api.checkAnnounced("r", "5", false)
 		api.subscribe("r").checkStory("connection_open version:5") // each is delivered once
@@ -146,13 +150,14 @@ func TestVersionOutboxExpires(t *testing.T) {
 // ID of an event that is not the one with the same number now.
 func TestVersionAfterExpiryIsNotSkipped(t *testing.T) {
 	apiTest(t, "VERSION_PENDING_SECONDS=1000", func(t *testing.T, api *apiFixture) {
+		api.version.policy.epoch = newEpoch
 		go api.version.Tidy(t.Context())
 		stream := api.subscribe("r")
 		api.checkAnnouncedToAll("1", 1, 0)
 		stream.leave()
 		time.Sleep(2000 * time.Second)
 		api.checkAnnouncedToAll("2", 0, 0)
-		api.connect("/api/sse/utils/version?request_id=r", "e-1").checkStory("connection_open version:2")
+		api.connect("/api/sse/utils/version?request_id=r", stream.lastID()).checkStory("connection_open version:2")
 	})
 }
 
@@ -162,18 +167,43 @@ func TestVersionBroadcast(t *testing.T) {
 		api.checkAnnounced("b", "own", false)
 		a, b := api.subscribe("a"), api.subscribe("b")
 		a.checkStory("connection_open version:1")
-		b.checkStory("connection_open version:own version:1") // what is its own comes first
+		b.checkStory("connection_open version:1 version:own") // as they were announced
 		c, lost := api.subscribe("c"), api.subscribe("lost")
 		c.checkStory("connection_open version:1")
+		time.Sleep(settleTime)
+		api.conns.sweep(0) // by which they are known to have been there so long
 		c.leave()
 		lost.lose()
 		api.checkAnnouncedToAll("2", 2, 1)
 		a.checkStory("connection_open version:1 version:2")
-		b.checkStory("connection_open version:own version:1 version:2")
+		b.checkStory("connection_open version:1 version:own version:2")
 		api.checkAnnouncedToAll("3", 2, 0)
 		api.subscribe("c").checkStory("connection_open version:3") // the latest, not all
 		api.subscribe("lost").checkStory("connection_open version:2 version:3")
 		api.subscribe("a").checkStory("connection_open") // it has everything
+	})
+}
+
+// A page that gets a newer version first, and then an older one, would offer the older one.
+func TestVersionsArriveAsAnnounced(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		away := api.subscribe("away")
+		away.leave()
+		api.checkAnnounced("waits", "0", false)
+		api.checkAnnouncedToAll("1", 0, 0)
+		for _, id := range []string{"away", "waits", "fresh"} {
+			api.checkAnnounced(id, "2", false)
+		}
+		api.subscribe("away").checkStory("connection_open version:1 version:2")
+		api.subscribe("fresh").checkStory("connection_open version:1 version:2")
+		waits := api.subscribe("waits")
+		waits.checkStory("connection_open version:0 version:1 version:2")
+		time.Sleep(settleTime)
+		waits.leave()
+		api.checkAnnouncedToAll("3", 2, 0)
+		api.checkAnnounced("waits", "3", false) // the same as the broadcast: once
+		api.subscribe("waits").checkStory("connection_open version:3")
+		api.checkAnnouncedToAll("3", 0, 0)
 	})
 }
 
@@ -192,6 +222,7 @@ func TestVersionNotTwiceInARow(t *testing.T) {
 		api.checkAnnouncedToAll("1", 3, 0) // back to the old one is news again
 		a.checkStory("connection_open version:1 version:2 version:1")
 		api.checkAnnounced("a", "own", true)
+		time.Sleep(settleTime)
 		api.subscribe("a").checkStory("connection_open") // also not the one before its last
 	})
 }
@@ -215,14 +246,15 @@ func TestVersionBodies(t *testing.T) {
 		`{"version":"` + long + `"}`:       badVersion,
 		`{"version":"1","changelog":null}`: badChangelog,
 		`{"version":"1","changelog":[]}`:   badChangelog,
-		`{"version":"1","changelog":"` + longest + `"}`:                    badChangelog,
-		`{"version":"1","request_id":null}`:                                badID,
-		`{"version":"1","request_id":""}`:                                  badID,
-		`{"version":"1","request_id":"a:b"}`:                               badID,
-		`{"version":"1","request_id":"a\nb"}`:                              badID,
-		`{"version":"1","request_id":"` + long + `"}`:                      badID,
-		`{"x":"` + strings.Repeat("x", maxVersionBody) + `"}`:              `413 {"error":"request body too large","code":"too_large"}`,
-		`{"version":"` + long[1:] + `","changelog":"` + longest[1:] + `"}`: `202 {"delivered":0,"failed":0,"version":"` + long[1:] + `"}`,
+		`{"version":"1","changelog":"` + longest + `"}`:                                  badChangelog,
+		`{"version":"1","request_id":null}`:                                              badID,
+		`{"version":"1","request_id":""}`:                                                badID,
+		`{"version":"1","request_id":"a:b"}`:                                             badID,
+		`{"version":"1","request_id":"a\nb"}`:                                            badID,
+		`{"version":"1","request_id":"` + long + `"}`:                                    badID,
+		`{"x":"` + strings.Repeat("x", maxVersionBody) + `"}`:                            `413 {"error":"request body too large","code":"too_large"}`,
+		`{"version":"1","changelog":"` + strings.Repeat("\u2028", maxChangelog/3) + `"}`: `413 {"error":"version and changelog have more than 64000 bytes in JSON","code":"too_large"}`,
+		`{"version":"` + long[1:] + `","changelog":"` + longest[1:] + `"}`:               `202 {"delivered":0,"failed":0,"version":"` + long[1:] + `"}`,
 	} {
 		api.checkAnnounce(body, want)
 	}
@@ -236,12 +268,8 @@ func TestVersionBodies(t *testing.T) {
 func TestVersionMemoryIsBounded(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		api.checkAnnounced("a", "1", false)
-		one := api.version.held
-		if want := len(`{"version":"1"}`) + 2*versionOverhead; one != want {
-			t.Errorf("got %d bytes held, want %d", one, want)
-		}
-		others := maxVersionHeld - 2*one
-		api.version.held += others
+		one := api.version.memory.held
+		api.version.memory.limit = 2 * one
 		api.checkAnnounced("b", "1", false)
 		full := `503 {"error":"too many announcements or request IDs","code":"no_room"}`
 		api.checkAnnounce(`{"request_id":"c","version":"1"}`, full)
@@ -252,11 +280,13 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 		if got := len(api.version.streams); got != 2 {
 			t.Errorf("got %d outboxes, want 2", got)
 		}
+		time.Sleep(settleTime)
+		api.conns.sweep(0)
 		api.version.tidy() // keeps what waits, and whoever is there
-		api.version.held -= others
-		if got, want := api.version.held, one+versionOverhead; got != want {
-			t.Errorf("got %d bytes held after tidying, want %d", got, want)
+		if got := len(api.version.streams); got != 2 {
+			t.Errorf("got %d outboxes after tidying, want 2", got)
 		}
+		api.version.memory.limit = 8 * one
 		api.checkAnnounced("c", "1", false)
 	})
 }
@@ -265,12 +295,69 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 func TestVersionMemoryIsWhatIsKept(t *testing.T) {
 	apiTest(t, "VERSION_PENDING_LIMIT=1", func(t *testing.T, api *apiFixture) {
 		api.checkAnnounced("a", "1", false)
-		one := api.version.held
 		api.checkAnnounced("a", "2", false)
-		if got := api.version.held; got != one {
+		one := api.version.memory.held
+		for range 100 {
+			api.checkAnnounced("a", "2", false)
+		}
+		if got := api.version.memory.held; got != one {
 			t.Errorf("got %d bytes held, want %d", got, one)
 		}
 	})
+}
+
+// checkCounted wants what was counted to be what the heap has, within a tenth.
+func checkCounted(t *testing.T, what string, parts, counted int, before uint64) {
+	t.Helper()
+	held := int(heapInUse() - before)
+	t.Logf("%s: %d bytes each, counted as %d", what, held/parts, counted/parts)
+	if counted < held*9/10 || counted > held*11/10 {
+		t.Errorf("%s: %d bytes each, counted as %d", what, held/parts, counted/parts)
+	}
+}
+
+// A bound is only true if what is counted is what is held. Not parallel, for it looks at the heap.
+func TestVersionMemoryIsCounted(t *testing.T) {
+	const ids = 1500 // of the maps, which grow in steps, three quarters are full then
+	for _, tt := range []struct {
+		name      string
+		broadcast bool
+		steps     string // of each ID: c connects, a and l announce to it, l with a long changelog
+	}{
+		{"announced", false, "a"},
+		{"announced ten times", false, "lalalalala"},
+		{"connected", false, "c"},
+		{"connected and told by a broadcast", true, "c"},
+		{"connected and told", false, "ca"},
+		{"announced, connected and told", false, "alcl"},
+	} {
+		synctest.Test(t, func(t *testing.T) { // whose timers go with it
+			api := newAPI(t, "")
+			api.conns.gateway = senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
+			api.conns.log = slog.New(slog.DiscardHandler)
+			if tt.broadcast {
+				api.checkAnnouncedToAll("1.4.2", 0, 0)
+			}
+			before := heapInUse()
+			for range ids {
+				id := newToken()
+				single := `{"request_id":"` + id + `","version":"1.4.2"`
+				for _, step := range tt.steps {
+					switch step {
+					case 'c':
+						api.request("POST", "/api/sse/callback", apiConnect(newToken(), "/api/sse/utils/version?request_id="+id))
+					case 'a':
+						api.request("POST", "/api/deployments/version", single+`}`)
+					case 'l':
+						api.request("POST", "/api/deployments/version", single+`,"changelog":"`+strings.Repeat("x", 1000)+`"}`)
+					}
+				}
+			}
+			synctest.Wait()
+			checkCounted(t, tt.name, ids, api.version.memory.held, before)
+			runtime.KeepAlive(api)
+		})
+	}
 }
 
 // Whoever opens streams with one ID after the other must not fill the memory either.
@@ -289,14 +376,14 @@ func TestVersionForgetsIdleWhenMemoryIsShort(t *testing.T) {
 		if got := len(api.version.streams); got != 4 {
 			t.Errorf("with memory left: got %d outboxes, want 4", got)
 		}
-		api.version.held = maxVersionHeld/2 + 1 // as if there were others
+		api.version.memory.limit = 2*api.version.memory.held - 1
 		api.version.tidy()
 		if got, want := slices.Sorted(maps.Keys(api.version.streams)), []string{"here", "waits"}; !slices.Equal(got, want) {
 			t.Errorf("got outboxes of %q, want of %q", got, want)
 		}
 		here.checkStory("connection_open version:1 version:2")
 		api.subscribe("lost").checkStory("connection_open version:2") // as it had been waiting
-		api.subscribe("waits").checkStory("connection_open version:own version:2")
+		api.subscribe("waits").checkStory("connection_open version:1 version:own version:2")
 	})
 }
 
@@ -309,17 +396,21 @@ type versionFile struct {
 func (f versionFile) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	select {
 	case f.polls <- r:
-		(<-f.answers)(w, r)
+	case <-r.Context().Done():
+		return
+	}
+	select {
+	case answer := <-f.answers:
+		answer(w, r)
 	case <-r.Context().Done():
 	}
 }
 
-// versionAnswer answers a poll with a body, which has a validator if it is
-// 200.
+// versionAnswer answers a poll with a body, which has a validator if it is 200.
 func versionAnswer(status int, body string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if status == http.StatusOK {
-			w.Header().Set("ETag", fmt.Sprintf(`"%d"`, len(body)))
+			w.Header().Set("ETag", `"the same for each"`)
 			w.Header().Set("Last-Modified", "Sat, 01 Jan 2000 00:00:00 GMT")
 		}
 		w.WriteHeader(status)
@@ -340,12 +431,22 @@ func TestVersionPollWaitsForNoDelivery(t *testing.T) {
 	server := httptest.NewServer(file)
 	t.Cleanup(server.Close)
 	go api.version.Poll(t.Context(), server.URL, time.Millisecond)
-	for _, version := range []string{"1", "2"} {
+	for _, version := range []string{"1", "1", "2", "2"} {
 		receive(t, file.polls)
 		file.answers <- versionAnswer(200, `{"version":"`+version+`"}`)
 	}
 	receive(t, file.polls)
-	file.answers <- versionAnswer(304, "")
+	file.answers <- versionAnswer(500, "")
+}
+
+// After a start the version is not known for as long as it was not seen twice, which must not take an interval.
+func TestVersionPollIsQuickToStart(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	server := httptest.NewServer(versionAnswer(200, `{"version":"1"}`))
+	t.Cleanup(server.Close)
+	go api.version.Poll(t.Context(), server.URL, time.Hour)
+	eventually(t, patience, "the version is known", func() bool { return api.version.Latest() == "1" })
 }
 
 func TestVersionPoll(t *testing.T) {
@@ -356,6 +457,7 @@ func TestVersionPoll(t *testing.T) {
 	server := httptest.NewServer(file)
 	defer server.Close()
 	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
 	stopped := make(chan bool)
 	go func() {
 		api.version.Poll(ctx, server.URL+"/version.json?key=hidden", time.Millisecond)
@@ -368,43 +470,71 @@ func TestVersionPoll(t *testing.T) {
 		fmt.Fprint(conn, "hello\r\n")
 		conn.Close()
 	}
-	if r := <-file.polls; r.Header.Get("If-None-Match")+r.Header.Get("If-Modified-Since") != "" {
-		t.Errorf("first poll: got headers %v, want no condition", r.Header)
-	}
+	said := func(body string) http.HandlerFunc { return versionAnswer(200, body) }
+	<-file.polls
+	story := "connection_open"
 	for _, tt := range []struct {
 		name              string
 		answer            http.HandlerFunc
-		story             string // of the stream, after that
+		told              string // to the stream, after that
 		errors, recovered int    // log lines so far, after that
-		etag              string // asked for at the next poll
 	}{
-		{"baseline", versionAnswer(200, `{"version":"1","changelog":"x"}`), "", 0, 0, `"31"`},
-		{"not modified", versionAnswer(304, ""), "", 0, 0, `"31"`},
-		{"the same in another form", versionAnswer(200, ` {"version":"1"}`), "", 0, 0, `"16"`},
-		{"no HTTP", noHTTP, "", 1, 0, `"16"`},
-		{"error", versionAnswer(500, `{"version":"500"}`), "", 1, 0, `"16"`},
-		{"missing", versionAnswer(404, `{"version":"404"}`), "", 1, 0, `"16"`},
-		{"not modified after errors", versionAnswer(304, ""), "", 1, 1, `"16"`},
-		{"a page", versionAnswer(200, `<!DOCTYPE html>`), "", 2, 1, `"16"`},
-		{"too large", versionAnswer(200, `{"version":"3"}`+strings.Repeat(" ", maxVersionBody)), "", 2, 1, `"16"`},
-		{"no version", versionAnswer(200, `{"version":null}`), "", 2, 1, `"16"`},
-		{"long version", versionAnswer(200, `{"version":"`+strings.Repeat("x", maxVersion+1)+`"}`), "", 2, 1, `"16"`},
-		{"bad changelog", versionAnswer(200, `{"version":"3","changelog":1}`), "", 2, 1, `"16"`},
-		{"new version", versionAnswer(200, `{"version":"2"}`), " version:2", 2, 2, `"15"`},
-		{"roll back", versionAnswer(200, `{"version":"1","build":7}`), " version:2 version:1", 2, 2, `"25"`},
+		{"first", said(`{"version":"1","changelog":"x"}`), "", 0, 0},
+		{"seen twice", said(` {"version":"1"}`), "1", 0, 0},
+		{"still the same", said(`{"version":"1"}`), "", 0, 0},
+		{"no HTTP", noHTTP, "", 1, 0},
+		{"error", versionAnswer(500, `{"version":"500"}`), "", 1, 0},
+		{"missing", versionAnswer(404, `{"version":"404"}`), "", 1, 0},
+		{"not modified, though nobody asked", versionAnswer(304, ""), "", 1, 0},
+		{"works again", said(`{"version":"1"}`), "", 1, 1},
+		{"a page", said(`<!DOCTYPE html>`), "", 2, 1},
+		{"too large", said(`{"version":"3"}` + strings.Repeat(" ", maxVersionBody)), "", 2, 1},
+		{"no version", said(`{"version":null}`), "", 2, 1},
+		{"a list", said(`{"version":["3"]}`), "", 2, 1},
+		{"long version", said(`{"version":"` + strings.Repeat("x", maxVersion+1) + `"}`), "", 2, 1},
+		{"one pod is new", said(`{"version":"2"}`), "", 2, 2},
+		{"another is not", said(`{"version":"1"}`), "", 2, 2},
+		{"one pod is new", said(`{"version":"2"}`), "", 2, 2},
+		{"all are", said(`{"version":"2"}`), "2", 2, 2},
+		{"roll back", said(`{"version":"1","build":7}`), "", 2, 2},
+		{"seen twice", said(`{"version":"1","build":7}`), "1", 2, 2},
+		{"byte order mark", said("\ufeff" + `{"version":"3"}`), "", 2, 2},
+		{"seen twice", said("\ufeff" + `{"version":"3"}`), "3", 2, 2},
+		{"changelog null", said(`{"version":"4","changelog":null}`), "", 2, 2},
+		{"changelog a list", said(`{"version":"4","changelog":["x"]}`), "4", 2, 2},
+		{"changelog too long", said(`{"version":"5","changelog":"` + strings.Repeat("x", maxChangelog+1) + `"}`), "", 2, 2},
+		{"changelog too long in JSON", said(`{"version":"5","changelog":"` + strings.Repeat("\u2028", maxChangelog/3) + `"}`), "5", 2, 2},
+		{"a number", said(`{"version":1.10}`), "", 2, 2},
+		{"a number", said(`{"version":1.10}`), "1.10", 2, 2},
+		{"what was posted", said(`{"version":"posted"}`), "posted", 2, 2},
+		{"is announced once", said(`{"version":"posted"}`), "", 2, 2},
 	} {
+		if tt.name == "what was posted" {
+			api.checkAnnouncedToAll("posted", 1, 0)
+		}
 		file.answers <- tt.answer
 		r := <-file.polls // so the last answer has been dealt with
 		api.conns.Drain(t.Context())
-		stream.checkStory("connection_open" + tt.story)
+		if tt.told != "" {
+			story += " version:" + tt.told
+		}
+		if got := stream.story(); got != story {
+			t.Fatalf("%s: got %s, want %s", tt.name, got, story)
+		}
 		log := api.logged.String()
 		if got, again := strings.Count(log, failed), strings.Count(log, worksAgain); got != tt.errors || again != tt.recovered {
-			t.Errorf("%s: got %d errors and %d ends of them in the log, want %d and %d", tt.name, got, again, tt.errors, tt.recovered)
+			t.Fatalf("%s: got %d errors and %d ends of them in the log, want %d and %d", tt.name, got, again, tt.errors, tt.recovered)
 		}
-		if got := r.Header.Get("If-None-Match"); got != tt.etag || r.Header.Get("If-Modified-Since") == "" {
-			t.Errorf("%s: got headers %v, want If-None-Match %s and If-Modified-Since", tt.name, r.Header, tt.etag)
+		if h := r.Header; h.Get("If-None-Match")+h.Get("If-Modified-Since") != "" || h.Get("Cache-Control") != "no-cache" {
+			t.Errorf("%s: got headers %v, want no condition and no-cache", tt.name, h)
 		}
 	}
+	if got := stream.text(); !strings.Contains(got, `version {"version":"5"}`) || !strings.Contains(got, `version {"version":"1.10"}`) {
+		t.Errorf("got\n%s\nwant no changelog, and the number as its text", got)
+	}
+	fresh := api.subscribe("fresh")
+	api.conns.Drain(t.Context())
+	fresh.checkStory("connection_open version:posted")
 	stop()
 	file.answers <- noHTTP
 	<-stopped

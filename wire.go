@@ -8,50 +8,71 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"strconv"
 	"strings"
+	"unique"
 )
 
 // featuresHeader is the header of callbacks by which a gateway tells what it
-// can do, separated by commas. featureBatch is that /internal/send takes
-// batches; gatewayFeatures are those of this gateway.
+// can do, separated by commas.
+const featuresHeader = "Sse-Gateway-Features"
+
+// The features that a backend asks for: /internal/send takes batches, and an
+// event may have a retry. gatewayFeatures are those of this gateway.
 const (
-	featuresHeader  = "Sse-Gateway-Features"
 	featureBatch    = "batch"
-	gatewayFeatures = featureBatch + ", id, retry, heartbeat"
+	featureRetry    = "retry"
+	gatewayFeatures = featureBatch + ", id, " + featureRetry + ", heartbeat"
 )
+
+// features is what a gateway can do. One of another make announces none, and
+// then all are false.
+type features struct{ any, batch, retry bool }
+
+func parseFeatures(header string) (f features) {
+	for name := range strings.SplitSeq(header, ",") {
+		name = strings.TrimSpace(name)
+		f.any = f.any || name != ""
+		f.batch = f.batch || name == featureBatch
+		f.retry = f.retry || name == featureRetry
+	}
+	return f
+}
 
 // orderHeader is the header of connect callbacks by which a gateway says how
 // many requests for streams it had had by this one: <gateway>-<n>, where
 // gateway is another for each run of it. Callbacks may overtake each other.
 const orderHeader = "Sse-Gateway-Request"
 
-// requestOrder is the place of a request among those of a gateway's run.
+// requestOrder is the place of a request among those of a gateway's run. The zero
+// value is for not known.
 type requestOrder struct {
-	gateway string // "" if unknown
+	gateway unique.Handle[string]
 	n       uint64
 }
 
 func parseOrder(header string) requestOrder {
 	gateway, number, _ := strings.Cut(header, "-")
 	n, err := strconv.ParseUint(number, 10, 64)
-	if err != nil {
+	if err != nil || gateway == "" {
 		return requestOrder{}
 	}
-	return requestOrder{gateway, n}
+	return requestOrder{unique.Make(gateway), n}
 }
 
 // before reports whether the request is known to be older than other.
 func (o requestOrder) before(other requestOrder) bool {
-	return o.gateway != "" && o.gateway == other.gateway && o.n < other.n
+	return o.gateway != unique.Handle[string]{} && o.gateway == other.gateway && o.n < other.n
 }
 
 // event is one message to a browser. An empty ID or Name is left out.
 type event struct {
-	ID   string `json:"id,omitempty"`
-	Name string `json:"name"`
-	Data string `json:"data"`
+	ID    string `json:"id,omitempty"`
+	Name  string `json:"name"`
+	Data  string `json:"data"`
+	Retry int    `json:"retry,omitempty"` // reconnection time in milliseconds; 0 leaves it as it is
 }
 
 // errUnknownToken says that the gateway has no such stream, or no more.
@@ -60,11 +81,17 @@ var errUnknownToken = errors.New("unknown token")
 // closeID is the ID of the last event of a stream.
 const closeID = "close"
 
-// closeEvent is the last event of a stream. A browser that reconnects after
-// it says so by its ID, and is turned away for good.
+// closeEvent is the last event of a stream. A browser that reconnects after it
+// says so by its ID, and is turned away for good. Clients exist that ask again
+// for ever nevertheless, and so are told to take their time.
 func closeEvent(reason string) event {
-	return event{ID: closeID, Name: "connection_close", Data: fmt.Sprintf(`{"reason":%q}`, reason)}
+	retry := closeRetry + rand.IntN(closeRetry+1)
+	return event{ID: closeID, Name: "connection_close", Data: fmt.Sprintf(`{"reason":%q}`, reason), Retry: retry}
 }
+
+// closeRetry is the least reconnection time, in milliseconds, after the end of a
+// stream. The most is twice as much.
+const closeRetry = 10_000
 
 // ndjson is the media type of a batch on /internal/send: a sendRequest a line.
 const ndjson = "application/x-ndjson"
@@ -108,6 +135,9 @@ func encodeSend(b []byte, token string, e *event, end bool) []byte {
 		}
 		if e.Name != "" {
 			b = appendString(append(b, `,"name":`...), e.Name)
+		}
+		if e.Retry != 0 {
+			b = strconv.AppendInt(append(b, `,"retry":`...), int64(e.Retry), 10)
 		}
 		b = append(b, '}')
 	}

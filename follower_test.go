@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"os"
 	"runtime"
 	"slices"
 	"strconv"
@@ -17,30 +18,32 @@ import (
 )
 
 // taskLike and versionLike are policies like those of the services, with a short epoch and without a limit.
-func taskLike() outboxPolicy {
-	return outboxPolicy{event: "task_event", epoch: "x", replay: true}
+func epochX() string { return "x" }
+
+func taskLike() logPolicy {
+	return logPolicy{event: "task_event", epoch: epochX, replay: true}
 }
 
-func versionLike() outboxPolicy {
-	return outboxPolicy{event: "version", epoch: "x"}
+func versionLike() logPolicy {
+	return logPolicy{event: "version", epoch: epochX}
 }
 
 // outboxTest is a connTest with an outbox. Its streams have tokens of one letter.
 type outboxTest struct {
 	*connTest
-	outbox  *outbox
+	outbox  *eventLog
 	dropped int
 }
 
-func testOutbox(t *testing.T, policy outboxPolicy, f func(t *outboxTest)) {
+func testOutbox(t *testing.T, policy logPolicy, f func(t *outboxTest)) {
 	t.Helper()
 	testConns(t, func(t *connTest) { f(newOutboxTest(t, policy)) })
 }
 
-func newOutboxTest(t *connTest, policy outboxPolicy) *outboxTest {
+func newOutboxTest(t *connTest, policy logPolicy) *outboxTest {
 	o := &outboxTest{connTest: t}
 	policy.dropped = func(n int) { o.dropped += n }
-	o.outbox = newOutbox("task:1", t.conns, &policy)
+	o.outbox = newEventLog(&policy)
 	return o
 }
 
@@ -66,14 +69,41 @@ func (t *outboxTest) keep(data string) {
 	t.rest()
 }
 
-// connect connects a stream and checks after which event it begins.
+// follow connects a stream of which the gateway has said that it knows it.
+func (t *outboxTest) follow(c connectRequest) (open event, end bool) {
+	t.Helper()
+	c.probes = true
+	if old := t.conns.connections["task:1"]; old != nil {
+		c.replaces = old.token
+		old.owner.seen(time.Now())
+	}
+	open, end, err := follow(t.conns, "task:1", c, t.outbox)
+	if err != nil {
+		t.Error(err)
+	}
+	t.rest()
+	return open, end
+}
+
+// connect connects a stream, checks after which event it begins, and waits until what it is given counts as received.
 func (t *outboxTest) connect(token, lastEventID, wantOpen string) {
 	t.Helper()
-	open, _ := t.outbox.Connect(connectRequest{token: token, url: "/stream", lastEventID: lastEventID})
+	open, _ := t.follow(connectRequest{token: token, lastEventID: lastEventID})
 	if got := open.ID; got != wantOpen {
 		t.Errorf("%s with last event ID %q: begins after %q, want %q", token, lastEventID, got, wantOpen)
 	}
+	time.Sleep(settleTime)
 	t.rest()
+}
+
+// ok lets the gateway take a send, and then say that the stream is there.
+func (t *outboxTest) ok(send string) {
+	t.Helper()
+	t.connTest.ok(send)
+	token, _, _ := strings.Cut(send, " ")
+	if c := t.conns.connections["task:1"]; c != nil && c.token == token {
+		c.owner.seen(time.Now())
+	}
 }
 
 // delivers lets the gateway take everything, and checks what that was: one stream after the other, each in its order.
@@ -97,8 +127,8 @@ func closing(token, reason string) string {
 
 func TestOutboxNumbersEvents(t *testing.T) {
 	testOutbox(t, taskLike(), func(t *outboxTest) {
-		open, _ := t.outbox.Connect(connectRequest{token: "a", url: "/stream", lastEventID: ""})
-		if want := (event{"x-0", "connection_open", `{"status":"connected"}`}); open != want {
+		open, _ := t.follow(connectRequest{token: "a"})
+		if want := (event{ID: "x-0", Name: "connection_open", Data: `{"status":"connected"}`}); open != want {
 			t.Errorf("begins with %q, want %q", open, want)
 		}
 		for want := range uint64(3) {
@@ -107,7 +137,7 @@ func TestOutboxNumbersEvents(t *testing.T) {
 			}
 		}
 		t.rest()
-		if got, want := t.gateway.underWay[0].events[0], (event{"x-1", "task_event", "data"}); got != want {
+		if got, want := t.gateway.underWay[0].events[0], (event{ID: "x-1", Name: "task_event", Data: "data"}); got != want {
 			t.Errorf("got event %q, want %q", got, want)
 		}
 		t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
@@ -119,11 +149,10 @@ func TestOutboxNumbersEvents(t *testing.T) {
 func TestRaceCallbackOvertakesAnother(t *testing.T) {
 	testOutbox(t, taskLike(), func(t *outboxTest) {
 		connect := func(token, order string) (event, bool) {
-			defer t.rest()
-			return t.outbox.Connect(connectRequest{token: token, order: parseOrder(order)})
+			return t.follow(connectRequest{token: token, order: parseOrder(order)})
 		}
 		connect("b", "gateway-12")
-		if open, end := connect("a", "gateway-9"); open != closeEvent("replaced") || !end {
+		if open, end := connect("a", "gateway-9"); open.Data != `{"reason":"replaced"}` || !end {
 			t.Errorf("the overtaken stream begins with %v and ends at once: %t; want replaced, true", open, end)
 		}
 		t.append("one")
@@ -136,7 +165,7 @@ func TestRaceCallbackOvertakesAnother(t *testing.T) {
 }
 
 func TestOutboxWithoutNumbers(t *testing.T) {
-	testOutbox(t, outboxPolicy{event: "error", replay: true}, func(t *outboxTest) {
+	testOutbox(t, logPolicy{event: "error", replay: true}, func(t *outboxTest) {
 		t.append("not found")
 		t.end("task_not_found")
 		t.connect("a", "-1", "") // is no ID of any event either
@@ -191,7 +220,7 @@ func TestOutboxResume(t *testing.T) {
 		{"x-18446744073709551616", "x-0", "x-3"},
 		{"close", "x-0", "x-3"},
 	}
-	resume := func(t *testing.T, policy outboxPolicy, lastEventID, wantOpen string) {
+	resume := func(t *testing.T, policy logPolicy, lastEventID, wantOpen string) {
 		t.Run(fmt.Sprintf("%s after %q", policy.event, lastEventID), func(t *testing.T) {
 			testOutbox(t, policy, func(t *outboxTest) {
 				t.append("data", "data", "data")
@@ -208,15 +237,6 @@ func TestOutboxResume(t *testing.T) {
 		resume(t, taskLike(), test.lastEventID, test.task)
 		resume(t, versionLike(), test.lastEventID, test.version)
 	}
-}
-
-// A successor counts from 1 again, so an ID of the one before it would name another event.
-func TestOutboxOfRenewedPolicyTakesNoOldID(t *testing.T) {
-	policy := taskLike()
-	testOutbox(t, *policy.renewed(), func(t *outboxTest) {
-		t.append("one")
-		t.connect("a", "x-1", t.outbox.id(0))
-	})
 }
 
 // What a browser names has arrived, also if the gateway's answer to it did not. The older ones arrived all the same.
@@ -269,7 +289,7 @@ func TestOutboxRunTakenInPart(t *testing.T) {
 		answer   sendResult
 		underWay []string
 	}{
-		"the stream has ended": {sendResult{taken: 1, err: errUnknownToken}, nil},
+		"the stream has ended": {sendResult{taken: 1, err: errUnknownToken}, []string{"a x-3 3 x-4 4"}},
 		"in doubt":             {sendResult{taken: 1, err: errNoAnswer}, []string{"a end"}},
 		"one at a time":        {sendResult{taken: 1}, []string{"a x-3 3 x-4 4"}},
 	} {
@@ -466,14 +486,14 @@ func TestOutboxSize(t *testing.T) {
 		t.append("one", "two")
 		t.outbox.AppendShared("shared")
 		t.append("four")
-		want(4, 4, 10)
+		want(4, 4, 24)
 		t.connect("a", "", "x-0")
 		t.ok("a x-1 one")
-		want(4, 3, 10)
+		want(4, 3, 24)
 		t.outbox.Shed()
-		want(3, 3, 7)
+		want(3, 3, 16)
 		t.delivers("a x-2 two", "a x-3 shared", "a x-4 four")
-		want(3, 0, 7)
+		want(3, 0, 16)
 		t.outbox.Shed()
 		want(0, 0, 0)
 	})
@@ -596,7 +616,7 @@ func TestOutboxWait(t *testing.T) {
 
 		t.connect("c", "", "x-1")
 		result = t.wait(2)
-		t.connect("d", "", "x-1")
+		t.follow(connectRequest{token: "d"})
 		t.ok("d x-2 two")
 		t.wantWaited(result, waited{true, 0})
 		t.connect("e", "x-0", "x-0") // gets both again
@@ -688,6 +708,7 @@ func TestOutboxOfVersionAsksWhetherTheStreamOpened(t *testing.T) {
 		t.append("two")
 		t.wantUnderWay("a ?")
 		t.ok("a ?")
+		time.Sleep(settleTime)
 		t.onDisconnect("a")
 		t.notFound("a x-2 two")
 		t.connect("b", "", "x-1")
@@ -712,6 +733,7 @@ func TestOutboxOfVersionAsksForALimitedTime(t *testing.T) {
 		}
 		t.append("two")
 		t.delivers("a x-2 two") // then it has opened, and the browser has both
+		time.Sleep(settleTime)
 		t.connect("b", "", "x-2")
 	})
 }
@@ -723,6 +745,127 @@ func TestOutboxOfTaskDoesNotAskWhetherTheStreamOpened(t *testing.T) {
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
 		t.wantUnderWay()
+	})
+}
+
+// A browser that leaves within a second may not have read a byte. What its stream was given is for the next one.
+func TestOutboxOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
+	for name, test := range map[string]struct {
+		end  func(t *outboxTest)
+		want string // the event after which the next connection begins
+	}{
+		"left at once":         {func(t *outboxTest) { t.onDisconnect("a") }, "x-0"},
+		"left within a second": {func(t *outboxTest) { time.Sleep(settleTime - 1); t.onDisconnect("a") }, "x-0"},
+		"left after a second":  {func(t *outboxTest) { time.Sleep(settleTime); t.onDisconnect("a") }, "x-1"},
+		"replaced at once":     {func(t *outboxTest) {}, "x-0"},
+		"replaced later":       {func(t *outboxTest) { time.Sleep(settleTime) }, "x-1"},
+		"lost at once": {func(t *outboxTest) { // the gateway crashed, which is learned much later
+			time.Sleep(time.Hour)
+			go t.conns.sweep(0)
+			t.rest()
+			t.notFound("a ?")
+		}, "x-0"},
+		"lost after a sweep": {func(t *outboxTest) {
+			time.Sleep(settleTime)
+			go t.conns.sweep(0)
+			t.rest()
+			t.connTest.ok("a ?")
+			go t.conns.sweep(0)
+			t.rest()
+			t.notFound("a ?")
+		}, "x-1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			testOutbox(t, versionLike(), func(t *outboxTest) {
+				t.append("one")
+				t.follow(connectRequest{token: "a"})
+				t.connTest.ok("a x-1 one")
+				test.end(t)
+				t.connect("b", "", test.want)
+			})
+		})
+	}
+}
+
+// Also what the gateway's own answer tells of a stream that is open later than a second counts.
+func TestOutboxOfVersionSettlesWithALaterEvent(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		t.follow(connectRequest{token: "a"})
+		t.connTest.ok("a x-1 one")
+		time.Sleep(settleTime)
+		t.append("two")
+		t.connTest.ok("a x-2 two")
+		t.append("three")
+		t.notFound("a x-3 three")
+		t.connect("b", "", "x-2")
+	})
+}
+
+// What was asked for before a crash proves nothing: the answer was late.
+func TestOutboxOfVersionLateAnswerSettlesNothing(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		t.follow(connectRequest{token: "a"})
+		time.Sleep(settleTime)
+		t.connTest.ok("a x-1 one")
+		t.append("two")
+		t.notFound("a x-2 two")
+		t.connect("b", "", "x-0")
+	})
+}
+
+// A gateway that announces no features writes an empty event if it is asked before the stream is open.
+func TestOutboxOfVersionAsksNoForeignGateway(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		follow(t.conns, "task:1", connectRequest{token: "a"}, t.outbox)
+		t.rest()
+		t.buffered("a x-1 one")
+		time.Sleep(openLimit - 1)
+		t.wantUnderWay()
+		time.Sleep(1)
+		t.rest()
+		t.connTest.ok("a ?") // now it is open, or given up
+	})
+}
+
+// An event that the gateway refuses for good would be ended, replayed and refused again without end.
+func TestOutboxSkipsWhatIsRefused(t *testing.T) {
+	testOutbox(t, taskLike(), func(t *outboxTest) {
+		t.append("one", "two")
+		t.connect("a", "", "x-0")
+		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
+		t.delivers("a x-2 two")
+		if log := t.log.String(); strings.Count(log, "level=ERROR") != 1 {
+			t.Errorf("got log %s\nwant one error", log)
+		}
+	})
+}
+
+// The callback of a stream that the gateway has given up may arrive while another is decided on.
+func TestConnectAsksAgainIfTheConnectionIsAnother(t *testing.T) {
+	testOutbox(t, taskLike(), func(t *outboxTest) {
+		t.connect("a", "", "x-0")
+		ghost := connectRequest{token: "g", probes: true}
+		_, _, err := follow(t.conns, "task:1", ghost, t.outbox)
+		if err != errAskFirst {
+			t.Fatalf("got %v, want that the gateway is asked", err)
+		}
+		asked := make(chan bool)
+		go func() { asked <- t.conns.Ask("task:1", &ghost) }()
+		t.rest()
+		t.connTest.ok("a ?")
+		t.connTest.ok("g ?") // and then it died, and its answer is late
+		t.connect("b", "", "x-0")
+		t.delivers(closing("a", "replaced"))
+		if !<-asked {
+			t.Error("the gateway knew it")
+		}
+		if _, _, err := follow(t.conns, "task:1", ghost, t.outbox); err != errAskFirst {
+			t.Errorf("got %v, want that the gateway is asked again", err)
+		}
+		t.wantConnections("task:1 b")
 	})
 }
 
@@ -793,7 +936,7 @@ func TestRaceTwoConnectsAtOnce(t *testing.T) {
 		for range 100 {
 			var both sync.WaitGroup
 			for _, token := range []string{"a", "b"} {
-				both.Go(func() { t.outbox.Connect(connectRequest{token: token, url: "/stream", lastEventID: ""}) })
+				both.Go(func() { follow(t.conns, "task:1", connectRequest{token: token}, t.outbox) })
 			}
 			both.Wait()
 			t.rest()
@@ -831,7 +974,7 @@ func TestRaceAppendDuringFlush(t *testing.T) {
 // The gateway took the event and its answer came too late, or it did not take it: nobody but the browser knows. It is
 // sent away, and comes back with the last ID that it has.
 func TestRaceTimeoutOfSend(t *testing.T) {
-	timeout := func(name string, policy outboxPolicy, lastEventID string, want ...string) {
+	timeout := func(name string, policy logPolicy, lastEventID string, want ...string) {
 		t.Run(name+" of "+policy.event, func(t *testing.T) {
 			testOutbox(t, policy, func(t *outboxTest) {
 				t.append("one", "two")
@@ -846,7 +989,7 @@ func TestRaceTimeoutOfSend(t *testing.T) {
 			})
 		})
 	}
-	for _, policy := range []outboxPolicy{taskLike(), versionLike()} {
+	for _, policy := range []logPolicy{taskLike(), versionLike()} {
 		timeout("performed", policy, "x-1", "b x-2 two")
 		timeout("not performed", policy, "x-0", "b x-1 one", "b x-2 two")
 	}
@@ -883,8 +1026,8 @@ func TestOutboxKeepsOneOrderForManyProducers(t *testing.T) {
 		return sendResult{taken: len(events)}
 	}), slog.New(slog.DiscardHandler), noConnectionMetrics{})
 	policy := taskLike()
-	o := newOutbox("task:1", conns, &policy)
-	o.Connect(connectRequest{token: "a", url: "/", lastEventID: ""})
+	o := newEventLog(&policy)
+	follow(conns, "task:1", connectRequest{token: "a"}, o)
 	var wg sync.WaitGroup
 	for range producers {
 		wg.Go(func() {
@@ -905,28 +1048,34 @@ func TestOutboxKeepsOneOrderForManyProducers(t *testing.T) {
 	}
 }
 
-// The model: an outbox, and around it a network, a gateway and browsers that do at random whatever they may do. A
-// browser that sees an event twice, not in order, or after a gap fails the test at once.
+// The model: an event log with its followers, and around them a network, a gateway and browsers that do at random
+// whatever they may do. A browser that sees an event twice, not in order, or after a gap fails the test at once.
 
-// world is a gateway, its streams and the browsers that follow one identifier.
+// world is a gateway, its streams and the browsers that follow one identifier: a log, or as a page several.
 type world struct {
 	*outboxTest
+	logs        []*eventLog // the first is outbox
 	rand        *rand.Rand
+	pages       int // that may be loaded besides the first
 	browsers    []*simBrowser
+	run         int // of the gateway
 	streams     []*simStream
 	performed   map[*stepped]sendResult // sends that were done but not answered
 	late        []*stepped              // sends that failed, but that the gateway may yet do
-	disconnects []string                // tokens of disconnect callbacks on the way
-	written     map[uint64]bool         // numbers of events that an open stream has taken
+	disconnects []*simStream            // disconnect callbacks on the way
 }
 
-// simBrowser is a page with an EventSource.
+// promptly bounds how long a browser takes to read, a callback's answer to arrive and a disconnect callback to be made,
+// if it is made at all. Together they are less than settleTime.
+const promptly = settleTime / 4
+
+// simBrowser is a page with an EventSource. What it has of each log is in its last event ID.
 type simBrowser struct {
-	t        *testing.T
-	stream   *simStream // nil after its end, until the browser reconnects
-	lastID   string     // last event ID
-	position uint64     // number of the last event that it has
-	reason   string     // data of connection_close, after which it does not come back
+	t      *testing.T
+	stream *simStream        // nil after its end, until the browser reconnects
+	lastID string            // last event ID
+	has    map[string]uint64 // what that says, or the one before connection_close
+	reason string            // data of connection_close, after which it does not come back
 }
 
 func (b *simBrowser) follows() bool { return b.stream != nil }
@@ -935,95 +1084,233 @@ func (b *simBrowser) away() bool    { return b.stream == nil && b.reason == "" }
 // receive takes an event as it comes out of the stream.
 func (b *simBrowser) receive(e event) {
 	b.t.Helper()
-	n, _ := strconv.ParseUint(strings.TrimPrefix(e.ID, "x-"), 10, 64)
-	switch {
-	case e.ID == closeID:
+	had, has := parsePositions(b.lastID), parsePositions(e.ID)
+	if e.ID == closeID {
 		b.reason = e.Data
-	case e.Name == "connection_open" && b.lastID == "":
-		b.position = n
-	case e.Name == "connection_open" && n != b.position:
-		b.t.Errorf("a browser that has %d goes on after %d", b.position, n)
-	case e.Name == "connection_open":
-	case n != b.position+1:
-		b.t.Errorf("a browser that has %d gets %d", b.position, n)
-	default:
-		b.position = n
+	} else {
+		b.has = has
+	}
+	for _, log := range b.stream.logs {
+		before, known := had[log.epoch]
+		after := has[log.epoch]
+		switch {
+		case e.ID == closeID:
+		case e.Name == "connection_open" && (after == before || !known && !log.policy.replay):
+		case e.Name != "connection_open" && after == before && e.Data != log.epoch:
+		case e.Name != "connection_open" && after == before+1 && e.Data == log.epoch:
+		default:
+			b.t.Errorf("a browser that has %s gets %s %s %s", b.lastID, e.ID, e.Name, e.Data)
+		}
 	}
 	b.lastID = e.ID
 }
 
 // simStream is a stream as the gateway knows it.
 type simStream struct {
-	token   string
-	browser *simBrowser // may have left without the gateway's knowledge
-	first   event       // the backend's answer to the connect callback
-	open    bool        // the answer has arrived
-	buffer  []event     // for when it opens
-	ending  bool        // when the buffer is written
-	ended   bool
+	token    string
+	browser  *simBrowser // may have left without the gateway's knowledge
+	logs     []*eventLog
+	request  connectRequest
+	sent     bool      // the connect callback has reached the backend, be it late
+	answered time.Time // when the backend has decided
+	err      error     // its refusal
+	first    event     // its answer, and whether that ends the stream
+	end      bool
+	opened   time.Time // when the answer has reached the gateway
+	buffer   []event   // for when it opens
+	wire     []event   // written, but not read by the browser
+	written  []string  // IDs of all that was written
+	ending   bool      // when the buffer is written
+	ended    time.Time
 }
 
-func (s *simStream) opening() bool { return !s.open && !s.ended }
-func (s *simStream) left() bool    { return !s.ended && s.browser.stream != s }
+func (s *simStream) gone() bool     { return !s.ended.IsZero() }
+func (s *simStream) isOpen() bool   { return !s.opened.IsZero() && !s.gone() }
+func (s *simStream) opening() bool  { return s.opened.IsZero() && !s.gone() }
+func (s *simStream) waits() bool    { return s.opening() && !s.answered.IsZero() }
+func (s *simStream) left() bool     { return !s.gone() && s.browser.stream != s }
+func (s *simStream) unread() bool   { return s.isOpen() && len(s.wire) > 0 }
+func (s *simStream) underWay() bool { return !s.sent }
 
-func newWorld(t *testing.T, policy outboxPolicy, seed uint64) *world {
+// newWorld makes a world with one log, or with that and some of tasks.
+func newWorld(t *testing.T, policy logPolicy, tasks int, seed uint64) *world {
 	w := &world{
 		outboxTest: newOutboxTest(newConnTest(t), policy),
 		rand:       rand.New(rand.NewPCG(seed, 0)),
 		browsers:   []*simBrowser{{t: t}},
 		performed:  map[*stepped]sendResult{},
-		written:    map[uint64]bool{},
 	}
 	w.gateway.batches = seed%2 == 1
+	if seed%4 > 1 {
+		w.pages = 1000
+	}
+	w.logs = append(w.logs, w.outbox)
+	for i := range tasks {
+		epoch := string(rune('a' + i))
+		task := taskLike()
+		task.epoch = func() string { return epoch }
+		w.logs = append(w.logs, newEventLog(&task))
+	}
 	return w
 }
 
-// connect makes b a new stream, which the backend accepts.
+// connect has b ask the gateway for a stream. The connect callback arrives some time later.
 func (w *world) connect(b *simBrowser) {
-	w.Helper()
 	s := &simStream{token: fmt.Sprint("t", len(w.streams)), browser: b}
+	order := parseOrder(fmt.Sprint("run", w.run, "-", len(w.streams)))
+	s.request = connectRequest{token: s.token, lastEventID: b.lastID, order: order, probes: true}
+	s.logs = w.logs[:1]
+	for _, log := range w.logs[1:] { // another set of tasks each time
+		if w.rand.IntN(3) > 0 {
+			s.logs = append(slices.Clip(s.logs), log)
+		}
+	}
 	w.streams = append(w.streams, s)
 	b.stream = s
-	s.first, _ = w.outbox.Connect(connectRequest{token: s.token, url: "/stream", lastEventID: b.lastID})
-	w.rest()
-	after, _ := w.outbox.parseID(s.first.ID)
-	for n := range after {
-		if !w.written[n+1] {
-			w.Errorf("%s begins after %d, but nobody got %d", s.token, after, n+1)
+}
+
+// follow makes a stream the connection.
+func (w *world) follow(s *simStream) (open event, end bool, err error) {
+	if len(w.logs) == 1 {
+		return follow(w.conns, "task:1", s.request, w.outbox)
+	}
+	f := &follower{identifier: "task:1", page: true}
+	return f.connect(w.conns, s.request, func() []*eventLog { return s.logs })
+}
+
+// arrives is when the connect callback reaches the backend, which may have to ask the gateway before it decides.
+func (w *world) arrives(s *simStream) {
+	w.Helper()
+	s.sent = true
+	go func() {
+		open, end, err := w.follow(s)
+		for err == errAskFirst && w.conns.Ask("task:1", &s.request) {
+			open, end, err = w.follow(s)
 		}
+		s.first, s.end, s.err, s.answered = open, end, err, time.Now()
+		for n := range parsePositions(open.ID)["x"] {
+			if err == nil && s.request.lastEventID == "" && !w.received(n+1) {
+				w.Errorf("%s begins after %s, but nobody got %d", s.token, open.ID, n+1)
+			}
+		}
+	}()
+	w.rest()
+}
+
+// received reports whether a browser has event n, or had the time to read it on a stream of its own.
+func (w *world) received(n uint64) bool {
+	for _, b := range w.browsers {
+		if b.has["x"] >= n {
+			return true
+		}
+	}
+	return slices.ContainsFunc(w.streams, func(s *simStream) bool {
+		end := s.ended
+		if end.IsZero() {
+			end = time.Now()
+		}
+		wrote := slices.ContainsFunc(s.written, func(id string) bool { return parsePositions(id)["x"] == n })
+		return wrote && end.Sub(s.opened) >= promptly
+	})
+}
+
+// opens is when the answer to the connect callback reaches the gateway.
+func (w *world) opens(s *simStream) {
+	w.Helper()
+	if s.err != nil { // the browser comes back
+		w.ends(s, false)
+		return
+	}
+	s.opened = time.Now()
+	for _, e := range append([]event{s.first}, s.buffer...) {
+		w.write(s, e)
+	}
+	if s.ending || s.end {
+		w.ends(s, true)
 	}
 }
 
 // write puts an event on an open stream.
 func (w *world) write(s *simStream, e event) {
-	w.Helper()
-	if n, ok := w.outbox.parseID(e.ID); ok && e != s.first {
-		w.written[n] = true
+	if e.Name != "connection_open" {
+		s.written = append(s.written, e.ID)
 	}
-	if s.browser.stream == s {
-		s.browser.receive(e)
-	}
+	s.wire = append(s.wire, e)
 }
 
-// opens is the moment when the answer to the connect callback arrives at the gateway.
-func (w *world) opens(s *simStream) {
+// read is when the browser takes what was written.
+func (w *world) read(s *simStream) {
 	w.Helper()
-	s.open = true
-	for _, e := range append([]event{s.first}, s.buffer...) {
-		w.write(s, e)
+	for _, e := range s.wire {
+		if s.browser.stream == s {
+			s.browser.receive(e)
+		}
+		if w.pages == 0 && strings.Contains(e.Data, "replaced") && s.browser.stream == s {
+			w.Errorf("%s was replaced, but there is no other page", s.token)
+		}
 	}
-	if s.ending {
-		w.ends(s)
-	}
+	s.wire = nil
 }
 
-// ends ends a stream. The gateway tells the backend some time later.
-func (w *world) ends(s *simStream) {
-	s.ended = true
+// ends ends a stream. If it was open the gateway tells the backend, and what was written may arrive before.
+func (w *world) ends(s *simStream, clean bool) {
+	w.Helper()
+	if clean || w.rand.IntN(2) == 0 {
+		w.read(s)
+	}
+	s.ended = time.Now()
 	if s.browser.stream == s {
 		s.browser.stream = nil
 	}
-	w.disconnects = append(w.disconnects, s.token)
+	if !s.opened.IsZero() {
+		w.disconnects = append(w.disconnects, s)
+	}
+}
+
+// crash is SIGKILL for the gateway: what it knew is gone, and what it had sent may arrive yet.
+func (w *world) crash() {
+	w.Helper()
+	for _, s := range w.streams {
+		if !s.gone() {
+			w.ends(s, false)
+		}
+	}
+	w.disconnects = nil
+	w.run++
+}
+
+// pass lets some time pass. What takes longer than promptly happens before, or not at all.
+func (w *world) pass(d time.Duration) {
+	w.Helper()
+	now := time.Now().Add(d)
+	for _, s := range w.streams {
+		if s.waits() && now.Sub(s.answered) > promptly {
+			if w.rand.IntN(2) == 0 {
+				w.opens(s)
+			} else { // the gateway has given the callback up
+				w.ends(s, false)
+			}
+		}
+		if s.unread() && now.Sub(s.opened) > promptly {
+			w.read(s)
+		}
+	}
+	for _, s := range slices.Clone(w.disconnects) {
+		if now.Sub(s.ended) > promptly {
+			w.disconnect(s)
+		}
+	}
+	time.Sleep(d)
+	w.rest()
+}
+
+// disconnect is when a disconnect callback arrives, or is lost.
+func (w *world) disconnect(s *simStream) {
+	w.Helper()
+	w.disconnects = slices.DeleteFunc(w.disconnects, func(other *simStream) bool { return other == s })
+	if w.rand.IntN(4) > 0 {
+		w.onDisconnect(s.token)
+	}
 }
 
 // perform is what the gateway does with a send.
@@ -1032,31 +1319,31 @@ func (w *world) perform(p *stepped) (r sendResult) {
 	s := w.streams[slices.IndexFunc(w.streams, func(s *simStream) bool { return s.token == p.token })]
 	for i, e := range p.events {
 		switch n := w.rand.IntN(20); { // before the next of a batch
-		case i > 0 && n == 0 && !s.ended:
-			w.ends(s)
-		case i > 0 && n < 3 && s.opening():
+		case i > 0 && n == 0 && s.isOpen():
+			w.ends(s, false)
+		case i > 0 && n < 3 && s.waits():
 			w.opens(s)
 		}
 		switch {
-		case s.ended || s.ending:
+		case s.gone() || s.ending:
 			r.err = errUnknownToken
 			return r
-		case s.open:
+		case s.isOpen():
 			w.write(s, e)
 		default:
 			s.buffer = append(s.buffer, e)
 		}
-		r.taken, r.buffered = i+1, !s.open
+		r.taken, r.buffered = i+1, !s.isOpen()
 	}
 	switch {
-	case s.ended || s.ending:
+	case s.gone() || s.ending:
 		r.err = errUnknownToken
-	case s.open && p.end:
-		w.ends(s)
+	case s.isOpen() && p.end:
+		w.ends(s, true)
 	case p.end:
 		s.ending = true
 	}
-	r.buffered = r.err == nil && !s.open
+	r.buffered = r.err == nil && s.opening()
 	return r
 }
 
@@ -1073,42 +1360,57 @@ func (w *world) step() {
 	w.Helper()
 	switch n := w.rand.IntN(100); {
 	case n < 5:
-		w.append("data")
+		log := w.logs[w.rand.IntN(len(w.logs))]
+		log.Append(log.epoch, false)
+		w.rest()
 	case n < 6: // the page is loaded again, or in another tab
-		b := &simBrowser{t: w.T}
-		w.browsers = append(w.browsers, b)
-		w.connect(b)
+		if len(w.browsers) <= w.pages {
+			b := &simBrowser{t: w.T}
+			w.browsers = append(w.browsers, b)
+			w.connect(b)
+		}
 	case n < 16:
 		if b := pickOne(w.rand, w.browsers, (*simBrowser).away); b != nil {
 			w.connect(b)
 		}
-	case n < 26:
-		if s := pickOne(w.rand, w.streams, (*simStream).opening); s != nil {
+	case n < 24: // any of those under way: callbacks overtake each other
+		if s := pickOne(w.rand, w.streams, (*simStream).underWay); s != nil {
+			w.arrives(s)
+		}
+	case n < 32:
+		if s := pickOne(w.rand, w.streams, (*simStream).waits); s != nil {
 			w.opens(s)
 		}
-	case n < 29: // a browser loses its stream
+	case n < 34: // the gateway gives a callback up, which may reach the backend nevertheless
+		if s := pickOne(w.rand, w.streams, (*simStream).opening); s != nil {
+			w.ends(s, false)
+		}
+	case n < 40:
+		if s := pickOne(w.rand, w.streams, (*simStream).unread); s != nil {
+			w.read(s)
+		}
+	case n < 43: // a browser loses its stream
 		if b := pickOne(w.rand, w.browsers, (*simBrowser).follows); b != nil {
 			b.stream = nil
 		}
-	case n < 34: // and the gateway notices, perhaps much later
+	case n < 48: // and the gateway notices, perhaps much later
 		if s := pickOne(w.rand, w.streams, (*simStream).left); s != nil {
-			w.ends(s)
+			w.ends(s, false)
 		}
-	case n < 39: // a disconnect callback arrives, late or never
-		if len(w.disconnects) > 0 {
-			i := w.rand.IntN(len(w.disconnects))
-			if w.rand.IntN(4) > 0 {
-				w.onDisconnect(w.disconnects[i])
-			}
-			w.disconnects = slices.Delete(w.disconnects, i, i+1)
+	case n < 52:
+		if s := pickOne(w.rand, w.disconnects, (*simStream).gone); s != nil {
+			w.disconnect(s)
 		}
-	case n < 44:
-		time.Sleep(openPause)
-		w.rest()
-	case n < 46:
+	case n < 55:
+		w.pass(openPause)
+	case n < 57:
+		w.pass(settleTime)
+	case n < 58:
+		w.crash()
+	case n < 60:
 		go w.conns.sweep(0)
 		w.rest()
-	case n < 50: // the gateway does something that nobody waits for any more
+	case n < 63: // the gateway does something that nobody waits for any more
 		if len(w.late) > 0 {
 			w.perform(w.late[0])
 			w.late = w.late[1:]
@@ -1129,7 +1431,7 @@ func (w *world) network() {
 	switch fails := w.rand.IntN(10) == 0; {
 	case fails && done:
 		w.reply(p, sendResult{err: errNoAnswer})
-	case fails:
+	case fails: // a 404 that is not the gateway's own is like this, too
 		w.late = append(w.late, p)
 		w.reply(p, sendResult{err: errNoAnswer})
 	case done:
@@ -1142,9 +1444,14 @@ func (w *world) network() {
 // calm lets everything go well until no browser is away.
 func (w *world) calm() {
 	w.Helper()
-	for range 100 {
+	for range 200 {
 		go w.conns.sweep(0)
 		w.rest()
+		for _, s := range w.streams {
+			if s.underWay() {
+				w.arrives(s)
+			}
+		}
 		for all := w.gateway.all(); len(all) > 0; all = w.gateway.all() {
 			answer, done := w.performed[all[0]]
 			if !done {
@@ -1153,14 +1460,16 @@ func (w *world) calm() {
 			w.reply(all[0], answer)
 		}
 		for _, s := range w.streams {
-			if s.left() {
-				w.ends(s)
-			} else if s.opening() {
+			switch {
+			case s.left():
+				w.ends(s, false)
+			case s.waits():
 				w.opens(s)
 			}
+			w.read(s)
 		}
-		for _, token := range w.disconnects {
-			w.onDisconnect(token)
+		for _, s := range w.disconnects {
+			w.onDisconnect(s.token)
 		}
 		w.disconnects = nil
 		b := pickOne(w.rand, w.browsers, (*simBrowser).away)
@@ -1169,7 +1478,7 @@ func (w *world) calm() {
 		}
 		time.Sleep(openPause)
 		w.rest()
-		if b == nil && len(w.gateway.all()) == 0 {
+		if b == nil && len(w.gateway.all()) == 0 && !slices.ContainsFunc(w.streams, (*simStream).opening) {
 			return
 		}
 	}
@@ -1197,8 +1506,11 @@ func (w *world) check() {
 		if current && w.outbox.reason != "" {
 			w.Error("a browser still waits for the end")
 		}
-		if b.position != w.outbox.last {
-			w.Errorf("a browser has %d of %d events", b.position, w.outbox.last)
+		for _, log := range w.logs {
+			follows := current && slices.Contains(b.stream.logs, log) || !current && log == w.outbox
+			if follows && b.has[log.epoch] != log.last {
+				w.Errorf("a browser has %v, but the last is %s", b.has, log.id(log.last))
+			}
 		}
 		complete++
 	}
@@ -1207,18 +1519,28 @@ func (w *world) check() {
 	}
 }
 
+// SIDECAST_SEEDS is how many worlds of each kind there are, for a longer run.
 func TestOutboxModel(t *testing.T) {
 	t.Parallel()
-	const worlds, steps = 100, 400
-	for seed := range uint64(worlds) {
-		for _, policy := range []outboxPolicy{taskLike(), versionLike()} {
-			t.Run(fmt.Sprint(policy.event, " ", seed), func(t *testing.T) {
+	worlds, _ := strconv.ParseUint(cmp.Or(os.Getenv("SIDECAST_SEEDS"), "200"), 10, 64)
+	const steps = 400
+	for seed := range worlds {
+		for _, kind := range []struct {
+			name   string
+			policy logPolicy
+			tasks  int
+		}{{"task", taskLike(), 0}, {"version", versionLike(), 0}, {"page", versionLike(), 4}} {
+			t.Run(fmt.Sprint(kind.name, " ", seed), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					w := newWorld(t, policy, seed)
+					w := newWorld(t, kind.policy, kind.tasks, seed)
 					for i := range steps {
 						w.step()
-						if i == steps*3/4 && policy.replay {
-							w.end("task_completed")
+						if log := w.logs[len(w.logs)-1]; i == steps*3/4 && log.policy.replay {
+							log.End("task_completed")
+							w.rest()
+						}
+						if t.Failed() {
+							t.Fatalf("seed %d, step %d", seed, i)
 						}
 					}
 					w.calm()
@@ -1230,12 +1552,11 @@ func TestOutboxModel(t *testing.T) {
 }
 
 func BenchmarkOutboxAppendWithoutConnection(b *testing.B) {
-	conns := newConnectionManager(nil, slog.New(slog.DiscardHandler), noConnectionMetrics{})
-	for _, policy := range []outboxPolicy{taskLike(), versionLike()} {
+	for _, policy := range []logPolicy{taskLike(), versionLike()} {
 		for _, policy.limit = range []int{100, 1000} {
 			b.Run(fmt.Sprint(policy.event, "/limit=", policy.limit), func(b *testing.B) {
 				policy.dropped = func(int) {}
-				o := newOutbox("task:1", conns, &policy)
+				o := newEventLog(&policy)
 				o.Append("first", true)
 				b.ReportAllocs()
 				for b.Loop() {
@@ -1255,12 +1576,12 @@ func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 			for b.Loop() {
 				before := heapInUse()
 				conns := newConnectionManager(nil, slog.New(slog.DiscardHandler), noConnectionMetrics{})
-				all := make([]*outbox, identifiers)
+				all := make([]*eventLog, identifiers)
 				for i := range all {
 					id := newToken()
-					all[i] = newOutbox("version:"+id, conns, &policy)
+					all[i] = newEventLog(&policy)
 					if connect {
-						all[i].Connect(connectRequest{token: newToken(), url: "/api/sse/utils/version?request_id=" + id, lastEventID: ""})
+						follow(conns, "version:"+id, connectRequest{token: newToken()}, all[i])
 					}
 				}
 				b.ReportMetric(float64(heapInUse()-before)/identifiers, "B/identifier")
@@ -1277,6 +1598,8 @@ func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 func heapInUse() uint64 {
 	var m runtime.MemStats
 	runtime.GC()
+	runtime.GC() // what pools held is free only now
+	runtime.GC() // of what the first one left in pools
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc
 }

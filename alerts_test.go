@@ -1,0 +1,151 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"testing"
+)
+
+// alertTests has for each alert an hour of a quiet site, of a busy one, and of one that is broken, all of a minute a sample
+// in promtool's notation. The first two fire nothing at any time, and the last one fires, with these labels and this
+// summary, at its end.
+var alertTests = map[string]struct {
+	quiet, busy, broken series
+	labels              map[string]string
+	summary             string
+}{
+	"SidecastDown": {
+		series{`up{job="sidecast-backend",instance="b"}`: "1x60"},
+		series{`up{job="sidecast-backend",instance="b"}`: "1x20 0 1x39"}, // one scrape failed
+		series{`up{job="sidecast-backend",instance="b"}`: "1x20 0x40"},
+		map[string]string{"job": "sidecast-backend", "instance": "b"}, "sidecast-backend at b does not answer"},
+	"SidecastRestarts": {
+		series{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x60"},
+		series{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x20 2x5 3x5 4x30"}, // three deployments
+		series{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x30 2x4 3x4 4x4 5x4 6x4 7x4"},
+		map[string]string{"job": "sidecast-backend", "instance": "b"},
+		"sidecast-backend at b keeps restarting, and forgets its tasks each time"},
+	"SidecastStreamsRefused": {
+		series{connects("rejected"): "0x10 1x20 2x30", connects("accepted"): "0x60"},
+		series{connects("rejected"): "0+60x60", connects("accepted"): "0+60x60"},
+		series{connects("rejected"): "0+10x60", connects("accepted"): "100x60"},
+		map[string]string{"instance": "g"}, "The backend refuses the streams of g: do both have the same secret?"},
+	"SidecastStreamsTurnedAway": {
+		series{`gateway_refused_total{instance="g",reason="capacity"}`: "0x20 5x40"},
+		series{`gateway_refused_total{instance="g",reason="capacity"}`: "0x20 500x40"}, // one rush
+		series{`gateway_refused_total{instance="g",reason="capacity"}`: "0x20 0+10x40"},
+		map[string]string{"instance": "g"}, "g has all the streams that MAX_CONNECTIONS allows, and turns others away"},
+	"SidecastCallbacksFail": {
+		series{connects("timeout"): "0x10 1x4 2x4 3x4 4x40", connects("accepted"): "0x60"},
+		series{connects("timeout"): "0+20x60", connects("accepted"): "0+1000x60"},
+		series{connects("timeout"): "0x20 0+20x40", connects("accepted"): "0+1x60"},
+		map[string]string{"instance": "g", "action": "connect"}, "g does not reach the backend for connect callbacks"},
+	"SidecastSendsFail": {
+		series{sends("error"): "0x10 1x4 2x4 3x40", sends("success"): "0x60"},
+		series{sends("error"): "0+20x60", sends("success"): "0+1000x60"},
+		series{sends("error"): "0x20 0+20x40", sends("success"): "0+1x60"},
+		map[string]string{"instance": "b"}, "b fails to give events to the gateway"},
+	"SidecastSendsSlow": {
+		series{took("1"): "0x60", took("2.5"): "0x10 1x10 2x40", took("+Inf"): "0x10 1x10 2x40", tookCount: "0x10 1x10 2x40"},
+		series{took("1"): "0+1000x60", took("2.5"): "0+1005x60", took("+Inf"): "0+1005x60", tookCount: "0+1005x60"},
+		series{took("1"): "0+10x60", took("2.5"): "0+10x60", took("5"): "0+20x60", took("+Inf"): "0+20x60", tookCount: "0+20x60"},
+		map[string]string{"instance": "b"}, "One send of b in a hundred takes 4.95s"},
+	"SidecastStreamsCut": {
+		series{ended("error"): "0+4x60", ended("client_closed"): "0x60"}, // one slow phone
+		series{ended("error"): "0+50x60", ended("client_closed"): "0+1000x60"},
+		series{ended("error"): "0+50x60", ended("client_closed"): "0+100x60"},
+		map[string]string{"instance": "g"}, "Many clients of g are too slow for what they are sent"},
+	"SidecastConnectionsDiffer": {
+		series{`sse_gateway_active_connections{service="task"}`: "0x60", "gateway_streams": "8x60"},
+		series{`sse_gateway_active_connections{service="task"}`: "1000+10x60", "gateway_streams": "1050+10x60"},
+		series{`sse_gateway_active_connections{service="task"}`: "100x60", "gateway_streams": "70x60"},
+		nil, "Backends and gateways disagree by 30 streams, for longer than a sweep"},
+	"SidecastEventsDropped": {
+		series{`sse_outbox_dropped_total{instance="b",service="task",reason="limit"}`: "0x10 500x50", sends("success"): "0x60"},
+		series{`sse_outbox_dropped_total{instance="b",service="task",reason="limit"}`: "0+200x60", sends("success"): "0+5000x60"},
+		series{`sse_outbox_dropped_total{instance="b",service="task",reason="limit"}`: "0+200x60", sends("success"): "0+500x60"},
+		map[string]string{"instance": "b", "service": "task"}, "b dropped task events: too many wait"},
+	"SidecastTasksWait": {
+		series{waiting: "0x60"},
+		series{waiting: "50x10 0 40x10 0 30x10 0x30"},
+		series{waiting: "0x30 1x30"},
+		map[string]string{"job": "sidecast-backend", "instance": "b", "status": "pending"},
+		"Tasks at b wait for a worker all the time"},
+	"SidecastTasksFail": {
+		series{tasksEnded("failed"): "0x10 1x12 2x40", tasksEnded("completed"): "0x60"}, // two in twelve minutes
+		series{tasksEnded("failed"): "0+10x60", tasksEnded("completed"): "0+20x60"},
+		series{tasksEnded("failed"): "0+2x60", tasksEnded("completed"): "0+1x60"},
+		map[string]string{"instance": "b", "type": "demo"}, "Most demo tasks at b fail"},
+	"SidecastFileDescriptors": {
+		series{fds("open"): "12x60", fds("max"): "1024x60"},
+		series{fds("open"): "700x60", fds("max"): "1000x60"},
+		series{fds("open"): "900x60", fds("max"): "1000x60"},
+		map[string]string{"job": "sidecast-gateway", "instance": "g"}, "g has 90% of its file descriptors in use"},
+}
+
+type series map[string]string
+
+const (
+	tookCount = `sse_gateway_send_duration_seconds_count{instance="b"}`
+	waiting   = `tasks{job="sidecast-backend",instance="b",status="pending"}`
+)
+
+func connects(status string) string {
+	return `gateway_callbacks_total{instance="g",action="connect",status="` + status + `"}`
+}
+func sends(status string) string {
+	return `sse_gateway_events_sent_total{instance="b",service="task",status="` + status + `"}`
+}
+func took(le string) string {
+	return `sse_gateway_send_duration_seconds_bucket{instance="b",le="` + le + `"}`
+}
+func ended(reason string) string {
+	return `gateway_streams_closed_total{instance="g",reason="` + reason + `"}`
+}
+func tasksEnded(status string) string {
+	return `task_executions_total{instance="b",type="demo",status="` + status + `"}`
+}
+func fds(which string) string {
+	return `process_` + which + `_fds{job="sidecast-gateway",instance="g"}`
+}
+
+// An alert that fires on a quiet site is soon ignored on all of them.
+func TestAlerts(t *testing.T) {
+	needs(t, "promtool")
+	t.Parallel()
+	dir := t.TempDir()
+	rules := edited(t, "deploy/alerts.yml")
+	writeFile(t, dir+"/alerts.yml", rules)
+	type object = map[string]any
+	var tests []object
+	for _, m := range regexp.MustCompile(`- alert: (\w+)`).FindAllStringSubmatch(rules, -1) {
+		alert := m[1]
+		tt, ok := alertTests[alert]
+		if !ok {
+			t.Errorf("%s has no test", alert)
+		}
+		for name, in := range map[string]series{"quiet": tt.quiet, "busy": tt.busy, "broken": tt.broken} {
+			var input, want []object
+			for key, values := range in {
+				input = append(input, object{"series": key, "values": values})
+			}
+			for minute := range 60 {
+				if name != "broken" {
+					want = append(want, object{"alertname": alert, "eval_time": fmt.Sprintf("%dm", minute), "exp_alerts": []object{}})
+				}
+			}
+			if name == "broken" {
+				want = []object{{"alertname": alert, "eval_time": "58m",
+					"exp_alerts": []object{{"exp_labels": tt.labels, "exp_annotations": object{"summary": tt.summary}}}}}
+			}
+			tests = append(tests, object{"name": alert + ", " + name, "interval": "1m", "input_series": input, "alert_rule_test": want})
+		}
+	}
+	text, err := json.Marshal(object{"rule_files": []string{"alerts.yml"}, "evaluation_interval": "1m", "tests": tests}) // JSON is YAML
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, dir+"/test.yml", string(text))
+	tool(t, "", "promtool", "test", "rules", dir+"/test.yml")
+}

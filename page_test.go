@@ -1,0 +1,240 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// page opens a page stream for tasks, after a last event ID if there is one.
+func (api *apiFixture) page(requestID, lastEventID string, taskIDs ...string) *apiStream {
+	api.t.Helper()
+	target := "/api/sse/stream?request_id=" + requestID
+	for _, id := range taskIDs {
+		target += "&task_id=" + id
+	}
+	return api.connect(target, lastEventID)
+}
+
+// taskStory is what a page got of one task, in short.
+func (s *apiStream) taskStory(id string) (words []string) {
+	for _, e := range s.events() {
+		if strings.Contains(e.Data, fmt.Sprintf(`"task_id":%q`, id)) {
+			_, word, _ := strings.Cut(e.Data, `"event_type":"`)
+			word, _, _ = strings.Cut(word, `"`)
+			if e.Name == "error" {
+				word = e.Name
+			}
+			words = append(words, word)
+		}
+	}
+	return words
+}
+
+func (s *apiStream) checkTask(id, want string) {
+	s.api.t.Helper()
+	if got := strings.Join(s.taskStory(id), " "); got != want {
+		s.api.t.Errorf("task %s: got %s, want %s", id, got, want)
+	}
+}
+
+func TestPageFollowsTasksAndVersions(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.tasks.policy.epoch, api.version.policy.epoch = newEpoch, newEpoch
+		api.external("a")
+		api.external("b")
+		one, two := api.page("one", "", "a", "b"), api.page("two", "", "b", "a")
+		own := api.follow("a")
+		api.checkAnnouncedToAll("1", 2, 0)
+		api.post("a/progress", `{"text":"","value":0.5}`)
+		api.post("b/complete", `{}`)
+		for _, page := range []*apiStream{one, two} {
+			page.checkTask("a", "task_started progress_update")
+			page.checkTask("b", "task_started task_completed")
+			if got := page.text(); strings.Count(got, ` version {"version":"1"}`) != 1 || strings.Contains(got, "connection_close") {
+				t.Errorf("got\n%s\nwant version 1 once, and no end", got)
+			}
+		}
+		own.checkStory("connection_open task_started progress_update") // beside any number of pages
+
+		// With another set of tasks, and the ID that it has, a page gets each event once.
+		api.external("c")
+		two.leave()
+		api.post("a/progress", `{"text":"","value":0.6}`)
+		again := api.page("two", two.lastID(), "a", "c")
+		again.checkTask("a", "progress_update")
+		again.checkTask("b", "")
+		again.checkTask("c", "task_started")
+		if got := again.text(); strings.Contains(got, " version ") {
+			t.Errorf("got\n%s\nwant no version again", got)
+		}
+	})
+}
+
+// The ID names the position in each log, so that nothing is kept for a page that is away.
+func TestPageEventIDs(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		epochs := []string{"aaaaaaaa", "bbbbbbbb"}
+		api.tasks.policy.epoch = func() (epoch string) { epoch, epochs = epochs[0], epochs[1:]; return epoch }
+		api.version.policy.epoch = func() string { return "vvvvvvvv" }
+		api.external("a")
+		api.external("b")
+		page := api.page("r", "", "b", "a")
+		api.settle()
+		api.checkAnnounced("r", "1", true)
+		var ids []string
+		for _, e := range page.events() {
+			ids = append(ids, e.ID)
+		}
+		want := []string{
+			"aaaaaaaa-0.bbbbbbbb-0.vvvvvvvv-0", "aaaaaaaa-1.bbbbbbbb-0.vvvvvvvv-0",
+			"aaaaaaaa-1.bbbbbbbb-1.vvvvvvvv-0", "aaaaaaaa-1.bbbbbbbb-1.vvvvvvvv-1",
+		}
+		if !slices.Equal(ids, want) {
+			t.Errorf("got IDs %q, want %q", ids, want)
+		}
+		// A task's own stream finds its part, too.
+		api.connect("/api/sse/tasks?task_id=a", page.lastID()).checkStory("connection_open")
+	})
+}
+
+// A page may know of a task before the task is made.
+func TestPageWaitsForATask(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.tasks.policy.epoch = newEpoch
+		page, gone := api.page("r", "", "later", "never"), api.page("gone", "", "later")
+		page.checkTask("later", "error")
+		page.checkTask("never", "error")
+		gone.leave()
+		if got := len(api.tasks.watched["later"]); got != 1 {
+			t.Errorf("got %d pages that wait, want 1", got)
+		}
+		before := page.lastID()
+		for _, e := range page.events() {
+			if e.Name == "error" && e.ID != "" {
+				t.Errorf("an error has ID %q", e.ID)
+			}
+		}
+		api.external("later")
+		api.post("later/complete", `{}`)
+		page.checkTask("later", "error task_started task_completed")
+		if got := len(api.tasks.watched["later"]); got != 0 {
+			t.Errorf("got %d pages that wait, want none", got)
+		}
+		page.leave()
+		again := api.page("r", page.lastID(), "later")
+		again.checkTask("later", "")
+		api.page("other", before, "later").checkTask("later", "task_started task_completed")
+		if got := len(api.tasks.watched); got != 0 {
+			t.Errorf("got %d tasks waited for, want none", got)
+		}
+	})
+}
+
+// The version stream and the page stream of one request_id are two connections; a broadcast counts them once.
+func TestPageBesideAVersionStream(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		page, own := api.page("r", ""), api.subscribe("r")
+		api.checkAnnouncedToAll("1", 1, 0)
+		api.checkAnnounced("r", "2", true)
+		page.checkStory("connection_open version:1 version:2")
+		own.checkStory("connection_open version:1 version:2")
+		if got, want := api.identifiers(), "page:r version:r"; got != want {
+			t.Errorf("got %q connected, want %q", got, want)
+		}
+		for service, want := range map[string]float64{"page": 1, "version": 1, "task": 0} {
+			if got := api.metric(fmt.Sprintf("sse_gateway_active_connections{service=%q}", service)); got != want {
+				t.Errorf("%s: got %v connections, want %v", service, got, want)
+			}
+		}
+		time.Sleep(settleTime)
+		api.page("r", "").checkStory("connection_open") // replaces the first page alone
+		page.checkStory("connection_open version:1 version:2 connection_close:replaced")
+		own.checkStory("connection_open version:1 version:2")
+	})
+}
+
+func TestPageTargets(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	many := strings.Repeat("&task_id=a", 60)
+	for i := range maxPageTasks - 1 {
+		many += fmt.Sprint("&task_id=t", i)
+	}
+	for query, want := range map[string]string{
+		"?request_id=r":                       "200 ",
+		"?request_id=r" + many:                "200 ", // one that is named twice counts once
+		"?request_id=r" + many + "&task_id=x": `400 {"error":"a page stream follows at most 50 tasks","code":"too_many_tasks"}`,
+		"?request_id=r&request_id=r":          `400 {"error":"request_id stands twice in the URL","code":"duplicate_field"}`,
+		"?task_id=a":                          `400 {"error":"` + errBadID.Error() + `","code":"bad_id"}`,
+		"?request_id=r&task_id=a:b":           `400 {"error":"` + errBadID.Error() + `","code":"bad_id"}`,
+		"?request_id=r&task_id=":              `400 {"error":"` + errBadID.Error() + `","code":"bad_id"}`,
+		"?request_id=r&lastEventId=close":     `410 {"error":"this stream is finished","code":"stream_finished"}`,
+	} {
+		if got := api.callback(apiConnect("t", "/api/sse/stream"+query)); !strings.HasPrefix(got, want) {
+			t.Errorf("%.80s: got %.200s, want %s", query, got, want)
+		}
+	}
+}
+
+// takeAll is a gateway that takes everything.
+func takeAll() *ConnectionManager {
+	gateway := senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
+	return newConnectionManager(gateway, slog.New(slog.DiscardHandler), noConnectionMetrics{})
+}
+
+// BenchmarkAppend appends to a task that pages follow, and has it delivered.
+func BenchmarkAppend(b *testing.B) {
+	for _, followers := range []int{0, 1, 100} {
+		b.Run(fmt.Sprint("followers=", followers), func(b *testing.B) {
+			conns := takeAll()
+			policy := taskLike()
+			policy.limit, policy.dropped = 1000, func(int) {}
+			log := newEventLog(&policy)
+			for i := range followers {
+				f := &follower{identifier: fmt.Sprint("page:", i), page: true}
+				f.connect(conns, connectRequest{token: newToken()}, func() []*eventLog { return []*eventLog{log} })
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				log.Append("data", false)
+			}
+			conns.Drain(b.Context())
+		})
+	}
+}
+
+// BenchmarkCatchUp gives 50,000 events to a page that has none of them: of one task, and of 50, whose IDs are longer.
+func BenchmarkCatchUp(b *testing.B) {
+	for _, tasks := range []int{1, maxPageTasks} {
+		b.Run(fmt.Sprint("tasks=", tasks), func(b *testing.B) {
+			const events = 50_000
+			taken, done := 0, make(chan bool)
+			conns := newConnectionManager(senderFunc(func(run []event) sendResult {
+				if taken += len(run); taken == events {
+					done <- true
+				}
+				return sendResult{taken: len(run)}
+			}), slog.New(slog.DiscardHandler), noConnectionMetrics{})
+			policy := taskLike()
+			policy.epoch = newEpoch
+			var logs []*eventLog
+			for range tasks {
+				log := newEventLog(&policy)
+				for range events / tasks {
+					log.Append(benchData, false)
+				}
+				logs = append(logs, log)
+			}
+			for b.Loop() {
+				f := &follower{identifier: "page:" + newToken(), page: true}
+				taken = 0
+				f.connect(conns, connectRequest{token: newToken()}, func() []*eventLog { return logs })
+				<-done
+			}
+		})
+	}
+}
