@@ -3,8 +3,10 @@ package main
 import (
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"reflect"
 	"regexp"
@@ -448,9 +450,9 @@ func TestRequestsThatOpenNoStream(t *testing.T) {
 	g.open("/" + strings.Repeat("x", 8<<10-1))
 }
 
-// More at once would take the backend's sockets and the gateway's own; the rest must wait, not fail.
+// More at once would take the backend's sockets and the gateway's own; the rest must wait, not fail. It is not parallel,
+// for all must be there before the first is given up.
 func TestConnectCallbacksAreBounded(t *testing.T) {
-	t.Parallel()
 	const clients, bound = 300, 256
 	underWay := make(chan struct{}, bound)
 	gate := make(chan struct{})
@@ -524,29 +526,30 @@ func TestPipelinedBytesEndTheStream(t *testing.T) {
 // One that leaves while it waits for its turn to be asked about takes up no room until then.
 func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	t.Parallel()
-	gate := make(chan struct{})
-	g := newGatewayFixture(t, "", holding("connect", gate, answering(200, "")))
+	backend := newStubBackend(t, nil)
+	defer backend.server.Close()
+	gateway := newGateway(gatewayConfig{CallbackURL: secret(backend.server.URL + callbackTarget), Retry: time.Second},
+		slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
 	for range maxConnecting {
-		g.get("/x")
+		gateway.connecting <- struct{}{} // nobody's turn comes
 	}
-	for range maxConnecting {
-		receive(t, g.connects)
+	server := httptest.NewServer(http.HandlerFunc(gateway.serveStream))
+	defer server.Close()
+	g := &gatewayFixture{stubBackend: backend, t: t, addr: server.Listener.Addr().String()}
+	count := func(n int64) {
+		t.Helper()
+		eventually(t, patience, fmt.Sprint(n, " streams"), func() bool { return gateway.count.Load() == n })
 	}
-	var waiting []*streamClient
-	for range 10 {
-		waiting = append(waiting, g.get("/waits"))
+	closes, resets := g.get("/x"), g.get("/x")
+	count(2)
+	closes.Close()
+	resets.reset()
+	count(0)
+	if got := gateway.met.callbacks.with("connect", "timeout").Load(); got != 0 {
+		t.Errorf("got %d callbacks that were given up, want none: the clients had left", got)
 	}
-	g.waitMetric("gateway_streams", maxConnecting+10)
-	for i, c := range waiting {
-		[]func(){func() { c.Close() }, c.reset}[i%2]()
-	}
-	g.waitMetric("gateway_streams", maxConnecting)
-	if got := g.metric(`gateway_callbacks_total{action="connect",status="timeout"}`); got != 0 {
-		t.Errorf("got %v callbacks that were given up, want none yet", got)
-	}
-	close(gate)
-	if n := len(g.connects); n != 0 {
-		t.Errorf("the backend was asked about %d that had left", n)
+	if n := len(backend.connects); n != 0 {
+		t.Errorf("the backend was asked %d times, want never", n)
 	}
 }
 
@@ -718,9 +721,9 @@ func TestGatewayShutdownIsBounded(t *testing.T) {
 	c.wantEnd()
 }
 
-// A proxy would tell a browser whose connection ends without an answer 502, and it would give up for good.
+// A proxy would tell a browser whose connection ends without an answer 502, and it would give up for good. It is not
+// parallel, for all must be there before the first is given up.
 func TestGatewayShutdownAnswersThoseThatConnect(t *testing.T) {
-	t.Parallel()
 	g := newGatewayFixture(t, "", holding("connect", nil, answering(200, "")))
 	var asked []*streamClient
 	for range maxConnecting {
