@@ -7,7 +7,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"encoding/json"
 	"log/slog"
 	"net/http"
 	"net/url"
@@ -203,59 +202,42 @@ func last(values []string) string {
 }
 
 func parseCallback(body []byte) (c callback, err error) {
-	o, err := parseObject(body)
+	var action, token, reason, request, target, headers []byte
+	err = pick(body, field{"action", &action, nil}, field{"token", &token, nil}, field{"reason", &reason, nil},
+		field{"request", &request, []field{{"url", &target, nil}, {"headers", &headers, nil}}})
 	if err != nil {
 		return c, err
 	}
-	if c.action, err = o.required("action"); err != nil {
-		return c, err
+	all := object{} // headers must be strings, if there are any
+	if headers != nil {
+		if all, err = parseObject(headers); err != nil {
+			return c, errFieldType
+		}
 	}
-	if c.action != "connect" && c.action != "disconnect" {
+	for name := range all {
+		if _, _, err := all.str(name); err != nil {
+			return c, err
+		}
+	}
+	c.lastEventID, _, _ = all.str("last-event-id")
+	for _, member := range []struct {
+		raw  []byte
+		into *string
+	}{{action, &c.action}, {token, &c.token}, {reason, new(string)}, {target, &c.url}} {
+		if member.raw == nil {
+			continue
+		}
+		if *member.into, err = parseString(member.raw); err != nil {
+			return c, err
+		}
+	}
+	switch {
+	case request != nil && request[0] != '{':
+		return c, errFieldType
+	case c.action == "" || c.token == "" || c.action == "connect" && c.url == "":
+		return c, errMissingField
+	case c.action != "connect" && c.action != "disconnect": // of which the token says it all
 		return c, errUnknownAction
 	}
-	if c.token, err = o.required("token"); err != nil {
-		return c, err
-	}
-	if _, _, err := o.str("reason"); err != nil {
-		return c, err
-	}
-	raw, ok := o["request"]
-	if !ok {
-		if c.action == "disconnect" {
-			return c, nil // the token says it all
-		}
-		return c, errMissingField
-	}
-	request, err := parseObject(raw)
-	if err != nil {
-		return c, errFieldType
-	}
-	c.url, _, err = request.str("url")
-	if err == nil && c.url == "" && c.action == "connect" {
-		err = errMissingField
-	}
-	if err != nil {
-		return c, err
-	}
-	c.lastEventID, err = headerValue(request["headers"], "last-event-id")
-	return c, err
-}
-
-// headerValue returns one of the headers of a callback, all of which must be
-// strings. No headers at all are fine.
-func headerValue(raw json.RawMessage, name string) (string, error) {
-	if raw == nil {
-		return "", nil
-	}
-	headers, err := parseObject(raw)
-	if err != nil {
-		return "", errFieldType
-	}
-	for name := range headers {
-		if _, _, err := headers.str(name); err != nil {
-			return "", err
-		}
-	}
-	value, _, err := headers.str(name)
-	return value, err
+	return c, nil
 }

@@ -360,24 +360,20 @@ func (m *ConnectionManager) sweep(interval time.Duration) {
 		m.CloseReplaced(identifier, token)
 	}
 
-	checks := make(chan check)
-	var workers sync.WaitGroup
-	for range min(sweepers, len(due)) {
-		workers.Go(func() {
-			for c := range checks {
-				if c.suspect {
-					m.endSuspect(c.identifier, c.token)
-				} else {
-					m.Probe(c.identifier, c.token)
-				}
+	var checks sync.WaitGroup
+	slots := make(chan struct{}, sweepers)
+	for _, c := range due {
+		slots <- struct{}{}
+		checks.Go(func() {
+			if c.suspect {
+				m.endSuspect(c.identifier, c.token)
+			} else {
+				m.Probe(c.identifier, c.token)
 			}
+			<-slots
 		})
 	}
-	for _, c := range due {
-		checks <- c
-	}
-	close(checks)
-	workers.Wait()
+	checks.Wait()
 }
 
 // background runs f in a goroutine that Drain waits for.

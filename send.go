@@ -147,7 +147,7 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	bodies.Put(buf) // not deferred: keepSending lasts as long as the connection
 	if r.ProtoAtLeast(1, 1) && !r.Close {
 		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
-			g.keepSending(conn, rw.Reader, appendAnswer(nil, new(httpDate).at(time.Now()), mediaType, status, text))
+			g.keepSending(conn, rw.Reader, appendAnswer(nil, time.Now(), mediaType, status, text))
 			return
 		}
 	}

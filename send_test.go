@@ -441,23 +441,6 @@ func TestSendBufferGrowsWithTheRequest(t *testing.T) {
 	}
 }
 
-func TestHTTPDate(t *testing.T) {
-	var d httpDate
-	at := time.Date(2026, 11, 24, 9, 59, 59, 0, time.FixedZone("", 3600))
-	for _, tt := range []struct {
-		after time.Duration
-		want  string
-	}{
-		{0, "Tue, 24 Nov 2026 08:59:59 GMT"},
-		{999 * time.Millisecond, "Tue, 24 Nov 2026 08:59:59 GMT"},
-		{time.Second, "Tue, 24 Nov 2026 09:00:00 GMT"},
-	} {
-		if got := string(d.at(at.Add(tt.after))); got != tt.want {
-			t.Errorf("after %v: got %q, want %q", tt.after, got, tt.want)
-		}
-	}
-}
-
 // What is taken is what encoding/json reads, and it is taken again when a client encodes it anew.
 func FuzzSendBody(f *testing.F) {
 	f.Add([]byte(`{"token":"a","event":{"id":"1","name":"n","data":"a\nb"},"close":true}`))

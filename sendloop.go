@@ -47,7 +47,6 @@ func (g *gateway) keepSending(conn net.Conn, read *bufio.Reader, answer []byte) 
 // sendLoop serves conn; buf is what has been read of it already.
 func (g *gateway) sendLoop(conn net.Conn, buf []byte) {
 	var text, answer []byte
-	var date httpDate
 	var deadline time.Time
 	begun := false // a request, of which deadline is the end
 	now := time.Now()
@@ -61,7 +60,7 @@ func (g *gateway) sendLoop(conn net.Conn, buf []byte) {
 		if size > 0 && len(buf) >= size {
 			var status int
 			status, text = g.answerSend(text[:0], mediaType, buf[head:size])
-			answer = appendAnswer(answer[:0], date.at(now), mediaType, status, text)
+			answer = appendAnswer(answer[:0], now, mediaType, status, text)
 			if _, err := conn.Write(answer); err != nil {
 				conn.Close()
 				return
@@ -182,21 +181,8 @@ func isPlain(part []byte) bool {
 	return true
 }
 
-// httpDate is a Date header's value, made anew once a second.
-type httpDate struct {
-	second int64
-	text   []byte
-}
-
-func (d *httpDate) at(now time.Time) []byte {
-	if second := now.Unix(); second != d.second {
-		d.second, d.text = second, now.UTC().AppendFormat(d.text[:0], http.TimeFormat)
-	}
-	return d.text
-}
-
 // appendAnswer appends a response.
-func appendAnswer(b, date []byte, mediaType string, status int, body []byte) []byte {
+func appendAnswer(b []byte, now time.Time, mediaType string, status int, body []byte) []byte {
 	b = append(b, "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)
 	b = append(b, ' ')
@@ -204,7 +190,7 @@ func appendAnswer(b, date []byte, mediaType string, status int, body []byte) []b
 	b = append(b, "\r\nContent-Type: "...)
 	b = append(b, mediaType...)
 	b = append(b, "\r\nCache-Control: no-store\r\nDate: "...)
-	b = append(b, date...)
+	b = now.UTC().AppendFormat(b, http.TimeFormat)
 	b = append(b, "\r\nContent-Length: "...)
 	b = strconv.AppendInt(b, int64(len(body)), 10)
 	b = append(b, "\r\n\r\n"...)

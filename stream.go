@@ -1,5 +1,5 @@
 // One browser's stream: order, buffer, slow clients, end. Callbacks are in
-// sidecar.go.
+// ask.go.
 
 package main
 

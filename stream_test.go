@@ -71,7 +71,7 @@ func (c *streamClient) wireString(n int) string {
 // where the work passes from one to the other.
 func TestSlowClientGetsEverything(t *testing.T) {
 	t.Parallel()
-	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304", nil)
+	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304 WRITE_TIMEOUT_SECONDS=60", nil)
 	c := g.open("/x")
 	data := muchData()
 	send := func() {

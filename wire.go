@@ -174,16 +174,10 @@ func encodeRequest(r *http.Request) json.RawMessage {
 	return bytes.Clone(append(b, "}}"...)) // kept for as long as the stream: no spare room
 }
 
+// encodeCallback is the body of a callback; without a reason it has none.
 func encodeCallback(action, reason string, s *stream) []byte {
-	b := append(make([]byte, 0, len(s.request)+128), `{"action":"`...)
-	b = append(b, action...)
 	if reason != "" {
-		b = append(b, `","reason":"`...)
-		b = append(b, reason...)
+		reason = `"reason":"` + reason + `",`
 	}
-	b = append(b, `","token":"`...)
-	b = append(b, s.token...)
-	b = append(b, `","request":`...)
-	b = append(b, s.request...)
-	return append(b, '}')
+	return fmt.Appendf(nil, `{"action":"%s",%s"token":"%s","request":%s}`, action, reason, s.token, s.request)
 }
