@@ -248,6 +248,21 @@ func freePort(t testing.TB) int {
 	return 0
 }
 
+// alone runs a test in a process of its own, for what others leave on the heap. It reports whether this is that process.
+func alone(t *testing.T) bool {
+	t.Helper()
+	t.Parallel()
+	if os.Getenv("SIDECAST_ALONE") != "" {
+		return true
+	}
+	cmd := exec.Command(os.Args[0], "-test.v", "-test.run=^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), "SIDECAST_ALONE=1")
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+		t.Errorf("%v\n%s", err, out)
+	}
+	return false
+}
+
 // eventually waits until cond holds, and fails the test if it does not within limit; what says what was waited for.
 func eventually(t testing.TB, limit time.Duration, what string, cond func() bool) {
 	t.Helper()

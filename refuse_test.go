@@ -342,7 +342,7 @@ func TestNobodyKeepsAnswers(t *testing.T) {
 	for base, requests := range map[string][]string{
 		b.URL: {"200 GET /", "200 GET /healthz", "200 GET /readyz", "200 GET /metrics", "404 GET /nothing", "405 PUT /api/tasks",
 			"200 GET /api/tasks", "404 GET /api/tasks/x/status", "400 POST /api/tasks", "405 POST /api/sse/tasks", "401 POST /api/sse/callback",
-			"400 GET /api/sse/tasks", "404 GET /internal/send", "30 GET /api/sse//tasks", "400 GET /api/sse/x"},
+			"400 GET /api/sse/tasks", "404 GET /internal/send", "400 GET /api/sse//tasks", "400 GET /api/sse/x"},
 		g.URL: {"200 GET /healthz", "200 GET /readyz", "404 GET /metrics", "410 GET /x", "405 PUT /x", "405 POST /healthz", "404 POST /internal/send"},
 		own.URL: {"503 GET /x", "503 GET /readyz", "200 GET /metrics", "405 GET /internal/send", "415 POST /internal/send",
 			"415 POST /internal/reset"},

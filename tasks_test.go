@@ -1029,8 +1029,11 @@ func TestTaskMemoryOfRunningTasks(t *testing.T) {
 	})
 }
 
-// A bound is only true if what is counted is what is held. Not parallel, for it looks at the heap.
+// A bound is only true if what is counted is what is held.
 func TestTaskMemoryIsCounted(t *testing.T) {
+	if !alone(t) {
+		return
+	}
 	const tasks = 1500 // of the map, which grows in steps, three quarters are full then
 	external, x := `{"type":"external","params":{"task_id":"ID"}}`, strings.Repeat("x", 12<<10)
 	for _, tt := range []struct {

@@ -316,8 +316,11 @@ func checkCounted(t *testing.T, what string, parts, counted int, before uint64) 
 	}
 }
 
-// A bound is only true if what is counted is what is held. Not parallel, for it looks at the heap.
+// A bound is only true if what is counted is what is held.
 func TestVersionMemoryIsCounted(t *testing.T) {
+	if !alone(t) {
+		return
+	}
 	const ids = 1500 // of the maps, which grow in steps, three quarters are full then
 	for _, tt := range []struct {
 		name      string
