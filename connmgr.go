@@ -69,8 +69,8 @@ type connection struct {
 	token   string
 	order   requestOrder
 	owner   owner
-	checked time.Time // when it connected, or a sweep last asked for it
-	suspect bool      // a send failed: the client may have a gap, so the stream must end
+	checked time.Time   // when it connected, or a sweep last asked for it
+	suspect atomic.Bool // a send failed: the client may have a gap, so the stream must end
 }
 
 func newConnectionManager(gateway sender, log *slog.Logger, met connectionMetrics) *ConnectionManager {
@@ -203,6 +203,16 @@ func (m *ConnectionManager) removeLocked(identifier, token string) *connection {
 	return c
 }
 
+// current returns the connection of identifier if it is that of token, or nil.
+func (m *ConnectionManager) current(identifier, token string) *connection {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if c := m.connections[identifier]; c != nil && c.token == token {
+		return c
+	}
+	return nil
+}
+
 // Connected reports whether identifier has a connection.
 func (m *ConnectionManager) Connected(identifier string) bool {
 	m.mu.Lock()
@@ -232,15 +242,11 @@ var errSuspended = errors.New("the stream is being ended")
 // lack an event, or have it; from then on Send only tries to end the stream, so
 // that the browser comes back and resumes by ID.
 func (m *ConnectionManager) Send(identifier, token string, events []event, end bool) sendResult {
-	m.mu.Lock()
-	c := m.connections[identifier]
-	current := c != nil && c.token == token
-	suspect := current && c.suspect
-	m.mu.Unlock()
-	if !current {
+	c := m.current(identifier, token)
+	if c == nil {
 		return sendResult{err: errUnknownToken}
 	}
-	if suspect {
+	if c.suspect.Load() {
 		m.endSuspect(identifier, token)
 		return sendResult{err: errSuspended}
 	}
@@ -249,7 +255,7 @@ func (m *ConnectionManager) Send(identifier, token string, events []event, end b
 	case errors.Is(r.err, errUnknownToken) && r.taken == 0:
 		m.lost(identifier, token)
 	case r.err != nil && !errors.Is(r.err, errUnknownToken):
-		m.suspect(identifier, token)
+		c.suspect.Store(true)
 	}
 	if r.taken > 0 {
 		r.err = nil // the next Send says so
@@ -289,10 +295,7 @@ func (m *ConnectionManager) Probe(identifier, token string) sendResult {
 	if errors.Is(r.err, errUnknownToken) {
 		m.lost(identifier, token)
 	} else if r.err == nil && !r.buffered {
-		m.mu.Lock()
-		c := m.connections[identifier]
-		m.mu.Unlock()
-		if c != nil && c.token == token {
+		if c := m.current(identifier, token); c != nil {
 			c.owner.seen(asked)
 		}
 	}
@@ -307,15 +310,6 @@ func (m *ConnectionManager) endSuspect(identifier, token string) {
 		m.lost(identifier, token)
 	} else if r.err != nil {
 		m.log.Debug("ending a stream that may have a gap", "identifier", identifier, "token", mask(token), "err", r.err)
-	}
-}
-
-// suspect marks the connection of identifier if it is still that of token.
-func (m *ConnectionManager) suspect(identifier, token string) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if c := m.connections[identifier]; c != nil && c.token == token {
-		c.suspect = true
 	}
 }
 
@@ -340,17 +334,13 @@ func (m *ConnectionManager) Sweep(ctx context.Context, interval time.Duration) {
 }
 
 func (m *ConnectionManager) sweep(interval time.Duration) {
-	type check struct {
-		identifier, token string
-		suspect           bool
-	}
-	var due []check
+	due := map[string]*connection{}
 	now := time.Now()
 	m.mu.Lock()
 	for identifier, c := range m.connections {
 		if now.Sub(c.checked) >= interval {
 			c.checked = now
-			due = append(due, check{identifier, c.token, c.suspect})
+			due[identifier] = c
 		}
 	}
 	replaced := m.replaced
@@ -362,13 +352,13 @@ func (m *ConnectionManager) sweep(interval time.Duration) {
 
 	var checks sync.WaitGroup
 	slots := make(chan struct{}, sweepers)
-	for _, c := range due {
+	for identifier, c := range due {
 		slots <- struct{}{}
 		checks.Go(func() {
-			if c.suspect {
-				m.endSuspect(c.identifier, c.token)
+			if c.suspect.Load() {
+				m.endSuspect(identifier, c.token)
 			} else {
-				m.Probe(c.identifier, c.token)
+				m.Probe(identifier, c.token)
 			}
 			<-slots
 		})

@@ -280,37 +280,14 @@ func (g *gateway) spawn(f func()) {
 	}()
 }
 
-// work starts what the gateway does besides answering, until ctx ends.
+// work starts what the gateway does besides answering, until ctx ends: it writes
+// the heartbeats and cuts the clients that are stuck. After a round of heartbeats
+// in which streams were opened it also gives memory back: opening a stream uses
+// several times what the stream keeps.
 func (g *gateway) work(ctx context.Context) {
-	go g.beat(ctx)
-	go g.summarize(ctx)
-}
-
-// summarize logs once a minute what happened, if anything did: single streams
-// are for debugging.
-func (g *gateway) summarize(ctx context.Context) {
-	ticker := time.NewTicker(time.Minute)
-	defer ticker.Stop()
-	for before := uint64(0); ; {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		}
-		if opened := g.met.opened.Load(); opened != before {
-			g.log.Info("streams", "open", g.count.Load(), "opened", opened-before)
-			before = opened
-		}
-	}
-}
-
-// beat writes the heartbeats and cuts the clients that are stuck, until ctx
-// ends. After a round of heartbeats in which streams were opened it also gives
-// memory back: opening a stream uses several times what the stream keeps.
-func (g *gateway) beat(ctx context.Context) {
 	go g.walk(ctx, g.cfg.WriteTimeout/4, (*stream).look, func() {})
 	before := g.met.opened.Load()
-	g.walk(ctx, g.cfg.Heartbeat, (*stream).beat, func() {
+	go g.walk(ctx, g.cfg.Heartbeat, (*stream).beat, func() {
 		if opened := g.met.opened.Load(); opened != before {
 			before = opened
 			debug.FreeOSMemory()
