@@ -145,25 +145,19 @@ func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
 	}
 	var e eventFields
 	var end, beat []byte
-	var err error = errBodyTooLarge
-	if len(body) <= maxAnswer {
-		err = pick(body, e.field(), field{"close", &end, nil}, field{"heartbeat", &beat, nil})
-	}
-	if err != nil {
-		g.log.Warn("ignoring the callback's answer", "err", err)
-		return a
-	}
-	if a.event, err = e.parse(); err != nil {
-		g.log.Warn("odd event in the callback's answer", "err", err)
-	}
-	if end != nil {
-		if a.end, err = parseBool(end); err != nil {
-			g.log.Warn("ignoring close in the callback's answer", "err", err)
+	var errs [3]error
+	if len(body) > maxAnswer {
+		errs[0] = errBodyTooLarge
+	} else if errs[0] = pick(body, e.field(), field{"close", &end, nil}, field{"heartbeat", &beat, nil}); errs[0] == nil {
+		a.event, errs[0] = e.parse()
+		a.end, errs[1] = parseBool(end)
+		a.beatEvent = at(beat, 0) == '"' && isString(beat, "event")
+		if beat != nil && !a.beatEvent {
+			errs[2] = errFieldType
 		}
 	}
-	a.beatEvent = at(beat, 0) == '"' && isString(beat, "event")
-	if beat != nil && !a.beatEvent {
-		g.log.Warn("ignoring heartbeat in the callback's answer")
+	if err := errors.Join(errs[:]...); err != nil {
+		g.log.Warn("ignoring what is odd in the callback's answer", "err", err)
 	}
 	return a
 }

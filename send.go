@@ -50,7 +50,7 @@ func parseSend(body []byte) (m sendRequest, err error) {
 	if err == nil {
 		m.event, err = e.parse()
 	}
-	if err == nil && end != nil {
+	if err == nil {
 		m.end, err = parseBool(end)
 	}
 	return m, err
@@ -107,11 +107,12 @@ func parseText(raw []byte) ([]byte, error) {
 	return nil, errFieldType
 }
 
-func parseBool(value []byte) (bool, error) {
-	switch string(value) {
+// parseBool decodes a JSON bool; an absent one is false.
+func parseBool(raw []byte) (bool, error) {
+	switch string(raw) {
 	case "true":
 		return true, nil
-	case "false":
+	case "false", "":
 		return false, nil
 	}
 	return false, errFieldType
