@@ -87,16 +87,17 @@ func TestBrowserPage(t *testing.T) {
 	tab.run(`const form = document.querySelector("#demo-form");
 		form.elements.steps.value = 30; form.elements.delay.value = 0.1;
 		document.querySelector("#start-demo").click()`)
-	tab.wait(`document.querySelectorAll("#tasks [data-log] li[data-event-name=task_event]").length > 5`)
+	tab.wait(`document.querySelectorAll("#tasks [data-log] li").length > 5`)
 	site.gateway.kill(t)
+	tab.wait(`document.querySelector("#tasks article[data-state=reconnecting]")`)
 	site.gateway.restart(t)
 	tab.wait(`document.querySelector("#tasks article[data-status=completed][data-state=closed]")`)
-	var ids []string
-	tab.get(`[...document.querySelectorAll("#tasks li[data-event-name=task_event]")].map(li => li.dataset.eventId)`, &ids)
-	wantIDs(t, ids, 32) // started, 30 steps, completed
-	if opens := tab.count(`document.querySelectorAll("#tasks li[data-event-name=connection_open]").length`); opens < 2 {
-		t.Errorf("the stream was opened %d times, want 2 or more: the gateway was killed", opens)
+	want := []string{"task_started null"}
+	for step := 1; step <= 30; step++ {
+		value, _ := json.Marshal(float64(step) / 30)
+		want = append(want, fmt.Sprintf(`progress_update {"text":"step %d of 30","value":%s}`, step, value))
 	}
+	tab.wantEvents(t, "#tasks article", append(want, `task_completed {"message":"Demo","steps":30}`)...)
 
 	// A deployment reaches the page.
 	site.post(t, "/api/deployments/version", `{"version":"browser-2","changelog":"faster"}`)
@@ -123,21 +124,170 @@ func TestBrowserPageThatStays(t *testing.T) {
 		const form = document.querySelector("#follow-form");
 		form.elements.task_id.value = "` + task + `";
 		form.requestSubmit()`)
-	opens := `document.querySelectorAll("#tasks li[data-event-name=connection_open]").length`
-	tab.wait(opens + ` == 1 && document.querySelector("#versions").dataset.state == "open"`)
+	open := `document.querySelectorAll("[data-state=open]").length == 2 && document.querySelectorAll("#tasks li").length == %d`
+	tab.wait(fmt.Sprintf(open, 1)) // the stream's state stands at the versions and at the task
 	for i, link := range []string{"/report.csv", "mailto:somebody@example.com"} {
 		tab.run(`location.href = "` + link + `"`)
 		tab.wait(fmt.Sprintf(`left == %d && document.querySelector("#versions").dataset.state == "reconnecting"`, i+1))
 		site.post(t, "/api/tasks/"+task+"/progress", `{"value":0.5}`)
-		tab.wait(fmt.Sprintf(`%s == %d && document.querySelector("#versions").dataset.state == "open"`, opens, i+2))
+		tab.wait(fmt.Sprintf(open, i+2))
 	}
 	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
 	tab.wait(`document.querySelector("#tasks article[data-status=completed][data-state=closed]")`)
-	var ids []string
-	tab.get(`[...document.querySelectorAll("#tasks li[data-event-name=task_event]")].map(li => li.dataset.eventId)`, &ids)
-	wantIDs(t, ids, 4)
+	tab.wantEvents(t, "#tasks article", "task_started null", `progress_update {"text":"","value":0.5}`,
+		`progress_update {"text":"","value":0.5}`, "task_completed 1")
 	site.post(t, "/api/deployments/version", `{"version":"browser-2"}`)
 	tab.wait(`!document.querySelector("#version-banner").hidden`)
+}
+
+// A browser has six connections over HTTP/1.1 for all its tabs together, so each page has one stream.
+func TestBrowserManyTasks(t *testing.T) {
+	t.Parallel()
+	site := startSite(t)
+	browser := startBrowser(t)
+	tabs := []*tab{browser.open(site.URL + "/"), browser.open(site.URL + "/")}
+	count := func(selector string, n int) string {
+		return fmt.Sprintf("document.querySelectorAll(`%s`).length == %d", selector, n)
+	}
+	for _, tab := range tabs { // each starts ten tasks, and then follows those of the other, too
+		tab.run(`for (let i = 0; i < 10; i++) document.querySelector("#start-external").click()`)
+	}
+	for _, tab := range tabs {
+		tab.wait(count("#tasks article[data-status=running][data-state=open]", 10))
+	}
+	var ids []string
+	for _, tab := range tabs {
+		tab.run(`fetch("/healthz").then(() => window.answered = true)`) // no task ends before
+		tab.wait(`window.answered`)
+		tab.run(`document.querySelector("#refresh").click()`)
+		tab.wait(count("#others button", 10))
+		tab.run(`document.querySelectorAll("#others button").forEach(button => button.click())`)
+		tab.get(`[...document.querySelectorAll("#tasks article")].map(card => card.dataset.taskId)`, &ids)
+	}
+	want := []string{"task_started null"}
+	report := func() {
+		step := len(want)
+		for _, id := range ids {
+			site.post(t, "/api/tasks/"+id+"/progress", fmt.Sprintf(`{"text":"%d","value":0.5}`, step))
+		}
+		want = append(want, fmt.Sprintf(`progress_update {"text":"%d","value":0.5}`, step))
+	}
+	check := func() {
+		t.Helper()
+		for _, tab := range tabs {
+			tab.wait(count("#tasks article[data-status=completed][data-state=closed]", len(ids)))
+			for _, id := range ids {
+				tab.wantEvents(t, fmt.Sprintf(`article[data-task-id="%s"]`, id), want...)
+			}
+		}
+	}
+	report()
+	// A card that is removed and followed again has its whole task again, at once and also later.
+	for n, pause := range []string{`null`, `new Promise(resolve => setTimeout(resolve, 300))`} {
+		tabs[0].run(`(async () => {
+			const card = document.querySelectorAll("#tasks article")[3], form = document.querySelector("#follow-form");
+			card.querySelector(".remove").click();
+			await ` + pause + `;
+			form.elements.task_id.value = card.dataset.taskId;
+			form.requestSubmit();
+			window.again = ` + fmt.Sprint(n) + `;
+		})()`)
+		report()
+		tabs[0].wait(fmt.Sprintf(`window.again == %d`, n))
+	}
+	report()
+	for _, id := range ids {
+		site.post(t, "/api/tasks/"+id+"/complete", `{"result":"good"}`)
+	}
+	want = append(want, `task_completed "good"`)
+	check()
+	// So has a page that is loaded again.
+	tabs[0].run(`window.old = true; location.reload()`)
+	tabs[0].wait(`!window.old`)
+	check()
+}
+
+// Beyond 50 tasks the newest are followed, and the others when a place gets free.
+func TestBrowserTooManyTasks(t *testing.T) {
+	t.Parallel()
+	site := startSite(t)
+	tab := startBrowser(t).open(site.URL + "/")
+	for i := range maxPageTasks + 2 {
+		site.post(t, "/api/tasks", fmt.Sprintf(`{"type":"external","params":{"task_id":"t%d"}}`, i))
+		tab.run(fmt.Sprintf(`const form = document.querySelector("#follow-form");
+			form.elements.task_id.value = "t%d"; form.requestSubmit()`, i))
+	}
+	state := `document.querySelectorAll("#tasks article[data-state=%s]").length == %d`
+	tab.wait(fmt.Sprintf(state+" && "+state, "open", maxPageTasks, "waiting", 2))
+	site.post(t, "/api/tasks/t0/complete", `{"result":0}`)
+	for i := range 2 {
+		site.post(t, fmt.Sprintf("/api/tasks/t%d/complete", i+2), `{"result":1}`)
+	}
+	tab.wait(fmt.Sprintf(state+" && "+state, "open", maxPageTasks-1, "closed", 3))
+	for i := range maxPageTasks + 2 {
+		want := []string{"task_started null", "task_completed 1"}
+		switch i {
+		case 0:
+			want[1] = "task_completed 0"
+		case 2, 3:
+		default:
+			want = want[:1]
+		}
+		tab.wantEvents(t, fmt.Sprintf(`#tasks article[data-task-id="t%d"]`, i), want...)
+	}
+}
+
+// A page that goes on with another set of tasks hears each event from one of its two streams.
+func TestBrowserChange(t *testing.T) {
+	t.Parallel()
+	queries := make(chan string, 10)
+	second := make(chan bool)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path != "/stream":
+		case r.URL.Query().Get("task_id") == "a":
+			queries <- r.URL.RawQuery
+			streamThat("event: connection_open\ndata: {}\nid: a-0\n\nevent: task_event\ndata: 1\nid: a-1\n\n", false)(w, r)
+			http.NewResponseController(w).Flush()
+			<-second
+			streamThat("event: task_event\ndata: 2\nid: a-2\n\nevent: connection_close\ndata: {}\nid: close\n\n", true)(w, r)
+		default:
+			queries <- r.URL.RawQuery
+			close(second)
+			time.Sleep(200 * time.Millisecond) // gives the older one time to be heard
+			streamThat("event: connection_open\ndata: {}\nid: a-1.b-0\n\nevent: task_event\ndata: 2\nid: a-2.b-0\n\n", true)(w, r)
+		}
+	}))
+	t.Cleanup(server.Close)
+	tab := startBrowser(t).open(server.URL + "/")
+	tab.run(pageClient(t) + `window.got = [];
+		window.stream = openStream("/stream?task_id=a", { task_event: e => got.push(e.data),
+			connection_close: () => got.push("end"), lost: () => got.push("lost") })`)
+	tab.wait(`got.join() == "1"`)
+	tab.run(`stream.change("/stream?task_id=b"); stream.change("/stream?task_id=b")`)
+	tab.wait(`got.includes("2")`)
+	var got string
+	if tab.get(`got.join()`, &got); got != "1,2" {
+		t.Errorf("got %s, want 1,2", got)
+	}
+	for _, want := range []string{"task_id=a&heartbeat=event", "task_id=b&heartbeat=event&lastEventId=a-1"} {
+		if got := <-queries; got != want {
+			t.Errorf("got query %s, want %s", got, want)
+		}
+	}
+}
+
+// wantEvents checks what a card lists: exactly these events, each with an ID of its own.
+func (tab *tab) wantEvents(t *testing.T, card string, want ...string) {
+	t.Helper()
+	var got []string
+	items := "[...document.querySelectorAll(`" + card + " li`)]"
+	if tab.get(items+`.map(li => li.textContent)`, &got); !slices.Equal(got, want) {
+		t.Errorf("%s: got events %q, want %q", card, got, want)
+	}
+	if ids := tab.count(`new Set(` + items + `.map(li => li.dataset.eventId)).size`); ids != len(want) {
+		t.Errorf("%s: got %d IDs, want %d", card, ids, len(want))
+	}
 }
 
 // pageClient returns the function of the page that README.md shows, too.

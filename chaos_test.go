@@ -200,6 +200,170 @@ func (c *chaos) finish(j *job, ids bool) {
 	}
 }
 
+// A pageReader is a page that follows some jobs by a page stream, now these and now others.
+type pageReader struct {
+	path  string
+	parts []*pagePart // the last one goes on
+}
+
+// A pagePart is what a page has from one EventSource.
+type pagePart struct {
+	*eventSource
+	jobs   []*job
+	after  string    // its lastEventId
+	events []message // once it is over
+}
+
+// turn has the page follow 3 to 8 jobs, after the last event that it has. A page opens its new stream before it closes
+// the old one, and hears no more of that.
+func (c *chaos) turn(r *pageReader) {
+	next := &pagePart{}
+	target := c.streams + r.path
+	for _, i := range rand.Perm(len(c.jobs))[:3+rand.IntN(6)] {
+		next.jobs = append(next.jobs, c.jobs[i])
+		target += "&task_id=" + c.jobs[i].id
+	}
+	if len(r.parts) > 0 {
+		last := r.parts[len(r.parts)-1]
+		next.after, last.events = last.after, last.eventSource.events()
+		if n := len(last.events); n > 0 && last.events[n-1].ID != "" {
+			next.after = last.events[n-1].ID
+		}
+		target += "&lastEventId=" + next.after
+		defer last.close()
+	}
+	next.eventSource = openEventSource(c.t, target)
+	r.parts = append(r.parts, next)
+}
+
+// check reports whether the events are those that follow the last event ID of the part, each once and in the order of
+// its job, and how many each job has in the end. All jobs must have all their reports.
+func (p *pagePart) check() (n map[*job]int, err error) {
+	n = map[*job]int{}
+	for _, j := range p.jobs {
+		n[j] = int(parsePositions(p.after)[j.outbox.epoch])
+	}
+	for _, m := range p.events {
+		if m.Name == "task_event" {
+			i := slices.IndexFunc(p.jobs, func(j *job) bool { return strings.Contains(m.Data, strconv.Quote(j.id)) })
+			if i < 0 {
+				return n, fmt.Errorf("got an event of a task that is not followed: %s", m.Data)
+			}
+			j := p.jobs[i]
+			if got, want := story([]message{m})[0], j.event(n[j]+1); got != want {
+				return n, fmt.Errorf("got %q with ID %q, want %q", got, m.ID, want)
+			}
+			n[j]++
+		} else if m.Name != "connection_open" {
+			return n, fmt.Errorf("got %v", m)
+		}
+		for _, j := range p.jobs { // the ID says where the page is in each
+			if want := j.outbox.id(uint64(n[j])); !slices.Contains(strings.Split(m.ID, "."), want) {
+				return n, fmt.Errorf("got ID %q, want %q in it", m.ID, want)
+			}
+		}
+	}
+	return n, nil
+}
+
+// Pages that follow overlapping sets of tasks, and change them, get each event of each task once and in order, from
+// where their last event ID stood, beside the streams of the tasks, and while the gateway crashes.
+func TestChaosPages(t *testing.T) {
+	t.Parallel()
+	c := &chaos{system: newSystem(t, startOwnGateway, "TASK_EVENT_LIMIT=1000000000")}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var reporters sync.WaitGroup
+	for range 30 {
+		task, _, err := c.tasks.Start(externalTask, object{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		j := &job{task: task}
+		c.jobs = append(c.jobs, j)
+		reporters.Go(func() {
+			for tick := time.Tick(20 * time.Millisecond); ctx.Err() == nil; <-tick {
+				text := fmt.Sprintf("report %d on %s", len(j.texts), j.id)
+				j.texts = append(j.texts, text)
+				c.tasks.Progress(j.id, report{text: &text})
+			}
+		})
+	}
+	for _, j := range c.jobs[:10] {
+		j.clients = []*eventSource{c.follow(j.id)}
+	}
+	readers := make([]*pageReader, 10)
+	for i := range readers {
+		readers[i] = &pageReader{path: fmt.Sprint("/api/sse/stream?request_id=", i)}
+		c.turn(readers[i])
+	}
+	churn := func(d time.Duration) {
+		tick := time.NewTicker(25 * time.Millisecond)
+		defer tick.Stop()
+		for end := time.Now().Add(d); time.Now().Before(end); <-tick.C {
+			r := readers[rand.IntN(len(readers))]
+			switch es := r.parts[len(r.parts)-1].eventSource; {
+			case es.state() != "open": // else its own request might come after that of its successor
+			case rand.IntN(3) == 0:
+				es.cut()
+			default:
+				c.turn(r)
+			}
+		}
+	}
+	for range 3 {
+		churn(time.Second)
+		c.gateway.kill(t)
+		for _, r := range readers[:5] {
+			r.parts[len(r.parts)-1].close() // so that its request does not come after that of its successor
+			c.turn(r)
+		}
+		c.gateway.restart(t)
+	}
+	churn(time.Second)
+	stop()
+	reporters.Wait()
+	for _, j := range c.jobs {
+		c.complete(j.id)
+	}
+
+	turns := 0
+	for _, r := range readers {
+		last := r.parts[len(r.parts)-1]
+		last.events = last.waitFor(t, soon, func(events []message) bool {
+			ended := 0
+			for _, m := range events {
+				if completed([]message{m}) {
+					ended++
+				}
+			}
+			return ended >= len(last.jobs)
+		})
+		for _, p := range r.parts {
+			n, err := p.check()
+			if err != nil {
+				t.Fatalf("%s after %q: %v", r.path, p.after, err)
+			}
+			for _, j := range p.jobs {
+				if p == last && j.event(n[j]) != "task_completed" {
+					t.Errorf("%s: got %d events of a task, want %d", r.path, n[j], len(j.texts)+2)
+				}
+			}
+		}
+		turns += len(r.parts)
+	}
+	for _, j := range c.jobs[:10] {
+		if _, err := j.check(j.clients[0].waitFor(t, soon, completed)); err != nil {
+			t.Error(err)
+		}
+	}
+	if turns < 20 {
+		t.Errorf("the pages opened %d streams, want 20 or more", turns)
+	}
+	c.wantConnections("page", len(readers))
+	c.wantConnections("task", 0)
+}
+
 // With a gateway that loses the first event, TestChaos has to say so.
 func TestChaosCheck(t *testing.T) {
 	t.Parallel()
