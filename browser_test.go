@@ -202,9 +202,36 @@ func TestBrowserManyTasks(t *testing.T) {
 	want = append(want, `task_completed "good"`)
 	check()
 	// So has a page that is loaded again.
-	tabs[0].run(`window.old = true; location.reload()`)
-	tabs[0].wait(`!window.old`)
+	loaded := func() (id string) { // of what the tab shows; asks nothing of a page that is about to go
+		var tree struct {
+			FrameTree struct{ Frame struct{ LoaderID string } }
+		}
+		tabs[0].call(tabs[0].session, "Page.getFrameTree", nil, &tree)
+		return tree.FrameTree.Frame.LoaderID
+	}
+	old := loaded()
+	tabs[0].run(`setTimeout(() => location.reload())`)
+	eventually(t, browserPatience, "a reload", func() bool { return loaded() != old })
 	check()
+}
+
+// A page whose stream is taken over goes on as another page: a request of its own may have been overtaken by a later one.
+func TestBrowserReplaced(t *testing.T) {
+	t.Parallel()
+	site := startSite(t)
+	tab := startBrowser(t).open(site.URL + "/")
+	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
+	tab.run(`const form = document.querySelector("#follow-form");
+		form.elements.task_id.value = "` + task + `"; form.requestSubmit()`)
+	tab.wait(`document.querySelectorAll("#tasks article[data-state=open] li").length == 1`)
+	var requestID string
+	tab.get(`document.querySelector("#request-id").textContent`, &requestID)
+	openEventSource(t, site.URL+"/api/sse/stream?request_id="+requestID)
+	tab.wait(`document.querySelector("#request-id").textContent != "` + requestID + `"`)
+	tab.wait(`document.querySelectorAll("#tasks article[data-state=open] li").length == 1`)
+	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
+	tab.wait(`document.querySelector("#tasks article[data-status=completed][data-state=closed]")`)
+	tab.wantEvents(t, "#tasks article", "task_started null", "task_completed 1")
 }
 
 // Beyond 50 tasks the newest are followed, and the others when a place gets free.
