@@ -118,7 +118,7 @@ func benchConns(b *testing.B, features string) (m *ConnectionManager, tokens []s
 	g := &gatewayFixture{stubBackend: backend, t: b, addr: strings.TrimPrefix(p.URL, "http://")}
 	client := newGatewayClient(p.URL)
 	client.heard(parseFeatures(features))
-	m = newConnectionManager(client, slog.New(slog.DiscardHandler), noConnectionMetrics{})
+	m = newConnectionManager(client, slog.New(slog.DiscardHandler), unreadMetrics())
 	tokens = g.openMany(1000)
 	for _, token := range tokens {
 		connectToken(m, "task:"+token, token)

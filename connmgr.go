@@ -15,13 +15,6 @@ import (
 	"time"
 )
 
-// connectionMetrics is what the ConnectionManager tells of its work.
-type connectionMetrics interface {
-	RecordSSEGatewayConnection(service, action string)
-	RecordSSEGatewayEvent(service, status string)
-	RecordSSEGatewaySendDuration(service string, seconds float64)
-}
-
 // sender is the gateway as the ConnectionManager sees it; see gatewayClient.
 type sender interface {
 	send(token string, events []event, end bool) sendResult
@@ -47,7 +40,7 @@ type owner interface {
 type ConnectionManager struct {
 	gateway  sender
 	log      *slog.Logger
-	met      connectionMetrics
+	met      *backendMetrics
 	failures throttle     // of what is logged about sends
 	active   atomic.Int64 // goroutines of background
 
@@ -73,7 +66,7 @@ type connection struct {
 	suspect atomic.Bool // a send failed: the client may have a gap, so the stream must end
 }
 
-func newConnectionManager(gateway sender, log *slog.Logger, met connectionMetrics) *ConnectionManager {
+func newConnectionManager(gateway sender, log *slog.Logger, met *backendMetrics) *ConnectionManager {
 	return &ConnectionManager{
 		gateway:     gateway,
 		log:         log,

@@ -41,12 +41,8 @@ func checkConsistency(m *ConnectionManager) error {
 	return nil
 }
 
-// noConnectionMetrics takes what nobody reads.
-type noConnectionMetrics struct{}
-
-func (noConnectionMetrics) RecordSSEGatewayConnection(service, action string)            {}
-func (noConnectionMetrics) RecordSSEGatewayEvent(service, status string)                 {}
-func (noConnectionMetrics) RecordSSEGatewaySendDuration(service string, seconds float64) {}
+// unreadMetrics are counters that nobody reads.
+func unreadMetrics() *backendMetrics { return newBackendMetrics(newRegistry("test"), nil) }
 
 // nobody owns a connection and does not mind its end.
 type nobody struct{}
@@ -187,7 +183,7 @@ func testConns(t *testing.T, f func(t *connTest)) {
 func newConnTest(t *testing.T) *connTest {
 	c := &connTest{T: t, gateway: &steppedGateway{}}
 	log := slog.New(slog.NewTextHandler(&c.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	c.conns = newConnectionManager(c.gateway, log, noConnectionMetrics{})
+	c.conns = newConnectionManager(c.gateway, log, unreadMetrics())
 	t.Cleanup(c.gateway.close)
 	return c
 }
@@ -658,7 +654,7 @@ func wantSeries(t *testing.T, reg *registry, want map[string]float64) {
 	}
 }
 
-// mutexWatch is a gateway, metrics and a log handler that must not be called under the ConnectionManager's mutex: the
+// mutexWatch is a gateway and a log handler that must not be called under the ConnectionManager's mutex: the
 // gateway's next callback may need it before the call returns.
 type mutexWatch struct {
 	slog.Handler
@@ -685,10 +681,7 @@ func (w *mutexWatch) send(string, []event, bool) sendResult {
 	return sendResult{err: w.err}
 }
 
-func (w *mutexWatch) RecordSSEGatewayConnection(string, string)    { w.called("metrics") }
-func (w *mutexWatch) RecordSSEGatewayEvent(string, string)         { w.called("metrics") }
-func (w *mutexWatch) RecordSSEGatewaySendDuration(string, float64) { w.called("metrics") }
-func (w *mutexWatch) Enabled(context.Context, slog.Level) bool     { w.called("log"); return true }
+func (w *mutexWatch) Enabled(context.Context, slog.Level) bool { w.called("log"); return true }
 
 func (w *mutexWatch) Handle(context.Context, slog.Record) error {
 	w.called("log")
@@ -698,7 +691,7 @@ func (w *mutexWatch) Handle(context.Context, slog.Record) error {
 func TestNothingIsCalledUnderTheMutex(t *testing.T) {
 	t.Parallel()
 	w := &mutexWatch{t: t}
-	m := newConnectionManager(w, slog.New(w), w)
+	m := newConnectionManager(w, slog.New(w), unreadMetrics())
 	w.conns = m
 	for _, w.err = range []error{nil, errNoAnswer, errUnknownToken} {
 		connectToken(m, "task:1", "a")
@@ -824,7 +817,7 @@ func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
 		}
 		return sendResult{taken: 1}
 	})
-	m := newConnectionManager(gateway, slog.New(slog.DiscardHandler), noConnectionMetrics{})
+	m := newConnectionManager(gateway, slog.New(slog.DiscardHandler), unreadMetrics())
 	identifiers := []string{"task:1", "task:2", "task:3", "version:1", "version:2"}
 	var made atomic.Int64
 	oldToken := func() string { // recent enough that it may be current

@@ -1024,7 +1024,7 @@ func TestOutboxKeepsOneOrderForManyProducers(t *testing.T) {
 			got = append(got, e.ID)
 		}
 		return sendResult{taken: len(events)}
-	}), slog.New(slog.DiscardHandler), noConnectionMetrics{})
+	}), slog.New(slog.DiscardHandler), unreadMetrics())
 	policy := taskLike()
 	o := newEventLog(&policy)
 	follow(conns, "task:1", connectRequest{token: "a"}, o)
@@ -1575,7 +1575,7 @@ func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 			policy := versionLike()
 			for b.Loop() {
 				before := heapInUse()
-				conns := newConnectionManager(nil, slog.New(slog.DiscardHandler), noConnectionMetrics{})
+				conns := newConnectionManager(nil, slog.New(slog.DiscardHandler), unreadMetrics())
 				all := make([]*eventLog, identifiers)
 				for i := range all {
 					id := newToken()

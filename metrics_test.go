@@ -53,7 +53,7 @@ func bothRoles(t testing.TB) (*registry, *backendMetrics, *gatewayMetrics) {
 	b := newBackend(cfg, "http://gateway.invalid", r, log)
 	g := newGateway(cfg.Gateway, log, newGatewayMetrics(r))
 	g.gauges(r)
-	return r, b.conns.met.(*backendMetrics), g.met
+	return r, b.conns.met, g.met
 }
 
 // A family of the contract that is not on the page would be missed by nothing but a dashboard.

@@ -52,3 +52,52 @@ func (p pageStream) OnConnect(id string, c connectRequest) (open event, end bool
 	f.onEnd = func() { p.tasks.unwatch(taskIDs, f) }
 	return f.connect(p.conns, c, func() []*eventLog { return append(p.tasks.watch(taskIDs, f), versions) })
 }
+
+// maxFollowers is how many connections may follow one task.
+const maxFollowers = 10_000
+
+// crowded reports whether one of these tasks has as many followers as it may.
+func (s *TaskService) crowded(ids []string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.ContainsFunc(ids, func(id string) bool {
+		t := s.tasks[id]
+		return t != nil && t.outbox.Followers() >= maxFollowers || len(s.watched[id]) >= maxFollowers
+	})
+}
+
+// watch returns the logs of tasks for a page, with a log that tells it of those
+// that are not known. If one of these is made, the page is given its log, until
+// unwatch.
+func (s *TaskService) watch(ids []string, page *follower) []*eventLog {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	unknown := newEventLog(s.unknown)
+	logs := []*eventLog{unknown}
+	for _, id := range ids {
+		if t := s.tasks[id]; t != nil {
+			logs = append(logs, t.outbox)
+			continue
+		}
+		unknown.Append(taskNotFound(id), true)
+		s.watched[id] = append(s.watched[id], page)
+	}
+	return logs
+}
+
+// unwatch ends what watch began.
+func (s *TaskService) unwatch(ids []string, page *follower) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, id := range ids {
+		s.watched[id] = slices.DeleteFunc(s.watched[id], func(other *follower) bool { return other == page })
+		if len(s.watched[id]) == 0 {
+			delete(s.watched, id)
+		}
+	}
+}
+
+// taskNotFound is the data of an error event.
+func taskNotFound(id string) string {
+	return string(marshal(map[string]string{"error": "Task not found", "task_id": id}))
+}

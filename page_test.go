@@ -183,7 +183,7 @@ func TestPageTargets(t *testing.T) {
 // takeAll is a gateway that takes everything.
 func takeAll() *ConnectionManager {
 	gateway := senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
-	return newConnectionManager(gateway, slog.New(slog.DiscardHandler), noConnectionMetrics{})
+	return newConnectionManager(gateway, slog.New(slog.DiscardHandler), unreadMetrics())
 }
 
 // BenchmarkAppend appends to a task that pages follow, and has it delivered.
@@ -218,7 +218,7 @@ func BenchmarkCatchUp(b *testing.B) {
 					done <- true
 				}
 				return sendResult{taken: len(run)}
-			}), slog.New(slog.DiscardHandler), noConnectionMetrics{})
+			}), slog.New(slog.DiscardHandler), unreadMetrics())
 			policy := taskLike()
 			policy.epoch = newEpoch
 			var logs []*eventLog

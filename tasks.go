@@ -56,12 +56,6 @@ type taskConfig struct {
 	memory     int           // bytes that all tasks may hold
 }
 
-// taskMetrics is what a TaskService tells of its work.
-type taskMetrics interface {
-	RecordOutboxDropped(service, reason string, n int)
-	RecordTask(kind, status string, seconds float64)
-}
-
 // TaskService runs tasks, or follows those that others run, and tells their
 // followers.
 //
@@ -70,7 +64,7 @@ type TaskService struct {
 	cfg     taskConfig
 	conns   *ConnectionManager
 	log     *slog.Logger
-	met     taskMetrics
+	met     *backendMetrics
 	kinds   map[string]taskKind
 	policy  *logPolicy // of the logs of tasks
 	unknown *logPolicy // of streams for tasks that are not known
@@ -132,7 +126,7 @@ var (
 	errMemoryFull    = newError(http.StatusServiceUnavailable, "memory_full", "tasks that have not finished hold all memory")
 )
 
-func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, met taskMetrics) *TaskService {
+func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, met *backendMetrics) *TaskService {
 	return &TaskService{
 		cfg:   cfg,
 		conns: conns,
@@ -170,55 +164,6 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 	log.Append(taskNotFound(id), true)
 	log.End("task_not_found")
 	return follow(s.conns, identifier, c, log)
-}
-
-// maxFollowers is how many connections may follow one task.
-const maxFollowers = 10_000
-
-// crowded reports whether one of these tasks has as many followers as it may.
-func (s *TaskService) crowded(ids []string) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return slices.ContainsFunc(ids, func(id string) bool {
-		t := s.tasks[id]
-		return t != nil && t.outbox.Followers() >= maxFollowers || len(s.watched[id]) >= maxFollowers
-	})
-}
-
-// watch returns the logs of tasks for a page, with a log that tells it of those
-// that are not known. If one of these is made, the page is given its log, until
-// unwatch.
-func (s *TaskService) watch(ids []string, page *follower) []*eventLog {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	unknown := newEventLog(s.unknown)
-	logs := []*eventLog{unknown}
-	for _, id := range ids {
-		if t := s.tasks[id]; t != nil {
-			logs = append(logs, t.outbox)
-			continue
-		}
-		unknown.Append(taskNotFound(id), true)
-		s.watched[id] = append(s.watched[id], page)
-	}
-	return logs
-}
-
-// unwatch ends what watch began.
-func (s *TaskService) unwatch(ids []string, page *follower) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, id := range ids {
-		s.watched[id] = slices.DeleteFunc(s.watched[id], func(other *follower) bool { return other == page })
-		if len(s.watched[id]) == 0 {
-			delete(s.watched, id)
-		}
-	}
-}
-
-// taskNotFound is the data of an error event.
-func taskNotFound(id string) string {
-	return string(marshal(map[string]string{"error": "Task not found", "task_id": id}))
 }
 
 // Start makes a task. One that runs here starts as soon as a worker is free;

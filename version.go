@@ -50,7 +50,7 @@ type VersionService struct {
 	cfg    versionConfig
 	conns  *ConnectionManager
 	log    *slog.Logger
-	met    outboxMetrics
+	met    *backendMetrics
 	policy *logPolicy // of the logs
 
 	mu      sync.Mutex                // guards the rest
@@ -58,11 +58,6 @@ type VersionService struct {
 	memory  budget                    // of the streams
 	latest  announcement              // to everybody
 	round   uint64                    // announcements to everybody so far
-}
-
-// outboxMetrics is what a service tells of its outboxes.
-type outboxMetrics interface {
-	RecordOutboxDropped(service, reason string, n int)
 }
 
 // versionStream is one request_id.
@@ -86,7 +81,7 @@ var (
 	errVersionEvent = newError(http.StatusRequestEntityTooLarge, "too_large", fmt.Sprintf("version and changelog have more than %d bytes in JSON", maxEventData))
 )
 
-func newVersionService(cfg versionConfig, conns *ConnectionManager, log *slog.Logger, met outboxMetrics) *VersionService {
+func newVersionService(cfg versionConfig, conns *ConnectionManager, log *slog.Logger, met *backendMetrics) *VersionService {
 	return &VersionService{
 		cfg:   cfg,
 		conns: conns,
