@@ -1,5 +1,5 @@
-// The gateway's callbacks: they ask the backend who may open a stream, and tell it
-// who left. What a stream and a refusal are is in sidecar.go and refuse.go.
+// The gateway's callbacks: they ask the backend who may open a stream, and tell it who left. What a stream and a
+// refusal are is in sidecar.go and refuse.go.
 
 package main
 
@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// connect asks the backend whether s may be opened. An answer beside a refusal
-// means that the backend accepted and then did not finish its answer.
+// connect asks the backend whether s may be opened. An answer beside a refusal means that the backend accepted and then
+// did not finish its answer.
 func (g *gateway) connect(r *http.Request, s *stream) (no *refusal, answer *callbackAnswer) {
 	clientLeft := &refusal{status: http.StatusServiceUnavailable, text: "client left"}
 	order := fmt.Sprintf("%s-%d", g.name, g.requests.Add(1))
@@ -45,10 +45,9 @@ func (g *gateway) connect(r *http.Request, s *stream) (no *refusal, answer *call
 	return explain(err), answer
 }
 
-// hasLeft reports whether the client has closed its connection. It looks for
-// itself, as the request's context may not know yet. A browser that has tried
-// again left before, so if its first attempt comes to be numbered after its
-// second, this is seen here, and the second is not taken for a replaced tab.
+// hasLeft reports whether the client has closed its connection. It looks for itself, as the request's context may not
+// know yet. A browser that has tried again left before, so if its first attempt comes to be numbered after its second,
+// this is seen here, and the second is not taken for a replaced tab.
 func hasLeft(r *http.Request) (left bool) {
 	conn, ok := r.Context().Value(connKey{}).(syscall.Conn)
 	if !ok {
@@ -76,8 +75,8 @@ func explain(err error) *refusal {
 	return &refusal{http.StatusServiceUnavailable, refusedBackend, "backend unreachable"}
 }
 
-// disconnect makes the disconnect callback of an accepted stream: once, with
-// no retry. The stream itself has ended before.
+// disconnect makes the disconnect callback of an accepted stream: once, with no retry. The stream itself has ended
+// before.
 func (g *gateway) disconnect(s *stream, reason string) {
 	turn, cancel := context.WithTimeout(context.Background(), disconnectLimit)
 	defer cancel()
@@ -93,8 +92,8 @@ func (g *gateway) disconnect(s *stream, reason string) {
 	g.call(ctx, "disconnect", reason, s, "")
 }
 
-// call makes one callback and counts it. The status is set as soon as the
-// backend sent one, also when its body then failed.
+// call makes one callback and counts it. The status is set as soon as the backend sent one, also when its body then
+// failed.
 func (g *gateway) call(ctx context.Context, action, reason string, s *stream, order string) (status int, body []byte, err error) {
 	start := time.Now()
 	status, body, err = g.post(ctx, encodeCallback(action, reason, s), order)
@@ -136,8 +135,8 @@ func (g *gateway) post(ctx context.Context, payload []byte, order string) (statu
 	return status, body, err
 }
 
-// parseAnswer reads {"event":{…},"close":true,"heartbeat":"event"} from a
-// connect callback's answer. What is not understood is left out: the backend did accept.
+// parseAnswer reads {"event":{…},"close":true,"heartbeat":"event"} from a connect callback's answer. What is not
+// understood is left out: the backend did accept.
 func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
 	a := &callbackAnswer{}
 	if len(bytes.TrimSpace(body)) == 0 {

@@ -1,6 +1,5 @@
-// POST /api/sse/callback: authenticate a gateway's callback, read it, and route a
-// connect to the service that its stream is for. How a service works inside is not
-// known here; see tasks.go and version.go.
+// POST /api/sse/callback: authenticate a gateway's callback, read it, and route a connect to the service that its
+// stream is for. How a service works inside is not known here; see tasks.go and version.go.
 
 package main
 
@@ -16,23 +15,20 @@ import (
 	"sync/atomic"
 )
 
-// maxCallback is more than the longest target and headers that a gateway
-// takes from a browser can become in JSON.
+// maxCallback is more than the longest target and headers that a gateway takes from a browser can become in JSON.
 const maxCallback = 256 << 10
 
 // service is what a callback is routed to.
 type service interface {
-	// OnConnect registers the connection of the service's id. It returns the
-	// event that begins its stream, and whether that ends it, or errBadID,
-	// errNoRoom or errAskFirst.
+	// OnConnect registers the connection of the service's id. It returns the event that begins its stream, and whether
+	// that ends it, or errBadID, errNoRoom or errAskFirst.
 	OnConnect(id string, c connectRequest) (open event, end bool, err error)
 }
 
 // errNoRoom says that a service remembers as much as it may.
 var errNoRoom = newError(http.StatusServiceUnavailable, "no_room", "too many announcements or request IDs")
 
-// callbackHandler is POST /api/sse/callback, by which a gateway asks who may
-// connect and tells who left.
+// callbackHandler is POST /api/sse/callback, by which a gateway asks who may connect and tells who left.
 type callbackHandler struct {
 	secret  secret // "" lets everybody in
 	tasks   service
@@ -137,8 +133,7 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 	return a, err
 }
 
-// route finds the service that a stream's path names, and the key of its ID in
-// the query.
+// route finds the service that a stream's path names, and the key of its ID in the query.
 func (h *callbackHandler) route(t streamTarget) (s service, name, key string) {
 	switch {
 	case underPath(t.path, "/api/sse/tasks"):
@@ -157,17 +152,16 @@ func underPath(path, prefix string) bool {
 	return ok && (rest == "" || rest[0] == '/')
 }
 
-// streamTarget is a stream's request target: its path, and the values in its
-// query of the keys that mean something here.
+// streamTarget is a stream's request target: its path, and the values in its query of the keys that mean something
+// here.
 type streamTarget struct {
 	path  string
 	query map[string][]string
 }
 
-// parseTarget takes apart a plain target: one whose path is clean and has no
-// escapes, and whose keys are spelled literally, if they are any of ours. So a
-// proxy in front, which may decide by the normalized path or by the first key in
-// any case, decides on what is routed here.
+// parseTarget takes apart a plain target: one whose path is clean and has no escapes, and whose keys are spelled
+// literally, if they are any of ours. So a proxy in front, which may decide by the normalized path or by the first key
+// in any case, decides on what is routed here.
 func parseTarget(target string) (t streamTarget, plain bool) {
 	t = streamTarget{query: map[string][]string{}}
 	var query string

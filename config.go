@@ -1,5 +1,5 @@
-// The environment, read into a documented struct for each role, with every problem
-// reported at once. Nothing else of the program is known here.
+// The environment, read into a documented struct for each role, with every problem reported at once. Nothing else of
+// the program is known here.
 
 package main
 
@@ -28,21 +28,22 @@ const (
 	minSecretLength = 16                 // characters, in production
 )
 
-// gatewayConfig configures the gateway role. loadBackendConfig leaves out Addr and CallbackURL: the gateway embedded in a
-// backend is told by it where callbacks go. Here and below, seconds may have decimals and are from 0.001 to a year; a
+// gatewayConfig configures the gateway role. loadBackendConfig leaves out Addr and CallbackURL: the gateway embedded in
+// a backend is told by it where callbacks go. Here and below, seconds may have decimals and are from 0.001 to a year; a
 // count that has no other upper bound is at most 1<<30.
 type gatewayConfig struct {
 	// Addr is the public listen address: PORT (default 3000; 0 lets the system choose) at HOST (default "" = on every
 	// interface).
 	Addr string
-	// InternalAddr (INTERNAL_ADDR, default "") serves pprof and /metrics, and with a gateway that runs alone it is the one
-	// address that serves /metrics and /internal/send. When empty, its public address does, and nothing serves pprof.
+	// InternalAddr (INTERNAL_ADDR, default "") serves pprof and /metrics, and with a gateway that runs alone it is the
+	// one address that serves /metrics and /internal/send. When empty, its public address does, and nothing serves
+	// pprof.
 	InternalAddr string
-	// CallbackURL (CALLBACK_URL, default "") gets the callbacks; its query may carry their secret, so it is never printed.
-	// When empty, readiness and every stream are 503.
+	// CallbackURL (CALLBACK_URL, default "") gets the callbacks; its query may carry their secret, so it is never
+	// printed. When empty, readiness and every stream are 503.
 	CallbackURL secret
-	// Heartbeat (HEARTBEAT_INTERVAL_SECONDS, default 15) is the time between two comments on a stream. A proxy that cuts
-	// idle connections sooner than that cuts every quiet stream.
+	// Heartbeat (HEARTBEAT_INTERVAL_SECONDS, default 15) is the time between two comments on a stream. A proxy that
+	// cuts idle connections sooner than that cuts every quiet stream.
 	Heartbeat time.Duration
 	// MaxConnections (MAX_CONNECTIONS, default 0 = no limit) is how many streams may be open; one more must come again.
 	MaxConnections int
@@ -52,8 +53,8 @@ type gatewayConfig struct {
 	// WriteTimeout (WRITE_TIMEOUT_SECONDS, default 10) is how long a client may take no byte before it is cut. It is
 	// looked at four times in that time, so it may be up to half as much more.
 	WriteTimeout time.Duration
-	// MaxStream (MAX_STREAM_SECONDS, default 0 = no limit) ends each stream after 80 to 100 % of it. Without it, streams
-	// that a proxy left half open stay until a write fails.
+	// MaxStream (MAX_STREAM_SECONDS, default 0 = no limit) ends each stream after 80 to 100 % of it. Without it,
+	// streams that a proxy left half open stay until a write fails.
 	MaxStream time.Duration
 	// Retry (RETRY_MILLISECONDS, default 2000, 1 to 3600000) is the least time before a browser reconnects. Each stream
 	// is told one to two times this, so that browsers do not all come back at once.
@@ -70,7 +71,8 @@ type backendConfig struct {
 	Production bool
 	// Addr (ADDR, default "localhost:8080") is the public listen address. Other machines cannot reach the default.
 	Addr string
-	// GatewayURL (SSE_GATEWAY_URL, default "" = embedded) is the base URL of the gateway, here without a trailing slash.
+	// GatewayURL (SSE_GATEWAY_URL, default "" = embedded) is the base URL of the gateway, here without a trailing
+	// slash.
 	GatewayURL string
 	// CallbackSecret (SSE_CALLBACK_SECRET, default "") must come with every callback. When empty, an embedded gateway
 	// gets a random one; with a separate gateway, anyone who reaches the callback can then register connections.
@@ -82,30 +84,35 @@ type backendConfig struct {
 	TaskWorkers int
 	// TaskQueueLimit (TASK_QUEUE_LIMIT, default 1000, at least 0) is how many tasks may wait; one more is answered 503.
 	TaskQueueLimit int
-	// TaskTimeout (TASK_TIMEOUT_SECONDS, default 300) fails a task that runs, or an external one that is silent, longer.
+	// TaskTimeout (TASK_TIMEOUT_SECONDS, default 300) fails a task that runs, or an external one that is silent,
+	// longer.
 	TaskTimeout time.Duration
-	// TaskCleanup (TASK_CLEANUP_INTERVAL_SECONDS, default 600) is how long a finished task is remembered; then it is 404.
+	// TaskCleanup (TASK_CLEANUP_INTERVAL_SECONDS, default 600) is how long a finished task is remembered; then it is
+	// 404.
 	TaskCleanup time.Duration
-	// TaskEventLimit (TASK_EVENT_LIMIT, default 1000) is how many events are kept per task. Beyond it the oldest progress
-	// goes; the first and the terminal event always stay, hence at least 2.
+	// TaskEventLimit (TASK_EVENT_LIMIT, default 1000) is how many events are kept per task. Beyond it the oldest
+	// progress goes; the first and the terminal event always stay, hence at least 2.
 	TaskEventLimit int
-	// TaskMemory (TASK_MEMORY_BYTES, default 256 MiB, at least 64 KiB) is what all tasks may hold: events, results and what
-	// else they take. Beyond it the tasks that finished first are forgotten; when there are none, new ones are answered 503,
-	// and a report makes its own task lose its oldest progress. An end is always taken, and the last report kept.
+	// TaskMemory (TASK_MEMORY_BYTES, default 256 MiB, at least 64 KiB) is what all tasks may hold: events, results and
+	// what else they take. Beyond it the tasks that finished first are forgotten; when there are none, new ones are
+	// answered 503, and a report makes its own task lose its oldest progress. An end is always taken, and the last
+	// report kept.
 	TaskMemory int
-	// VersionPendingLimit (VERSION_PENDING_LIMIT, default 100, 0 = unbounded) is how many undelivered events are kept per
-	// request_id; beyond it the oldest is dropped and counted. As many delivered ones are kept for browsers that come back.
+	// VersionPendingLimit (VERSION_PENDING_LIMIT, default 100, 0 = unbounded) is how many undelivered events are kept
+	// per request_id; beyond it the oldest is dropped and counted. As many delivered ones are kept for browsers that
+	// come back.
 	VersionPendingLimit int
-	// VersionPendingTTL (VERSION_PENDING_SECONDS, default 3600) is how long an outbox is kept without a connection. Then
-	// its events are dropped and counted.
+	// VersionPendingTTL (VERSION_PENDING_SECONDS, default 3600) is how long an outbox is kept without a connection.
+	// Then its events are dropped and counted.
 	VersionPendingTTL time.Duration
-	// FrontendVersionURL (FRONTEND_VERSION_URL, default "" = no polling) is a version.json that is polled in full. A version that was
-	// seen twice in a row, and is not the current one, is announced to all.
+	// FrontendVersionURL (FRONTEND_VERSION_URL, default "" = no polling) is a version.json that is polled in full. A
+	// version that was seen twice in a row, and is not the current one, is announced to all.
 	FrontendVersionURL string
-	// FrontendVersionPoll (FRONTEND_VERSION_POLL_SECONDS, default 30) is how often; an announcement is late by up to twice this.
+	// FrontendVersionPoll (FRONTEND_VERSION_POLL_SECONDS, default 30) is how often; an announcement is late by up to
+	// twice this.
 	FrontendVersionPoll time.Duration
-	// Sweep (CONNECTION_SWEEP_SECONDS, default 60) is how often connections are checked against the gateway, and so about
-	// how long one that the gateway lost is still counted.
+	// Sweep (CONNECTION_SWEEP_SECONDS, default 60) is how often connections are checked against the gateway, and so
+	// about how long one that the gateway lost is still counted.
 	Sweep time.Duration
 	// Gateway configures the embedded gateway. With a GatewayURL it is checked, but only its InternalAddr is used.
 	Gateway gatewayConfig
@@ -138,10 +145,9 @@ func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 	return c, errors.Join(r.errs...)
 }
 
-// servesHost reports whether a request with that Host is served. In development it
-// must name this machine: to a browser, a page whose name comes to point here (DNS
-// rebinding) is of the same site. If every interface is listened on, an address
-// will do, as no name can stand for it.
+// servesHost reports whether a request with that Host is served. In development it must name this machine: to a
+// browser, a page whose name comes to point here (DNS rebinding) is of the same site. If every interface is listened
+// on, an address will do, as no name can stand for it.
 func (c backendConfig) servesHost(hostport string) bool {
 	host, own := hostOf(hostport), hostOf(c.Addr)
 	ip := net.ParseIP(host)
@@ -213,8 +219,8 @@ func healthcheckURL(getenv func(string) string) (string, error) {
 	return u.String(), errors.Join(r.errs...)
 }
 
-// warnOfVariables warns of variables that begin like ours and that nothing reads: they may be misspelt. It never shows a
-// value.
+// warnOfVariables warns of variables that begin like ours and that nothing reads: they may be misspelt. It never shows
+// a value.
 func warnOfVariables(environ []string, log *slog.Logger) {
 	known := map[string]bool{}
 	note := func(name string) string { known[name] = true; return "" }
@@ -329,8 +335,8 @@ func (r *envReader) url(name, without string) string {
 	return v
 }
 
-// baseURL reads a URL to which paths are added. It has none of its own, or one
-// that a gateway would not serve, and returns no slash at its end.
+// baseURL reads a URL to which paths are added. It has none of its own, or one that a gateway would not serve, and
+// returns no slash at its end.
 func (r *envReader) baseURL(name string) string {
 	v := strings.TrimRight(r.url(name, " #?"), "/")
 	if u := parseURL(v); u != nil && u.Path != "" {

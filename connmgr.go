@@ -1,6 +1,5 @@
-// ConnectionManager: which token is the current connection of which identifier, and
-// send and close by identifier. Tasks and versions are not known here; what must be
-// delivered is in outbox.go, the way to the gateway in gateway.go.
+// ConnectionManager: which token is the current connection of which identifier, and send and close by identifier. Tasks
+// and versions are not known here; what must be delivered is in outbox.go, the way to the gateway in gateway.go.
 
 package main
 
@@ -35,8 +34,8 @@ type owner interface {
 	ended(until time.Time) // the connection is no more; until when it was there, or zero
 }
 
-// ConnectionManager knows which token is the current connection of each
-// identifier. It makes no promise about what was delivered; followers do.
+// ConnectionManager knows which token is the current connection of each identifier. It makes no promise about what was
+// delivered; followers do.
 type ConnectionManager struct {
 	gateway  sender
 	log      *slog.Logger
@@ -44,14 +43,14 @@ type ConnectionManager struct {
 	failures throttle     // of what is logged about sends
 	active   atomic.Int64 // goroutines of background
 
-	// mu guards the maps; under it there is map work only. Whenever it is free,
-	// connections[id].token == t if and only if tokens[t] == id.
+	// mu guards the maps; under it there is map work only. Whenever it is free, connections[id].token == t if and only
+	// if tokens[t] == id.
 	mu          sync.Mutex
 	connections map[string]*connection // by identifier
 	tokens      map[string]string      // identifier by token
 
-	// replaced has the identifiers of streams that could not be told of their
-	// end, by token. What is beyond maxReplaced is left to the client.
+	// replaced has the identifiers of streams that could not be told of their end, by token. What is beyond maxReplaced
+	// is left to the client.
 	replaced map[string]string
 }
 
@@ -84,12 +83,12 @@ var (
 	errAskFirst = errors.New("the gateway must be asked whether it knows the token")
 )
 
-// OnConnect makes the token of c the connection of identifier. It returns the
-// token that this replaces, or "", which the caller gives to CloseReplaced.
+// OnConnect makes the token of c the connection of identifier. It returns the token that this replaces, or "", which
+// the caller gives to CloseReplaced.
 //
-// A request that is older than the present connection's is errOutdated: callbacks
-// may overtake each other. One that would replace a connection is errAskFirst
-// unless its gateway was asked, for that may have died or given the callback up.
+// A request that is older than the present connection's is errOutdated: callbacks may overtake each other. One that
+// would replace a connection is errAskFirst unless its gateway was asked, for that may have died or given the callback
+// up.
 func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o owner) (replaced string, err error) {
 	now := time.Now()
 	m.mu.Lock()
@@ -126,9 +125,8 @@ func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o own
 	return replaced, nil
 }
 
-// Ask reports whether the gateway knows the stream of c, which then may replace
-// the present connection of identifier. It asks about that, too: who comes after
-// a dead one gets what that may have lost.
+// Ask reports whether the gateway knows the stream of c, which then may replace the present connection of identifier.
+// It asks about that, too: who comes after a dead one gets what that may have lost.
 func (m *ConnectionManager) Ask(identifier string, c *connectRequest) bool {
 	m.mu.Lock()
 	old := m.connections[identifier]
@@ -140,9 +138,8 @@ func (m *ConnectionManager) Ask(identifier string, c *connectRequest) bool {
 	return m.gateway.send(c.token, nil, false).err == nil
 }
 
-// CloseReplaced tells a replaced stream that it is at its end. It returns at
-// once. If the gateway does not answer, the next sweep tries again: nobody
-// else knows of that stream any more.
+// CloseReplaced tells a replaced stream that it is at its end. It returns at once. If the gateway does not answer, the
+// next sweep tries again: nobody else knows of that stream any more.
 func (m *ConnectionManager) CloseReplaced(identifier, token string) {
 	m.background(func() {
 		r := m.send(identifier, token, []event{closeEvent("replaced")}, true)
@@ -158,8 +155,7 @@ func (m *ConnectionManager) CloseReplaced(identifier, token string) {
 	})
 }
 
-// OnDisconnect removes the connection of token. A token that is unknown, or
-// no longer the current one, removes nothing.
+// OnDisconnect removes the connection of token. A token that is unknown, or no longer the current one, removes nothing.
 func (m *ConnectionManager) OnDisconnect(token string) {
 	m.mu.Lock()
 	identifier := m.tokens[token]
@@ -174,8 +170,7 @@ func (m *ConnectionManager) OnDisconnect(token string) {
 	m.log.Debug("disconnected", "identifier", identifier, "token", mask(token))
 }
 
-// lost removes the connection of identifier, which the gateway does not know
-// any more, if it is still that of token.
+// lost removes the connection of identifier, which the gateway does not know any more, if it is still that of token.
 func (m *ConnectionManager) lost(identifier, token string) {
 	m.mu.Lock()
 	c := m.removeLocked(identifier, token)
@@ -225,15 +220,13 @@ func (m *ConnectionManager) Active() map[string]float64 {
 	return n
 }
 
-// errSuspended says that a send was not tried: an earlier one failed, and the
-// stream is being ended for it.
+// errSuspended says that a send was not tried: an earlier one failed, and the stream is being ended for it.
 var errSuspended = errors.New("the stream is being ended")
 
-// Send gives events to the connection of identifier, if that is still token, or
-// only the first ones: see sendResult. If end is set, there is one event, after
-// which the stream ends. Nothing is tried twice. After a failure the client may
-// lack an event, or have it; from then on Send only tries to end the stream, so
-// that the browser comes back and resumes by ID.
+// Send gives events to the connection of identifier, if that is still token, or only the first ones: see sendResult. If
+// end is set, there is one event, after which the stream ends. Nothing is tried twice. After a failure the client may
+// lack an event, or have it; from then on Send only tries to end the stream, so that the browser comes back and resumes
+// by ID.
 func (m *ConnectionManager) Send(identifier, token string, events []event, end bool) sendResult {
 	c := m.current(identifier, token)
 	if c == nil {
@@ -280,8 +273,8 @@ func (m *ConnectionManager) send(identifier, token string, events []event, end b
 	return r
 }
 
-// Probe asks the gateway for a stream. If it does not know the token, the
-// connection of identifier is removed, if it is still that one.
+// Probe asks the gateway for a stream. If it does not know the token, the connection of identifier is removed, if it is
+// still that one.
 func (m *ConnectionManager) Probe(identifier, token string) sendResult {
 	asked := time.Now() // the answer may be late
 	r := m.gateway.send(token, nil, false)
@@ -295,8 +288,8 @@ func (m *ConnectionManager) Probe(identifier, token string) sendResult {
 	return r
 }
 
-// endSuspect ends a stream that may have a gap. The gateway's disconnect
-// callback, or its 404, then removes the connection.
+// endSuspect ends a stream that may have a gap. The gateway's disconnect callback, or its 404, then removes the
+// connection.
 func (m *ConnectionManager) endSuspect(identifier, token string) {
 	r := m.gateway.send(token, nil, true)
 	if errors.Is(r.err, errUnknownToken) {
@@ -309,10 +302,8 @@ func (m *ConnectionManager) endSuspect(identifier, token string) {
 // sweepers is how many connections a sweep asks for at the same time.
 const sweepers = 8
 
-// Sweep asks the gateway, until ctx ends, for every connection about once an
-// interval: what it does not know any more, after a crash without disconnect
-// callbacks, is removed. It runs several times an interval, which spreads the
-// checks.
+// Sweep asks the gateway, until ctx ends, for every connection about once an interval: what it does not know any more,
+// after a crash without disconnect callbacks, is removed. It runs several times an interval, which spreads the checks.
 func (m *ConnectionManager) Sweep(ctx context.Context, interval time.Duration) {
 	ticker := time.NewTicker(max(interval/8, time.Millisecond))
 	defer ticker.Stop()
@@ -380,8 +371,8 @@ func (m *ConnectionManager) Drain(ctx context.Context) {
 	}
 }
 
-// EndAll ends every stream, without the event that would keep its browser
-// from coming back: to the backend that takes this one's place.
+// EndAll ends every stream, without the event that would keep its browser from coming back: to the backend that takes
+// this one's place.
 func (m *ConnectionManager) EndAll(ctx context.Context) {
 	m.mu.Lock()
 	tokens := slices.Collect(maps.Keys(m.tokens))

@@ -1,6 +1,5 @@
-// The ordered, numbered events of one task or one request_id, and how far each
-// follower of them is. Connections and tokens are not known here; follower.go
-// delivers the events.
+// The ordered, numbered events of one task or one request_id, and how far each follower of them is. Connections and
+// tokens are not known here; follower.go delivers the events.
 
 package main
 
@@ -17,19 +16,17 @@ type logPolicy struct {
 	event string        // name of the events
 	epoch func() string // makes the epoch of a log; nil for events without ID
 
-	// replay makes every fresh connection start at the first event. Without it,
-	// one starts at the first event that is not known to be with a browser.
+	// replay makes every fresh connection start at the first event. Without it, one starts at the first event that is
+	// not known to be with a browser.
 	replay bool
-	// limit is how many events are kept that a fresh connection would get, and
-	// how many others: a browser that lost its connection may ask for them by
-	// ID. 0 means no limit. Beyond it the oldest that is not marked goes; dropped
-	// is told of those that nobody was given.
+	// limit is how many events are kept that a fresh connection would get, and how many others: a browser that lost its
+	// connection may ask for them by ID. 0 means no limit. Beyond it the oldest that is not marked goes; dropped is
+	// told of those that nobody was given.
 	limit   int
 	dropped func(n int)
 }
 
-// eventLog is the events of one task or one request_id, numbered from 1 without
-// a gap.
+// eventLog is the events of one task or one request_id, numbered from 1 without a gap.
 //
 // Lock order: a service's, a follower's, then mu.
 type eventLog struct {
@@ -47,8 +44,7 @@ type eventLog struct {
 	changed chan struct{} // closed when what Wait looks at changes; nil while nobody waits
 }
 
-// maxEventData is how many bytes the data of an event has at most, as clients
-// exist that break at a line of 65,536.
+// maxEventData is how many bytes the data of an event has at most, as clients exist that break at a line of 65,536.
 const maxEventData = 64_000
 
 type entry struct {
@@ -113,8 +109,7 @@ func (l *eventLog) writeID(b *strings.Builder, n uint64) {
 	b.Write(strconv.AppendUint(digits[:0], n, 10))
 }
 
-// parsePositions returns the number for each epoch that an event ID names, or
-// nothing if it is no ID of ours.
+// parsePositions returns the number for each epoch that an event ID names, or nothing if it is no ID of ours.
 func parsePositions(id string) map[string]uint64 {
 	positions := map[string]uint64{}
 	for part := range strings.SplitSeq(id, ".") {
@@ -128,8 +123,7 @@ func parsePositions(id string) map[string]uint64 {
 	return positions
 }
 
-// Append adds an event and returns its number, or 0 after End. It does not
-// wait for its delivery.
+// Append adds an event and returns its number, or 0 after End. It does not wait for its delivery.
 func (l *eventLog) Append(data string, keep bool) (n uint64) {
 	return l.add(entry{data: data, keep: keep})
 }
@@ -154,8 +148,7 @@ func (l *eventLog) add(e entry) (n uint64) {
 	return l.last
 }
 
-// End makes connection_close with this reason follow the last event, on every
-// connection that follows this log alone.
+// End makes connection_close with this reason follow the last event, on every connection that follows this log alone.
 func (l *eventLog) End(reason string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -169,9 +162,8 @@ func (l *eventLog) wakeLocked() {
 	}
 }
 
-// Wait waits until event n is known to be with an open stream. It returns
-// false when ctx ends, when the event was dropped, or when no follower is at
-// work: there is none, or it failed.
+// Wait waits until event n is known to be with an open stream. It returns false when ctx ends, when the event was
+// dropped, or when no follower is at work: there is none, or it failed.
 func (l *eventLog) Wait(ctx context.Context, n uint64) bool {
 	for {
 		l.mu.Lock()
@@ -209,24 +201,23 @@ func (l *eventLog) notifyLocked() {
 	}
 }
 
-// Size returns how many events are kept, how many of them a fresh connection
-// would get, and how many bytes of data they have that is not shared.
+// Size returns how many events are kept, how many of them a fresh connection would get, and how many bytes of data they
+// have that is not shared.
 func (l *eventLog) Size() (kept, waiting, bytes int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.entries), len(l.entries) - l.indexLocked(l.start), l.bytes
 }
 
-// Held returns how many bytes of the heap the events take, as far as they are
-// not shared.
+// Held returns how many bytes of the heap the events take, as far as they are not shared.
 func (l *eventLog) Held() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.bytes + cap(l.entries)*entrySize
 }
 
-// After returns the events that follow the one with this ID, most at most: from
-// the first that is kept, if it is none of this log.
+// After returns the events that follow the one with this ID, most at most: from the first that is kept, if it is none
+// of this log.
 func (l *eventLog) After(id string, most int) (events []event) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -241,8 +232,7 @@ func (l *eventLog) After(id string, most int) (events []event) {
 	return events
 }
 
-// DropOldest drops the oldest event that is not marked and not the last one. It
-// reports whether there was one.
+// DropOldest drops the oldest event that is not marked and not the last one. It reports whether there was one.
 func (l *eventLog) DropOldest() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -256,8 +246,7 @@ func (l *eventLog) Followers() int {
 	return len(l.cursors)
 }
 
-// Shed drops the events that neither a fresh connection nor a follower would
-// get.
+// Shed drops the events that neither a fresh connection nor a follower would get.
 func (l *eventLog) Shed() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -302,9 +291,8 @@ func (l *eventLog) trimLocked() {
 	}
 }
 
-// loseLocked drops the oldest event between two indexes that is not marked, and
-// reports whether there was one. It counts unless somebody was given it, or may
-// be: see settle.
+// loseLocked drops the oldest event between two indexes that is not marked, and reports whether there was one. It
+// counts unless somebody was given it, or may be: see settle.
 func (l *eventLog) loseLocked(from, to int) bool {
 	i := slices.IndexFunc(l.entries[min(from, to):to], func(e entry) bool { return !e.keep })
 	if i < 0 {
@@ -326,8 +314,8 @@ func (l *eventLog) dropLocked(from, to int) {
 	l.entries = slices.Delete(l.entries, from, to)
 }
 
-// attach lets a reader follow the log: after the event that it names if that is
-// one of this log, and from the start otherwise.
+// attach lets a reader follow the log: after the event that it names if that is one of this log, and from the start
+// otherwise.
 func (l *eventLog) attach(r reader, named map[string]uint64) *cursor {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -351,8 +339,7 @@ func (c *cursor) received() {
 	}
 }
 
-// detach ends the following. What was sent and not received is given again to the
-// next reader that names no ID.
+// detach ends the following. What was sent and not received is given again to the next reader that names no ID.
 func (c *cursor) detach() {
 	c.log.mu.Lock()
 	defer c.log.mu.Unlock()
@@ -361,17 +348,15 @@ func (c *cursor) detach() {
 	c.log.notifyLocked()
 }
 
-// A run is what goes to the gateway at once: more with each success, up to this
-// many events or bytes. Their JSON is far from its limits, so that it refuses
-// none from the middle of a run.
+// A run is what goes to the gateway at once: more with each success, up to this many events or bytes. Their JSON is far
+// from its limits, so that it refuses none from the middle of a run.
 const (
 	maxRun      = 64
 	maxRunBytes = 64 << 10
 )
 
-// take returns the next events for the reader, most at most. They are in flight
-// until settle. If there are none it returns the reason of the end, if the log has
-// ended.
+// take returns the next events for the reader, most at most. They are in flight until settle. If there are none it
+// returns the reason of the end, if the log has ended.
 func (c *cursor) take(most int) (run []entry, reason string) {
 	l := c.log
 	l.mu.Lock()
@@ -402,8 +387,7 @@ func (c *cursor) behind(n uint64) bool {
 	return c.log.reason != "" || c.log.indexLocked(n) < len(c.log.entries)
 }
 
-// settle notes that the gateway took the first events of a run, and whether all
-// that was sent is with an open stream.
+// settle notes that the gateway took the first events of a run, and whether all that was sent is with an open stream.
 func (c *cursor) settle(run []entry, taken int, given bool) {
 	l := c.log
 	l.mu.Lock()
@@ -427,8 +411,8 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 	l.notifyLocked()
 }
 
-// receivedLocked notes that a browser has the events up to n. Without replay
-// they need not be given to a fresh connection any more.
+// receivedLocked notes that a browser has the events up to n. Without replay they need not be given to a fresh
+// connection any more.
 func (l *eventLog) receivedLocked(n uint64) {
 	l.given = max(l.given, n)
 	if !l.policy.replay && n > l.start {

@@ -1,5 +1,5 @@
-// External tasks, which are worked on elsewhere and reported over HTTP: how they begin,
-// their reports, and the handlers of these. What happens to a task is in tasks.go.
+// External tasks, which are worked on elsewhere and reported over HTTP: how they begin, their reports, and the handlers
+// of these. What happens to a task is in tasks.go.
 
 package main
 
@@ -10,12 +10,11 @@ import (
 	"time"
 )
 
-// externalTask is the kind of task that is worked on elsewhere and reported
-// over HTTP.
+// externalTask is the kind of task that is worked on elsewhere and reported over HTTP.
 const externalTask = "external"
 
-// plainChars are those that a chosen task_id may have: what stands in the path of a URL
-// as it is, so that whoever looks at that path sees the same task.
+// plainChars are those that a chosen task_id may have: what stands in the path of a URL as it is, so that whoever looks
+// at that path sees the same task.
 const plainChars = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+,;=@"
 
 var (
@@ -105,9 +104,8 @@ func parseReport(body object) (r report, err error) {
 	return r, nil
 }
 
-// Progress, Complete and Fail are the reports of an external worker. They
-// return the ID of the event that tells the followers. One that was taken
-// before, and whose answer may have been lost, is not taken again.
+// Progress, Complete and Fail are the reports of an external worker. They return the ID of the event that tells the
+// followers. One that was taken before, and whose answer may have been lost, is not taken again.
 func (s *TaskService) Progress(id string, r report) (eventID string, repeated bool, err error) {
 	return s.report(id, func(t *task) bool { return r.seq != 0 && r.seq <= t.seq }, func(t *task) {
 		t.seq = max(t.seq, r.seq)
@@ -129,8 +127,7 @@ func (s *TaskService) Fail(id, failure string) (eventID string, err error) {
 	return eventID, err
 }
 
-// report applies a report to a running external task, under mu, unless the
-// task has taken it before.
+// report applies a report to a running external task, under mu, unless the task has taken it before.
 func (s *TaskService) report(id string, taken func(*task) bool, apply func(*task)) (eventID string, repeated bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

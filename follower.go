@@ -1,6 +1,5 @@
-// Delivery: a follower gives one connection the events of one or more logs, each
-// once and in the order of its log. Tasks and versions are not known here. The
-// events are in eventlog.go, the connection is in connmgr.go.
+// Delivery: a follower gives one connection the events of one or more logs, each once and in the order of its log.
+// Tasks and versions are not known here. The events are in eventlog.go, the connection is in connmgr.go.
 
 package main
 
@@ -13,18 +12,16 @@ import (
 	"time"
 )
 
-// settleTime is how long a connection must have been open for what it was given
-// to count as received. A browser that leaves sooner may not have read a byte.
+// settleTime is how long a connection must have been open for what it was given to count as received. A browser that
+// leaves sooner may not have read a byte.
 const settleTime = time.Second
 
-// follower delivers events to one connection, that is, to one token. One
-// goroutine at a time does so, one run of events after the other, and nothing is
-// tried twice. When the connection is replaced its follower is told, and from
-// then on moves no position: a send that is still under way reaches neither the
-// new connection nor what that is given.
+// follower delivers events to one connection, that is, to one token. One goroutine at a time does so, one run of events
+// after the other, and nothing is tried twice. When the connection is replaced its follower is told, and from then on
+// moves no position: a send that is still under way reaches neither the new connection nor what that is given.
 //
-// The ID of an event is the position in every log, so that a browser that comes
-// back goes on in each. Only a follower of a single log ends with it.
+// The ID of an event is the position in every log, so that a browser that comes back goes on in each. Only a follower
+// of a single log ends with it.
 type follower struct {
 	identifier string
 	token      string
@@ -55,18 +52,16 @@ const (
 	workingAgain
 )
 
-// follow makes the stream of c the connection of identifier, in place of any
-// other, and returns the event that begins it. Delivery goes on after its last
-// event ID if that is an event of log, and from the start of log otherwise. A
-// stream that was asked for before the present connection is the one that is
-// replaced: the event that it begins with ends it. The error is errAskFirst.
+// follow makes the stream of c the connection of identifier, in place of any other, and returns the event that begins
+// it. Delivery goes on after its last event ID if that is an event of log, and from the start of log otherwise. A
+// stream that was asked for before the present connection is the one that is replaced: the event that it begins with
+// ends it. The error is errAskFirst.
 func follow(conns *ConnectionManager, identifier string, c connectRequest, log *eventLog) (open event, end bool, err error) {
 	f := &follower{identifier: identifier}
 	return f.connect(conns, c, func() []*eventLog { return []*eventLog{log} })
 }
 
-// connect is follow for a follower of the logs that it asks for once it is the
-// connection.
+// connect is follow for a follower of the logs that it asks for once it is the connection.
 func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func() []*eventLog) (open event, end bool, err error) {
 	f.conns, f.token, f.probes, f.since = conns, c.token, c.probes, time.Now()
 	replaced, err := conns.OnConnect(f.identifier, c, f)
@@ -86,8 +81,8 @@ func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func
 	return event{ID: position, Name: "connection_open", Data: `{"status":"connected"}`}, false, nil
 }
 
-// begin starts the delivery, unless the connection has ended meanwhile, and
-// returns the ID of the event after which it goes on.
+// begin starts the delivery, unless the connection has ended meanwhile, and returns the ID of the event after which it
+// goes on.
 func (f *follower) begin(logs []*eventLog, lastEventID string) (position string, stopped bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -118,8 +113,7 @@ func (f *follower) add(log *eventLog) {
 	}
 }
 
-// around returns what the ID of an event has before and after the part of c: the
-// positions in the other logs.
+// around returns what the ID of an event has before and after the part of c: the positions in the other logs.
 func around(cursors []*cursor, c *cursor) (before, after string) {
 	var ids strings.Builder
 	middle := 0
@@ -155,8 +149,8 @@ func (f *follower) seenLocked(at time.Time) {
 	}
 }
 
-// ended stops the delivery: the connection is no more. It was there until the
-// given time; if that is not known, it is zero.
+// ended stops the delivery: the connection is no more. It was there until the given time; if that is not known, it is
+// zero.
 func (f *follower) ended(until time.Time) {
 	f.mu.Lock()
 	stopped := f.stopped
@@ -175,8 +169,7 @@ func (f *follower) detachLocked() {
 	}
 }
 
-// wake has deliver look for what is new. It takes no lock, so that a log may
-// call it.
+// wake has deliver look for what is new. It takes no lock, so that a log may call it.
 func (f *follower) wake() {
 	for {
 		switch {
@@ -203,8 +196,7 @@ func (f *follower) rest(cursors []*cursor) bool {
 	return true
 }
 
-// deliver sends until the connection has everything or is no more, or until
-// there is nothing left to try.
+// deliver sends until the connection has everything or is no more, or until there is nothing left to try.
 func (f *follower) deliver() {
 	most := 1
 	for {
@@ -233,8 +225,7 @@ func (f *follower) deliver() {
 	}
 }
 
-// next returns the next run, or the reason of the end if there is none. The
-// cursors take turns.
+// next returns the next run, or the reason of the end if there is none. The cursors take turns.
 func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, reason string) {
 	for range cursors {
 		c = cursors[int(f.turn)%len(cursors)]
@@ -264,10 +255,9 @@ func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
 	return events
 }
 
-// settle notes what became of a run, whose send began at that time, or of the
-// end, which is a run without events. It reports whether to go on. After a
-// failure that is so if there is more to send: trying to ends the stream, so that
-// the browser comes back for what it may lack.
+// settle notes what became of a run, whose send began at that time, or of the end, which is a run without events. It
+// reports whether to go on. After a failure that is so if there is more to send: trying to ends the stream, so that the
+// browser comes back for what it may lack.
 func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -298,16 +288,15 @@ func (f *follower) openedLocked() {
 	}
 }
 
-// An event that the gateway buffers until its stream is open is lost with that
-// stream if the client leaves first. Whether it opened is asked a few times, for
-// as long as a connect callback may take.
+// An event that the gateway buffers until its stream is open is lost with that stream if the client leaves first.
+// Whether it opened is asked a few times, for as long as a connect callback may take.
 const (
 	openLimit = 5 * time.Second
 	openPause = 20 * time.Millisecond
 )
 
-// awaitOpen finds out whether buffered events are with the browser now. It
-// returns false at once if there are none, or if nobody needs to know.
+// awaitOpen finds out whether buffered events are with the browser now. It returns false at once if there are none, or
+// if nobody needs to know.
 func (f *follower) awaitOpen() bool {
 	f.mu.Lock()
 	mayLose := slices.ContainsFunc(f.cursors, func(c *cursor) bool { return !c.log.policy.replay })

@@ -1,6 +1,5 @@
-// The backend's client of a gateway. The gateway itself is sidecar.go, send.go and
-// stream.go; what both say to each other is in wire.go. Identifiers are not known
-// here; see connmgr.go.
+// The backend's client of a gateway. The gateway itself is sidecar.go, send.go and stream.go; what both say to each
+// other is in wire.go. Identifiers are not known here; see connmgr.go.
 
 package main
 
@@ -21,32 +20,30 @@ import (
 const (
 	// sendLimit bounds one POST to the gateway. It is tried once.
 	sendLimit = 5 * time.Second
-	// resetLimit bounds how long a start waits for a gateway. One that did not
-	// answer by then is asked again after each resetPause.
+	// resetLimit bounds how long a start waits for a gateway. One that did not answer by then is asked again after each
+	// resetPause.
 	resetLimit = time.Second
 	resetPause = time.Second
-	// dialLimit bounds a dial, and a TLS handshake. A Transport goes on with
-	// them when the request that they are for has ended.
+	// dialLimit bounds a dial, and a TLS handshake. A Transport goes on with them when the request that they are for
+	// has ended.
 	dialLimit = 5 * time.Second
 
-	// So many POSTs are under way at once, to a gateway that takes batches and
-	// to one that does not. What comes meanwhile waits, and in the first case
-	// goes out together.
+	// So many POSTs are under way at once, to a gateway that takes batches and to one that does not. What comes
+	// meanwhile waits, and in the first case goes out together.
 	maxPostingBatches = 4
 	maxPosting        = 128
 
-	// The most that a batch holds. It is far from the gateway's own limit, so
-	// that nobody waits long for the others' events.
+	// The most that a batch holds. It is far from the gateway's own limit, so that nobody waits long for the others'
+	// events.
 	maxBatchSends = 512
 	maxBatchBytes = 1 << 20
 )
 
 // gatewayClient sends events to a gateway by POST /internal/send.
 //
-// A send on its own goes out at once. Under load it is group commit: sends
-// that come while others are under way wait, and the first of them to get its
-// turn takes the rest along. The caller waits for the result before it sends
-// the next events of a token, so their order is kept.
+// A send on its own goes out at once. Under load it is group commit: sends that come while others are under way wait,
+// and the first of them to get its turn takes the rest along. The caller waits for the result before it sends the next
+// events of a token, so their order is kept.
 type gatewayClient struct {
 	url       string            // with /internal/
 	transport http.RoundTripper // an http.Client would cost more, and follow redirects
@@ -58,8 +55,7 @@ type gatewayClient struct {
 	waiting []*waitingSend // one of each token at most, besides probes and ends
 }
 
-// waitingSend is one send that waits: for its turn, or for the result that
-// somebody else's POST brings.
+// waitingSend is one send that waits: for its turn, or for the result that somebody else's POST brings.
 type waitingSend struct {
 	lines int            // of JSON
 	skips bool           // an event that is refused for good is skipped: the stream goes on without it
@@ -102,10 +98,9 @@ func (c *gatewayClient) can() features {
 	return features{}
 }
 
-// send gives the events to the stream of token, one after the other, or only
-// the first if the gateway takes no batches. If end is set, there is one event
-// at most, after which the stream ends. Without events and end it asks whether
-// the stream is alive.
+// send gives the events to the stream of token, one after the other, or only the first if the gateway takes no batches.
+// If end is set, there is one event at most, after which the stream ends. Without events and end it asks whether the
+// stream is alive.
 func (c *gatewayClient) send(token string, events []event, end bool) sendResult {
 	can := c.can()
 	limit := maxPosting
@@ -158,12 +153,10 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 	return s.sendResult
 }
 
-// reset tells a gateway that runs already that its streams are not known
-// here, so that it ends them and the browsers come back. Otherwise, after a
-// backend that was killed, they would wait for ever. It returns after one try;
-// if that brought no answer of a gateway, it goes on in the background until ctx
-// ends, and streams of this backend may have to come back, too. It also ends
-// when a gateway calls back that announces no features: that knows of no reset.
+// reset tells a gateway that runs already that its streams are not known here, so that it ends them and the browsers
+// come back. Otherwise, after a backend that was killed, they would wait for ever. It returns after one try; if that
+// brought no answer of a gateway, it goes on in the background until ctx ends, and streams of this backend may have to
+// come back, too. It also ends when a gateway calls back that announces no features: that knows of no reset.
 func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *slog.Logger) {
 	err := c.tryReset(ctx, resetLimit, callbackSecret, log)
 	if err == nil {
@@ -186,8 +179,7 @@ func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *s
 	}()
 }
 
-// tryReset returns an error unless the gateway itself answered. A proxy before it
-// may answer anything else.
+// tryReset returns an error unless the gateway itself answered. A proxy before it may answer anything else.
 func (c *gatewayClient) tryReset(ctx context.Context, limit time.Duration, callbackSecret secret, log *slog.Logger) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()

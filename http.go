@@ -1,5 +1,5 @@
-// Bodies and answers of both roles: media types, limits, errors as JSON, bearer
-// tokens. Roles are not known here; json.go reads and writes the JSON itself.
+// Bodies and answers of both roles: media types, limits, errors as JSON, bearer tokens. Roles are not known here;
+// json.go reads and writes the JSON itself.
 
 package main
 
@@ -40,9 +40,8 @@ func hasMediaType(r *http.Request, want string) bool {
 	return err == nil && mediaType == want
 }
 
-// readJSON reads a body of at most limit bytes as one JSON object. A request
-// without a Content-Type is taken at its word; a wrong one is refused, which
-// also keeps out what a form of another site can post.
+// readJSON reads a body of at most limit bytes as one JSON object. A request without a Content-Type is taken at its
+// word; a wrong one is refused, which also keeps out what a form of another site can post.
 func readJSON(w http.ResponseWriter, r *http.Request, limit int64) (object, error) {
 	if r.Header.Get("Content-Type") != "" && !isJSON(r) {
 		return nil, errMediaType
@@ -77,16 +76,14 @@ var (
 	errClosing      = newError(http.StatusServiceUnavailable, "shutting_down", "shutting down")
 )
 
-// writeError answers {"error":"…","code":"…"}. What is no apiError is nothing
-// that a client may see.
+// writeError answers {"error":"…","code":"…"}. What is no apiError is nothing that a client may see.
 func writeError(w http.ResponseWriter, err error) {
 	e := newError(http.StatusInternalServerError, "internal", "internal error")
 	errors.As(err, &e)
 	writeJSON(w, e.status, e)
 }
 
-// writeJSON answers with a JSON body, which nobody may keep: browsers and
-// caches give a kept 410 to whoever asks next.
+// writeJSON answers with a JSON body, which nobody may keep: browsers and caches give a kept 410 to whoever asks next.
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	body := append(marshal(v), '\n')
 	w.Header().Set("Content-Type", jsonType)
@@ -101,8 +98,7 @@ func hasBearer(r *http.Request, want secret) bool {
 	return strings.EqualFold(scheme, "Bearer") && sameSecret(token, want)
 }
 
-// sameSecret compares in a time that tells nothing of either, also not the
-// length.
+// sameSecret compares in a time that tells nothing of either, also not the length.
 func sameSecret(got string, want secret) bool {
 	a, b := sha256.Sum256([]byte(got)), sha256.Sum256([]byte(want))
 	return subtle.ConstantTimeCompare(a[:], b[:]) == 1
@@ -123,8 +119,8 @@ func jsonErrors(mux *http.ServeMux) http.Handler {
 	})
 }
 
-// plainPaths refuses paths that are not clean or have escapes: a proxy that decides by
-// the path must decide on what is routed.
+// plainPaths refuses paths that are not clean or have escapes: a proxy that decides by the path must decide on what is
+// routed.
 func plainPaths(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, clean := r.URL.Path, path.Clean(r.URL.Path)

@@ -1,5 +1,4 @@
-// Names: services, identifiers, tokens and epochs. What they stand for is in
-// connmgr.go and outbox.go.
+// Names: services, identifiers, tokens and epochs. What they stand for is in connmgr.go and outbox.go.
 
 package main
 
@@ -50,8 +49,7 @@ func newToken() string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-// mask shortens a token for logs: enough to tell streams apart, too little to
-// send to one.
+// mask shortens a token for logs: enough to tell streams apart, too little to send to one.
 func mask(token string) string {
 	return token[:min(len(token), 8)]
 }

@@ -1,6 +1,5 @@
-// Reading and writing JSON, more strictly than encoding/json does by itself: names
-// are exact, a name stands once, null is not absence, the text is UTF-8, and nothing
-// follows the value. HTTP is in http.go.
+// Reading and writing JSON, more strictly than encoding/json does by itself: names are exact, a name stands once, null
+// is not absence, the text is UTF-8, and nothing follows the value. HTTP is in http.go.
 
 package main
 
@@ -46,16 +45,14 @@ func parseObject(text []byte) (object, error) {
 	return o, nil
 }
 
-// field is a member that pick looks for: where its value goes and, if that is
-// an object, what is looked for in there.
+// field is a member that pick looks for: where its value goes and, if that is an object, what is looked for in there.
 type field struct {
 	name   string
 	value  *[]byte
 	inside []field
 }
 
-// pick is parseObject for some members only, which it finds without a map.
-// The value of an absent one stays nil.
+// pick is parseObject for some members only, which it finds without a map. The value of an absent one stays nil.
 func pick(text []byte, wanted ...field) error {
 	duplicate := false
 	valid := scanObject(text, func(name []byte, i int) int {
@@ -102,19 +99,19 @@ func (o object) str(name string) (value string, ok bool, err error) {
 	return value, err == nil, err
 }
 
-// memberFunc is called for the members of an object in their order. It returns
-// what skipValue does for the value, which begins at i.
+// memberFunc is called for the members of an object in their order. It returns what skipValue does for the value, which
+// begins at i.
 type memberFunc func(name []byte, i int) (end int)
 
-// scanObject reports whether text is one JSON object in UTF-8 (RFC 8259).
-// json.Valid alone takes longer than reading an event does with it.
+// scanObject reports whether text is one JSON object in UTF-8 (RFC 8259). json.Valid alone takes longer than reading an
+// event does with it.
 func scanObject(text []byte, visit memberFunc) bool {
 	i := skipSpace(text, 0)
 	return at(text, i) == '{' && skipSpace(text, skipObject(text, i, 0, visit)) == len(text)
 }
 
-// The skip functions return the index behind what begins at i, or -1 if that
-// is not what they skip. They take -1 for i, and return it.
+// The skip functions return the index behind what begins at i, or -1 if that is not what they skip. They take -1 for i,
+// and return it.
 
 // maxDepth is how deep objects and arrays may nest.
 const maxDepth = 1000
@@ -236,9 +233,8 @@ func skipEscape(text []byte, i int) int {
 	return -1
 }
 
-// isText reports whether s is UTF-8 without control characters, as what stands
-// in a string is. It looks at 8 bytes at once: a byte that borrows from the
-// next in the subtraction is a control character itself.
+// isText reports whether s is UTF-8 without control characters, as what stands in a string is. It looks at 8 bytes at
+// once: a byte that borrows from the next in the subtraction is a control character itself.
 func isText(s []byte) bool {
 	const spaces, highs = 0x2020202020202020, 0x8080808080808080
 	var below, all uint64
@@ -316,8 +312,8 @@ func parseString(raw []byte) (string, error) {
 	return string(unquote(raw)), nil
 }
 
-// unquote decodes a JSON string in place, as it never needs more room for it.
-// An escape that is half of a surrogate pair becomes U+FFFD.
+// unquote decodes a JSON string in place, as it never needs more room for it. An escape that is half of a surrogate
+// pair becomes U+FFFD.
 func unquote(raw []byte) []byte {
 	rest := raw[1 : len(raw)-1]
 	i := bytes.IndexByte(rest, '\\')
@@ -362,8 +358,8 @@ func parseNumber(raw []byte) (n float64, err error) {
 	return n, nil
 }
 
-// marshal encodes a value of our own types, which cannot fail. HTML is not
-// escaped: no JSON of ours is ever part of a page.
+// marshal encodes a value of our own types, which cannot fail. HTML is not escaped: no JSON of ours is ever part of a
+// page.
 func marshal(v any) []byte {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)

@@ -1,5 +1,4 @@
-// The kinds of task that come with the program; add yours here. How a task is run
-// and followed is in tasks.go.
+// The kinds of task that come with the program; add yours here. How a task is run and followed is in tasks.go.
 
 package main
 
@@ -11,17 +10,15 @@ import (
 	"time"
 )
 
-// taskFunc is the work of a task. It returns the result, which must have a
-// JSON form, or an error whose text the browser sees. It should return soon
-// after ctx ends: its worker is busy until then. A panic fails the task.
+// taskFunc is the work of a task. It returns the result, which must have a JSON form, or an error whose text the
+// browser sees. It should return soon after ctx ends: its worker is busy until then. A panic fails the task.
 type taskFunc func(ctx context.Context, p *progress) (result any, err error)
 
-// taskKind makes the work of a task from its params, which are a JSON object
-// (perhaps empty). Its error is the client's fault, who sees its text.
+// taskKind makes the work of a task from its params, which are a JSON object (perhaps empty). Its error is the client's
+// fault, who sees its text.
 type taskKind func(params object) (taskFunc, error)
 
-// taskKinds are the kinds of task that run in this process. To add one, write
-// a taskKind and name it here.
+// taskKinds are the kinds of task that run in this process. To add one, write a taskKind and name it here.
 func taskKinds() map[string]taskKind {
 	return map[string]taskKind{
 		"demo":    demoTask,

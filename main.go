@@ -1,6 +1,5 @@
-// Sidecast sends Server-Sent Events to browsers on behalf of a web
-// application: a backend that tracks long tasks and announces new frontend
-// versions, and a gateway that holds the browsers' streams.
+// Sidecast sends Server-Sent Events to browsers on behalf of a web application: a backend that tracks long tasks and
+// announces new frontend versions, and a gateway that holds the browsers' streams.
 package main
 
 import (
@@ -49,8 +48,8 @@ func main() {
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr, os.Environ()...))
 }
 
-// run runs one command until it is done or ctx ends, and returns the exit
-// code. Of environ, which is NAME=value, only misspelt names are of interest.
+// run runs one command until it is done or ctx ends, and returns the exit code. Of environ, which is NAME=value, only
+// misspelt names are of interest.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer, environ ...string) int {
 	command := ""
 	if len(args) > 0 {
@@ -103,8 +102,8 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		return serve(ctx, log, servers, b.work, b.stop)
 	}
 
-	// The embedded gateway is the same as the other one, and speaks to the
-	// backend in the same way: over HTTP, through a loopback port of its own.
+	// The embedded gateway is the same as the other one, and speaks to the backend in the same way: over HTTP, through
+	// a loopback port of its own.
 	loopback, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		log.Error("listening", "err", err)
@@ -165,8 +164,7 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 
 // Routes
 
-// routes are those of the backend. The embedded gateway, if there is one,
-// serves the streams.
+// routes are those of the backend. The embedded gateway, if there is one, serves the streams.
 func (b *backend) routes(g *gateway) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", serveHealth)
@@ -205,8 +203,8 @@ func (b *backend) routes(g *gateway) http.Handler {
 	})
 }
 
-// routes are those of the gateway on its public port. Every other path is
-// that of a stream, also one that a ServeMux would redirect to its clean form.
+// routes are those of the gateway on its public port. Every other path is that of a stream, also one that a ServeMux
+// would redirect to its clean form.
 func (g *gateway) routes(reg *registry, internal bool) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", serveHealth)
@@ -227,8 +225,7 @@ func (g *gateway) routes(reg *registry, internal bool) http.Handler {
 	})
 }
 
-// internalRoutes are those of INTERNAL_ADDR. The gateway, if it runs alone,
-// takes events there.
+// internalRoutes are those of INTERNAL_ADDR. The gateway, if it runs alone, takes events there.
 func internalRoutes(g *gateway, reg *registry) http.Handler {
 	mux := http.NewServeMux()
 	if g != nil {
@@ -325,8 +322,7 @@ func (b *backend) work(ctx context.Context) {
 	}
 }
 
-// stop fails the tasks that have not ended, lets their last events out, and
-// ends the streams at a gateway that stays.
+// stop fails the tasks that have not ended, lets their last events out, and ends the streams at a gateway that stays.
 func (b *backend) stop(ctx context.Context) {
 	b.closing.Store(true)
 	b.tasks.Close()
@@ -346,8 +342,7 @@ func (b *backend) serveReady(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
 }
 
-// protect lets only those change something who have the API token, if there
-// is one, and nobody during the shutdown.
+// protect lets only those change something who have the API token, if there is one, and nobody during the shutdown.
 func (b *backend) protect(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		switch {
@@ -363,8 +358,8 @@ func (b *backend) protect(h http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// protectList protects the list of all tasks in production: unlike a single
-// task's ID it can be asked for without knowing anything.
+// protectList protects the list of all tasks in production: unlike a single task's ID it can be asked for without
+// knowing anything.
 func (b *backend) protectList(h http.HandlerFunc) http.HandlerFunc {
 	if b.cfg.Production {
 		return b.protect(h)

@@ -1,5 +1,5 @@
-// Counters, gauges and histograms in the Prometheus text format, and the families of
-// both roles. Who counts what is not known here.
+// Counters, gauges and histograms in the Prometheus text format, and the families of both roles. Who counts what is not
+// known here.
 
 package main
 
@@ -20,11 +20,11 @@ import (
 	"time"
 )
 
-// A registry is an ordered list of metric families and the handler that shows them in the Prometheus text format
-// 0.0.4, followed by the families of the process itself. Two roles in one process share one registry.
+// A registry is an ordered list of metric families and the handler that shows them in the Prometheus text format 0.0.4,
+// followed by the families of the process itself. Two roles in one process share one registry.
 //
-// Everything is registered before the first request; the list has no lock because it never changes afterwards.
-// Counting and scraping are safe for concurrent use.
+// Everything is registered before the first request; the list has no lock because it never changes afterwards. Counting
+// and scraping are safe for concurrent use.
 type registry struct {
 	families []family
 	requests *counterVec // HTTP requests, by code
@@ -46,9 +46,9 @@ type label struct {
 	values []string
 }
 
-// newRegistry returns a registry without families but those of servers and the process, whose start is the time of this call:
-// milliseconds late, but the same on every system and at every scrape. Calculated from /proc (boot time plus start
-// ticks) it would be no finer than a second, move with each correction of the clock, and need /proc.
+// newRegistry returns a registry without families but those of servers and the process, whose start is the time of this
+// call: milliseconds late, but the same on every system and at every scrape. Calculated from /proc (boot time plus
+// start ticks) it would be no finer than a second, move with each correction of the clock, and need /proc.
 func newRegistry(version string) *registry {
 	r := &registry{
 		build: []string{labelPair("version", version), labelPair("goversion", runtime.Version())},
@@ -72,8 +72,8 @@ func (r *registry) counters(name, help string, labels ...label) *counterVec {
 	return v
 }
 
-// histograms registers a histogram for each combination of the labels' values. The buckets are upper bounds in
-// seconds, strictly ascending and finite; the one for +Inf is added.
+// histograms registers a histogram for each combination of the labels' values. The buckets are upper bounds in seconds,
+// strictly ascending and finite; the one for +Inf is added.
 func (r *registry) histograms(name, help string, buckets []float64, labels ...label) *histogramVec {
 	sets, bounds := combinations(labels), append(slices.Clone(buckets), math.Inf(1))
 	v := &histogramVec{name: name, labels: labels, cells: make([]histogram, len(sets))}
@@ -179,8 +179,8 @@ func (v *vec[T]) with(values ...string) *T {
 	return &v.cells[cell]
 }
 
-// combinations returns the label pairs of every series; the last label's values change fastest. Without labels there
-// is one series, without pairs.
+// combinations returns the label pairs of every series; the last label's values change fastest. Without labels there is
+// one series, without pairs.
 func combinations(labels []label) [][]string {
 	sets := [][]string{nil}
 	for _, l := range labels {
@@ -212,8 +212,8 @@ type histogram struct {
 	sum    float64  // seconds
 }
 
-// observe counts one duration, in the first bucket whose bound is not below it. What is negative or not a number
-// counts as 0: the sum is a counter too, and must not fall.
+// observe counts one duration, in the first bucket whose bound is not below it. What is negative or not a number counts
+// as 0: the sum is a counter too, and must not fall.
 func (h *histogram) observe(seconds float64) {
 	if !(seconds > 0) {
 		seconds = 0
@@ -242,8 +242,8 @@ func (h *histogram) samples(b *bytes.Buffer, name string, pairs []string) {
 	writeSample(b, name+"_count", float64(total), pairs...)
 }
 
-// In HELP only backslash and newline are escaped, in a label value also the quote (Prometheus text format,
-// "Comments, help text, and type information"). That is less than %q does, which a scraper would misread.
+// In HELP only backslash and newline are escaped, in a label value also the quote (Prometheus text format, "Comments,
+// help text, and type information"). That is less than %q does, which a scraper would misread.
 var (
 	helpEscaper  = strings.NewReplacer(`\`, `\\`, "\n", `\n`)
 	labelEscaper = strings.NewReplacer(`\`, `\\`, "\n", `\n`, `"`, `\"`)

@@ -1,6 +1,5 @@
-// Page streams: one connection that carries the versions for a request_id and the
-// events of any number of tasks. Tokens are not known here; follower.go delivers
-// the events of all logs.
+// Page streams: one connection that carries the versions for a request_id and the events of any number of tasks. Tokens
+// are not known here; follower.go delivers the events of all logs.
 
 package main
 
@@ -24,9 +23,8 @@ type pageStream struct {
 	taskIDs []string
 }
 
-// OnConnect lets a stream follow the versions for a request_id, and tasks. Of a
-// task that is not known the page is told so; its events follow if it is made
-// while the page is connected.
+// OnConnect lets a stream follow the versions for a request_id, and tasks. Of a task that is not known the page is told
+// so; its events follow if it is made while the page is connected.
 func (p pageStream) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
 	identifier, err := newIdentifier(servicePage, id)
 	if err != nil {
@@ -66,9 +64,8 @@ func (s *TaskService) crowded(ids []string) bool {
 	})
 }
 
-// watch returns the logs of tasks for a page, with a log that tells it of those
-// that are not known. If one of these is made, the page is given its log, until
-// unwatch.
+// watch returns the logs of tasks for a page, with a log that tells it of those that are not known. If one of these is
+// made, the page is given its log, until unwatch.
 func (s *TaskService) watch(ids []string, page *follower) []*eventLog {
 	s.mu.Lock()
 	defer s.mu.Unlock()

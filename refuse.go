@@ -1,5 +1,5 @@
-// Requests that get no stream: what the gateway itself refuses, and how a client is
-// told. Whom the backend refuses is in ask.go.
+// Requests that get no stream: what the gateway itself refuses, and how a client is told. Whom the backend refuses is
+// in ask.go.
 
 package main
 
@@ -24,8 +24,8 @@ const (
 	refusedRequest  = "request"
 )
 
-// A refused browser is held for holdTime, as clients exist that come back at
-// once whatever they were told. Beyond maxHeld they are not.
+// A refused browser is held for holdTime, as clients exist that come back at once whatever they were told. Beyond
+// maxHeld they are not.
 const (
 	holdTime = time.Second
 	maxHeld  = 1000
@@ -47,8 +47,8 @@ func (no *refusal) isTransient() bool {
 		no.status == http.StatusTooEarly || no.status == http.StatusTooManyRequests
 }
 
-// rejection is the refusal by the backend's answer to a connect callback. The
-// client gets the backend's own reason if that is {"error":"…"} and short.
+// rejection is the refusal by the backend's answer to a connect callback. The client gets the backend's own reason if
+// that is {"error":"…"} and short.
 func rejection(status int, body []byte) *refusal {
 	no := &refusal{status, refusedRejected, "connection rejected"}
 	if no.isTransient() {
@@ -63,8 +63,7 @@ func rejection(status int, body []byte) *refusal {
 	return no
 }
 
-// checkRequest returns what callbacks say of a request for a stream, or why
-// there is none for it.
+// checkRequest returns what callbacks say of a request for a stream, or why there is none for it.
 func (g *gateway) checkRequest(w http.ResponseWriter, r *http.Request) (request json.RawMessage, no *refusal) {
 	switch {
 	case r.Method != http.MethodGet:
@@ -89,8 +88,8 @@ func (g *gateway) checkRequest(w http.ResponseWriter, r *http.Request) (request 
 	return request, nil
 }
 
-// hasBody reports whether there is a body. One in chunks may turn out to be
-// empty; then it has been read to its end, and the connection is free.
+// hasBody reports whether there is a body. One in chunks may turn out to be empty; then it has been read to its end,
+// and the connection is free.
 func hasBody(r *http.Request) bool {
 	if r.ContentLength >= 0 {
 		return r.ContentLength > 0
@@ -99,9 +98,8 @@ func hasBody(r *http.Request) bool {
 	return err != io.EOF
 }
 
-// isForeign reports whether a browser says that the request comes from another
-// site than this, and than the one that may read streams. It would change
-// something here, as a stream replaces another. What is no browser says nothing.
+// isForeign reports whether a browser says that the request comes from another site than this, and than the one that
+// may read streams. It would change something here, as a stream replaces another. What is no browser says nothing.
 func (g *gateway) isForeign(r *http.Request) bool {
 	origin := r.Header.Get("Origin")
 	allowed := g.cfg.CORSAllowOrigin
@@ -129,8 +127,8 @@ func (g *gateway) allowOrigin(h http.Header) {
 	}
 }
 
-// isPreflight reports whether a browser asks if a page of another origin may
-// send what is more than an EventSource does (Fetch section 3.3.2).
+// isPreflight reports whether a browser asks if a page of another origin may send what is more than an EventSource does
+// (Fetch section 3.3.2).
 func (g *gateway) isPreflight(r *http.Request) bool {
 	return g.cfg.CORSAllowOrigin != "" && r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != ""
 }
@@ -143,9 +141,8 @@ func servePreflight(w http.ResponseWriter) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// refuse answers a request that gets no stream. A browser's EventSource gives
-// up for good on any status but 200 (WHATWG HTML section 9.2.3), so transient
-// trouble is told to it as a stream that ends: it comes back by itself.
+// refuse answers a request that gets no stream. A browser's EventSource gives up for good on any status but 200 (WHATWG
+// HTML section 9.2.3), so transient trouble is told to it as a stream that ends: it comes back by itself.
 func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, no *refusal) {
 	if no.reason != "" {
 		g.met.refused.with(no.reason).Inc()
@@ -164,8 +161,8 @@ func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, no *refusal) {
 	writeError(w, newError(no.status, "", no.text))
 }
 
-// hold ends the stream of a refused browser after a while. It has no goroutine
-// and is not registered, so it takes nobody's place.
+// hold ends the stream of a refused browser after a while. It has no goroutine and is not registered, so it takes
+// nobody's place.
 func (g *gateway) hold(s *stream) {
 	ctx, cancel := context.WithTimeout(g.holding, holdTime)
 	if g.held.Add(1) > maxHeld {
@@ -180,8 +177,8 @@ func (g *gateway) hold(s *stream) {
 	})
 }
 
-// retry is a reconnection time in milliseconds, different for each stream so
-// that browsers that lost theirs together do not return together.
+// retry is a reconnection time in milliseconds, different for each stream so that browsers that lost theirs together do
+// not return together.
 func (g *gateway) retry() int {
 	return int(jitter(g.cfg.Retry, 2*g.cfg.Retry).Milliseconds())
 }

@@ -1,5 +1,5 @@
-// POST /internal/send: how events come to the gateway. The streams that they go to
-// are in stream.go; who may have one is in sidecar.go.
+// POST /internal/send: how events come to the gateway. The streams that they go to are in stream.go; who may have one
+// is in sidecar.go.
 
 package main
 
@@ -18,9 +18,8 @@ const (
 	maxRetry = 86_400_000 // milliseconds that an event may ask for, a day
 )
 
-// sendRequest is the body of POST /internal/send. With neither an event nor
-// end it only asks whether the stream is alive. All that is bytes is part of
-// the body that it was read from.
+// sendRequest is the body of POST /internal/send. With neither an event nor end it only asks whether the stream is
+// alive. All that is bytes is part of the body that it was read from.
 type sendRequest struct {
 	token []byte
 	event sentEvent
@@ -124,8 +123,8 @@ var (
 	frames = sync.Pool{New: func() any { return new([]byte) }}
 )
 
-// serveSend is POST /internal/send. If it can, it takes the connection over
-// for the requests that will follow: see sendLoop.
+// serveSend is POST /internal/send. If it can, it takes the connection over for the requests that will follow: see
+// sendLoop.
 func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	w = uncounted(w)
 	mediaType, limit := jsonType, int64(maxSend)
@@ -157,8 +156,8 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	w.Write(text)
 }
 
-// answerSend does what the body of POST /internal/send says. It returns the
-// status of the answer and its body, appended to text.
+// answerSend does what the body of POST /internal/send says. It returns the status of the answer and its body, appended
+// to text.
 func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, []byte) {
 	if mediaType == ndjson {
 		return http.StatusOK, g.answerBatch(text, body)
@@ -171,18 +170,15 @@ func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, [
 	return a.status, append(appendString(append(text, name...), a.result), "}\n"...)
 }
 
-// maxFrame is how many bytes several events have at most that are written at
-// once.
+// maxFrame is how many bytes several events have at most that are written at once.
 const maxFrame = 64 << 10
 
-// maxGrowth bounds how much longer an event is than its line: `\n` becomes a
-// line end and "data: ".
+// maxGrowth bounds how much longer an event is than its line: `\n` becomes a line end and "data: ".
 const maxGrowth = 4
 
-// answerBatch does what the lines of a batch say, and appends a line about
-// each to text. Events in a row for the same stream are written at once: all or
-// none of them are taken, so there must be room in the stream's buffer for what
-// the socket may leave of them.
+// answerBatch does what the lines of a batch say, and appends a line about each to text. Events in a row for the same
+// stream are written at once: all or none of them are taken, so there must be room in the stream's buffer for what the
+// socket may leave of them.
 func (g *gateway) answerBatch(text, body []byte) []byte {
 	var s *stream
 	events := 0 // for s, in frame
@@ -224,8 +220,7 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 	return text
 }
 
-// sendAnswer is the answer to one send: what became of it, or the text of an
-// error.
+// sendAnswer is the answer to one send: what became of it, or the text of an error.
 type sendAnswer struct {
 	status int
 	result string

@@ -1,8 +1,7 @@
-// A hand-written HTTP server for POST /internal/send on connections that stay open.
-// A backend posts its events over a few of those, and for each request net/http takes
-// longer than the event's way to the browser. Requests are known here in their
-// plainest form only (RFC 9112); with any other the connection goes back to net/http,
-// unread. TestSendConnection holds both to the same answers.
+// A hand-written HTTP server for POST /internal/send on connections that stay open. A backend posts its events over a
+// few of those, and for each request net/http takes longer than the event's way to the browser. Requests are known here
+// in their plainest form only (RFC 9112); with any other the connection goes back to net/http, unread.
+// TestSendConnection holds both to the same answers.
 
 package main
 
@@ -27,8 +26,7 @@ const (
 	sendBufferMax = 256 << 10 // a larger one is not kept between requests
 )
 
-// keepSending gives the answer on a connection that was taken over, and
-// serves it from then on.
+// keepSending gives the answer on a connection that was taken over, and serves it from then on.
 func (g *gateway) keepSending(conn net.Conn, read *bufio.Reader, answer []byte) {
 	ahead, _ := read.Peek(read.Buffered())
 	if r, ok := conn.(*returnedConn); ok {
@@ -96,9 +94,8 @@ func (g *gateway) sendLoop(conn net.Conn, buf []byte) {
 	}
 }
 
-// growBuffer makes room in buf for a request of size bytes, or for more of
-// one whose size is not known yet. Of a large one it makes room as it comes:
-// a head alone must not take megabytes.
+// growBuffer makes room in buf for a request of size bytes, or for more of one whose size is not known yet. Of a large
+// one it makes room as it comes: a head alone must not take megabytes.
 func growBuffer(buf []byte, size int) []byte {
 	switch {
 	case len(buf) < cap(buf) && (size <= cap(buf) || cap(buf) >= sendBufferMax):
@@ -113,15 +110,14 @@ func growBuffer(buf []byte, size int) []byte {
 
 const plainSend = "POST /internal/send HTTP/1.1\r\n"
 
-// hostBytes are those of a host and port. harmless are the headers that HTTP
-// clients add by themselves, and that mean nothing here.
+// hostBytes are those of a host and port. harmless are the headers that HTTP clients add by themselves, and that mean
+// nothing here.
 const hostBytes = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-_:[]"
 
 var harmless = []string{"user-agent", "accept-encoding", "accept", "accept-language", "sec-fetch-mode", "traceparent", "tracestate"}
 
-// parsePlainSend looks at the head of a request. size is that of the whole
-// request, 0 while the head is incomplete; plain is false if the request is
-// anything but a POST /internal/send with a Content-Length.
+// parsePlainSend looks at the head of a request. size is that of the whole request, 0 while the head is incomplete;
+// plain is false if the request is anything but a POST /internal/send with a Content-Length.
 func parsePlainSend(buf []byte) (mediaType string, head, size int, plain bool) {
 	if n := min(len(buf), len(plainSend)); string(buf[:n]) != plainSend[:n] {
 		return "", 0, 0, false
@@ -170,8 +166,7 @@ func parsePlainSend(buf []byte) (mediaType string, head, size int, plain bool) {
 	return mediaType, head, head + length, fits && length >= 0 && hosts == 1
 }
 
-// isPlain reports whether part of a header has nothing but visible ASCII and
-// spaces.
+// isPlain reports whether part of a header has nothing but visible ASCII and spaces.
 func isPlain(part []byte) bool {
 	for _, c := range part {
 		if c < ' ' || c > '~' {

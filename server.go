@@ -14,9 +14,8 @@ import (
 	"time"
 )
 
-// stopLimit bounds everything between the signal to stop and the exit. Parts
-// of it are drainLimit, for events that are on their way to a gateway, and
-// finishLimit, for requests that are being answered at the end.
+// stopLimit bounds everything between the signal to stop and the exit. Parts of it are drainLimit, for events that are
+// on their way to a gateway, and finishLimit, for requests that are being answered at the end.
 const (
 	stopLimit   = 4500 * time.Millisecond
 	drainLimit  = 2 * time.Second
@@ -44,9 +43,8 @@ type server struct {
 	listeners []net.Listener
 }
 
-// newServer makes a server whose answers reg counts, and which nobody may keep
-// unless h says otherwise: browsers and caches give a kept 410 to whoever asks
-// next.
+// newServer makes a server whose answers reg counts, and which nobody may keep unless h says otherwise: browsers and
+// caches give a kept 410 to whoever asks next.
 func newServer(log *slog.Logger, reg *registry, h http.Handler, listeners ...net.Listener) *server {
 	return &server{
 		listeners: listeners,
@@ -66,8 +64,8 @@ func newServer(log *slog.Logger, reg *registry, h http.Handler, listeners ...net
 	}
 }
 
-// countedWriter counts an answer. It does not see one on a connection that was
-// taken over, or that goes to the uncounted writer.
+// countedWriter counts an answer. It does not see one on a connection that was taken over, or that goes to the
+// uncounted writer.
 type countedWriter struct {
 	http.ResponseWriter
 	requests *counterVec
@@ -104,10 +102,9 @@ func uncounted(w http.ResponseWriter) http.ResponseWriter {
 	return w
 }
 
-// throttle keeps lines that say the same from filling the log: the first one is
-// written at once, and what comes within an interval after a line as one line at
-// its end, with how many there were. The zero value has no interval and is of no
-// use.
+// throttle keeps lines that say the same from filling the log: the first one is written at once, and what comes within
+// an interval after a line as one line at its end, with how many there were. The zero value has no interval and is of
+// no use.
 type throttle struct {
 	interval time.Duration
 
@@ -149,8 +146,8 @@ func (t *throttle) flush() {
 	}
 }
 
-// errorLog takes the lines of an http.Server: without file descriptors it has
-// one for each connection that it cannot accept.
+// errorLog takes the lines of an http.Server: without file descriptors it has one for each connection that it cannot
+// accept.
 type errorLog struct {
 	log      *slog.Logger
 	throttle throttle
@@ -161,9 +158,8 @@ func (l *errorLog) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// serve runs the servers and work until ctx ends or a server fails, and then
-// stop, while the servers still answer, and their shutdown. It returns the
-// exit code.
+// serve runs the servers and work until ctx ends or a server fails, and then stop, while the servers still answer, and
+// their shutdown. It returns the exit code.
 func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop func(context.Context)) int {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -1,7 +1,6 @@
-// The gateway role: who may open a stream is asked of the backend here, who left is
-// told to it, and all streams are ended in order. The asking and telling is in
-// ask.go, who gets no stream in refuse.go; one stream is in stream.go, how events
-// come is in send.go. Tasks, versions and identifiers are not known here.
+// The gateway role: who may open a stream is asked of the backend here, who left is told to it, and all streams are
+// ended in order. The asking and telling is in ask.go, who gets no stream in refuse.go; one stream is in stream.go, how
+// events come is in send.go. Tasks, versions and identifiers are not known here.
 
 package main
 
@@ -29,24 +28,22 @@ const (
 	callbackLimit  = 5 * time.Second
 	callbackBuffer = 2 << 10 // bytes that a connection to the backend buffers each way
 
-	// At most so many callbacks are under way. A connect callback waits for
-	// its turn within callbackLimit, a disconnect callback for disconnectLimit;
-	// then it is given up, and counted as a timeout.
+	// At most so many callbacks are under way. A connect callback waits for its turn within callbackLimit, a disconnect
+	// callback for disconnectLimit; then it is given up, and counted as a timeout.
 	maxConnecting    = 256
 	maxDisconnecting = 32
 	disconnectLimit  = 30 * time.Second
 
-	// askingGrace is how long connect callbacks may still take in a shutdown;
-	// then their clients are told to come back.
+	// askingGrace is how long connect callbacks may still take in a shutdown; then their clients are told to come back.
 	askingGrace = 2 * time.Second
 
-	// Streams that end together do so one after the other, a millisecond apart
-	// but within endSpread in all, lest the browsers return in one wave.
+	// Streams that end together do so one after the other, a millisecond apart but within endSpread in all, lest the
+	// browsers return in one wave.
 	endSpread = 3 * time.Second
 )
 
-// gateway is the gateway role: it holds the browsers' streams, asks the
-// backend who may connect, tells it who left, and takes events from it.
+// gateway is the gateway role: it holds the browsers' streams, asks the backend who may connect, tells it who left, and
+// takes events from it.
 type gateway struct {
 	cfg       gatewayConfig
 	limits    streamLimits
@@ -73,14 +70,14 @@ type gateway struct {
 	count   atomic.Int64 // registered streams
 	closing atomic.Bool  // shutting down: nothing new is taken
 
-	// busy counts stream requests until their answer, streams and held refusals
-	// until their end, disconnect callbacks, and resets. It is no WaitGroup because a request that is
-	// turned away may still raise it from zero while shutdown waits.
+	// busy counts stream requests until their answer, streams and held refusals until their end, disconnect callbacks,
+	// and resets. It is no WaitGroup because a request that is turned away may still raise it from zero while shutdown
+	// waits.
 	busy atomic.Int64
 }
 
-// shard is a part of the streams. A heartbeat visits one shard at a time, so
-// that the writes spread over the whole interval.
+// shard is a part of the streams. A heartbeat visits one shard at a time, so that the writes spread over the whole
+// interval.
 type shard struct {
 	mu      sync.Mutex         // guards streams
 	streams map[string]*stream // by token
@@ -126,8 +123,8 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 	return g
 }
 
-// serveStream answers every request that is not for one of the gateway's own
-// paths: it opens a stream if the backend accepts it.
+// serveStream answers every request that is not for one of the gateway's own paths: it opens a stream if the backend
+// accepts it.
 func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	w = uncounted(w)
 	g.allowOrigin(w.Header())
@@ -159,8 +156,7 @@ func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	g.open(w, s, answer)
 }
 
-// register makes a stream for the request, or returns nil if there is no room
-// or the gateway is shutting down.
+// register makes a stream for the request, or returns nil if there is no room or the gateway is shutting down.
 func (g *gateway) register(r *http.Request, request json.RawMessage) *stream {
 	if n := g.count.Add(1); g.cfg.MaxConnections > 0 && n > int64(g.cfg.MaxConnections) {
 		g.count.Add(-1)
@@ -223,9 +219,8 @@ func (g *gateway) open(w http.ResponseWriter, s *stream, a *callbackAnswer) {
 	g.spawn(func() { g.watch(s) })
 }
 
-// begin takes the connection over from net/http, whose buffers and goroutine
-// would cost several times what the stream itself does, and begins s with
-// first, in a reserved buffer. It reports whether that was possible.
+// begin takes the connection over from net/http, whose buffers and goroutine would cost several times what the stream
+// itself does, and begins s with first, in a reserved buffer. It reports whether that was possible.
 func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool, lifetime time.Duration) bool {
 	header := w.Header()
 	setStreamHeader(header)
@@ -255,8 +250,8 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 	return true
 }
 
-// watch waits for the end of an open stream. The parked Read returns when the
-// client leaves or sends anything, or when the gateway has closed conn.
+// watch waits for the end of an open stream. The parked Read returns when the client leaves or sends anything, or when
+// the gateway has closed conn.
 func (g *gateway) watch(s *stream) {
 	s.conn.Read(make([]byte, 1))
 	s.end(clientClosed)
@@ -280,10 +275,9 @@ func (g *gateway) spawn(f func()) {
 	}()
 }
 
-// work starts what the gateway does besides answering, until ctx ends: it writes
-// the heartbeats and cuts the clients that are stuck. After a round of heartbeats
-// in which streams were opened it also gives memory back: opening a stream uses
-// several times what the stream keeps.
+// work starts what the gateway does besides answering, until ctx ends: it writes the heartbeats and cuts the clients
+// that are stuck. After a round of heartbeats in which streams were opened it also gives memory back: opening a stream
+// uses several times what the stream keeps.
 func (g *gateway) work(ctx context.Context) {
 	go g.walk(ctx, g.cfg.WriteTimeout/4, (*stream).look, func() {})
 	before := g.met.opened.Load()
@@ -295,8 +289,7 @@ func (g *gateway) work(ctx context.Context) {
 	})
 }
 
-// walk visits every stream once an interval, one shard after the other, until
-// ctx ends. It calls done after each round.
+// walk visits every stream once an interval, one shard after the other, until ctx ends. It calls done after each round.
 func (g *gateway) walk(ctx context.Context, interval time.Duration, visit func(*stream), done func()) {
 	ticker := time.NewTicker(interval / time.Duration(len(g.shards)))
 	defer ticker.Stop()
@@ -321,8 +314,8 @@ func (sh *shard) all() []*stream {
 	return slices.AppendSeq(make([]*stream, 0, len(sh.streams)), maps.Values(sh.streams))
 }
 
-// shutdown takes no new streams, ends those that are open, spread over time,
-// and waits for their disconnect callbacks. When ctx ends it gives up.
+// shutdown takes no new streams, ends those that are open, spread over time, and waits for their disconnect callbacks.
+// When ctx ends it gives up.
 func (g *gateway) shutdown(ctx context.Context) {
 	g.closing.Store(true)
 	g.stopHolding()
@@ -359,9 +352,8 @@ func (g *gateway) endAll(ctx context.Context, streams []*stream) {
 	}
 }
 
-// serveReset is POST /internal/reset, by which a backend that has just begun
-// says that it knows none of the streams. They end, and the browsers come
-// back. It shows the secret that CALLBACK_URL has, if it has one.
+// serveReset is POST /internal/reset, by which a backend that has just begun says that it knows none of the streams.
+// They end, and the browsers come back. It shows the secret that CALLBACK_URL has, if it has one.
 func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) {
 	want := ""
 	if u, err := url.Parse(string(g.cfg.CallbackURL)); err == nil {

@@ -1,6 +1,5 @@
-// The wire form of Server-Sent Events, WHATWG HTML section 9.2.5 "Parsing an event
-// stream", and nothing else. Everything here appends to a buffer, so that one event
-// goes out in one write.
+// The wire form of Server-Sent Events, WHATWG HTML section 9.2.5 "Parsing an event stream", and nothing else.
+// Everything here appends to a buffer, so that one event goes out in one write.
 
 package main
 
@@ -10,13 +9,12 @@ import (
 	"strings"
 )
 
-// heartbeat is a comment: it keeps proxies from closing an idle stream. It is
-// no longer than it must be: clients exist that count the comments before an
-// event into what the event may have.
+// heartbeat is a comment: it keeps proxies from closing an idle stream. It is no longer than it must be: clients exist
+// that count the comments before an event into what the event may have.
 const heartbeat = ":\n"
 
-// isOneLine reports whether an ID or name stays on its line, and whether the
-// browser takes it: an ID with NUL it ignores (section 9.2.6).
+// isOneLine reports whether an ID or name stays on its line, and whether the browser takes it: an ID with NUL it
+// ignores (section 9.2.6).
 func isOneLine(s []byte) bool { return !bytes.ContainsAny(s, "\r\n\x00") }
 
 // sentEvent is an event as the gateway reads it. Without data it is none.
@@ -26,8 +24,8 @@ type sentEvent struct {
 	retry          int  // the browser's reconnection time from now on, in milliseconds; 0 leaves it
 }
 
-// appendEvent appends an event. Without an ID the browser keeps its last event
-// ID, without a name it dispatches a "message"; each must be on one line.
+// appendEvent appends an event. Without an ID the browser keeps its last event ID, without a name it dispatches a
+// "message"; each must be on one line.
 //
 //	retry: 2500
 //	event: task_event
@@ -36,9 +34,8 @@ type sentEvent struct {
 //	id: k3v9-17
 //	(blank line)
 //
-// The data is cut at CRLF, LF and CR, which the browser gives back as LF. The
-// ID is last because clients exist that count that of an event which the end of
-// a connection has cut, and then never get the event.
+// The data is cut at CRLF, LF and CR, which the browser gives back as LF. The ID is last because clients exist that
+// count that of an event which the end of a connection has cut, and then never get the event.
 func appendEvent(b []byte, e sentEvent) []byte {
 	if e.retry > 0 {
 		b = appendRetry(b, e.retry)
@@ -75,8 +72,8 @@ func appendEvent(b []byte, e sentEvent) []byte {
 	}
 }
 
-// Only an event ends in a blank line: after a retry or a comment, clients exist
-// that take it for an empty event. A retry stands in the block of what follows.
+// Only an event ends in a blank line: after a retry or a comment, clients exist that take it for an empty event. A
+// retry stands in the block of what follows.
 
 // appendRetry appends the reconnection time in milliseconds.
 func appendRetry(b []byte, milliseconds int) []byte {

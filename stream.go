@@ -1,5 +1,4 @@
-// One browser's stream: order, buffer, slow clients, end. Callbacks are in
-// ask.go.
+// One browser's stream: order, buffer, slow clients, end. Callbacks are in ask.go.
 
 package main
 
@@ -47,10 +46,9 @@ type streamLimits struct {
 
 // stream is one browser's connection, from the connect callback to its end.
 //
-// An event is written by the goroutine that sends it, without blocking. What
-// the socket does not take waits in pending, and only then does a goroutine of
-// the stream's own run (drain), until the socket has caught up. So an idle
-// stream costs one goroutine, parked in Read, and an event one system call.
+// An event is written by the goroutine that sends it, without blocking. What the socket does not take waits in pending,
+// and only then does a goroutine of the stream's own run (drain), until the socket has caught up. So an idle stream
+// costs one goroutine, parked in Read, and an event one system call.
 type stream struct {
 	token   string
 	request json.RawMessage // what both callbacks say of the request, encoded once
@@ -75,8 +73,8 @@ type stream struct {
 	lifetime *time.Timer // ends a stream that has been open for long enough; nil without a limit
 }
 
-// An HTTP/1.1 body goes out in chunks (RFC 9112 section 7.1), one for each
-// write. The size stands in front, so room for it is left until it is known.
+// An HTTP/1.1 body goes out in chunks (RFC 9112 section 7.1), one for each write. The size stands in front, so room for
+// it is left until it is known.
 const chunkHead = len("ffffffff\r\n")
 
 func reserveChunk(buf []byte) []byte {
@@ -98,8 +96,8 @@ func (s *stream) chunk(buf *[]byte) []byte {
 
 const lastChunk = "0\r\n\r\n"
 
-// send writes or buffers frame, which may be empty, and then ends the stream
-// if end is set. It does not wait for the client and does not keep frame.
+// send writes or buffers frame, which may be empty, and then ends the stream if end is set. It does not wait for the
+// client and does not keep frame.
 func (s *stream) send(frame []byte, end bool) sendStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -125,8 +123,7 @@ func (s *stream) send(frame []byte, end bool) sendStatus {
 	return sendWritten
 }
 
-// open begins the response on conn: head, then what was buffered meanwhile.
-// From here on conn belongs to the stream.
+// open begins the response on conn: head, then what was buffered meanwhile. From here on conn belongs to the stream.
 func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool, lifetime time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -144,11 +141,9 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 	}
 }
 
-// stuckLocked reports whether the client has taken nothing for the write
-// timeout, although there is something to take. What counts is what it has
-// acknowledged: the socket's own buffer takes heartbeats for a quarter of an
-// hour after a client has left without a word, and while a slow one takes all
-// the time it may not have room for a long while.
+// stuckLocked reports whether the client has taken nothing for the write timeout, although there is something to take.
+// What counts is what it has acknowledged: the socket's own buffer takes heartbeats for a quarter of an hour after a
+// client has left without a word, and while a slow one takes all the time it may not have room for a long while.
 func (s *stream) stuckLocked() bool {
 	queued, ok := unacknowledged(s.raw)
 	return s.uptake.stuck(s.written-uint64(queued), !ok || queued > 0, time.Now(), s.timeoutLocked())
@@ -168,17 +163,15 @@ func (s *stream) timeoutLocked() time.Duration {
 	return s.limits.writeTimeout
 }
 
-// uptake is how far a client had come when it was last seen to lack
-// something.
+// uptake is how far a client had come when it was last seen to lack something.
 type uptake struct {
 	taken uint64    // bytes
 	since time.Time // when it was first seen there; zero if it lacked nothing
 }
 
-// stuck notes how far the client is now, and reports whether it has been there
-// for the limit. It counts from the first look at which something is lacking,
-// not from the last byte that was taken: that may be long ago when an event
-// has just been sent.
+// stuck notes how far the client is now, and reports whether it has been there for the limit. It counts from the first
+// look at which something is lacking, not from the last byte that was taken: that may be long ago when an event has
+// just been sent.
 func (u *uptake) stuck(taken uint64, lacks bool, now time.Time, limit time.Duration) bool {
 	switch {
 	case !lacks:
@@ -191,8 +184,8 @@ func (u *uptake) stuck(taken uint64, lacks bool, now time.Time, limit time.Durat
 	return false
 }
 
-// unacknowledged returns how many bytes are in the socket's own buffer. Only
-// Linux tells; elsewhere the client counts as having taken them.
+// unacknowledged returns how many bytes are in the socket's own buffer. Only Linux tells; elsewhere the client counts
+// as having taken them.
 func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
 	const outQueue = 0x5411 // SIOCOUTQ
 	if runtime.GOOS != "linux" {
@@ -206,9 +199,8 @@ func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
 	return int(count), ok && err == nil
 }
 
-// look ends the stream if the client is stuck with what the socket holds for
-// it. The socket is asked only if something was written since the client was
-// seen to have everything.
+// look ends the stream if the client is stuck with what the socket holds for it. The socket is asked only if something
+// was written since the client was seen to have everything.
 func (s *stream) look() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -322,21 +314,19 @@ func (s *stream) endLocked(reason string) {
 	s.conn.Close() // wakes the reader, which tells the backend
 }
 
-// A client whose buffer has overflowed gets what was accepted before, and then
-// the end, unless it takes nothing for overflowTimeout. If it were cut at once
-// it would return for the same again.
+// A client whose buffer has overflowed gets what was accepted before, and then the end, unless it takes nothing for
+// overflowTimeout. If it were cut at once it would return for the same again.
 const (
 	overflowTimeout = time.Second
 	overflowPause   = overflowTimeout / 20 // between two looks at what it took
 )
 
-// drainWrite is how many bytes drain writes at once: large enough for speed,
-// small enough that the room it makes in the buffer is soon seen.
+// drainWrite is how many bytes drain writes at once: large enough for speed, small enough that the room it makes in the
+// buffer is soon seen.
 const drainWrite = 64 << 10
 
-// drain writes what is pending until nothing is left. Its deadline passes
-// also when the client takes bytes, but not enough for the socket to have
-// room; then it goes on.
+// drain writes what is pending until nothing is left. Its deadline passes also when the client takes bytes, but not
+// enough for the socket to have room; then it goes on.
 func (s *stream) drain() {
 	for {
 		s.mu.Lock()
@@ -376,8 +366,8 @@ func (s *stream) drain() {
 	}
 }
 
-// nowWriter is one write that does not wait for the socket. RawConn takes a
-// function; these are pooled so that an event allocates none.
+// nowWriter is one write that does not wait for the socket. RawConn takes a function; these are pooled so that an event
+// allocates none.
 type nowWriter struct {
 	buf []byte
 	n   int

@@ -1,5 +1,5 @@
-// What the API shows of tasks, and its HTTP handlers: limits, reading, answers. What they
-// decide on is in tasks.go; the reports of external tasks are in external.go.
+// What the API shows of tasks, and its HTTP handlers: limits, reading, answers. What they decide on is in tasks.go; the
+// reports of external tasks are in external.go.
 
 package main
 
@@ -64,8 +64,8 @@ func (s *TaskService) Status(id string) (taskView, error) {
 	return t.viewLocked(), nil
 }
 
-// History returns at most maxTaskPage of a task's events after the one with
-// this ID, or from the first one, and the status that the task has.
+// History returns at most maxTaskPage of a task's events after the one with this ID, or from the first one, and the
+// status that the task has.
 func (s *TaskService) History(id, after string) (events []event, status taskStatus, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -91,8 +91,8 @@ func (s *TaskService) List() []taskView {
 // usableFailure is the text that a task fails with when this one was given.
 func usableFailure(text string) string { return cmp.Or(truncate(text), "task failed") }
 
-// truncate cuts a text to maxTaskText bytes, and leaves out what is not UTF-8,
-// such as half a character at the end. What is cut off is not kept in memory.
+// truncate cuts a text to maxTaskText bytes, and leaves out what is not UTF-8, such as half a character at the end.
+// What is cut off is not kept in memory.
 func truncate(text string) string {
 	if len(text) > maxTaskText {
 		text = strings.Clone(text[:maxTaskText])
@@ -160,8 +160,7 @@ func (s *TaskService) serveStatus(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, view)
 }
 
-// serveEvents is GET /api/tasks/{task_id}/events. It writes one event after
-// the other, as together they may be large.
+// serveEvents is GET /api/tasks/{task_id}/events. It writes one event after the other, as together they may be large.
 func (s *TaskService) serveEvents(w http.ResponseWriter, r *http.Request) {
 	events, status, err := s.History(r.PathValue("task_id"), r.URL.Query().Get("after"))
 	if err != nil {

@@ -1,6 +1,5 @@
-// TaskService: workers and the life cycle of a task. Tokens are not known here;
-// outbox.go delivers the events, taskapi.go speaks HTTP, kinds.go has the work, and
-// external.go is for tasks that are worked on elsewhere.
+// TaskService: workers and the life cycle of a task. Tokens are not known here; outbox.go delivers the events,
+// taskapi.go speaks HTTP, kinds.go has the work, and external.go is for tasks that are worked on elsewhere.
 
 package main
 
@@ -27,13 +26,12 @@ const (
 	maxExternal  = 10000     // external tasks that have not ended
 	taskOverhead = 700       // bytes that a task takes without its texts and events
 
-	// maxTaskResult is how many bytes an encoded result has at most. With the rest of
-	// its event it stays below maxEventData: see TestEventsFitOneLine.
+	// maxTaskResult is how many bytes an encoded result has at most. With the rest of its event it stays below
+	// maxEventData: see TestEventsFitOneLine.
 	maxTaskResult = 63000
 )
 
-// taskStatus is where a task is in its life: pending, running, then one of
-// the others for good.
+// taskStatus is where a task is in its life: pending, running, then one of the others for good.
 type taskStatus string
 
 const (
@@ -56,8 +54,7 @@ type taskConfig struct {
 	memory     int           // bytes that all tasks may hold
 }
 
-// TaskService runs tasks, or follows those that others run, and tells their
-// followers.
+// TaskService runs tasks, or follows those that others run, and tells their followers.
 //
 // Lock order: mu, then that of an event log.
 type TaskService struct {
@@ -81,8 +78,7 @@ type TaskService struct {
 	closing  bool                   // no new tasks
 }
 
-// task is one task. Its terminal event is in the outbox if and only if its
-// status is a finished one.
+// task is one task. Its terminal event is in the outbox if and only if its status is a finished one.
 type task struct {
 	id     string
 	kind   string
@@ -147,8 +143,8 @@ func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, 
 	}
 }
 
-// OnConnect lets a stream follow a task. Somebody who asks for a task that is
-// not known is told so on the stream, which then ends.
+// OnConnect lets a stream follow a task. Somebody who asks for a task that is not known is told so on the stream, which
+// then ends.
 func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
 	identifier, err := newIdentifier(serviceTask, id)
 	if err != nil {
@@ -166,9 +162,8 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 	return follow(s.conns, identifier, c, log)
 }
 
-// Start makes a task. One that runs here starts as soon as a worker is free;
-// an external one has started. An external task whose task_id names one that
-// was made the same way is that one, and known is true.
+// Start makes a task. One that runs here starts as soon as a worker is free; an external one has started. An external
+// task whose task_id names one that was made the same way is that one, and known is true.
 func (s *TaskService) Start(kind string, params object) (t *task, known bool, err error) {
 	if kind == externalTask {
 		return s.startExternal(params)
@@ -227,8 +222,8 @@ func (t *task) size() int {
 	return n
 }
 
-// makeRoomLocked forgets the tasks that finished first until there is room for n bytes
-// more. It reports whether there is.
+// makeRoomLocked forgets the tasks that finished first until there is room for n bytes more. It reports whether there
+// is.
 func (s *TaskService) makeRoomLocked(n int) bool {
 	for !s.memory.fits(n) && s.finished.Len() > 0 {
 		s.forgetLocked(s.finished.Front().Value.(*task))
@@ -250,8 +245,7 @@ func (s *TaskService) dispatchLocked() {
 	}
 }
 
-// runLocked makes t a running task, which fails with the text late when
-// nothing was seen of it for the timeout.
+// runLocked makes t a running task, which fails with the text late when nothing was seen of it for the timeout.
 func (s *TaskService) runLocked(t *task, late string) {
 	t.status, t.start = taskRunning, time.Now()
 	t.seen = t.start
@@ -263,8 +257,8 @@ func (s *TaskService) runLocked(t *task, late string) {
 	s.emitLocked(t, "task_started", nil, true)
 }
 
-// afterwards calls f under mu when a time has passed, unless t is forgotten by
-// then. The timer does not hold t: a stopped one may stay in memory for long.
+// afterwards calls f under mu when a time has passed, unless t is forgotten by then. The timer does not hold t: a
+// stopped one may stay in memory for long.
 func (s *TaskService) afterwards(t *task, d time.Duration, f func(*task)) *time.Timer {
 	id, number := t.id, t.number
 	return time.AfterFunc(d, func() {
@@ -315,8 +309,7 @@ func encodeResult(result any) (string, error) {
 	return compactResult(encoded)
 }
 
-// compactResult returns a result as it is in the events: without white space, and null if
-// there is none.
+// compactResult returns a result as it is in the events: without white space, and null if there is none.
 func compactResult(encoded json.RawMessage) (string, error) {
 	result := string(marshal(encoded))
 	if len(result) > maxTaskResult {
@@ -325,16 +318,14 @@ func compactResult(encoded json.RawMessage) (string, error) {
 	return result, nil
 }
 
-// progress is how the work of a task reports on itself. It may be used by
-// several goroutines.
+// progress is how the work of a task reports on itself. It may be used by several goroutines.
 type progress struct {
 	s *TaskService
 	t *task
 }
 
-// Report tells the followers how far the task is: value from 0 to 1, never
-// less than before, and a text of at most 8 KiB, beyond which it is cut.
-// After the end of the task it does nothing.
+// Report tells the followers how far the task is: value from 0 to 1, never less than before, and a text of at most 8
+// KiB, beyond which it is cut. After the end of the task it does nothing.
 func (p *progress) Report(text string, value float64) {
 	p.s.mu.Lock()
 	defer p.s.mu.Unlock()
@@ -359,9 +350,8 @@ func (s *TaskService) reportLocked(t *task, r report) {
 	s.emitLocked(t, "progress_update", p, false)
 }
 
-// emitLocked appends an event to the task's outbox and returns its data. Beyond the limit
-// of memory it makes room: by the tasks that finished first, and when there are none, by
-// the task's own progress, of which the last stays.
+// emitLocked appends an event to the task's outbox and returns its data. Beyond the limit of memory it makes room: by
+// the tasks that finished first, and when there are none, by the task's own progress, of which the last stays.
 func (s *TaskService) emitLocked(t *task, eventType string, data any, keep bool) (event string) {
 	event = string(marshal(struct {
 		EventType string    `json:"event_type"`
@@ -377,8 +367,7 @@ func (s *TaskService) emitLocked(t *task, eventType string, data any, keep bool)
 	return event
 }
 
-// finishLocked ends a task, unless it has ended: whoever comes first decides
-// how. It reports whether it was this one.
+// finishLocked ends a task, unless it has ended: whoever comes first decides how. It reports whether it was this one.
 func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure string) bool {
 	if t.status.finished() {
 		return false
@@ -421,8 +410,8 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 	return true
 }
 
-// Cancel ends a task that has not ended. Its work is told by its context; an
-// external worker by the answer to its next report.
+// Cancel ends a task that has not ended. Its work is told by its context; an external worker by the answer to its next
+// report.
 func (s *TaskService) Cancel(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,5 +1,5 @@
-// VersionService: versions pending for a request_id, announced to all, or polled, and
-// its HTTP handler. Tokens are not known here; outbox.go delivers the events.
+// VersionService: versions pending for a request_id, announced to all, or polled, and its HTTP handler. Tokens are not
+// known here; outbox.go delivers the events.
 
 package main
 
@@ -19,10 +19,9 @@ const (
 	maxVersion     = 256      // bytes of a version
 	maxChangelog   = 32 << 10 // bytes of a changelog
 
-	// maxVersionHeld bounds what is kept for all request IDs together, in bytes.
-	// Each ID takes versionOverhead, and with a connection connectedOverhead more.
-	// Beyond half of it only what waits is kept, and beyond all of it new IDs,
-	// and announcements to a single one, are refused.
+	// maxVersionHeld bounds what is kept for all request IDs together, in bytes. Each ID takes versionOverhead, and
+	// with a connection connectedOverhead more. Beyond half of it only what waits is kept, and beyond all of it new
+	// IDs, and announcements to a single one, are refused.
 	maxVersionHeld    = 256 << 20
 	versionOverhead   = 225
 	connectedOverhead = 520
@@ -31,8 +30,7 @@ const (
 
 	pollLimit = 10 * time.Second
 	pollAgain = time.Second // after the first poll, as a version counts when it was seen twice
-	// announceLimit bounds how long an announcement waits to learn whether it
-	// was delivered.
+	// announceLimit bounds how long an announcement waits to learn whether it was delivered.
 	announceLimit = 10 * time.Second
 )
 
@@ -42,8 +40,8 @@ type versionConfig struct {
 	pendingTTL   time.Duration // how long an outbox without a connection is kept
 }
 
-// VersionService tells browsers about new versions of the frontend: one by
-// its request_id, which may connect later, or all.
+// VersionService tells browsers about new versions of the frontend: one by its request_id, which may connect later, or
+// all.
 //
 // Lock order: mu, then that of an event log.
 type VersionService struct {
@@ -98,8 +96,8 @@ func newVersionService(cfg versionConfig, conns *ConnectionManager, log *slog.Lo
 	}
 }
 
-// OnConnect lets a stream follow the versions for a request_id: first its own
-// pending events, then the latest announcement to everybody that it lacks.
+// OnConnect lets a stream follow the versions for a request_id: first its own pending events, then the latest
+// announcement to everybody that it lacks.
 func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
 	identifier, err := newIdentifier(serviceVersion, id)
 	if err != nil {
@@ -112,8 +110,7 @@ func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end
 	return follow(s.conns, identifier, c, log)
 }
 
-// follow returns the log of a request_id for a connection that is about to be
-// made.
+// follow returns the log of a request_id for a connection that is about to be made.
 func (s *VersionService) follow(id string) (*eventLog, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -158,9 +155,8 @@ func (s *VersionService) countLocked(id string, st *versionStream) {
 	s.memory.count(&st.held, n)
 }
 
-// catchUpLocked appends the latest announcement to everybody, unless st has
-// it already or its last version is the same. It returns the event's number,
-// or 0.
+// catchUpLocked appends the latest announcement to everybody, unless st has it already or its last version is the same.
+// It returns the event's number, or 0.
 func (s *VersionService) catchUpLocked(st *versionStream) (n uint64) {
 	if st.round == s.round {
 		return 0
@@ -173,9 +169,8 @@ func (s *VersionService) catchUpLocked(st *versionStream) (n uint64) {
 	return st.outbox.AppendShared(s.latest.data)
 }
 
-// Announce tells one request_id, at once if it is connected, otherwise when
-// it connects. It reports whether an open stream was given the event by the
-// time it returns, which is when ctx ends at the latest.
+// Announce tells one request_id, at once if it is connected, otherwise when it connects. It reports whether an open
+// stream was given the event by the time it returns, which is when ctx ends at the latest.
 func (s *VersionService) Announce(ctx context.Context, id string, a announcement) (delivered bool, err error) {
 	if _, err := newIdentifier(serviceVersion, id); err != nil {
 		return false, err
@@ -196,8 +191,7 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 	return st.outbox.Wait(ctx, n), nil
 }
 
-// AnnounceAll is TellAll. It returns how many took the event, and how many did
-// not by the time ctx ends.
+// AnnounceAll is TellAll. It returns how many took the event, and how many did not by the time ctx ends.
 func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (delivered, failed int) {
 	for _, e := range s.TellAll(a) {
 		if e.outbox.Wait(ctx, e.n) {
@@ -215,9 +209,8 @@ type versionEvent struct {
 	n      uint64
 }
 
-// TellAll tells every connected request_id that has not got this version as
-// its last one, and remembers it for those that connect later. It does not
-// wait for the delivery.
+// TellAll tells every connected request_id that has not got this version as its last one, and remembers it for those
+// that connect later. It does not wait for the delivery.
 func (s *VersionService) TellAll(a announcement) (told []versionEvent) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -234,9 +227,8 @@ func (s *VersionService) TellAll(a announcement) (told []versionEvent) {
 	return told
 }
 
-// Tidy drops, until ctx ends, the outboxes that have had no connection for
-// the configured time. While memory is short it also drops what no fresh
-// connection would get.
+// Tidy drops, until ctx ends, the outboxes that have had no connection for the configured time. While memory is short
+// it also drops what no fresh connection would get.
 func (s *VersionService) Tidy(ctx context.Context) {
 	ticker := time.NewTicker(min(tidyInterval, max(s.cfg.pendingTTL/8, time.Millisecond)))
 	defer ticker.Stop()
@@ -287,11 +279,9 @@ func (s *VersionService) Events() (n int) {
 	return n
 }
 
-// Poll asks, until ctx ends, for a version.json. What it sees twice in a row
-// (a rolling deployment answers now this, now that) and is not the latest
-// version is announced to everybody, also the first one: it may have been
-// deployed while nobody polled. What goes wrong is logged when it begins and
-// when it is over, and never announced.
+// Poll asks, until ctx ends, for a version.json. What it sees twice in a row (a rolling deployment answers now this,
+// now that) and is not the latest version is announced to everybody, also the first one: it may have been deployed
+// while nobody polled. What goes wrong is logged when it begins and when it is over, and never announced.
 func (s *VersionService) Poll(ctx context.Context, target string, interval time.Duration) {
 	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: dial, TLSHandshakeTimeout: dialLimit}
 	client := &http.Client{Timeout: pollLimit, Transport: transport}
@@ -329,8 +319,8 @@ func (s *VersionService) Latest() string {
 	return s.latest.version
 }
 
-// fetchVersion returns what a version.json says. It asks for all of it each
-// time: validators that are made of date and size miss deployments.
+// fetchVersion returns what a version.json says. It asks for all of it each time: validators that are made of date and
+// size miss deployments.
 func fetchVersion(ctx context.Context, client *http.Client, target string) (a announcement, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
 	if err != nil {
@@ -361,8 +351,8 @@ func fetchVersion(ctx context.Context, client *http.Client, target string) (a an
 	return a, nil
 }
 
-// parsePolled is parseAnnouncement for a file that a build made: a number is
-// taken as its text, and a changelog that cannot be used is left out.
+// parsePolled is parseAnnouncement for a file that a build made: a number is taken as its text, and a changelog that
+// cannot be used is left out.
 func parsePolled(o object) (announcement, error) {
 	if _, err := parseNumber(o["version"]); err == nil {
 		o["version"] = marshal(string(o["version"]))

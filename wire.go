@@ -1,5 +1,5 @@
-// What backend and gateway say to each other: events, the bodies of callbacks and of
-// /internal/send, and the headers. Who says it when is in gateway.go and sidecar.go.
+// What backend and gateway say to each other: events, the bodies of callbacks and of /internal/send, and the headers.
+// Who says it when is in gateway.go and sidecar.go.
 
 package main
 
@@ -15,20 +15,18 @@ import (
 	"unique"
 )
 
-// featuresHeader is the header of callbacks by which a gateway tells what it
-// can do, separated by commas.
+// featuresHeader is the header of callbacks by which a gateway tells what it can do, separated by commas.
 const featuresHeader = "Sse-Gateway-Features"
 
-// The features that a backend asks for: /internal/send takes batches, and an
-// event may have a retry. gatewayFeatures are those of this gateway.
+// The features that a backend asks for: /internal/send takes batches, and an event may have a retry. gatewayFeatures
+// are those of this gateway.
 const (
 	featureBatch    = "batch"
 	featureRetry    = "retry"
 	gatewayFeatures = featureBatch + ", id, " + featureRetry + ", heartbeat"
 )
 
-// features is what a gateway can do. One of another make announces none, and
-// then all are false.
+// features is what a gateway can do. One of another make announces none, and then all are false.
 type features struct{ any, batch, retry bool }
 
 func parseFeatures(header string) (f features) {
@@ -41,13 +39,11 @@ func parseFeatures(header string) (f features) {
 	return f
 }
 
-// orderHeader is the header of connect callbacks by which a gateway says how
-// many requests for streams it had had by this one: <gateway>-<n>, where
-// gateway is another for each run of it. Callbacks may overtake each other.
+// orderHeader is the header of connect callbacks by which a gateway says how many requests for streams it had had by
+// this one: <gateway>-<n>, where gateway is another for each run of it. Callbacks may overtake each other.
 const orderHeader = "Sse-Gateway-Request"
 
-// requestOrder is the place of a request among those of a gateway's run. The zero
-// value is for not known.
+// requestOrder is the place of a request among those of a gateway's run. The zero value is for not known.
 type requestOrder struct {
 	gateway unique.Handle[string]
 	n       uint64
@@ -81,16 +77,14 @@ var errUnknownToken = errors.New("unknown token")
 // closeID is the ID of the last event of a stream.
 const closeID = "close"
 
-// closeEvent is the last event of a stream. A browser that reconnects after it
-// says so by its ID, and is turned away for good. Clients exist that ask again
-// for ever nevertheless, and so are told to take their time.
+// closeEvent is the last event of a stream. A browser that reconnects after it says so by its ID, and is turned away
+// for good. Clients exist that ask again for ever nevertheless, and so are told to take their time.
 func closeEvent(reason string) event {
 	retry := closeRetry + rand.IntN(closeRetry+1)
 	return event{ID: closeID, Name: "connection_close", Data: fmt.Sprintf(`{"reason":%q}`, reason), Retry: retry}
 }
 
-// closeRetry is the least reconnection time, in milliseconds, after the end of a
-// stream. The most is twice as much.
+// closeRetry is the least reconnection time, in milliseconds, after the end of a stream. The most is twice as much.
 const closeRetry = 10_000
 
 // ndjson is the media type of a batch on /internal/send: a sendRequest a line.
@@ -103,8 +97,7 @@ const (
 	batchUnknown  = `{"status":404}`
 )
 
-// encodeSends returns the body of POST /internal/send: one object, or as many
-// lines as there are events.
+// encodeSends returns the body of POST /internal/send: one object, or as many lines as there are events.
 func encodeSends(token string, events []event, end bool) []byte {
 	if len(events) == 0 {
 		return encodeSend(nil, token, nil, end)
@@ -154,9 +147,8 @@ type callbackAnswer struct {
 	beatEvent bool // this stream's heartbeats are events
 }
 
-// encodeRequest is the request as both callbacks tell it: the raw target, and
-// the headers with lower-case names and one value each. Bytes that are not
-// UTF-8 become U+FFFD as it is, as an escape would take more room.
+// encodeRequest is the request as both callbacks tell it: the raw target, and the headers with lower-case names and one
+// value each. Bytes that are not UTF-8 become U+FFFD as it is, as an escape would take more room.
 func encodeRequest(r *http.Request) json.RawMessage {
 	b := appendString([]byte(`{"url":`), r.RequestURI)
 	b = append(b, `,"headers":{"host":`...)
