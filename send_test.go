@@ -358,18 +358,18 @@ func TestBatch(t *testing.T) {
 	if got, want := g.post("application/x-ndjson", batch), "200 "+strings.Join(want, "\n"); got != want {
 		t.Errorf("got:\n%s\nwant:\n%s", got, want)
 	}
-	if got, want := g.post("application/x-ndjson", ""), "200 "; got != want {
-		t.Errorf("an empty batch: got %s, want %s", got, want)
-	}
-	if got, want := g.post("application/x-ndjson", strings.Repeat("\n", 4<<20+1)), `413 {"error":"request body too large","code":"too_large"}`; got != want {
-		t.Errorf("a batch of more than 4 MiB: got %s, want %s", got, want)
-	}
 	close(gate)
 	held.begin()
 	held.wantData("a")
 	open.wantData("1", "5")
 	ended.wantData("last")
 	ended.wantEnd()
+	if got, want := g.post("application/x-ndjson", ""), "200 "; got != want {
+		t.Errorf("an empty batch: got %s, want %s", got, want)
+	}
+	if got, want := g.post("application/x-ndjson", strings.Repeat("\n", 4<<20+1)), `413 {"error":"request body too large","code":"too_large"}`; got != want {
+		t.Errorf("a batch of more than 4 MiB: got %s, want %s", got, want)
+	}
 }
 
 // Events in a row for one stream are one write, which is one chunk, unless they are large.
