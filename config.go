@@ -74,6 +74,9 @@ type backendConfig struct {
 	// GatewayURL (SSE_GATEWAY_URL, default "" = embedded) is the base URL of the gateway, here without a trailing
 	// slash.
 	GatewayURL string
+	// DataDir (DATA_DIR, default "" = in memory) is the folder in which tasks, their events and versions outlive the
+	// process. It is made if it is missing, and one process at a time has it.
+	DataDir string
 	// CallbackSecret (SSE_CALLBACK_SECRET, default "") must come with every callback. When empty, an embedded gateway
 	// gets a random one; with a separate gateway, anyone who reaches the callback can then register connections.
 	CallbackSecret secret
@@ -127,6 +130,7 @@ func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 		Production:          production,
 		Addr:                r.addr("ADDR", defaultAddr),
 		GatewayURL:          r.baseURL("SSE_GATEWAY_URL"),
+		DataDir:             getenv("DATA_DIR"),
 		CallbackSecret:      r.secret("SSE_CALLBACK_SECRET", production, production && getenv("SSE_GATEWAY_URL") != ""),
 		APIToken:            r.secret("API_TOKEN", production, production),
 		TaskWorkers:         r.number("TASK_MAX_WORKERS", 4, 1, 10000),

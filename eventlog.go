@@ -37,6 +37,7 @@ type eventLog struct {
 	entries []entry    // ascending numbers
 	bytes   int        // that their data takes, as far as it is not shared
 	last    uint64     // number of the newest event
+	visible uint64     // the last number that may be shown
 	start   uint64     // a fresh connection gets what is after it
 	given   uint64     // the last number that an open stream was given
 	reason  string     // of the end; once set, nothing more is appended
@@ -48,7 +49,7 @@ type eventLog struct {
 const maxEventData = 64_000
 
 type entry struct {
-	n      uint64
+	n      uint64 // 0: the next one
 	data   string
 	keep   bool // never dropped by the limit
 	shared bool // its data is in other logs, too
@@ -123,29 +124,37 @@ func parsePositions(id string) map[string]uint64 {
 	return positions
 }
 
-// Append adds an event and returns its number, or 0 after End. It does not wait for its delivery.
+// Append adds an event that everybody may see, and returns its number, or 0 after End. It does not wait for its
+// delivery.
 func (l *eventLog) Append(data string, keep bool) (n uint64) {
-	return l.add(entry{data: data, keep: keep})
+	n = l.Add(entry{data: data, keep: keep})
+	l.Publish(n)
+	return n
 }
 
-// AppendShared is Append for data that other logs get, too.
-func (l *eventLog) AppendShared(data string) (n uint64) {
-	return l.add(entry{data: data, shared: true})
-}
-
-func (l *eventLog) add(e entry) (n uint64) {
+// Add is Append for an event that nobody sees before Publish.
+func (l *eventLog) Add(e entry) (n uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.reason != "" {
 		return 0
 	}
-	l.last++
-	e.n = l.last
+	if e.n == 0 {
+		e.n = l.last + 1
+	}
+	l.last = e.n
 	l.entries = append(l.entries, e)
 	l.bytes += e.size()
 	l.trimLocked()
-	l.wakeLocked()
 	return l.last
+}
+
+// Publish lets the followers have the events up to n.
+func (l *eventLog) Publish(n uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.visible = max(l.visible, n)
+	l.wakeLocked()
 }
 
 // End makes connection_close with this reason follow the last event, on every connection that follows this log alone.
@@ -225,7 +234,7 @@ func (l *eventLog) After(id string, most int) (events []event) {
 	if n > l.last {
 		n = 0
 	}
-	rest := l.entries[l.indexLocked(n):]
+	rest := l.shownLocked(n)
 	for _, e := range rest[:min(most, len(rest))] {
 		events = append(events, event{ID: l.id(e.n), Name: l.policy.event, Data: e.data})
 	}
@@ -237,6 +246,34 @@ func (l *eventLog) DropOldest() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.loseLocked(0, len(l.entries)-1)
+}
+
+// All returns the events that are kept.
+func (l *eventLog) All() []entry {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.entries)
+}
+
+// Last returns the number of the newest event.
+func (l *eventLog) Last() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.last
+}
+
+// Start returns the number after which a fresh connection begins.
+func (l *eventLog) Start() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.start
+}
+
+// Received notes that a browser has the events up to n.
+func (l *eventLog) Received(n uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.receivedLocked(n)
 }
 
 // Followers returns how many connections follow the log.
@@ -264,6 +301,12 @@ func (l *eventLog) indexLocked(n uint64) int {
 		return int(int64(e.n - n))
 	})
 	return i
+}
+
+// shownLocked returns the events after n that may be shown.
+func (l *eventLog) shownLocked(n uint64) []entry {
+	from := l.indexLocked(n)
+	return l.entries[from:max(from, l.indexLocked(l.visible))]
 }
 
 func (l *eventLog) hasLocked(n uint64) bool {
@@ -361,7 +404,7 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 	l := c.log
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	run = l.entries[l.indexLocked(c.sent):]
+	run = l.shownLocked(c.sent)
 	size := 0
 	for i, e := range run {
 		size += len(e.data)
@@ -372,6 +415,8 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 	}
 	switch {
 	case c.detached:
+		return nil, ""
+	case len(run) == 0 && l.visible < l.last:
 		return nil, ""
 	case len(run) == 0:
 		return nil, l.reason
@@ -384,7 +429,7 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 func (c *cursor) behind(n uint64) bool {
 	c.log.mu.Lock()
 	defer c.log.mu.Unlock()
-	return c.log.reason != "" || c.log.indexLocked(n) < len(c.log.entries)
+	return c.log.reason != "" || len(c.log.shownLocked(n)) > 0
 }
 
 // settle notes that the gateway took the first events of a run, and whether all that was sent is with an open stream.

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"math"
 	"net/http"
 	"strings"
@@ -130,8 +131,16 @@ func (s *TaskService) Fail(id, failure string) (eventID string, err error) {
 // report applies a report to a running external task, under mu, unless the task has taken it before.
 func (s *TaskService) report(id string, taken func(*task) bool, apply func(*task)) (eventID string, repeated bool, err error) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	t := s.tasks[id]
+	eventID, repeated, err = s.reportLockedOn(t, taken, apply)
+	s.mu.Unlock()
+	if t != nil {
+		err = cmp.Or(s.await(t), err)
+	}
+	return eventID, repeated, err
+}
+
+func (s *TaskService) reportLockedOn(t *task, taken func(*task) bool, apply func(*task)) (eventID string, repeated bool, err error) {
 	switch {
 	case t == nil:
 		return "", false, errTaskUnknown

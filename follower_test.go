@@ -485,7 +485,7 @@ func TestOutboxSize(t *testing.T) {
 		}
 		want(0, 0, 0)
 		t.append("one", "two")
-		t.outbox.AppendShared("shared")
+		t.outbox.Publish(t.outbox.Add(entry{data: "shared", shared: true}))
 		t.append("four")
 		want(4, 4, 24)
 		t.connect("a", "", "x-0")

@@ -466,11 +466,12 @@ func TestIntegrationReconnectAfterTheLastEvent(t *testing.T) {
 }
 
 // startSplit starts each role in a process of its own, the gateway with start.
-func startSplit(t testing.TB, start func(testing.TB, ...string) *process) (v visitor, backend *process) {
+func startSplit(t testing.TB, start func(testing.TB, ...string) *process, env ...string) (v visitor, backend *process) {
 	t.Helper()
 	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	gateway := start(t, "CALLBACK_URL=http://"+addr+"/api/sse/callback?secret=shared", "RETRY_MILLISECONDS=50")
-	backend = startBackend(t, "ADDR="+addr, "SSE_GATEWAY_URL="+gateway.URL+"/", "SSE_CALLBACK_SECRET=shared")
+	env = append(env, "ADDR="+addr, "SSE_GATEWAY_URL="+gateway.URL+"/", "SSE_CALLBACK_SECRET=shared")
+	backend = startBackend(t, env...)
 	return newVisitor(t, backend.URL, gateway.URL), backend
 }
 

@@ -4,9 +4,11 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
+	"net/http"
 	"time"
 )
 
@@ -107,4 +109,43 @@ func text(params object, name, byDefault string) (string, error) {
 		return byDefault, nil
 	}
 	return value, nil
+}
+
+var errResultTooLarge = newError(http.StatusRequestEntityTooLarge, "too_large", fmt.Sprintf("result is larger than %d bytes", maxTaskResult))
+
+func encodeResult(result any) (string, error) {
+	encoded, err := json.Marshal(result)
+	if err != nil {
+		return "", errors.New("result has no JSON form")
+	}
+	return compactResult(encoded)
+}
+
+// compactResult returns a result as it is in the events: without white space, and null if there is none.
+func compactResult(encoded json.RawMessage) (string, error) {
+	result := string(marshal(encoded))
+	if len(result) > maxTaskResult {
+		return "", errResultTooLarge
+	}
+	return result, nil
+}
+
+// progress is how the work of a task reports on itself. It may be used by several goroutines.
+type progress struct {
+	s *TaskService
+	t *task
+}
+
+// Report tells the followers how far the task is: value from 0 to 1, never less than before, and a text of at most 8
+// KiB, beyond which it is cut. After the end of the task it does nothing.
+func (p *progress) Report(text string, value float64) {
+	p.s.mu.Lock()
+	defer p.s.mu.Unlock()
+	switch {
+	case p.s.journal.full():
+		p.s.policy.dropped.Inc()
+	case !p.t.status.finished():
+		text = truncate(text)
+		p.s.reportLocked(p.t, report{text: &text, value: &value})
+	}
 }

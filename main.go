@@ -81,24 +81,31 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		return 1
 	}
 	warnOfVariables(environ, log)
+	if open := cfg.open(); open != "" {
+		log.Warn("whoever reaches ADDR may do so, too: set APP_ENV=production", "addr", cfg.Addr, "open", open)
+	}
+	reg := newRegistry(version())
+	b := newBackend(cfg, cfg.GatewayURL, reg, log)
+	if cfg.DataDir != "" {
+		if err := b.openJournal(); err != nil {
+			log.Error("opening the journal", "err", err)
+			return 1
+		}
+		defer b.journal.close()
+	}
 	listeners, err := openListeners(cfg.Addr, cfg.Gateway.InternalAddr)
 	if err != nil {
 		log.Error("listening", "err", err)
 		return 1
 	}
-	if open := cfg.open(); open != "" {
-		log.Warn("whoever reaches ADDR may do so, too: set APP_ENV=production", "addr", cfg.Addr, "open", open)
-	}
-	reg := newRegistry(version())
 	var internal []*server
 	if len(listeners) > 1 {
 		internal = append(internal, newServer(log, reg, internalRoutes(nil, reg), listeners[1]))
 	}
 	if cfg.GatewayURL != "" {
-		b := newBackend(cfg, cfg.GatewayURL, reg, log)
 		b.gateway.reset(ctx, cfg.CallbackSecret, log) // at first before it has streams of its own
 		servers := append([]*server{newServer(log, reg, b.routes(nil), listeners[0])}, internal...)
-		return serve(ctx, log, servers, b.work, b.stop)
+		return serve(ctx, log, servers, b.work, b.stop, b.journal.failed())
 	}
 
 	// The embedded gateway is the same as the other one. The two call each other instead of posting.
@@ -106,7 +113,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		cfg.CallbackSecret = secret(rand.Text())
 	}
 	cfg.Gateway.CallbackURL = "http://backend/api/sse/callback?secret=" + secret(url.QueryEscape(string(cfg.CallbackSecret)))
-	b := newBackend(cfg, "", reg, log)
+	b.callback.secret = cfg.CallbackSecret
 	g := newGateway(cfg.Gateway, log, newGatewayMetrics(reg))
 	g.gauges(reg)
 	b.conns.gateway, g.transport = directSender{g}, inProcess{handler(b.callback.serve)}
@@ -118,7 +125,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	return serve(ctx, log, servers, work, func(ctx context.Context) {
 		b.stop(ctx)
 		g.shutdown(ctx)
-	})
+	}, b.journal.failed())
 }
 
 func runGateway(ctx context.Context, getenv func(string) string, stderr io.Writer, environ []string) int {
@@ -146,7 +153,7 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 	if cfg.CallbackURL == "" {
 		log.Warn("CALLBACK_URL is not set: streams are refused")
 	}
-	return serve(ctx, log, servers, g.work, g.shutdown)
+	return serve(ctx, log, servers, g.work, g.shutdown, nil)
 }
 
 // Routes
@@ -251,6 +258,7 @@ type backend struct {
 	log      *slog.Logger
 	reg      *registry
 	gateway  *gatewayClient
+	journal  *journal // nil without DATA_DIR
 	conns    *ConnectionManager
 	tasks    *TaskService
 	version  *VersionService
@@ -344,6 +352,8 @@ func (b *backend) protect(h handler) handler {
 			return 0, nil, errWrongToken
 		case b.closing.Load():
 			return 0, nil, errClosing
+		case r.Method != http.MethodGet && b.journal.full():
+			return 0, nil, errCannotStore
 		}
 		return h(w, r)
 	}

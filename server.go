@@ -159,8 +159,8 @@ func (l *errorLog) Write(line []byte) (int, error) {
 }
 
 // serve runs the servers and work until ctx ends or a server fails, and then stop, while the servers still answer, and
-// their shutdown. It returns the exit code.
-func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop func(context.Context)) int {
+// their shutdown. What comes from failed ends it at once. It returns the exit code.
+func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop func(context.Context), failed <-chan error) int {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	broken := make(chan error, 1)
@@ -182,6 +182,9 @@ func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop 
 	case err := <-broken:
 		log.Error("serving", "err", err)
 		code = 1
+	case err := <-failed:
+		log.Error("ending at once", "err", err)
+		return 1
 	}
 	log.Info("stopping")
 	last, cancelLast := context.WithTimeout(context.Background(), stopLimit)

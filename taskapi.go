@@ -28,21 +28,26 @@ type taskView struct {
 	Error     *string         `json:"error"`
 }
 
-func (t *task) viewLocked() taskView {
-	v := taskView{
+// view returns t as it is on disk, or an error if it is not.
+func (t *task) view() (v taskView, err error) {
+	if t == nil || t.shown.Load() == nil {
+		return v, errTaskUnknown
+	}
+	s := *t.shown.Load()
+	v = taskView{
 		TaskID:    t.id,
 		Type:      t.kind,
-		Status:    t.status,
+		Status:    s.status,
 		Title:     orNull(t.title, t.title != ""),
-		Progress:  t.progress,
-		StartTime: orNull(t.start.UTC(), !t.start.IsZero()),
-		EndTime:   orNull(t.end.UTC(), !t.end.IsZero()),
-		Error:     orNull(t.err, t.status == taskFailed),
+		Progress:  s.progress,
+		StartTime: orNull(s.start.UTC(), !s.start.IsZero()),
+		EndTime:   orNull(s.end.UTC(), !s.end.IsZero()),
+		Error:     orNull(s.err, s.status == taskFailed),
 	}
-	if t.result != "" {
-		v.Result = json.RawMessage(t.result)
+	if s.result != "" {
+		v.Result = json.RawMessage(s.result)
 	}
-	return v
+	return v, nil
 }
 
 // orNull returns a pointer to a value, or nil, which is null in JSON, if there is none.
@@ -56,34 +61,34 @@ func orNull[T any](value T, there bool) *T {
 // Status returns one task.
 func (s *TaskService) Status(id string) (taskView, error) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	t := s.tasks[id]
-	if t == nil {
-		return taskView{}, errTaskUnknown
-	}
-	return t.viewLocked(), nil
+	s.mu.Unlock()
+	return t.view()
 }
 
 // History returns at most maxTaskPage of a task's events after the one with this ID, or from the first one, and the
 // status that the task has.
 func (s *TaskService) History(id, after string) (events []event, status taskStatus, err error) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	t := s.tasks[id]
-	if t == nil {
-		return nil, "", errTaskUnknown
+	s.mu.Unlock()
+	view, err := t.view() // before the events, which then are all if it is over
+	if err != nil {
+		return nil, "", err
 	}
-	return t.outbox.After(after, maxTaskPage), t.status, nil
+	return t.outbox.After(after, maxTaskPage), view.Status, nil
 }
 
 // List returns the newest tasks, newest first.
 func (s *TaskService) List() []taskView {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	tasks := slices.SortedFunc(maps.Values(s.tasks), func(a, b *task) int { return cmp.Compare(b.number, a.number) })
+	s.mu.Unlock()
 	views := []taskView{}
 	for _, t := range tasks[:min(len(tasks), maxTaskList)] {
-		views = append(views, t.viewLocked())
+		if v, err := t.view(); err == nil {
+			views = append(views, v)
+		}
 	}
 	return views
 }
@@ -127,9 +132,13 @@ func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) (status
 	if err != nil {
 		return 0, nil, err
 	}
-	s.mu.Lock()
-	view := t.viewLocked()
-	s.mu.Unlock()
+	if err := s.await(t); err != nil {
+		return 0, nil, err
+	}
+	view, err := t.view()
+	if err != nil {
+		return 0, nil, err
+	}
 	streamURL := "/api/sse/tasks?task_id=" + url.QueryEscape(t.id)
 	if known {
 		return http.StatusOK, struct {

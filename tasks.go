@@ -7,13 +7,13 @@ import (
 	"container/list"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"runtime/debug"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -24,7 +24,7 @@ const (
 	maxTaskList  = 100       // tasks in a list
 	maxTaskPage  = 1000      // events in an answer
 	maxExternal  = 10000     // external tasks that have not ended
-	taskOverhead = 700       // bytes that a task takes without its texts and events
+	taskOverhead = 800       // bytes that a task takes without its texts and events
 
 	// maxTaskResult is how many bytes an encoded result has at most. With the rest of its event it stays below
 	// maxEventData: see TestEventsFitOneLine.
@@ -62,6 +62,7 @@ type TaskService struct {
 	conns   *ConnectionManager
 	log     *slog.Logger
 	met     *backendMetrics
+	journal *journal
 	kinds   map[string]taskKind
 	policy  *logPolicy // of the logs of tasks
 	unknown *logPolicy // of streams for tasks that are not known
@@ -86,21 +87,28 @@ type task struct {
 	number uint64 // of creation
 	outbox *eventLog
 
+	taskState
+	shown    atomic.Pointer[taskState] // what is on disk of it; nil if not even the task is
+	stored   *commit                   // has the last change
+	work     taskFunc                  // until it runs; nil: external
+	params   string                    // of work, in JSON; "" when the task has finished
+	seq      uint64                    // of the last report that had one
+	last     uint64                    // number of the last event
+	cancel   context.CancelFunc        // of work's context; nil before it runs, and if external
+	seen     time.Time                 // start, or the last report from outside
+	deadline *time.Timer               // fails the task, later forgets it; nil while it is pending
+	place    *list.Element             // among the finished ones
+	held     int                       // bytes, as counted in the service's memory
+}
+
+// taskState is what changes in a task that the API shows.
+type taskState struct {
 	status   taskStatus
-	work     taskFunc      // until it runs; nil: external
-	params   int           // bytes that work may hold; 0 when the task has finished
 	progress *taskProgress // nil before the first report; not changed, but replaced
-	seq      uint64        // of the last report that had one
-	last     uint64        // number of the last event
 	start    time.Time     // zero before it runs
 	end      time.Time     // zero before it finished
 	result   string        // JSON, a part of the terminal event; "" unless completed
 	err      string
-	cancel   context.CancelFunc // of work's context; nil before it runs, and if external
-	seen     time.Time          // start, or the last report from outside
-	deadline *time.Timer        // fails the task, later forgets it; nil while it is pending
-	place    *list.Element      // among the finished ones
-	held     int                // bytes, as counted in the service's memory
 }
 
 // taskProgress is how far a task is, as events and the API show it.
@@ -176,10 +184,7 @@ func (s *TaskService) Start(kind string, params object) (t *task, known bool, er
 	if err != nil {
 		return nil, false, err
 	}
-	t = &task{id: newToken(), kind: kind, work: work}
-	for _, raw := range params {
-		t.params += len(raw)
-	}
+	t = &task{id: newToken(), kind: kind, work: work, params: string(marshal(params))}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.running >= s.cfg.workers && len(s.queue) >= s.cfg.queueLimit {
@@ -191,6 +196,23 @@ func (s *TaskService) Start(kind string, params object) (t *task, known bool, er
 	s.queue = append(s.queue, t)
 	s.dispatchLocked()
 	return t, false, nil
+}
+
+// storeLocked writes a record about t, which is shown as it is now when that is on disk.
+func (s *TaskService) storeLocked(t *task, record []byte) {
+	state, last := t.taskState, t.last
+	t.stored = s.journal.write(record, func() {
+		t.shown.Store(&state)
+		t.outbox.Publish(last)
+	})
+}
+
+// await waits until the last change of t is on disk.
+func (s *TaskService) await(t *task) error {
+	s.mu.Lock()
+	stored := t.stored
+	s.mu.Unlock()
+	return stored.wait()
 }
 
 // addLocked makes t a pending task.
@@ -206,6 +228,7 @@ func (s *TaskService) addLocked(t *task) error {
 	t.number, t.status = s.created, taskPending
 	s.tasks[t.id] = t
 	s.memory.count(&t.held, t.size())
+	s.storeLocked(t, t.record())
 	for _, page := range s.watched[t.id] {
 		page.add(t.outbox)
 	}
@@ -215,7 +238,7 @@ func (s *TaskService) addLocked(t *task) error {
 
 // size is about how many bytes of the heap the task takes.
 func (t *task) size() int {
-	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + t.params + t.outbox.Held()
+	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + 2*len(t.params) + t.outbox.Held()
 	if t.progress != nil {
 		n += len(t.progress.Text)
 	}
@@ -245,16 +268,21 @@ func (s *TaskService) dispatchLocked() {
 	}
 }
 
-// runLocked makes t a running task, which fails with the text late when nothing was seen of it for the timeout.
+// runLocked makes t a running task.
 func (s *TaskService) runLocked(t *task, late string) {
 	t.status, t.start = taskRunning, time.Now()
-	t.seen = t.start
+	s.watchLocked(t, late)
+	s.emitLocked(t, "task_started", nil, true)
+}
+
+// watchLocked fails t with the text late when nothing is seen of it for the timeout.
+func (s *TaskService) watchLocked(t *task, late string) {
+	t.seen = time.Now()
 	t.deadline = s.afterwards(t, s.cfg.timeout, func(t *task) {
 		if time.Since(t.seen) >= s.cfg.timeout { // not if a report came while this waited
 			s.finishLocked(t, taskFailed, "", late)
 		}
 	})
-	s.emitLocked(t, "task_started", nil, true)
 }
 
 // afterwards calls f under mu when a time has passed, unless t is forgotten by then. The timer does not hold t: a
@@ -299,42 +327,6 @@ func (s *TaskService) run(ctx context.Context, t *task, work taskFunc) {
 	}
 }
 
-var errResultTooLarge = newError(http.StatusRequestEntityTooLarge, "too_large", fmt.Sprintf("result is larger than %d bytes", maxTaskResult))
-
-func encodeResult(result any) (string, error) {
-	encoded, err := json.Marshal(result)
-	if err != nil {
-		return "", errors.New("result has no JSON form")
-	}
-	return compactResult(encoded)
-}
-
-// compactResult returns a result as it is in the events: without white space, and null if there is none.
-func compactResult(encoded json.RawMessage) (string, error) {
-	result := string(marshal(encoded))
-	if len(result) > maxTaskResult {
-		return "", errResultTooLarge
-	}
-	return result, nil
-}
-
-// progress is how the work of a task reports on itself. It may be used by several goroutines.
-type progress struct {
-	s *TaskService
-	t *task
-}
-
-// Report tells the followers how far the task is: value from 0 to 1, never less than before, and a text of at most 8
-// KiB, beyond which it is cut. After the end of the task it does nothing.
-func (p *progress) Report(text string, value float64) {
-	p.s.mu.Lock()
-	defer p.s.mu.Unlock()
-	if !p.t.status.finished() {
-		text = truncate(text)
-		p.s.reportLocked(p.t, report{text: &text, value: &value})
-	}
-}
-
 func (s *TaskService) reportLocked(t *task, r report) {
 	var p taskProgress
 	if t.progress != nil {
@@ -350,21 +342,25 @@ func (s *TaskService) reportLocked(t *task, r report) {
 	s.emitLocked(t, "progress_update", p, false)
 }
 
-// emitLocked appends an event to the task's outbox and returns its data. Beyond the limit of memory it makes room: by
-// the tasks that finished first, and when there are none, by the task's own progress, of which the last stays.
-func (s *TaskService) emitLocked(t *task, eventType string, data any, keep bool) (event string) {
-	event = string(marshal(struct {
-		EventType string    `json:"event_type"`
-		TaskID    string    `json:"task_id"`
-		Timestamp time.Time `json:"timestamp"`
-		Data      any       `json:"data"`
-	}{eventType, t.id, time.Now().UTC(), data}))
-	t.last = t.outbox.Append(event, keep)
+// taskEvent is the data of an event.
+type taskEvent[T any] struct {
+	EventType string    `json:"event_type"`
+	TaskID    string    `json:"task_id"`
+	Timestamp time.Time `json:"timestamp"`
+	Data      T         `json:"data"`
+}
+
+// emitLocked appends an event about the state of the task. Beyond the limit of memory it makes room: by the tasks that
+// finished first, and when there are none, by the task's own progress, of which the last stays.
+func (s *TaskService) emitLocked(t *task, eventType string, data any, keep bool) {
+	event := string(marshal(taskEvent[any]{eventType, t.id, time.Now().UTC(), data}))
+	t.result = event[len(event)-1-len(t.result) : len(event)-1] // one copy is enough
+	t.last = t.outbox.Add(entry{data: event, keep: keep})
+	s.storeLocked(t, encodeEvent(t.number, t.last, t.seq, keep, event))
 	s.memory.count(&t.held, t.size())
 	for !s.makeRoomLocked(0) && t.outbox.DropOldest() {
 		s.memory.count(&t.held, t.size())
 	}
-	return event
 }
 
 // finishLocked ends a task, unless it has ended: whoever comes first decides how. It reports whether it was this one.
@@ -378,7 +374,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 	if t.status == taskPending {
 		s.queue = slices.DeleteFunc(s.queue, func(other *task) bool { return other == t })
 	}
-	t.status, t.end, t.err, t.work, t.params = status, time.Now(), failure, nil, 0
+	t.status, t.end, t.result, t.err, t.work, t.params = status, time.Now(), result, failure, nil, ""
 	var data any
 	switch status {
 	case taskCompleted:
@@ -390,8 +386,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 		})
 	}
 	eventType := "task_" + string(status)
-	event := s.emitLocked(t, eventType, data, true)
-	t.result = event[len(event)-1-len(result) : len(event)-1] // one copy is enough
+	s.emitLocked(t, eventType, data, true)
 	t.outbox.End(eventType)
 	if t.deadline != nil {
 		t.deadline.Stop()
@@ -415,30 +410,36 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 // report.
 func (s *TaskService) Cancel(id string) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	t := s.tasks[id]
+	cancelled := t != nil && s.finishLocked(t, taskCancelled, "", "")
+	s.mu.Unlock()
 	if t == nil {
 		return errTaskUnknown
 	}
-	if !s.finishLocked(t, taskCancelled, "", "") {
-		return errCannotCancel
+	if err := s.await(t); err != nil || cancelled {
+		return err
 	}
-	return nil
+	return errCannotCancel
 }
 
 // Delete forgets a finished task before its time.
 func (s *TaskService) Delete(id string) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	t := s.tasks[id]
+	finished := t != nil && t.status.finished()
+	var deleted *commit
+	if finished {
+		s.forgetLocked(t)
+		deleted = s.journal.write(encodeRecord(recordDelete, record{Number: t.number}), func() {})
+	}
+	s.mu.Unlock()
 	switch {
 	case t == nil:
 		return errTaskUnknown
-	case !t.status.finished():
+	case !finished:
 		return errCannotDelete
 	}
-	s.forgetLocked(t)
-	return nil
+	return deleted.wait()
 }
 
 func (s *TaskService) forgetLocked(t *task) {
@@ -448,15 +449,20 @@ func (s *TaskService) forgetLocked(t *task) {
 	t.deadline.Stop()
 }
 
-// Close takes no more tasks and fails those that have not ended.
+// Close takes no more tasks and fails those that have not ended. With a journal only those that run here: the others go
+// on when it is read again.
 func (s *TaskService) Close() {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.closing = true
 	s.queue = nil // at once, not one by one
 	for _, t := range s.tasks {
-		s.finishLocked(t, taskFailed, "", "server is shutting down")
+		if s.journal == nil || t.status == taskRunning && t.kind != externalTask {
+			s.finishLocked(t, taskFailed, "", "server is shutting down")
+		}
 	}
+	stored := s.journal.write(nil, func() {})
+	s.mu.Unlock()
+	stored.wait()
 }
 
 // Counts returns how many tasks have each status.
@@ -468,6 +474,13 @@ func (s *TaskService) Counts() map[string]float64 {
 		n[string(t.status)]++
 	}
 	return n
+}
+
+// Bytes returns how many bytes the tasks hold.
+func (s *TaskService) Bytes() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.memory.held
 }
 
 // Events returns how many events the outboxes of all tasks hold.

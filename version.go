@@ -45,22 +45,26 @@ type versionConfig struct {
 //
 // Lock order: mu, then that of an event log.
 type VersionService struct {
-	cfg    versionConfig
-	conns  *ConnectionManager
-	log    *slog.Logger
-	met    *backendMetrics
-	policy *logPolicy // of the logs
+	cfg     versionConfig
+	conns   *ConnectionManager
+	log     *slog.Logger
+	met     *backendMetrics
+	policy  *logPolicy // of the logs
+	journal *journal
 
 	mu      sync.Mutex                // guards the rest
 	streams map[string]*versionStream // by request_id
 	memory  budget                    // of the streams
 	latest  announcement              // to everybody
+	stored  *commit                   // has the last change
 	round   uint64                    // announcements to everybody so far
 }
 
 // versionStream is one request_id.
 type versionStream struct {
 	outbox  *eventLog
+	stored  bool      // in the journal, as there was an announcement to it alone
+	marked  uint64    // its start as the journal has it
 	version string    // the last one appended
 	round   uint64    // the announcement to everybody that it has, or had no need of
 	alone   time.Time // since when it has no connection; zero while it has one
@@ -119,7 +123,7 @@ func (s *VersionService) follow(id string) (*eventLog, error) {
 		return nil, err
 	}
 	st.alone = time.Time{}
-	s.catchUpLocked(st)
+	s.catchUpLocked(id, st)
 	s.countLocked(id, st)
 	return st.outbox, nil
 }
@@ -157,7 +161,7 @@ func (s *VersionService) countLocked(id string, st *versionStream) {
 
 // catchUpLocked appends the latest announcement to everybody, unless st has it already or its last version is the same.
 // It returns the event's number, or 0.
-func (s *VersionService) catchUpLocked(st *versionStream) (n uint64) {
+func (s *VersionService) catchUpLocked(id string, st *versionStream) (n uint64) {
 	if st.round == s.round {
 		return 0
 	}
@@ -165,8 +169,31 @@ func (s *VersionService) catchUpLocked(st *versionStream) (n uint64) {
 	if st.version == s.latest.version {
 		return 0
 	}
-	st.version = s.latest.version
-	return st.outbox.AppendShared(s.latest.data)
+	return s.appendLocked(id, st, s.latest.version, entry{data: s.latest.data, shared: true})
+}
+
+// appendLocked appends an event, which is delivered when it is on disk.
+func (s *VersionService) appendLocked(id string, st *versionStream, version string, e entry) (n uint64) {
+	st.version, st.round = version, s.round
+	n = st.outbox.Add(e)
+	var record []byte
+	if st.stored {
+		e.n = n
+		record = st.record(id, e)
+	}
+	s.stored = s.journal.write(record, func() { st.outbox.Publish(n) })
+	return n
+}
+
+// storeLocked begins to keep st in the journal.
+func (s *VersionService) storeLocked(id string, st *versionStream) {
+	if s.journal == nil || st.stored {
+		return
+	}
+	st.stored = true
+	for _, record := range st.records(id) {
+		s.journal.write(record, func() {})
+	}
 }
 
 // Announce tells one request_id, at once if it is connected, otherwise when it connects. It reports whether an open
@@ -181,26 +208,34 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 		s.mu.Unlock()
 		return false, err
 	}
+	s.storeLocked(id, st)
 	if a.version != s.latest.version { // which this one would tell again
-		s.catchUpLocked(st)
+		s.catchUpLocked(id, st)
 	}
-	st.version, st.round = a.version, s.round
-	n := st.outbox.Append(a.data, false)
+	n := s.appendLocked(id, st, a.version, entry{data: a.data})
 	s.countLocked(id, st)
+	stored := s.stored
 	s.mu.Unlock()
+	if err := stored.wait(); err != nil {
+		return false, err
+	}
 	return st.outbox.Wait(ctx, n), nil
 }
 
 // AnnounceAll is TellAll. It returns how many took the event, and how many did not by the time ctx ends.
-func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (delivered, failed int) {
-	for _, e := range s.TellAll(a) {
+func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (delivered, failed int, err error) {
+	told, stored := s.TellAll(a)
+	if err := stored.wait(); err != nil {
+		return 0, 0, err
+	}
+	for _, e := range told {
 		if e.outbox.Wait(ctx, e.n) {
 			delivered++
 		} else {
 			failed++
 		}
 	}
-	return delivered, failed
+	return delivered, failed, nil
 }
 
 // versionEvent is an event that was appended.
@@ -211,20 +246,21 @@ type versionEvent struct {
 
 // TellAll tells every connected request_id that has not got this version as its last one, and remembers it for those
 // that connect later. It does not wait for the delivery.
-func (s *VersionService) TellAll(a announcement) (told []versionEvent) {
+func (s *VersionService) TellAll(a announcement) (told []versionEvent, stored *commit) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.latest = a
 	s.round++
+	s.stored = s.journal.write(a.record(), func() {})
 	for id, st := range s.streams {
 		if s.connected(id) {
-			if n := s.catchUpLocked(st); n != 0 {
+			if n := s.catchUpLocked(id, st); n != 0 {
 				told = append(told, versionEvent{st.outbox, n})
 				s.countLocked(id, st)
 			}
 		}
 	}
-	return told
+	return told, s.stored
 }
 
 // Tidy drops, until ctx ends, the outboxes that have had no connection for the configured time. While memory is short
@@ -251,6 +287,10 @@ func (s *VersionService) tidy() {
 		if short {
 			st.outbox.Shed()
 		}
+		if start := st.outbox.Start(); st.stored && st.marked != start { // late is good enough: it is given again
+			st.marked = start
+			s.journal.write(encodeRecord(recordMark, record{ID: id, Event: start}), func() {})
+		}
 		_, waiting, bytes := st.outbox.Size()
 		if s.connected(id) {
 			st.alone = time.Time{}
@@ -260,12 +300,22 @@ func (s *VersionService) tidy() {
 		forgettable := short && bytes == 0 // it gets the latest announcement to everybody anyway
 		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || forgettable) {
 			delete(s.streams, id)
+			if st.stored {
+				s.journal.write(encodeRecord(recordForget, record{ID: id}), func() {})
+			}
 			s.memory.count(&st.held, 0)
 			s.met.dropped.with(serviceVersion, "expired").Add(waiting)
 			continue
 		}
 		s.countLocked(id, st)
 	}
+}
+
+// Bytes returns how many bytes are kept for all request IDs.
+func (s *VersionService) Bytes() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.memory.held
 }
 
 // Events returns how many events the outboxes of all request IDs hold.
@@ -402,8 +452,8 @@ func (s *VersionService) serveAnnounce(w http.ResponseWriter, r *http.Request) (
 	ctx, cancel := context.WithTimeout(r.Context(), announceLimit)
 	defer cancel()
 	if !single {
-		delivered, failed := s.AnnounceAll(ctx, a)
-		return http.StatusAccepted, map[string]any{"version": a.version, "delivered": delivered, "failed": failed}, nil
+		delivered, failed, err := s.AnnounceAll(ctx, a)
+		return http.StatusAccepted, map[string]any{"version": a.version, "delivered": delivered, "failed": failed}, err
 	}
 	delivered, err := s.Announce(ctx, id, a)
 	said := "queued"

@@ -1,0 +1,377 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+)
+
+// A crashDisk is a disk in memory. It crashes after a number of writes, syncs and the like, and then has of what was not
+// synced any part, or zeroes in its place.
+type crashDisk struct {
+	rand *rand.Rand
+
+	mu      sync.Mutex // guards the rest
+	left    int        // what may still be done
+	renames int
+	now     map[string]*crashFile
+	durable map[string]*crashFile // the names as they were when the folder was synced
+}
+
+type crashFile struct {
+	disk         *crashDisk
+	data, synced []byte
+}
+
+var errCrashed = errors.New("crashed")
+
+func (d *crashDisk) disk() disk { return disk{open: d.open, rename: d.rename, sync: d.sync} }
+
+// step locks the disk and reports whether it works on.
+func (d *crashDisk) step() bool {
+	d.mu.Lock()
+	d.left--
+	return d.left >= 0
+}
+
+func (d *crashDisk) open(path string) (journalFile, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.now[path] == nil {
+		d.now[path] = &crashFile{disk: d}
+	}
+	return d.now[path], nil
+}
+
+func (d *crashDisk) rename(from, to string) error {
+	defer d.mu.Unlock()
+	if !d.step() {
+		return errCrashed
+	}
+	d.renames++
+	d.now[to] = d.now[from]
+	delete(d.now, from)
+	return nil
+}
+
+func (d *crashDisk) sync(string) error {
+	defer d.mu.Unlock()
+	if !d.step() {
+		return errCrashed
+	}
+	d.durable = maps.Clone(d.now)
+	return nil
+}
+
+func (f *crashFile) ReadAt(b []byte, off int64) (int, error) {
+	f.disk.mu.Lock()
+	defer f.disk.mu.Unlock()
+	return bytes.NewReader(f.data).ReadAt(b, off)
+}
+
+func (f *crashFile) WriteAt(b []byte, off int64) (n int, err error) {
+	defer f.disk.mu.Unlock()
+	if !f.disk.step() {
+		if f.disk.left < -1 {
+			return 0, errCrashed
+		}
+		b, err = b[:f.disk.rand.IntN(len(b)+1)], errCrashed // a write is cut, too
+	}
+	f.data = append(f.data, make([]byte, max(0, int(off)+len(b)-len(f.data)))...)
+	return copy(f.data[off:], b), err
+}
+
+func (f *crashFile) Sync() error {
+	defer f.disk.mu.Unlock()
+	if !f.disk.step() {
+		return errCrashed
+	}
+	f.synced = bytes.Clone(f.data)
+	return nil
+}
+
+func (f *crashFile) Truncate(size int64) error {
+	defer f.disk.mu.Unlock()
+	if !f.disk.step() {
+		return errCrashed
+	}
+	f.data = f.data[:min(size, int64(len(f.data)))]
+	return nil
+}
+
+func (f *crashFile) Close() error { return nil }
+
+// reboot has the disk work on for some steps, with what the crash has left.
+func (d *crashDisk) reboot(steps int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.left = steps
+	if d.rand.IntN(2) == 0 {
+		d.now = d.durable
+	}
+	lost := 2 << d.rand.IntN(6) // one block of so many
+	for _, f := range d.now {
+		const block = 16
+		size := len(f.synced)
+		if n := len(f.data) - size; n > 0 {
+			size += d.rand.IntN(n + 1)
+		}
+		left := make([]byte, size)
+		for i := 0; i < size; i += block {
+			from := f.data
+			if d.rand.IntN(lost) == 0 {
+				from = f.synced
+			}
+			copy(left[i:min(i+block, size)], from[min(i, len(from)):])
+		}
+		f.data, f.synced = left, bytes.Clone(left)
+	}
+	d.now, d.durable = maps.Clone(d.now), maps.Clone(d.now)
+}
+
+// counts are records "key=n" with a number that grows by one for each key.
+type counts map[string]int
+
+func (c counts) apply(record []byte) error {
+	var key string
+	var n int
+	if _, err := fmt.Sscanf(string(record), "%s %d", &key, &n); err != nil {
+		return err
+	}
+	if c[key] != 0 && n > c[key]+1 {
+		return fmt.Errorf("%s: %d follows %d", key, n, c[key])
+	}
+	c[key] = max(c[key], n)
+	return nil
+}
+
+func openTestJournal(t testing.TB, dir string, d disk, apply func([]byte) error) (j *journal, err error) {
+	t.Helper()
+	err = unlocked(func() error {
+		j, err = openJournal(dir, d, newRegistry("test"), slog.New(slog.DiscardHandler), apply)
+		return err
+	})
+	return j, err
+}
+
+// unlocked calls open until no other process has the folder: one that another test is starting has a copy of all our
+// descriptors until its exec.
+func unlocked(open func() error) (err error) {
+	for range 1 << 16 {
+		if err = open(); !errors.Is(err, syscall.EWOULDBLOCK) {
+			break
+		}
+		runtime.Gosched()
+	}
+	return err
+}
+
+// Whatever the crash and the power cut leave, a record that was waited for is there afterwards, and none is that was not
+// written; also when the file was being made smaller.
+func TestJournalCrashes(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	seeds, _ := strconv.ParseUint(cmp.Or(os.Getenv("SIDECAST_SEEDS"), "300"), 10, 64)
+	crashes, renames := 0, 0
+	for seed := range seeds {
+		synctest.Test(t, func(t *testing.T) {
+			d := &crashDisk{rand: rand.New(rand.NewPCG(seed, 1)), now: map[string]*crashFile{}, durable: map[string]*crashFile{}}
+			written, stored := counts{}, counts{}
+			for range 6 {
+				d.reboot(d.rand.IntN(8 << d.rand.IntN(5)))
+				read := counts{}
+				j, err := openTestJournal(t, dir, d.disk(), read.apply)
+				if errors.Is(err, errCrashed) {
+					crashes++
+					continue
+				}
+				if err != nil {
+					t.Fatalf("seed %d: %v", seed, err)
+				}
+				for key, n := range stored {
+					if read[key] < n || read[key] > written[key] {
+						t.Fatalf("seed %d: %s is %d, want %d to %d", seed, key, read[key], n, written[key])
+					}
+				}
+				var mu sync.Mutex // guards read, which is what is live, and the other two
+				j.slack = int64(d.rand.IntN(3000))
+				j.live = func() int { return 0 }
+				j.snapshot = func(record func([]byte)) {
+					mu.Lock()
+					live := maps.Clone(read)
+					mu.Unlock()
+					for key, n := range live {
+						record(fmt.Appendf(nil, "%s %d", key, n))
+					}
+				}
+				go j.run()
+				var writers sync.WaitGroup
+				for w := range 3 {
+					key := fmt.Sprint("key", w)
+					writers.Go(func() {
+						for range 30 {
+							mu.Lock()
+							read[key]++
+							n := read[key]
+							written[key] = n
+							c := j.write(fmt.Appendf(nil, "%s %d %s", key, n, strings.Repeat("x", n%50)), func() {})
+							mu.Unlock()
+							if n%7 < 5 {
+								continue // another is under way at the same time
+							}
+							select {
+							case <-c.done:
+							case <-j.stopped:
+							}
+							if !c.stored.Load() {
+								return
+							}
+							mu.Lock()
+							stored[key] = n
+							mu.Unlock()
+						}
+					})
+				}
+				writers.Wait()
+				j.close()
+				synctest.Wait() // a compaction may be under way
+				if d.left < 0 {
+					crashes++
+				}
+			}
+			renames += d.renames
+		})
+		if t.Failed() {
+			return
+		}
+	}
+	if crashes < int(seeds) || renames < int(seeds)/10 {
+		t.Errorf("%d crashes and %d renames in %d runs", crashes, renames, seeds)
+	}
+}
+
+// journalOf returns the bytes of a journal of some records, in commits of one to three, and where each record begins.
+func journalOf(t *testing.T, records []string) (file []byte, begins []int) {
+	d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
+	j, err := openTestJournal(t, t.TempDir(), d.disk(), func([]byte) error { return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < len(records); {
+		for range 1 + i%3 {
+			if i < len(records) {
+				begins = append(begins, int(j.size.Load())+len(j.next.frames))
+				j.write([]byte(records[i]), func() {})
+				i++
+			}
+		}
+		if !j.store() {
+			t.Fatal("not stored")
+		}
+	}
+	j.lock.Close()
+	return d.now[j.path()].data, begins
+}
+
+// readJournal returns the records of a file, the error, and what the log says.
+func readJournal(t *testing.T, dir string, file []byte) (records []string, err error, said string) {
+	d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
+	d.now[filepath.Join(dir, "journal")] = &crashFile{disk: d, data: bytes.Clone(file)}
+	var log bytes.Buffer
+	var j *journal
+	err = unlocked(func() (err error) {
+		j, err = openJournal(dir, d.disk(), newRegistry("test"), slog.New(slog.NewTextHandler(&log, nil)), func(record []byte) error {
+			records = append(records, string(record))
+			return nil
+		})
+		return err
+	})
+	if err == nil {
+		j.lock.Close()
+	}
+	return records, err, log.String()
+}
+
+// A journal that was cut off anywhere gives the records before the cut, and says what it drops. One with a spoilt byte
+// is refused, with the place, unless the byte is in the last commit, which a crash may have left so.
+func TestJournalDamage(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var records []string
+	for i := range 100 {
+		records = append(records, fmt.Sprint("record ", i))
+	}
+	file, begins := journalOf(t, records)
+	whole := func(end int) int { // how many records are before
+		n, found := slices.BinarySearch(append(begins, len(file)), end)
+		if !found {
+			n--
+		}
+		return n
+	}
+	for end := range file {
+		got, err, said := readJournal(t, dir, file[:end])
+		n := max(0, whole(end))
+		if err != nil || !slices.Equal(got, records[:n]) {
+			t.Fatalf("cut off at %d: got %d records and %v, want %d", end, len(got), err, n)
+		}
+		clean := end <= len(journalHeader) || end == append(begins, len(file))[n]
+		if clean != (said == "") || !clean && !strings.Contains(said, fmt.Sprintf("bytes=%d\n", end-begins[n])) {
+			t.Fatalf("cut off at %d: the log says %q", end, said)
+		}
+	}
+	lastCommit := begins[99] // 99 is in a commit of its own
+	for i := range file {
+		spoilt := bytes.Clone(file)
+		spoilt[i] ^= byte(1 + i%255)
+		got, err, _ := readJournal(t, dir, spoilt)
+		switch {
+		case i < len(journalHeader):
+			if err == nil {
+				t.Fatalf("byte %d: a header was taken", i)
+			}
+		case i < lastCommit:
+			if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("journal: damaged at offset %d:", begins[whole(i)])) {
+				t.Fatalf("byte %d of %d: got %d records and %v", i, len(file), len(got), err)
+			}
+		case err != nil || len(got) != 99:
+			t.Fatalf("byte %d of the last record: got %d records and %v, want 99", i, len(got), err)
+		}
+	}
+	if _, err, _ := readJournal(t, dir, []byte("sidecast journal 2\n")); err == nil {
+		t.Error("a newer version was taken")
+	}
+}
+
+func FuzzJournal(f *testing.F) {
+	f.Add([]byte(journalHeader), true)
+	frame := appendFrame([]byte(journalHeader), frameLast, commitStep, encodeEvent(1, 2, 3, true, `{"event_type":"task_started"}`))
+	f.Add(frame, false)
+	f.Fuzz(func(t *testing.T, file []byte, seal bool) {
+		if seal { // gets further
+			file = appendFrame([]byte(journalHeader), frameLast, commitStep, file)
+		}
+		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{"journal": {data: file}}}
+		d.now["journal"].disk = d
+		api := newAPI(t, "")
+		r := newRestoring(api.backend)
+		j := &journal{disk: d.disk(), file: d.now["journal"], log: slog.New(slog.DiscardHandler)}
+		if j.read(r.apply) == nil {
+			r.finish()
+		}
+	})
+}

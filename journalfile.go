@@ -1,0 +1,166 @@
+// The form of the journal's file, and how a start reads and checks it. What a record means is not known here; see
+// restore.go. How records come to be there is in journal.go.
+
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+)
+
+// The file begins with journalHeader, which has the version of the format. Records follow, each in a frame:
+//
+//	1 byte   frameMore, or frameLast at the end of a commit
+//	4 bytes  CRC-32C of all the others
+//	4 bytes  length of the record
+//	8 bytes  number of the commit
+//	         the record
+//
+// A commit is what one write and one sync put on disk, and none is begun before the one before is synced. So a crash
+// spoils nothing but the end of the last one. Their numbers are commitStep apart; those between are for the records that
+// compact writes. No text in UTF-8 has a byte that begins a frame.
+const (
+	journalHeader = "sidecast journal 1\n"
+	frameMore     = 0xF5
+	frameLast     = 0xF6
+	frameHead     = 1 + 4 + 4 + 8
+	commitStep    = 1 << 20
+
+	maxRecord = 1 << 20 // bytes
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func appendFrame(b []byte, kind byte, number uint64, record []byte) []byte {
+	start := len(b)
+	b = append(b, kind, 0, 0, 0, 0)
+	b = binary.LittleEndian.AppendUint32(b, uint32(len(record)))
+	b = binary.LittleEndian.AppendUint64(b, number)
+	b = append(b, record...)
+	seal(b[start:])
+	return b
+}
+
+// seal sets the checksum of a frame.
+func seal(frame []byte) { binary.LittleEndian.PutUint32(frame[1:], checksum(frame)) }
+
+func checksum(frame []byte) uint32 {
+	return crc32.Update(crc32.Checksum(frame[:1], castagnoli), castagnoli, frame[5:])
+}
+
+// frameReader reads the frames of a file, from any place in it.
+type frameReader struct {
+	file io.ReaderAt
+	buf  []byte // what is at base
+	base int64
+}
+
+// view returns n bytes at off, or nil if the file ends before.
+func (f *frameReader) view(off int64, n int) []byte {
+	if off < f.base || off+int64(n) > f.base+int64(len(f.buf)) {
+		f.buf = append(f.buf[:0], make([]byte, max(n, 1<<20))...)
+		read, _ := f.file.ReadAt(f.buf, off)
+		f.buf, f.base = f.buf[:read], off
+	}
+	if off+int64(n) > f.base+int64(len(f.buf)) {
+		return nil
+	}
+	return f.buf[off-f.base:][:n]
+}
+
+// frame returns the frame at off, until the next call, or nil if there is no good one.
+func (f *frameReader) frame(off int64) []byte {
+	head := f.view(off, frameHead)
+	if head == nil || head[0] != frameMore && head[0] != frameLast {
+		return nil
+	}
+	n := binary.LittleEndian.Uint32(head[5:])
+	if n == 0 || n > maxRecord {
+		return nil
+	}
+	frame := f.view(off, frameHead+int(n))
+	if frame == nil || checksum(frame) != binary.LittleEndian.Uint32(frame[1:]) {
+		return nil
+	}
+	return frame
+}
+
+func commitOf(frame []byte) uint64 { return binary.LittleEndian.Uint64(frame[9:]) }
+
+// read gives the records of the file to apply. What a crash has left at its end is cut off; anything else that is not
+// good is an error.
+func (j *journal) read(apply func(record []byte) error) error {
+	f := &frameReader{file: j.file}
+	header := bytes.Clone(f.view(0, len(journalHeader)))
+	if f.view(int64(len(journalHeader)), 1) == nil && !bytes.HasPrefix(header, []byte("sidecast journal ")) { // a new file
+		header = []byte(journalHeader)
+		if _, err := j.file.WriteAt(header, 0); err != nil {
+			return err
+		}
+	}
+	if string(header) != journalHeader {
+		return errors.New("not a journal, or that of a newer version")
+	}
+	off := int64(len(journalHeader))
+	begin, last, number, ended := off, off, uint64(0), true // of the last commit
+	for {
+		frame := f.frame(off)
+		if frame == nil {
+			break
+		}
+		if commitOf(frame) != number {
+			number, begin = commitOf(frame), off
+		}
+		if err := apply(frame[frameHead:]); err != nil {
+			return fmt.Errorf("offset %d: %w", off, err)
+		}
+		ended = frame[0] == frameLast
+		last, off = off, off+int64(len(frame))
+	}
+	j.size.Store(off)
+	j.number = number
+	following := number/commitStep*commitStep + commitStep
+	if err := j.cutTail(f, number, following, ended); err != nil {
+		return err
+	}
+	// The last commit is the only one that may not have been synced, or of which a failed sync may have lost something.
+	tail := bytes.Clone(f.view(begin, int(off-begin)))
+	if !ended {
+		tail[last-begin] = frameLast
+		seal(tail[last-begin:])
+	}
+	if _, err := j.file.WriteAt(tail, begin); err != nil {
+		return err
+	}
+	if err := j.file.Sync(); err != nil {
+		return err
+	}
+	j.next = newCommit(following)
+	return j.disk.sync(j.dir)
+}
+
+// cutTail drops what is behind the good records, if it can be the rest of the commit that was being written: of the last
+// one if that has no end yet, and otherwise of the following one. A good record of any other was written later, so the
+// one before it has been spoilt since.
+func (j *journal) cutTail(f *frameReader, number, following uint64, ended bool) error {
+	unsynced := number
+	if ended {
+		unsynced = following
+	}
+	end := j.size.Load()
+	for ; f.view(end, 1) != nil; end++ {
+		if frame := f.frame(end); frame != nil && commitOf(frame) != unsynced {
+			return fmt.Errorf("damaged at offset %d: there are good records behind", j.size.Load())
+		}
+	}
+	if end == j.size.Load() {
+		return nil
+	}
+	j.log.Warn("cutting off what a crash has left of the last change", "file", j.path(), "offset", j.size.Load(), "bytes", end-j.size.Load())
+	j.dirty = true
+	return j.clean()
+}

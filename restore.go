@@ -1,0 +1,341 @@
+// What the records of the journal say, and what a start makes of them. How they get on disk is in journal.go.
+
+package main
+
+import (
+	"cmp"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+// The first byte of a record says what it is about. An event of a task has a form of its own, as there are many; the
+// rest of any other is a record in JSON. Compaction may repeat what a later record says again, so each is applied to
+// what is there.
+const (
+	recordEvent   = 'e' // the task's number, its own number, the task's seq, keep, and the data
+	recordTask    = 't' // is made
+	recordDelete  = 'd' // a task is forgotten before its time
+	recordVersion = 'v' // an event for one request_id
+	recordMark    = 'm' // a request_id has been given what comes before
+	recordForget  = 'f' // a request_id is forgotten
+	recordLatest  = 'l' // an announcement to everybody
+)
+
+// record is a change. What it does not need is left out.
+type record struct {
+	Number  uint64          `json:"number,omitempty"` // of a task
+	ID      string          `json:"id,omitempty"`     // of a task, or a request_id
+	Epoch   string          `json:"epoch,omitempty"`
+	Kind    string          `json:"kind,omitempty"`
+	Title   string          `json:"title,omitempty"`
+	Params  json.RawMessage `json:"params,omitempty"`
+	Event   uint64          `json:"event,omitempty"` // its number
+	Version string          `json:"version,omitempty"`
+	Data    string          `json:"data,omitempty"`
+	Shared  bool            `json:"shared,omitempty"`
+}
+
+func encodeRecord(kind byte, r record) []byte { return append([]byte{kind}, marshal(r)...) }
+
+func encodeEvent(number, n, seq uint64, keep bool, data string) []byte {
+	b := make([]byte, 0, 4*binary.MaxVarintLen64+len(data))
+	b = append(b, recordEvent)
+	b = binary.AppendUvarint(b, number)
+	b = binary.AppendUvarint(b, n)
+	b = binary.AppendUvarint(b, seq)
+	flags := byte(0)
+	if keep {
+		flags = 1
+	}
+	return append(append(b, flags), data...)
+}
+
+func (t *task) record() []byte {
+	return encodeRecord(recordTask, record{Number: t.number, ID: t.id, Epoch: t.outbox.epoch, Kind: t.kind, Title: t.title,
+		Params: json.RawMessage(t.params)})
+}
+
+// openJournal restores what DATA_DIR has, and keeps there what happens from now on.
+func (b *backend) openJournal() error {
+	r := newRestoring(b)
+	j, err := openJournal(b.cfg.DataDir, realDisk, b.reg, b.log, r.apply)
+	if err != nil {
+		return err
+	}
+	j.live = func() int { return b.tasks.Bytes() + b.version.Bytes() }
+	j.snapshot = func(record func([]byte)) {
+		b.tasks.snapshot(record)
+		b.version.snapshot(record)
+	}
+	b.journal, b.tasks.journal, b.version.journal = j, j, j
+	go j.run()
+	if err := r.finish(); err != nil {
+		return err
+	}
+	j.write(nil, func() {}).wait() // or there is no room: then what has ended with the restart is shown later
+	return nil
+}
+
+// restoring is a start that reads a journal.
+type restoring struct {
+	tasks    *TaskService
+	version  *VersionService
+	numbers  map[uint64]*task
+	progress map[uint64]string // the last progress_update, by the number of the task
+}
+
+func newRestoring(b *backend) *restoring {
+	return &restoring{tasks: b.tasks, version: b.version, numbers: map[uint64]*task{}, progress: map[uint64]string{}}
+}
+
+// apply does what a record says, unless a compaction has said it already.
+func (r *restoring) apply(text []byte) error {
+	if text[0] == recordEvent {
+		return r.event(text[1:])
+	}
+	var rec record
+	if err := json.Unmarshal(text[1:], &rec); err != nil {
+		return fmt.Errorf("reading a record: %w", err)
+	}
+	switch text[0] {
+	case recordTask:
+		if r.numbers[rec.Number] == nil {
+			t := &task{number: rec.Number, id: rec.ID, kind: rec.Kind, title: rec.Title, params: string(rec.Params)}
+			t.outbox, t.status = newEventLog(r.tasks.policy), taskPending
+			t.outbox.epoch = rec.Epoch
+			r.forget(r.tasks.tasks[t.id])
+			r.numbers[t.number], r.tasks.tasks[t.id] = t, t
+		}
+	case recordDelete:
+		r.forget(r.numbers[rec.Number])
+	case recordVersion, recordMark, recordForget, recordLatest:
+		r.version.restore(text[0], rec)
+	default:
+		return fmt.Errorf("unknown record %q", text[0])
+	}
+	return nil
+}
+
+func (r *restoring) forget(t *task) {
+	if t != nil {
+		delete(r.numbers, t.number)
+		delete(r.progress, t.number)
+		delete(r.tasks.tasks, t.id)
+	}
+}
+
+func (r *restoring) event(text []byte) error {
+	var head [3]uint64
+	for i := range head {
+		value, size := binary.Uvarint(text)
+		if size <= 0 {
+			return errShortEvent
+		}
+		head[i], text = value, text[size:]
+	}
+	if len(text) == 0 {
+		return errShortEvent
+	}
+	t := r.numbers[head[0]]
+	if t == nil || head[1] <= t.last {
+		return nil
+	}
+	data := string(text[1:])
+	t.last, t.seq = t.outbox.Add(entry{n: head[1], data: data, keep: text[0] == 1}), max(t.seq, head[2])
+	if strings.HasPrefix(data, `{"event_type":"progress_update"`) {
+		r.progress[t.number] = data
+	}
+	return nil
+}
+
+var errShortEvent = errors.New("an event is too short")
+
+// finish makes of what was read what goes on.
+func (r *restoring) finish() error {
+	s, now := r.tasks, time.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var finished []*task
+	for _, number := range slices.Sorted(maps.Keys(r.numbers)) {
+		t := r.numbers[number]
+		if err := t.restore(r.progress[number]); err != nil {
+			return fmt.Errorf("restoring task %q: %w", t.id, err)
+		}
+		s.created = number
+		s.memory.count(&t.held, t.size())
+		makeWork := s.kinds[t.kind]
+		switch {
+		case t.status.finished():
+			finished = append(finished, t)
+		case t.kind == externalTask:
+			s.outside++
+			s.watchLocked(t, "worker lost")
+		case t.status == taskRunning:
+			s.finishLocked(t, taskFailed, "", "interrupted by a restart")
+		case makeWork == nil:
+			s.finishLocked(t, taskFailed, "", errTaskKind.Error())
+		default:
+			params, err := parseObject([]byte(t.params))
+			if err == nil {
+				t.work, err = makeWork(params)
+			}
+			if err != nil {
+				s.finishLocked(t, taskFailed, "", usableFailure(err.Error()))
+				continue
+			}
+			s.queue = append(s.queue, t)
+		}
+	}
+	slices.SortFunc(finished, func(a, b *task) int { return a.end.Compare(b.end) })
+	for _, t := range finished {
+		t.place = s.finished.PushBack(t)
+		t.deadline = s.afterwards(t, t.end.Add(s.cfg.remember).Sub(now), s.forgetLocked)
+	}
+	s.makeRoomLocked(0)
+	s.dispatchLocked()
+	r.version.restored()
+	return nil
+}
+
+// restore sets the state of t from its events.
+func (t *task) restore(progress string) error {
+	events := t.outbox.All()
+	texts := []string{progress}
+	if len(events) > 0 {
+		texts = []string{events[0].data, progress, events[len(events)-1].data}
+	}
+	for _, text := range texts {
+		if text == "" {
+			continue
+		}
+		var e taskEvent[json.RawMessage]
+		if err := json.Unmarshal([]byte(text), &e); err != nil {
+			return err
+		}
+		switch status := taskStatus(strings.TrimPrefix(e.EventType, "task_")); status {
+		case "started":
+			t.status, t.start = taskRunning, e.Timestamp
+		case "progress_update":
+			t.progress = &taskProgress{}
+			json.Unmarshal(e.Data, t.progress)
+		case taskFailed:
+			var failure struct{ Error string }
+			json.Unmarshal(e.Data, &failure)
+			t.status, t.end, t.err = status, e.Timestamp, failure.Error
+		default:
+			t.status, t.end = status, e.Timestamp
+			if status == taskCompleted {
+				t.result = text[len(text)-1-len(e.Data) : len(text)-1]
+			}
+		}
+	}
+	if t.status.finished() {
+		t.params = ""
+		t.outbox.End("task_" + string(t.status))
+	}
+	state := t.taskState
+	t.shown.Store(&state)
+	t.outbox.Publish(t.last)
+	return nil
+}
+
+// snapshot gives the records that make the tasks again, one task after the other.
+func (s *TaskService) snapshot(record func([]byte)) {
+	s.mu.Lock()
+	tasks := slices.SortedFunc(maps.Values(s.tasks), func(a, b *task) int { return cmp.Compare(a.number, b.number) })
+	s.mu.Unlock()
+	for _, t := range tasks {
+		s.mu.Lock()
+		made, seq, events := t.record(), t.seq, t.outbox.All()
+		s.mu.Unlock()
+		record(made)
+		for _, e := range events {
+			record(encodeEvent(t.number, e.n, seq, e.keep, e.data))
+		}
+	}
+}
+
+// restore does what a record says of versions.
+func (s *VersionService) restore(kind byte, rec record) {
+	st := s.streams[rec.ID]
+	switch {
+	case kind == recordLatest:
+		s.latest = announcement{rec.Version, rec.Data}
+		s.round++
+	case kind == recordForget:
+		delete(s.streams, rec.ID)
+	case kind == recordMark && st != nil:
+		st.outbox.Received(rec.Event)
+	case kind == recordVersion:
+		if st == nil || st.outbox.epoch != rec.Epoch {
+			st = &versionStream{outbox: newEventLog(s.policy), stored: true}
+			st.outbox.epoch = rec.Epoch
+			s.streams[rec.ID] = st
+		}
+		e := entry{n: rec.Event, data: rec.Data, shared: rec.Shared}
+		if e.shared {
+			e.data = s.latest.data
+		}
+		if rec.Event > st.outbox.Last() {
+			st.outbox.Add(e)
+			st.version, st.round = rec.Version, s.round
+		}
+	}
+}
+
+// restored makes of what was read what goes on.
+func (s *VersionService) restored() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, st := range s.streams {
+		st.alone = time.Now()
+		st.outbox.Publish(st.outbox.Last())
+		s.countLocked(id, st)
+	}
+}
+
+// snapshot gives the records that make the versions again.
+func (s *VersionService) snapshot(record func([]byte)) {
+	var records [][]byte
+	s.mu.Lock()
+	if s.latest.version != "" {
+		records = append(records, s.latest.record())
+	}
+	for id, st := range s.streams {
+		if st.stored {
+			records = append(records, st.records(id)...)
+		}
+	}
+	s.mu.Unlock()
+	for _, r := range records {
+		record(r)
+	}
+}
+
+func (a announcement) record() []byte {
+	return encodeRecord(recordLatest, record{Version: a.version, Data: a.data})
+}
+
+// records are those of a request_id: the events that are kept, and which of them have been received.
+func (st *versionStream) records(id string) (records [][]byte) {
+	for _, e := range st.outbox.All() {
+		e.shared = false
+		records = append(records, st.record(id, e))
+	}
+	return append(records, encodeRecord(recordMark, record{ID: id, Event: st.outbox.Start()}))
+}
+
+// record is that of one event.
+func (st *versionStream) record(id string, e entry) []byte {
+	r := record{ID: id, Epoch: st.outbox.epoch, Version: st.version, Event: e.n, Data: e.data, Shared: e.shared}
+	if e.shared { // that of the latest announcement to everybody
+		r.Data = ""
+	}
+	return encodeRecord(recordVersion, r)
+}

@@ -1,0 +1,365 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// restart returns a backend that begins with what the one before has left in its folder. That did not stop in order.
+func restart(t *testing.T, settings string, before *apiFixture) *apiFixture {
+	t.Helper()
+	return restartWith(t, settings, before, func(*apiFixture) {})
+}
+
+func restartWith(t *testing.T, settings string, before *apiFixture, change func(*apiFixture)) *apiFixture {
+	t.Helper()
+	dir := t.TempDir()
+	if before != nil {
+		dir = before.cfg.DataDir
+		before.crash()
+	}
+	api := newAPI(t, settings)
+	api.cfg.DataDir = dir
+	api.settle = synctest.Wait
+	change(api)
+	if err := unlocked(api.openJournal); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(api.crash)
+	return api
+}
+
+// crash ends a backend with nothing but what was answered on disk, and forgets about the rest.
+func (api *apiFixture) crash() {
+	if api.journal == nil {
+		return
+	}
+	api.journal.close()
+	api.tasks.mu.Lock()
+	defer api.tasks.mu.Unlock()
+	api.journal, api.tasks.journal, api.version.journal = nil, nil, nil
+}
+
+// What was answered is there after a restart, and what cannot go on ends.
+func TestRestoreTasks(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const settings = "TASK_MAX_WORKERS=1 TASK_CLEANUP_INTERVAL_SECONDS=100 TASK_TIMEOUT_SECONDS=50"
+		api := restart(t, settings, nil)
+		external := func(id string) {
+			api.check("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`","title":"Title of `+id+`"}}`,
+				`202 {"status":"running","stream_url":"/api/sse/tasks?task_id=`+id+`","task_id":"`+id+`"}`)
+		}
+		for id := range strings.FieldsSeq("runs done fails cancelled deleted") {
+			external(id)
+			api.check("POST", "/api/tasks/"+id+"/progress", `{"text":"half","value":0.5,"seq":7}`, `200 {"event_id":"e-2"}`)
+		}
+		api.check("POST", "/api/tasks/done/complete", `{"result":{"a": [1, "}"]}}`, `200 {"event_id":"e-3"}`)
+		api.check("POST", "/api/tasks/fails/fail", `{"error":"no luck"}`, `200 {"event_id":"e-3"}`)
+		for id := range strings.FieldsSeq("cancelled deleted") {
+			api.do("POST", "/api/tasks/"+id+"/cancel", "")
+		}
+		api.do("DELETE", "/api/tasks/deleted", "")
+		inside := map[string]string{}
+		for _, name := range []string{"running", "waiting", "ended"} {
+			w := api.do("POST", "/api/tasks", `{"type":"demo","params":{"steps":1,"delay":60}}`)
+			_, rest, _ := strings.Cut(w, `"task_id":"`)
+			inside[name], _, _ = strings.Cut(rest, `"`)
+		}
+		api.do("POST", "/api/tasks/"+inside["ended"]+"/cancel", "")
+		paths := []string{"/api/tasks/" + inside["ended"] + "/status"}
+		for id := range strings.FieldsSeq("runs done fails cancelled deleted") {
+			paths = append(paths, "/api/tasks/"+id+"/status", "/api/tasks/"+id+"/events", "/api/tasks/"+id+"/events?after=e-1")
+		}
+		before := map[string]string{}
+		for _, path := range paths {
+			before[path] = api.do("GET", path, "")
+		}
+
+		for range 2 { // a second time from what the first has written
+			time.Sleep(20 * time.Second)
+			api = restart(t, settings, api)
+			for _, path := range paths {
+				api.check("GET", path, "", before[path])
+			}
+		}
+		status := func(name string) string { return api.do("GET", "/api/tasks/"+inside[name]+"/status", "") }
+		if got := status("running"); !strings.Contains(got, `"status":"failed"`) || !strings.Contains(got, `"error":"interrupted by a restart"`) {
+			t.Errorf("a task that ran here: got %s", got)
+		}
+		if got := status("waiting"); !strings.Contains(got, `"error":"interrupted by a restart"`) { // it ran after the first
+			t.Errorf("a task that waited: got %s", got)
+		}
+		api.check("POST", "/api/tasks/runs/progress", `{"text":"half","value":0.5,"seq":7}`, `200 {"event_id":"e-2","repeated":true}`)
+		api.check("POST", "/api/tasks/runs/progress", `{"text":"more","value":0.4,"seq":8}`, `200 {"event_id":"e-3"}`)
+		api.check("POST", "/api/tasks/done/complete", `{"result":{"a":[1,"}"]}}`, `200 {"event_id":"e-3"}`)
+		external("deleted")
+		for status, want := range map[string]float64{"running": 2, "completed": 1, "failed": 3, "cancelled": 2} {
+			if got := api.metric(`tasks{status="` + status + `"}`); got != want {
+				t.Errorf("%v tasks are %s, want %v", got, status, want)
+			}
+		}
+		time.Sleep(49 * time.Second)
+		if got := api.do("GET", "/api/tasks/runs/status", ""); !strings.Contains(got, `"status":"running","title":"Title of runs","progress":{"text":"more","value":0.5}`) {
+			t.Errorf("before its timeout: got %s", got)
+		}
+		time.Sleep(2 * time.Second)
+		if got := api.do("GET", "/api/tasks/runs/status", ""); !strings.Contains(got, `"error":"worker lost"`) {
+			t.Errorf("after its timeout, which counts from the start: got %s", got)
+		}
+		time.Sleep(10 * time.Second) // 101 s after its end
+		api.check("GET", "/api/tasks/done/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+	})
+}
+
+// A task that waited runs, also beyond the limit of the queue, or says why it cannot.
+func TestRestoreWaitingTasks(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		api := restart(t, "TASK_MAX_WORKERS=1", nil)
+		for range 3 {
+			api.do("POST", "/api/tasks", `{"type":"demo","params":{"steps":1,"delay":60}}`)
+		}
+		api.do("POST", "/api/tasks", `{"type":"failing","params":{"error_message":"as it was asked to"}}`)
+		api = restart(t, "TASK_MAX_WORKERS=1 TASK_QUEUE_LIMIT=0", api)
+		time.Sleep(200 * time.Second)
+		list := api.do("GET", "/api/tasks", "")
+		for text, want := range map[string]int{`"error":"interrupted by a restart"`: 1, `"result":{"message":"demo finished","steps":1}`: 2, `"error":"as it was asked to"`: 1} {
+			if got := strings.Count(list, text); got != want {
+				t.Errorf("%s: %d times in %s, want %d", text, got, list, want)
+			}
+		}
+
+		api = restart(t, "TASK_MAX_WORKERS=1", api)
+		for range 2 {
+			api.do("POST", "/api/tasks", `{"type":"demo","params":{"steps":1,"delay":60}}`)
+		}
+		kinds := api.tasks.kinds
+		taken := func(params object) (taskFunc, error) { return nil, badParam("steps must be even") }
+		api = restartWith(t, "TASK_MAX_WORKERS=1", api, func(api *apiFixture) {
+			api.tasks.kinds = map[string]taskKind{"demo": taken, "failing": kinds["failing"]}
+		})
+		if list := api.do("GET", "/api/tasks", ""); !strings.Contains(list, `"error":"steps must be even"`) {
+			t.Errorf("a task that can no longer be made: got %s", list)
+		}
+	})
+}
+
+// Announcements to one, and the one to everybody, are told after a restart, in their order, and those that were
+// received are not told again.
+func TestRestoreVersions(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		announce := func(api *apiFixture, body string) {
+			t.Helper()
+			if got := api.do("POST", "/api/deployments/version", body); !strings.HasPrefix(got, "202 ") {
+				t.Errorf("%s: got %s", body, got)
+			}
+		}
+		api := restart(t, "VERSION_PENDING_SECONDS=100", nil)
+		for range 2 {
+			announce(api, `{"request_id":"away","version":"v1"}`)
+			announce(api, `{"version":"v2"}`)
+			announce(api, `{"request_id":"away","version":"v3"}`)
+			announce(api, `{"version":"v4"}`)
+		}
+		api = restart(t, "VERSION_PENDING_SECONDS=100", api)
+		wantVersions(t, api, "away", "", "v1 v2 v3 v4 v1 v2 v3 v4")
+		wantVersions(t, api, "fresh", "", "v4")
+		api.version.tidy() // notes what was received
+		api = restart(t, "VERSION_PENDING_SECONDS=100", api)
+		wantVersions(t, api, "away", "e-3", "v4 v1 v2 v3 v4")
+		announce(api, `{"request_id":"away","version":"v5"}`)
+		api.version.tidy()
+		api = restart(t, "VERSION_PENDING_SECONDS=100", api)
+		wantVersions(t, api, "away", "", "v5")
+		api.version.tidy()
+		time.Sleep(200 * time.Second)
+		api.version.tidy()
+		api = restart(t, "VERSION_PENDING_SECONDS=100", api)
+		wantVersions(t, api, "away", "", "v4") // all else has expired
+	})
+}
+
+// wantVersions connects, and wants these versions; then the browser leaves.
+func wantVersions(t *testing.T, api *apiFixture, id, lastEventID, want string) {
+	t.Helper()
+	s := api.connect(versionPath(id), lastEventID)
+	time.Sleep(2 * time.Second)
+	var got []string
+	for _, e := range s.events() {
+		if _, rest, ok := strings.Cut(e.Data, `"version":"`); ok {
+			version, _, _ := strings.Cut(rest, `"`)
+			got = append(got, version)
+		}
+	}
+	if strings.Join(got, " ") != want {
+		t.Errorf("%s after %q: got %q, want %q", id, lastEventID, got, want)
+	}
+	s.leave()
+}
+
+// A reporter is the worker of an external task, which says each report again until it is answered.
+type reporter struct {
+	visitor
+	id    string
+	texts []string
+}
+
+// run reports until ctx ends.
+func (r *reporter) run(ctx context.Context) {
+	for tick := time.Tick(10 * time.Millisecond); ctx.Err() == nil; <-tick {
+		text := fmt.Sprintf("report %d on %s", len(r.texts)+1, r.id)
+		r.texts = append(r.texts, text)
+		r.until(fmt.Sprintf("/api/tasks/%s/progress", r.id), fmt.Sprintf(`{"text":%q,"seq":%d}`, text, len(r.texts)))
+	}
+}
+
+// until posts until the answer is 200. There may be none while the backend is away; with one there is no other.
+func (r *reporter) until(path, body string) {
+	for {
+		resp, err := r.client.Post(r.api+path, "application/json", strings.NewReader(body))
+		if err == nil {
+			resp.Body.Close()
+			switch resp.StatusCode {
+			case http.StatusOK:
+				return
+			case http.StatusServiceUnavailable: // it stops
+			default:
+				r.t.Errorf("%s: got %s", path, resp.Status)
+				return
+			}
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// A backend that is killed or stopped in the middle of its work loses nothing, and neither workers nor browsers notice:
+// each report arrives once and in order at each follower, under the ID that it has, and no EventSource dies.
+//
+// SIDECAST_RESTARTS is how often, for a longer run.
+func TestRestart(t *testing.T) {
+	t.Parallel()
+	restarts := 3
+	if n, err := strconv.Atoi(os.Getenv("SIDECAST_RESTARTS")); err == nil {
+		restarts = n
+	}
+	data := func(t *testing.T) []string {
+		return []string{"DATA_DIR=" + t.TempDir(), "RETRY_MILLISECONDS=50", "TASK_EVENT_LIMIT=1000000000"}
+	}
+	t.Run("embedded", func(t *testing.T) {
+		backend := startBackend(t, data(t)...)
+		checkRestarts(t, newVisitor(t, backend.URL, backend.URL), backend, restarts)
+	})
+	t.Run("split", func(t *testing.T) {
+		v, backend := startSplit(t, startOwnGateway, data(t)...)
+		checkRestarts(t, v, backend, restarts)
+	})
+}
+
+func checkRestarts(t *testing.T, v visitor, backend *process, restarts int) {
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var work sync.WaitGroup
+	var reporters []*reporter
+	var tasks, pages []*eventSource
+	target := v.streams + "/api/sse/stream?heartbeat=event"
+	for range 10 {
+		r := &reporter{visitor: v, id: v.start(externalTask, "{}")}
+		reporters = append(reporters, r)
+		tasks = append(tasks, v.follow(r.id))
+		target += "&task_id=" + r.id
+		work.Go(func() { r.run(ctx) })
+	}
+	for i := range 5 {
+		pages = append(pages, openEventSource(t, fmt.Sprintf("%s&request_id=page%d", target, i)))
+	}
+	version := v.subscribe("me")
+	waitOpen(t, append(append(tasks, pages...), version)...)
+	for n := range restarts {
+		time.Sleep(time.Duration(100+rand.IntN(400)) * time.Millisecond)
+		if n%3 == 2 {
+			if code := backend.stop(t); code != 0 {
+				t.Errorf("exit code %d", code)
+			}
+			if err := backend.start(); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			backend.restart(t)
+		}
+		if n == 0 {
+			if got := v.post("/api/deployments/version", `{"request_id":"me","version":"deployed meanwhile"}`); !strings.HasPrefix(got, "202 ") {
+				t.Errorf("announcing: got %s", got)
+			}
+		}
+	}
+	time.Sleep(200 * time.Millisecond)
+	stop()
+	work.Wait()
+	for i, r := range reporters {
+		r.until("/api/tasks/"+r.id+"/complete", `{"result":1}`)
+		want := []string{"task_started"}
+		for _, text := range r.texts {
+			want = append(want, "progress_update "+text)
+		}
+		want = append(want, "task_completed")
+		got := tasks[i].waitFor(t, soon, completed)
+		wantTask(t, "stream of "+r.id, r.id, got, want)
+		for n, page := range pages {
+			got := page.waitFor(t, soon, func(events []message) bool {
+				return completed(ofTask(events, r.id))
+			})
+			wantTask(t, fmt.Sprintf("page %d of %s", n, r.id), r.id, got, want)
+		}
+	}
+	wantStory(t, version, "version deployed meanwhile")
+	for _, page := range pages {
+		page.close()
+	}
+	version.close()
+	eventually(t, soon, "the gauges are true", func() bool {
+		resp, err := v.client.Get(v.api + "/metrics")
+		if err != nil {
+			return false
+		}
+		text, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		sum := 0.0
+		for _, service := range []string{serviceTask, serviceVersion, servicePage} {
+			sum += scrapeValue(string(text), `sse_gateway_active_connections{service="`+service+`"}`)
+		}
+		return sum == 0
+	})
+}
+
+// ofTask returns those of the events that are about a task.
+func ofTask(events []message, id string) (own []message) {
+	for _, m := range events {
+		if strings.Contains(m.Data, `"task_id":"`+id+`"`) {
+			own = append(own, m)
+		}
+	}
+	return own
+}
+
+func wantTask(t *testing.T, who, id string, events []message, want []string) {
+	t.Helper()
+	got := story(ofTask(events, id))
+	for i := range max(len(got), len(want)) {
+		if i >= len(got) || i >= len(want) || got[i] != want[i] {
+			t.Errorf("%s: got %d events, want %d; the first wrong one is number %d: %q", who, len(got), len(want), i+1, got[min(i, len(got)-1)])
+			return
+		}
+	}
+}
