@@ -225,8 +225,17 @@ func (f *follower) deliver() {
 	}
 }
 
-// next returns the next run, or the reason of the end if there is none. The cursors take turns.
+// next returns the next run, or the reason of the end if there is none. The cursors take turns, but what has no ID goes
+// first: that a task is not known must not come after its events.
 func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, reason string) {
+	for _, c = range cursors {
+		if c.log.epoch != "" {
+			continue
+		}
+		if run, reason = c.take(most); len(run) > 0 {
+			return c, run, reason
+		}
+	}
 	for range cursors {
 		c = cursors[int(f.turn)%len(cursors)]
 		f.turn++

@@ -134,6 +134,31 @@ func TestPageWaitsForATask(t *testing.T) {
 	})
 }
 
+// That a task is not known is said before what then comes of it.
+func TestPageIsToldOfUnknownTasksFirst(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		gateway := &steppedGateway{}
+		defer gateway.close()
+		api.conns.gateway = gateway
+		page := pageStream{&PageService{api.conns, api.tasks, api.version}, []string{"x", "y"}}
+		if _, _, err := page.OnConnect("r", connectRequest{token: "p"}); err != nil {
+			t.Fatal(err)
+		}
+		api.settle()
+		api.external("y")
+		var got []string
+		for range 3 {
+			send := gateway.all()[0]
+			got = append(got, send.String())
+			gateway.reply(send, sendResult{taken: 1})
+			api.settle()
+		}
+		if !strings.Contains(got[1], `{"error":"Task not found","task_id":"y"}`) || !strings.Contains(got[2], "task_started") {
+			t.Errorf("got %q, want that y is not known before its start", got)
+		}
+	})
+}
+
 // The version stream and the page stream of one request_id are two connections; a broadcast counts them once.
 func TestPageBesideAVersionStream(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
