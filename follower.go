@@ -40,14 +40,15 @@ type follower struct {
 	mu       sync.Mutex // guards the rest
 	cursors  []*cursor  // only added to
 	since    time.Time  // when the connection was opened, as far as is known
-	begun    bool       // the delivery has
 	buffered bool       // the last events wait at the gateway, which may still drop them
 	stopped  bool       // the connection has ended
 }
 
-// States of a follower: whether deliver runs, and is to look once more.
+// States of a follower: whether deliver runs, and is to look once more. Before begin it does not: IDs would lack the
+// positions in the logs that are not there yet.
 const (
-	idle int32 = iota
+	notBegun int32 = iota
+	idle
 	working
 	workingAgain
 )
@@ -90,11 +91,11 @@ func (f *follower) begin(logs []*eventLog, lastEventID string) (position string,
 	for _, log := range logs {
 		f.cursors = append(f.cursors, log.attach(f, named))
 	}
-	f.begun = true
 	_, position = around(f.cursors, nil)
 	if f.stopped {
 		f.detachLocked()
 	} else {
+		f.state.Store(idle)
 		f.wake()
 	}
 	return strings.TrimPrefix(position, "."), f.stopped
@@ -108,9 +109,7 @@ func (f *follower) add(log *eventLog) {
 		return
 	}
 	f.cursors = append(f.cursors, log.attach(f, nil))
-	if f.begun {
-		f.wake()
-	}
+	f.wake()
 }
 
 // around returns what the ID of an event has before and after the part of c: the positions in the other logs.
@@ -172,11 +171,11 @@ func (f *follower) detachLocked() {
 // wake has deliver look for what is new. It takes no lock, so that a log may call it.
 func (f *follower) wake() {
 	for {
-		switch {
+		switch state := f.state.Load(); {
+		case state == notBegun, state == workingAgain, f.state.CompareAndSwap(working, workingAgain):
+			return
 		case f.state.CompareAndSwap(idle, working):
 			f.conns.background(f.deliver)
-			return
-		case f.state.CompareAndSwap(working, workingAgain), f.state.Load() == workingAgain:
 			return
 		}
 	}

@@ -134,6 +134,32 @@ func TestPageWaitsForATask(t *testing.T) {
 	})
 }
 
+// What is made while its page connects comes after the page was told that it is not known, and with the IDs of all.
+func TestRacePageConnectsWhileItsTaskIsMade(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.tasks.policy.epoch = newEpoch
+		api.external("a")
+		page := &apiStream{api: api, token: "p"}
+		api.gateway.streams["p"] = page
+		f := &follower{identifier: "page:r", page: true}
+		open, _, err := f.connect(api.conns, connectRequest{token: "p"}, func() []*eventLog {
+			logs := api.tasks.watch([]string{"a", "later"}, f)
+			api.external("later")
+			api.settle()
+			return logs
+		})
+		if err != nil || len(parsePositions(open.ID)) != 2 {
+			t.Errorf("begins with %v, %v, want a position in both tasks", open, err)
+		}
+		page.checkTask("later", "error task_started")
+		for _, e := range page.events() {
+			if e.ID != "" && len(parsePositions(e.ID)) != 2 {
+				t.Errorf("got ID %s, want a position in both tasks", e.ID)
+			}
+		}
+	})
+}
+
 // That a task is not known is said before what then comes of it.
 func TestPageIsToldOfUnknownTasksFirst(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
