@@ -380,11 +380,11 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 	return slices.Clone(run), ""
 }
 
-// behind reports whether anything comes after event n, be it the end.
-func (c *cursor) behind(n uint64) bool {
+// behind reports whether anything comes after event n, be it the end if that counts.
+func (c *cursor) behind(n uint64, end bool) bool {
 	c.log.mu.Lock()
 	defer c.log.mu.Unlock()
-	return c.log.reason != "" || c.log.indexLocked(n) < len(c.log.entries)
+	return end && c.log.reason != "" || c.log.indexLocked(n) < len(c.log.entries)
 }
 
 // settle notes that the gateway took the first events of a run, and whether all that was sent is with an open stream.

@@ -285,7 +285,12 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 	case r.err == errSuspended, errors.Is(r.err, errUnknownToken):
 		return false
 	}
-	return len(run) > 0 && c.behind(run[0].n)
+	return len(run) > 0 && slices.ContainsFunc(f.cursors, func(other *cursor) bool {
+		if other == c {
+			return c.behind(run[0].n, !f.page)
+		}
+		return other.behind(other.sent, false)
+	})
 }
 
 // openedLocked notes that the stream has opened, with all that was buffered.

@@ -843,6 +843,35 @@ func TestOutboxSkipsWhatIsRefused(t *testing.T) {
 	})
 }
 
+// page connects a page that follows the outbox and other logs.
+func (t *outboxTest) page(token string, others ...*eventLog) {
+	t.Helper()
+	f := &follower{identifier: "page:1", page: true}
+	f.connect(t.conns, connectRequest{token: token}, func() []*eventLog { return append(others, t.outbox) })
+	t.rest()
+}
+
+// logOf makes a log with events of its epoch's name.
+func logOf(epoch string, events int) *eventLog {
+	policy := taskLike()
+	policy.epoch = func() string { return epoch }
+	log := newEventLog(&policy)
+	for range events {
+		log.Append(epoch, false)
+	}
+	return log
+}
+
+// What waits in another log is an opportunity, too, to end a stream that may have a gap.
+func TestPageEndsBehindFailure(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		t.page("a", logOf("t", 1))
+		t.fails("a t-1.x-0 t")
+		t.wantUnderWay("a end")
+	})
+}
+
 // The callback of a stream that the gateway has given up may arrive while another is decided on.
 func TestConnectAsksAgainIfTheConnectionIsAnother(t *testing.T) {
 	testOutbox(t, taskLike(), func(t *outboxTest) {
