@@ -269,13 +269,14 @@ func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
 func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if r.err == nil {
+	took := r.taken > r.refused // what the gateway refuses arrives nowhere, and tells nothing of the stream
+	if r.err == nil && took {
 		if f.buffered && !r.buffered {
 			f.openedLocked()
 		}
 		f.buffered, f.asked = r.buffered, false
 	}
-	c.settle(run, min(r.taken, len(run)), !f.buffered)
+	c.settle(run, min(r.taken, len(run)), took && !f.buffered)
 	switch {
 	case r.err == nil:
 		if !c.log.policy.replay {

@@ -872,6 +872,31 @@ func TestPageEndsBehindFailure(t *testing.T) {
 	})
 }
 
+// The answer to an event that is refused does not tell whether the stream has opened.
+func TestOutboxRefusedWhileHeldBack(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		t.connect("a", "", "x-0")
+		result := t.wait(1)
+		t.append("two")
+		t.buffered("a x-1 one")
+		t.answer("a x-2 two", sendResult{taken: 1, refused: 1})
+		t.notFound("a ?")
+		t.wantWaited(result, waited{false, 0})
+	})
+}
+
+// An event that is refused is with no stream.
+func TestOutboxWaitForWhatIsRefused(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		t.connect("a", "", "x-0")
+		result := t.wait(1)
+		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
+		t.wantWaited(result, waited{false, 0})
+	})
+}
+
 // The callback of a stream that the gateway has given up may arrive while another is decided on.
 func TestConnectAsksAgainIfTheConnectionIsAnother(t *testing.T) {
 	testOutbox(t, taskLike(), func(t *outboxTest) {
