@@ -392,15 +392,14 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 	l := c.log
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if c.detached { // what a connection that is no more was given moves nothing
-		return
-	}
-	c.inFlight = 0
-	if taken > 0 {
-		c.sent = run[taken-1].n
-	}
-	if given {
-		l.given = max(l.given, c.sent)
+	if !c.detached { // what a connection that is no more was given moves nothing
+		c.inFlight = 0
+		if taken > 0 {
+			c.sent = run[taken-1].n
+		}
+		if given {
+			l.given = max(l.given, c.sent)
+		}
 	}
 	for _, e := range run[taken:] {
 		if e.n > l.given && !l.hasLocked(e.n) && !l.inFlightLocked(e.n) {

@@ -897,6 +897,32 @@ func TestOutboxWaitForWhatIsRefused(t *testing.T) {
 	})
 }
 
+// What was dropped while it was under way to a connection that ended meanwhile was given to nobody.
+func TestOutboxDropsWhatWasUnderWayToNobody(t *testing.T) {
+	for name, test := range map[string]struct {
+		answer  sendResult
+		dropped int
+	}{
+		"taken":  {sendResult{taken: 1}, 0}, // perhaps it arrived
+		"failed": {sendResult{err: errUnknownToken}, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			policy := versionLike()
+			policy.limit = 1
+			testOutbox(t, policy, func(t *outboxTest) {
+				t.append("one")
+				t.connect("a", "", "x-0")
+				t.append("two")
+				t.onDisconnect("a")
+				t.answer("a x-1 one", test.answer)
+				if t.dropped != test.dropped {
+					t.Errorf("dropped %d, want %d", t.dropped, test.dropped)
+				}
+			})
+		})
+	}
+}
+
 // The callback of a stream that the gateway has given up may arrive while another is decided on.
 func TestConnectAsksAgainIfTheConnectionIsAnother(t *testing.T) {
 	testOutbox(t, taskLike(), func(t *outboxTest) {
