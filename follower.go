@@ -321,7 +321,12 @@ func (f *follower) awaitOpen() bool {
 	}
 	tries := int(openLimit / openPause)
 	if !f.probes { // it would write an empty event
-		time.Sleep(openLimit)
+		for range tries {
+			if f.state.CompareAndSwap(workingAgain, working) {
+				return true // the answer to what is new tells, too
+			}
+			time.Sleep(openPause)
+		}
 		tries = 1
 	}
 	r := sendResult{buffered: true}

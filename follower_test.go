@@ -923,6 +923,23 @@ func TestOutboxDropsWhatWasUnderWayToNobody(t *testing.T) {
 	}
 }
 
+// A gateway that cannot be asked must not keep a page from what comes while it is unknown whether the stream opened.
+func TestPageWaitsForNoForeignGateway(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		task := logOf("t", 1)
+		t.page("a", task)
+		t.buffered("a t-1.x-0 t")
+		task.Append("t", false)
+		time.Sleep(openPause)
+		t.rest()
+		t.buffered("a t-2.x-0 t")
+		time.Sleep(openLimit)
+		t.rest()
+		t.connTest.ok("a ?")
+		t.wantUnderWay()
+	})
+}
+
 // The callback of a stream that the gateway has given up may arrive while another is decided on.
 func TestConnectAsksAgainIfTheConnectionIsAnother(t *testing.T) {
 	testOutbox(t, taskLike(), func(t *outboxTest) {
