@@ -40,6 +40,7 @@ type eventLog struct {
 	start   uint64     // a fresh connection gets what is after it
 	given   uint64     // the last number that an open stream was given
 	reason  string     // of the end; once set, nothing more is appended
+	left    bool       // to those that follow it now
 	cursors []*cursor
 	changed chan struct{} // closed when what Wait looks at changes; nil while nobody waits
 }
@@ -250,7 +251,24 @@ func (l *eventLog) Followers() int {
 func (l *eventLog) Shed() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	needed := l.start
+	l.shedLocked(l.start)
+}
+
+// Leave leaves the log to those that follow it now: what all of them have is dropped, now and later.
+func (l *eventLog) Leave() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.left = true
+	l.leaveLocked()
+}
+
+func (l *eventLog) leaveLocked() {
+	if l.left && len(l.entries) > 0 && len(l.cursors) > 0 { // without them it is garbage soon
+		l.shedLocked(l.last)
+	}
+}
+
+func (l *eventLog) shedLocked(needed uint64) {
 	for _, c := range l.cursors {
 		needed = min(needed, c.sent)
 	}
@@ -345,6 +363,7 @@ func (c *cursor) detach() {
 	defer c.log.mu.Unlock()
 	c.detached = true
 	c.log.cursors = slices.DeleteFunc(c.log.cursors, func(other *cursor) bool { return other == c })
+	c.log.leaveLocked()
 	c.log.notifyLocked()
 }
 
@@ -407,6 +426,7 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 		}
 	}
 	l.trimLocked()
+	l.leaveLocked()
 	l.notifyLocked()
 }
 

@@ -185,6 +185,34 @@ func TestPageIsToldOfUnknownTasksFirst(t *testing.T) {
 	})
 }
 
+// A page stays when a task is forgotten. It must not keep the events in memory, which nobody counts any more.
+func TestPageLetsForgottenTasksGo(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		text := strings.Repeat("x", 1000)
+		api.external("a")
+		page := api.page("r", "", "a")
+		for i := range 100 {
+			api.post("a/progress", fmt.Sprintf(`{"text":%q,"value":%v}`, text, float64(i)/100))
+		}
+		api.post("a/complete", `{}`)
+		log := api.tasks.tasks["a"].outbox
+		api.settle()
+		api.gateway.fail(errNoAnswer)
+		slow := api.page("slow", "", "a")
+		api.do("DELETE", "/api/tasks/a", "")
+		if got := len(page.taskStory("a")); got != 102 {
+			t.Errorf("got %d events, want 102", got)
+		}
+		if log.Held() < 100*len(text) {
+			t.Error("what a page lacks is not kept")
+		}
+		slow.leave()
+		if got := log.Held(); got > 0 {
+			t.Errorf("a forgotten task holds %d bytes", got)
+		}
+	})
+}
+
 // The version stream and the page stream of one request_id are two connections; a broadcast counts them once.
 func TestPageBesideAVersionStream(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
