@@ -270,13 +270,15 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	took := r.taken > r.refused // what the gateway refuses arrives nowhere, and tells nothing of the stream
+	opened := false
 	if r.err == nil && took {
-		if f.buffered && !r.buffered {
-			f.openedLocked()
-		}
+		opened = f.buffered && !r.buffered
 		f.buffered, f.asked = r.buffered, false
 	}
 	c.settle(run, min(r.taken, len(run)), took && !f.buffered)
+	if opened { // not before: it would settle the run without its events
+		f.openedLocked()
+	}
 	switch {
 	case r.err == nil:
 		if !c.log.policy.replay {

@@ -897,6 +897,40 @@ func TestOutboxWaitForWhatIsRefused(t *testing.T) {
 	})
 }
 
+// The answer that tells that the stream is open also tells of a run, whose events may be dropped by then.
+func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
+	t.Parallel()
+	for range 100 {
+		policy := versionLike()
+		policy.limit, policy.dropped = 2, func(int) {}
+		log := newEventLog(&policy)
+		log.Append("1", false)
+		log.Append("2", false)
+		logs := []*eventLog{log}
+		for i := range 1000 { // that they take a moment
+			logs = append(logs, logOf(fmt.Sprint(i), 0))
+		}
+		waited := make(chan bool, 1)
+		f := &follower{identifier: "page:1", page: true}
+		f.connect(newConnectionManager(senderFunc(func(events []event) sendResult {
+			switch {
+			case len(events) > 0 && events[0].Data == "1":
+				return sendResult{taken: 1, buffered: true}
+			case len(events) > 0 && events[0].Data == "2":
+				go func() { waited <- log.Wait(t.Context(), 2) }()
+				log.Append("3", false)
+				log.Append("4", false)
+				time.Sleep(time.Millisecond)
+				return sendResult{taken: 1}
+			}
+			return sendResult{taken: len(events)}
+		}), slog.New(slog.DiscardHandler), unreadMetrics()), connectRequest{token: "a"}, func() []*eventLog { return logs })
+		if !<-waited {
+			t.Fatal("an event that an open stream was given is said not to have been")
+		}
+	}
+}
+
 // What was dropped while it was under way to a connection that ended meanwhile was given to nobody.
 func TestOutboxDropsWhatWasUnderWayToNobody(t *testing.T) {
 	for name, test := range map[string]struct {
