@@ -11,80 +11,80 @@ import (
 // in promtool's notation. The first two fire nothing at any time, and the last one fires, with these labels and this
 // summary, at its end.
 var alertTests = map[string]struct {
-	quiet, busy, broken series
+	quiet, busy, broken inputs
 	labels              map[string]string
 	summary             string
 }{
 	"SidecastDown": {
-		series{`up{job="sidecast-backend",instance="b"}`: "1x60"},
-		series{`up{job="sidecast-backend",instance="b"}`: "1x20 0 1x39"}, // one scrape failed
-		series{`up{job="sidecast-backend",instance="b"}`: "1x20 0x40"},
+		inputs{`up{job="sidecast-backend",instance="b"}`: "1x60"},
+		inputs{`up{job="sidecast-backend",instance="b"}`: "1x20 0 1x39"}, // one scrape failed
+		inputs{`up{job="sidecast-backend",instance="b"}`: "1x20 0x40"},
 		map[string]string{"job": "sidecast-backend", "instance": "b"}, "sidecast-backend at b does not answer"},
 	"SidecastRestarts": {
-		series{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x60"},
-		series{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x20 2x5 3x5 4x30"}, // three deployments
-		series{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x30 2x4 3x4 4x4 5x4 6x4 7x4"},
+		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x60"},
+		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x20 2x5 3x5 4x30"}, // three deployments
+		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x30 2x4 3x4 4x4 5x4 6x4 7x4"},
 		map[string]string{"job": "sidecast-backend", "instance": "b"},
 		"sidecast-backend at b keeps restarting, and forgets its tasks each time"},
 	"SidecastStreamsRefused": {
-		series{connects("rejected"): "0x10 1x20 2x30", connects("accepted"): "0x60"},
-		series{connects("rejected"): "0+60x60", connects("accepted"): "0+60x60"},
-		series{connects("rejected"): "0+10x60", connects("accepted"): "100x60"},
+		inputs{connects("rejected"): "0x10 1x20 2x30", connects("accepted"): "0x60"},
+		inputs{connects("rejected"): "0+60x60", connects("accepted"): "0+60x60"},
+		inputs{connects("rejected"): "0+10x60", connects("accepted"): "100x60"},
 		map[string]string{"instance": "g"}, "The backend refuses the streams of g: do both have the same secret?"},
 	"SidecastStreamsTurnedAway": {
-		series{`gateway_refused_total{instance="g",reason="capacity"}`: "0x20 5x40"},
-		series{`gateway_refused_total{instance="g",reason="capacity"}`: "0x20 500x40"}, // one rush
-		series{`gateway_refused_total{instance="g",reason="capacity"}`: "0x20 0+10x40"},
+		inputs{`gateway_refused_total{instance="g",reason="capacity"}`: "0x20 5x40"},
+		inputs{`gateway_refused_total{instance="g",reason="capacity"}`: "0x20 500x40"}, // one rush
+		inputs{`gateway_refused_total{instance="g",reason="capacity"}`: "0x20 0+10x40"},
 		map[string]string{"instance": "g"}, "g has all the streams that MAX_CONNECTIONS allows, and turns others away"},
 	"SidecastCallbacksFail": {
-		series{connects("timeout"): "0x10 1x4 2x4 3x4 4x40", connects("accepted"): "0x60"},
-		series{connects("timeout"): "0+20x60", connects("accepted"): "0+1000x60"},
-		series{connects("timeout"): "0x20 0+20x40", connects("accepted"): "0+1x60"},
+		inputs{connects("timeout"): "0x10 1x4 2x4 3x4 4x40", connects("accepted"): "0x60"},
+		inputs{connects("timeout"): "0+20x60", connects("accepted"): "0+1000x60"},
+		inputs{connects("timeout"): "0x20 0+20x40", connects("accepted"): "0+1x60"},
 		map[string]string{"instance": "g", "action": "connect"}, "g does not reach the backend for connect callbacks"},
 	"SidecastSendsFail": {
-		series{sends("error"): "0x10 1x4 2x4 3x40", sends("success"): "0x60"},
-		series{sends("error"): "0+20x60", sends("success"): "0+1000x60"},
-		series{sends("error"): "0x20 0+20x40", sends("success"): "0+1x60"},
+		inputs{sends("error"): "0x10 1x4 2x4 3x40", sends("success"): "0x60"},
+		inputs{sends("error"): "0+20x60", sends("success"): "0+1000x60"},
+		inputs{sends("error"): "0x20 0+20x40", sends("success"): "0+1x60"},
 		map[string]string{"instance": "b"}, "b fails to give events to the gateway"},
 	"SidecastSendsSlow": {
-		series{took("1"): "0x60", took("2.5"): "0x10 1x10 2x40", took("+Inf"): "0x10 1x10 2x40", tookCount: "0x10 1x10 2x40"},
-		series{took("1"): "0+1000x60", took("2.5"): "0+1005x60", took("+Inf"): "0+1005x60", tookCount: "0+1005x60"},
-		series{took("1"): "0+10x60", took("2.5"): "0+10x60", took("5"): "0+20x60", took("+Inf"): "0+20x60", tookCount: "0+20x60"},
+		inputs{took("1"): "0x60", took("2.5"): "0x10 1x10 2x40", took("+Inf"): "0x10 1x10 2x40", tookCount: "0x10 1x10 2x40"},
+		inputs{took("1"): "0+1000x60", took("2.5"): "0+1005x60", took("+Inf"): "0+1005x60", tookCount: "0+1005x60"},
+		inputs{took("1"): "0+10x60", took("2.5"): "0+10x60", took("5"): "0+20x60", took("+Inf"): "0+20x60", tookCount: "0+20x60"},
 		map[string]string{"instance": "b"}, "One send of b in a hundred takes 4.95s"},
 	"SidecastStreamsCut": {
-		series{ended("error"): "0+4x60", ended("client_closed"): "0x60"}, // one slow phone
-		series{ended("error"): "0+50x60", ended("client_closed"): "0+1000x60"},
-		series{ended("error"): "0+50x60", ended("client_closed"): "0+100x60"},
+		inputs{ended("error"): "0+4x60", ended("client_closed"): "0x60"}, // one slow phone
+		inputs{ended("error"): "0+50x60", ended("client_closed"): "0+1000x60"},
+		inputs{ended("error"): "0+50x60", ended("client_closed"): "0+100x60"},
 		map[string]string{"instance": "g"}, "Many clients of g are too slow for what they are sent"},
 	"SidecastConnectionsDiffer": {
-		series{`sse_gateway_active_connections{service="task"}`: "0x60", "gateway_streams": "8x60"},
-		series{`sse_gateway_active_connections{service="task"}`: "1000+10x60", "gateway_streams": "1050+10x60"},
-		series{`sse_gateway_active_connections{service="task"}`: "100x60", "gateway_streams": "70x60"},
+		inputs{`sse_gateway_active_connections{service="task"}`: "0x60", "gateway_streams": "8x60"},
+		inputs{`sse_gateway_active_connections{service="task"}`: "1000+10x60", "gateway_streams": "1050+10x60"},
+		inputs{`sse_gateway_active_connections{service="task"}`: "100x60", "gateway_streams": "70x60"},
 		nil, "Backends and gateways disagree by 30 streams, for longer than a sweep"},
 	"SidecastEventsDropped": {
-		series{`sse_outbox_dropped_total{instance="b",service="task",reason="limit"}`: "0x10 500x50", sends("success"): "0x60"},
-		series{`sse_outbox_dropped_total{instance="b",service="task",reason="limit"}`: "0+200x60", sends("success"): "0+5000x60"},
-		series{`sse_outbox_dropped_total{instance="b",service="task",reason="limit"}`: "0+200x60", sends("success"): "0+500x60"},
+		inputs{`sse_outbox_dropped_total{instance="b",service="task",reason="limit"}`: "0x10 500x50", sends("success"): "0x60"},
+		inputs{`sse_outbox_dropped_total{instance="b",service="task",reason="limit"}`: "0+200x60", sends("success"): "0+5000x60"},
+		inputs{`sse_outbox_dropped_total{instance="b",service="task",reason="limit"}`: "0+200x60", sends("success"): "0+500x60"},
 		map[string]string{"instance": "b", "service": "task"}, "b dropped task events: too many wait"},
 	"SidecastTasksWait": {
-		series{waiting: "0x60"},
-		series{waiting: "50x10 0 40x10 0 30x10 0x30"},
-		series{waiting: "0x30 1x30"},
+		inputs{waiting: "0x60"},
+		inputs{waiting: "50x10 0 40x10 0 30x10 0x30"},
+		inputs{waiting: "0x30 1x30"},
 		map[string]string{"job": "sidecast-backend", "instance": "b", "status": "pending"},
 		"Tasks at b wait for a worker all the time"},
 	"SidecastTasksFail": {
-		series{tasksEnded("failed"): "0x10 1x12 2x40", tasksEnded("completed"): "0x60"}, // two in twelve minutes
-		series{tasksEnded("failed"): "0+10x60", tasksEnded("completed"): "0+20x60"},
-		series{tasksEnded("failed"): "0+2x60", tasksEnded("completed"): "0+1x60"},
+		inputs{tasksEnded("failed"): "0x10 1x12 2x40", tasksEnded("completed"): "0x60"}, // two in twelve minutes
+		inputs{tasksEnded("failed"): "0+10x60", tasksEnded("completed"): "0+20x60"},
+		inputs{tasksEnded("failed"): "0+2x60", tasksEnded("completed"): "0+1x60"},
 		map[string]string{"instance": "b", "type": "demo"}, "Most demo tasks at b fail"},
 	"SidecastFileDescriptors": {
-		series{fds("open"): "12x60", fds("max"): "1024x60"},
-		series{fds("open"): "700x60", fds("max"): "1000x60"},
-		series{fds("open"): "900x60", fds("max"): "1000x60"},
+		inputs{fds("open"): "12x60", fds("max"): "1024x60"},
+		inputs{fds("open"): "700x60", fds("max"): "1000x60"},
+		inputs{fds("open"): "900x60", fds("max"): "1000x60"},
 		map[string]string{"job": "sidecast-gateway", "instance": "g"}, "g has 90% of its file descriptors in use"},
 }
 
-type series map[string]string
+type inputs map[string]string
 
 const (
 	tookCount = `sse_gateway_send_duration_seconds_count{instance="b"}`
@@ -125,7 +125,7 @@ func TestAlerts(t *testing.T) {
 		if !ok {
 			t.Errorf("%s has no test", alert)
 		}
-		for name, in := range map[string]series{"quiet": tt.quiet, "busy": tt.busy, "broken": tt.broken} {
+		for name, in := range map[string]inputs{"quiet": tt.quiet, "busy": tt.busy, "broken": tt.broken} {
 			var input, want []object
 			for key, values := range in {
 				input = append(input, object{"series": key, "values": values})

@@ -65,35 +65,28 @@ var (
 	errGatewayGone   = newError(http.StatusServiceUnavailable, "gateway_gone", "the gateway does not know this stream")
 )
 
-func (h *callbackHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (h *callbackHandler) serve(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	if h.secret != "" && !sameSecret(r.URL.Query().Get("secret"), h.secret) {
 		h.wrongSecrets.log(h.log, slog.LevelWarn, "callback with a missing or wrong secret", "remote", r.RemoteAddr)
-		writeError(w, errWrongSecret)
-		return
+		return 0, nil, errWrongSecret
 	}
 	var buf bytes.Buffer
 	body, err := readBody(w, r, maxCallback, &buf)
-	var c callback
-	if err == nil {
-		c, err = parseCallback(body)
-	}
 	if err != nil {
-		writeError(w, err)
-		return
+		return 0, nil, err
+	}
+	c, err := parseCallback(body)
+	if err != nil {
+		return 0, nil, err
 	}
 	can := parseFeatures(r.Header.Get(featuresHeader))
 	h.heard(can)
 	if c.action == "disconnect" {
 		h.conns.OnDisconnect(c.token)
-		writeJSON(w, http.StatusOK, struct{}{})
-		return
+		return http.StatusOK, struct{}{}, nil
 	}
-	answer, err := h.connect(c, parseOrder(r.Header.Get(orderHeader)), can)
-	if err != nil {
-		writeError(w, err)
-		return
-	}
-	writeJSON(w, http.StatusOK, answer)
+	answer, err = h.connect(c, parseOrder(r.Header.Get(orderHeader)), can)
+	return http.StatusOK, answer, err
 }
 
 // connect decides on a stream.

@@ -121,7 +121,7 @@ func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o own
 	if same != nil {
 		same.owner.ended(until)
 	}
-	m.met.RecordSSEGatewayConnection(serviceOf(identifier), "connect")
+	m.met.connections.with(serviceOf(identifier), "connect").Inc()
 	return replaced, nil
 }
 
@@ -166,7 +166,7 @@ func (m *ConnectionManager) OnDisconnect(token string) {
 		return
 	}
 	c.owner.ended(time.Now())
-	m.met.RecordSSEGatewayConnection(serviceOf(identifier), "disconnect")
+	m.met.connections.with(serviceOf(identifier), "disconnect").Inc()
 	m.log.Debug("disconnected", "identifier", identifier, "token", mask(token))
 }
 
@@ -254,15 +254,11 @@ func (m *ConnectionManager) send(identifier, token string, events []event, end b
 	start := time.Now()
 	r := m.gateway.send(token, events, end)
 	service := serviceOf(identifier)
-	m.met.RecordSSEGatewaySendDuration(service, time.Since(start).Seconds())
-	for range r.taken - r.refused {
-		m.met.RecordSSEGatewayEvent(service, "success")
-	}
-	for range r.refused {
-		m.met.RecordSSEGatewayEvent(service, "error")
-	}
+	m.met.sendSeconds.with(service).observe(time.Since(start).Seconds())
+	m.met.events.with(service, "success").Add(r.taken - r.refused)
+	m.met.events.with(service, "error").Add(r.refused)
 	if r.err != nil {
-		m.met.RecordSSEGatewayEvent(service, "error")
+		m.met.events.with(service, "error").Inc()
 	}
 	if r.refused > 0 {
 		m.failures.log(m.log, slog.LevelError, "skipping an event that the gateway refuses", "identifier", identifier, "token", mask(token))

@@ -20,10 +20,10 @@ type logPolicy struct {
 	// not known to be with a browser.
 	replay bool
 	// limit is how many events are kept that a fresh connection would get, and how many others: a browser that lost its
-	// connection may ask for them by ID. 0 means no limit. Beyond it the oldest that is not marked goes; dropped is
-	// told of those that nobody was given.
+	// connection may ask for them by ID. 0 means no limit. Beyond it the oldest that is not marked goes; dropped
+	// counts those that nobody was given.
 	limit   int
-	dropped func(n int)
+	dropped *series
 }
 
 // eventLog is the events of one task or one request_id, numbered from 1 without a gap.
@@ -318,7 +318,7 @@ func (l *eventLog) loseLocked(from, to int) bool {
 	}
 	i += from
 	if n := l.entries[i].n; n > l.given && !l.inFlightLocked(n) {
-		l.policy.dropped(1)
+		l.policy.dropped.Inc()
 	}
 	l.dropLocked(i, i+1)
 	l.notifyLocked()
@@ -422,7 +422,7 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 	}
 	for _, e := range run[taken:] {
 		if e.n > l.given && !l.hasLocked(e.n) && !l.inFlightLocked(e.n) {
-			l.policy.dropped(1) // while it was under way
+			l.policy.dropped.Inc() // while it was under way
 		}
 	}
 	l.trimLocked()

@@ -155,50 +155,46 @@ func (s *TaskService) report(id string, taken func(*task) bool, apply func(*task
 }
 
 // serveProgress is POST /api/tasks/{task_id}/progress.
-func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) {
-	s.serveReport(w, r, maxTaskBody, func(id string, body object) (string, bool, error) {
-		report, err := parseReport(body)
-		if err != nil {
-			return "", false, err
-		}
-		return s.Progress(id, report)
-	})
+func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
+	body, err := readJSON(w, r, maxTaskBody)
+	if err != nil {
+		return 0, nil, err
+	}
+	report, err := parseReport(body)
+	if err != nil {
+		return 0, nil, err
+	}
+	eventID, repeated, err := s.Progress(r.PathValue("task_id"), report)
+	return http.StatusOK, reported{eventID, repeated}, err
 }
 
 // serveComplete is POST /api/tasks/{task_id}/complete.
-func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) {
-	s.serveReport(w, r, maxTaskBody, func(id string, body object) (eventID string, _ bool, err error) {
-		result, err := compactResult(body["result"])
-		if err == nil {
-			eventID, err = s.Complete(id, result)
-		}
-		return eventID, false, err
-	})
+func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
+	body, err := readJSON(w, r, maxTaskBody)
+	if err != nil {
+		return 0, nil, err
+	}
+	result, err := compactResult(body["result"])
+	if err != nil {
+		return 0, nil, err
+	}
+	eventID, err := s.Complete(r.PathValue("task_id"), result)
+	return http.StatusOK, reported{EventID: eventID}, err
 }
 
 // serveFail is POST /api/tasks/{task_id}/fail. No failure is lost over its text.
-func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) {
-	s.serveReport(w, r, maxFailBody, func(id string, body object) (eventID string, _ bool, err error) {
-		failure, _, _ := body.str("error")
-		eventID, err = s.Fail(id, usableFailure(failure))
-		return eventID, false, err
-	})
+func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
+	body, err := readJSON(w, r, maxFailBody)
+	if err != nil {
+		return 0, nil, err
+	}
+	failure, _, _ := body.str("error")
+	eventID, err := s.Fail(r.PathValue("task_id"), usableFailure(failure))
+	return http.StatusOK, reported{EventID: eventID}, err
 }
 
-func (s *TaskService) serveReport(w http.ResponseWriter, r *http.Request, limit int64,
-	report func(id string, body object) (eventID string, repeated bool, err error)) {
-	body, err := readJSON(w, r, limit)
-	if err != nil {
-		writeError(w, err)
-		return
-	}
-	eventID, repeated, err := report(r.PathValue("task_id"), body)
-	if err != nil {
-		writeError(w, err)
-		return
-	}
-	writeJSON(w, http.StatusOK, struct {
-		EventID  string `json:"event_id"`
-		Repeated bool   `json:"repeated,omitempty"`
-	}{eventID, repeated})
+// reported is the answer to a report.
+type reported struct {
+	EventID  string `json:"event_id"`
+	Repeated bool   `json:"repeated,omitempty"`
 }

@@ -31,8 +31,7 @@ func versionLike() logPolicy {
 // outboxTest is a connTest with an outbox. Its streams have tokens of one letter.
 type outboxTest struct {
 	*connTest
-	outbox  *eventLog
-	dropped int
+	outbox *eventLog
 }
 
 func testOutbox(t *testing.T, policy logPolicy, f func(t *outboxTest)) {
@@ -42,10 +41,12 @@ func testOutbox(t *testing.T, policy logPolicy, f func(t *outboxTest)) {
 
 func newOutboxTest(t *connTest, policy logPolicy) *outboxTest {
 	o := &outboxTest{connTest: t}
-	policy.dropped = func(n int) { o.dropped += n }
+	policy.dropped = new(series)
 	o.outbox = newEventLog(&policy)
 	return o
 }
+
+func (t *outboxTest) dropped() int { return int(t.outbox.policy.dropped.Load()) }
 
 func (t *outboxTest) append(data ...string) {
 	t.Helper()
@@ -328,12 +329,12 @@ func TestOutboxKeepsWhatIsUnderWay(t *testing.T) {
 				waited := make(chan bool, 1)
 				go func() { waited <- t.outbox.Wait(t.Context(), 3) }()
 				t.append("4", "5", "6", "7")
-				if t.dropped != 1 {
-					t.Errorf("dropped %d with two under way, want 1", t.dropped)
+				if t.dropped() != 1 {
+					t.Errorf("dropped %d with two under way, want 1", t.dropped())
 				}
 				t.answer("a x-2 2 x-3 3", test.answer)
-				if t.dropped != test.dropped {
-					t.Errorf("dropped %d, want %d", t.dropped, test.dropped)
+				if t.dropped() != test.dropped {
+					t.Errorf("dropped %d, want %d", t.dropped(), test.dropped)
 				}
 				if got := <-waited; got != test.arrived {
 					t.Errorf("waited for the last of them: got %t, want %t", got, test.arrived)
@@ -360,7 +361,7 @@ func TestOutboxLimit(t *testing.T) {
 	testOutbox(t, policy, func(t *outboxTest) {
 		t.keep("first")
 		t.append("2", "3", "4", "5")
-		if got, want := t.dropped, 2; got != want {
+		if got, want := t.dropped(), 2; got != want {
 			t.Errorf("dropped %d, want %d", got, want)
 		}
 		t.keep("last")
@@ -369,8 +370,8 @@ func TestOutboxLimit(t *testing.T) {
 		t.onDisconnect("a")
 
 		t.keep("very last")
-		t.keep("the end")                           // there is nothing more that may go
-		if got, want := t.dropped, 3; got != want { // the fifth had been delivered when it went
+		t.keep("the end")                             // there is nothing more that may go
+		if got, want := t.dropped(), 3; got != want { // the fifth had been delivered when it went
 			t.Errorf("dropped %d, want %d", got, want)
 		}
 		t.connect("b", "x-2", "x-2") // was dropped, but the order still tells where to go on
@@ -389,8 +390,8 @@ func TestOutboxDropsNothingThatWasGiven(t *testing.T) {
 		t.onDisconnect("a")
 		t.connect("b", "", "x-0")
 		t.append("3")
-		if t.dropped != 0 {
-			t.Errorf("dropped %d, want 0", t.dropped)
+		if t.dropped() != 0 {
+			t.Errorf("dropped %d, want 0", t.dropped())
 		}
 		t.delivers("b x-1 1", "b x-2 2", "b x-3 3")
 	})
@@ -407,8 +408,8 @@ func TestOutboxDropsWhatWasHeldBackAndLost(t *testing.T) {
 		t.buffered("a x-2 2")
 		t.notFound("a ?")
 		t.append("3", "4")
-		if t.dropped != 2 {
-			t.Errorf("dropped %d, want 2", t.dropped)
+		if t.dropped() != 2 {
+			t.Errorf("dropped %d, want 2", t.dropped())
 		}
 		t.connect("b", "", "x-0")
 		t.delivers("b x-3 3", "b x-4 4")
@@ -441,12 +442,12 @@ func TestOutboxOfVersionLimit(t *testing.T) {
 		}
 		t.onDisconnect("a")
 		t.append("six", "seven")
-		if t.dropped != 0 {
-			t.Errorf("dropped %d of at most 2", t.dropped)
+		if t.dropped() != 0 {
+			t.Errorf("dropped %d of at most 2", t.dropped())
 		}
 		t.append("eight")
-		if t.dropped != 1 {
-			t.Errorf("dropped %d of 3, want 1", t.dropped)
+		if t.dropped() != 1 {
+			t.Errorf("dropped %d of 3, want 1", t.dropped())
 		}
 		t.connect("b", "", "x-5")
 		t.delivers("b x-7 seven", "b x-8 eight")
@@ -1686,7 +1687,7 @@ func BenchmarkOutboxAppendWithoutConnection(b *testing.B) {
 	for _, policy := range []logPolicy{taskLike(), versionLike()} {
 		for _, policy.limit = range []int{100, 1000} {
 			b.Run(fmt.Sprint(policy.event, "/limit=", policy.limit), func(b *testing.B) {
-				policy.dropped = func(int) {}
+				policy.dropped = new(series)
 				o := newEventLog(&policy)
 				o.Append("first", true)
 				b.ReportAllocs()

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
+	"io"
 	"mime"
 	"net/http"
 	"path"
@@ -83,13 +84,23 @@ func writeError(w http.ResponseWriter, err error) {
 	writeJSON(w, e.status, e)
 }
 
-// writeJSON answers with a JSON body, which nobody may keep: browsers and caches give a kept 410 to whoever asks next.
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	body := append(marshal(v), '\n')
 	w.Header().Set("Content-Type", jsonType)
-	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	w.Write(body)
+}
+
+// handler answers with a status and what becomes a JSON body, or with an error. It writes nothing but headers itself.
+type handler func(w http.ResponseWriter, r *http.Request) (status int, answer any, err error)
+
+func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	status, answer, err := h(w, r)
+	if err != nil {
+		writeError(w, err)
+		return
+	}
+	writeJSON(w, status, answer)
 }
 
 // hasBearer reports whether the request has that bearer token (RFC 6750).
@@ -112,10 +123,10 @@ func jsonErrors(mux *http.ServeMux) http.Handler {
 			mux.ServeHTTP(w, r)
 			return
 		}
-		head := statusOnly{header: w.Header()}
-		handler.ServeHTTP(&head, r) // sets Allow
-		text := strings.ToLower(http.StatusText(head.status))
-		writeError(w, newError(head.status, strings.ReplaceAll(text, " ", "_"), text))
+		plain := answerInMemory{header: w.Header()}
+		handler.ServeHTTP(&plain, r) // sets Allow
+		text := strings.ToLower(http.StatusText(plain.status))
+		writeError(w, newError(plain.status, strings.ReplaceAll(text, " ", "_"), text))
 	})
 }
 
@@ -132,14 +143,25 @@ func plainPaths(h http.Handler) http.Handler {
 	})
 }
 
-// statusOnly takes an answer and keeps all but its body.
-type statusOnly struct {
-	header http.Header
-	status int
+// inProcess is a client's way to a handler in the same process. It does not end with the request's context: the handler
+// must not take long.
+type inProcess struct{ http.Handler }
+
+func (p inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
+	a := answerInMemory{header: http.Header{}}
+	p.ServeHTTP(&a, r)
+	return &http.Response{StatusCode: a.status, Header: a.header, Body: io.NopCloser(&a.body)}, nil
 }
 
-func (s *statusOnly) Header() http.Header { return s.header }
+// answerInMemory is an answer of a handler that sets a status.
+type answerInMemory struct {
+	header http.Header
+	status int
+	body   bytes.Buffer
+}
 
-func (s *statusOnly) WriteHeader(status int) { s.status = status }
+func (a *answerInMemory) Header() http.Header { return a.header }
 
-func (s *statusOnly) Write(b []byte) (int, error) { return len(b), nil }
+func (a *answerInMemory) WriteHeader(status int) { a.status = status }
+
+func (a *answerInMemory) Write(b []byte) (int, error) { return a.body.Write(b) }

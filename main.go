@@ -12,7 +12,6 @@ import (
 	stdlog "log"
 	"log/slog"
 	"maps"
-	"net"
 	"net/http"
 	"net/http/pprof"
 	"net/url"
@@ -102,28 +101,16 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		return serve(ctx, log, servers, b.work, b.stop)
 	}
 
-	// The embedded gateway is the same as the other one, and speaks to the backend in the same way: over HTTP, through
-	// a loopback port of its own.
-	loopback, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		log.Error("listening", "err", err)
-		return 1
-	}
-	base := "http://" + loopback.Addr().String()
+	// The embedded gateway is the same as the other one. The two call each other instead of posting.
 	if cfg.CallbackSecret == "" {
 		cfg.CallbackSecret = secret(rand.Text())
 	}
-	cfg.Gateway.CallbackURL = secret(base+"/api/sse/callback?secret=") + secret(url.QueryEscape(string(cfg.CallbackSecret)))
-	b := newBackend(cfg, base, reg, log)
+	cfg.Gateway.CallbackURL = "http://backend/api/sse/callback?secret=" + secret(url.QueryEscape(string(cfg.CallbackSecret)))
+	b := newBackend(cfg, "", reg, log)
 	g := newGateway(cfg.Gateway, log, newGatewayMetrics(reg))
 	g.gauges(reg)
-	inside := http.NewServeMux()
-	inside.HandleFunc("POST /internal/send", g.serveSend)
-	inside.Handle("POST /api/sse/callback", b.callback)
-	servers := append([]*server{
-		newServer(log, reg, b.routes(g), listeners[0]),
-		newServer(log, reg, jsonErrors(inside), loopback, g.returned),
-	}, internal...)
+	b.conns.gateway, g.transport = directSender{g}, inProcess{handler(b.callback.serve)}
+	servers := append([]*server{newServer(log, reg, b.routes(g), listeners[0])}, internal...)
 	work := func(ctx context.Context) {
 		g.work(ctx)
 		b.work(ctx)
@@ -167,20 +154,20 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 // routes are those of the backend. The embedded gateway, if there is one, serves the streams.
 func (b *backend) routes(g *gateway) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", serveHealth)
-	mux.HandleFunc("GET /readyz", b.serveReady)
+	mux.Handle("GET /healthz", handler(serveHealth))
+	mux.Handle("GET /readyz", handler(b.serveReady))
 	mux.Handle("GET /metrics", b.reg)
-	mux.Handle("POST /api/sse/callback", b.callback)
-	mux.HandleFunc("POST /api/tasks", b.protect(b.tasks.serveStart))
-	mux.HandleFunc("GET /api/tasks", b.protectList(b.tasks.serveList))
-	mux.HandleFunc("GET /api/tasks/{task_id}/status", b.tasks.serveStatus)
+	mux.Handle("POST /api/sse/callback", handler(b.callback.serve))
+	mux.Handle("POST /api/tasks", b.protect(b.tasks.serveStart))
+	mux.Handle("GET /api/tasks", b.protectList(b.tasks.serveList))
+	mux.Handle("GET /api/tasks/{task_id}/status", handler(b.tasks.serveStatus))
 	mux.HandleFunc("GET /api/tasks/{task_id}/events", b.tasks.serveEvents)
-	mux.HandleFunc("POST /api/tasks/{task_id}/cancel", b.protect(b.tasks.serveCancel))
-	mux.HandleFunc("DELETE /api/tasks/{task_id}", b.protect(b.tasks.serveDelete))
-	mux.HandleFunc("POST /api/tasks/{task_id}/progress", b.protect(b.tasks.serveProgress))
-	mux.HandleFunc("POST /api/tasks/{task_id}/complete", b.protect(b.tasks.serveComplete))
-	mux.HandleFunc("POST /api/tasks/{task_id}/fail", b.protect(b.tasks.serveFail))
-	mux.HandleFunc("POST /api/deployments/version", b.protect(b.version.serveAnnounce))
+	mux.Handle("POST /api/tasks/{task_id}/cancel", b.protect(b.tasks.serveCancel))
+	mux.Handle("DELETE /api/tasks/{task_id}", b.protect(b.tasks.serveDelete))
+	mux.Handle("POST /api/tasks/{task_id}/progress", b.protect(b.tasks.serveProgress))
+	mux.Handle("POST /api/tasks/{task_id}/complete", b.protect(b.tasks.serveComplete))
+	mux.Handle("POST /api/tasks/{task_id}/fail", b.protect(b.tasks.serveFail))
+	mux.Handle("POST /api/deployments/version", b.protect(b.version.serveAnnounce))
 	if !b.cfg.Production {
 		mux.HandleFunc("GET /{$}", servePage)
 	}
@@ -207,11 +194,11 @@ func (b *backend) routes(g *gateway) http.Handler {
 // would redirect to its clean form.
 func (g *gateway) routes(reg *registry, internal bool) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", serveHealth)
-	mux.HandleFunc("GET /readyz", g.serveReady)
+	mux.Handle("GET /healthz", handler(serveHealth))
+	mux.Handle("GET /readyz", handler(g.serveReady))
 	if internal {
 		mux.HandleFunc("POST /internal/send", g.serveSend)
-		mux.HandleFunc("POST /internal/reset", g.serveReset)
+		mux.Handle("POST /internal/reset", handler(g.serveReset))
 		mux.Handle("GET /metrics", reg)
 	}
 	own := jsonErrors(mux)
@@ -230,7 +217,7 @@ func internalRoutes(g *gateway, reg *registry) http.Handler {
 	mux := http.NewServeMux()
 	if g != nil {
 		mux.HandleFunc("POST /internal/send", g.serveSend)
-		mux.HandleFunc("POST /internal/reset", g.serveReset)
+		mux.Handle("POST /internal/reset", handler(g.serveReset))
 	}
 	mux.Handle("GET /metrics", reg)
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
@@ -238,8 +225,16 @@ func internalRoutes(g *gateway, reg *registry) http.Handler {
 	return jsonErrors(mux)
 }
 
-func serveHealth(w http.ResponseWriter, r *http.Request) {
-	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+func serveHealth(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
+	return http.StatusOK, map[string]string{"status": "ok"}, nil
+}
+
+// readiness is how both roles tell theirs.
+func readiness(ready bool) (status int, said string) {
+	if !ready {
+		return http.StatusServiceUnavailable, "not_ready"
+	}
+	return http.StatusOK, "ready"
 }
 
 func servePage(w http.ResponseWriter, r *http.Request) {
@@ -304,12 +299,12 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		badIDs:       throttle{interval: time.Second},
 	}
 	services := label{"service", []string{serviceTask, serviceVersion, servicePage}}
-	reg.gauge("sse_gateway_active_connections", "Current connections.", services, b.conns.Active)
-	reg.gauge("sse_outbox_events", "Events kept for delivery and resumption.", services, func() map[string]float64 {
+	reg.gauge("sse_gateway_active_connections", "Current connections.", b.conns.Active, services)
+	reg.gauge("sse_outbox_events", "Events kept for delivery and resumption.", func() map[string]float64 {
 		return map[string]float64{serviceTask: float64(b.tasks.Events()), serviceVersion: float64(b.version.Events())}
-	})
+	}, services)
 	statuses := []string{string(taskPending), string(taskRunning), string(taskCompleted), string(taskFailed), string(taskCancelled)}
-	reg.gauge("tasks", "Tasks that are known.", label{"status", statuses}, b.tasks.Counts)
+	reg.gauge("tasks", "Tasks that are known.", b.tasks.Counts, label{"status", statuses})
 	return b
 }
 
@@ -334,33 +329,29 @@ func (b *backend) stop(ctx context.Context) {
 	}
 }
 
-func (b *backend) serveReady(w http.ResponseWriter, r *http.Request) {
-	if b.closing.Load() {
-		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"status": "not_ready"})
-		return
-	}
-	writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
+func (b *backend) serveReady(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
+	status, said := readiness(!b.closing.Load())
+	return status, map[string]string{"status": said}, nil
 }
 
 // protect lets only those change something who have the API token, if there is one, and nobody during the shutdown.
-func (b *backend) protect(h http.HandlerFunc) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
+func (b *backend) protect(h handler) handler {
+	return func(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 		switch {
 		case b.cfg.APIToken != "" && !hasBearer(r, b.cfg.APIToken):
 			b.wrongTokens.log(b.log, slog.LevelWarn, "missing or wrong API token", "remote", r.RemoteAddr, "path", r.URL.Path)
 			w.Header().Set("WWW-Authenticate", `Bearer realm="sidecast"`)
-			writeError(w, errWrongToken)
+			return 0, nil, errWrongToken
 		case b.closing.Load():
-			writeError(w, errClosing)
-		default:
-			h(w, r)
+			return 0, nil, errClosing
 		}
+		return h(w, r)
 	}
 }
 
 // protectList protects the list of all tasks in production: unlike a single task's ID it can be asked for without
 // knowing anything.
-func (b *backend) protectList(h http.HandlerFunc) http.HandlerFunc {
+func (b *backend) protectList(h handler) handler {
 	if b.cfg.Production {
 		return b.protect(h)
 	}

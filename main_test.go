@@ -56,7 +56,7 @@ func newAPI(t testing.TB, settings string) *apiFixture {
 	api.conns.gateway = api.gateway
 	epoch := func() string { return "e" }
 	api.tasks.policy.epoch, api.version.policy.epoch = epoch, epoch
-	api.handler = api.routes(nil)
+	api.handler = newServer(log, api.reg, api.routes(nil)).Handler
 	t.Cleanup(func() { api.stop(context.Background()) })
 	return api
 }

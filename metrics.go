@@ -26,17 +26,20 @@ import (
 // Everything is registered before the first request; the list has no lock because it never changes afterwards. Counting
 // and scraping are safe for concurrent use.
 type registry struct {
-	families []family
-	requests *counterVec // HTTP requests, by code
-	build    []string    // label pairs of sidecast_build_info
-	start    float64     // Unix time in seconds
-	proc     string      // where Linux shows the process; may not exist
+	families []*family
+	requests *family // HTTP requests, by code
+	build    string  // labels of sidecast_build_info
+	start    float64 // Unix time in seconds
+	proc     string  // where Linux shows the process; may not exist
 }
 
-// A family is one metric name: its HELP and TYPE lines, and what writes its samples.
+// A family is one metric: a counter or a histogram with a series for each combination of its labels' values, the last
+// label's changing fastest, or a gauge that is read at each scrape.
 type family struct {
 	name, help, kind string
-	samples          func(b *bytes.Buffer)
+	labels           []label
+	series           []series
+	read             func() map[string]float64 // of a gauge: its values, by that of the label
 }
 
 // A label is a name and every value that it may ever have, each once. All series exist at 0 from the start, because
@@ -46,12 +49,23 @@ type label struct {
 	values []string
 }
 
+// A series is one counter or histogram. Counting allocates nothing.
+type series struct {
+	labels string        // as in the text: service="task",action="connect"
+	n      atomic.Uint64 // of a counter, which only grows, from 0 at the start of the process
+
+	bounds []float64  // of a histogram: the buckets' upper bounds in seconds, the last is +Inf; never written
+	mu     sync.Mutex // guards counts and sum, which always tell of the same observations
+	counts []uint64   // by bucket, not yet cumulative
+	sum    float64    // seconds
+}
+
 // newRegistry returns a registry without families but those of servers and the process, whose start is the time of this
 // call: milliseconds late, but the same on every system and at every scrape. Calculated from /proc (boot time plus
 // start ticks) it would be no finer than a second, move with each correction of the clock, and need /proc.
 func newRegistry(version string) *registry {
 	r := &registry{
-		build: []string{labelPair("version", version), labelPair("goversion", runtime.Version())},
+		build: labelPair("version", version) + "," + labelPair("goversion", runtime.Version()),
 		start: float64(time.Now().UnixMilli()) / 1000,
 		proc:  "/proc",
 	}
@@ -61,54 +75,83 @@ func newRegistry(version string) *registry {
 }
 
 // counters registers a counter for each combination of the labels' values; without labels there is one.
-func (r *registry) counters(name, help string, labels ...label) *counterVec {
-	sets := combinations(labels)
-	v := &counterVec{name: name, labels: labels, cells: make([]counter, len(sets))}
-	r.add(family{name, help, "counter", func(b *bytes.Buffer) {
-		for i, pairs := range sets {
-			writeSample(b, name, float64(v.cells[i].n.Load()), pairs...)
-		}
-	}})
-	return v
+func (r *registry) counters(name, help string, labels ...label) *family {
+	return r.add("counter", name, help, labels)
 }
 
 // histograms registers a histogram for each combination of the labels' values. The buckets are upper bounds in seconds,
 // strictly ascending and finite; the one for +Inf is added.
-func (r *registry) histograms(name, help string, buckets []float64, labels ...label) *histogramVec {
-	sets, bounds := combinations(labels), append(slices.Clone(buckets), math.Inf(1))
-	v := &histogramVec{name: name, labels: labels, cells: make([]histogram, len(sets))}
-	for i := range v.cells {
-		v.cells[i].bounds, v.cells[i].counts = bounds, make([]uint64, len(bounds))
+func (r *registry) histograms(name, help string, buckets []float64, labels ...label) *family {
+	f := r.add("histogram", name, help, labels)
+	bounds := append(slices.Clone(buckets), math.Inf(1))
+	for i := range f.series {
+		f.series[i].bounds, f.series[i].counts = bounds, make([]uint64, len(bounds))
 	}
-	r.add(family{name, help, "histogram", func(b *bytes.Buffer) {
-		for i, pairs := range sets {
-			v.cells[i].samples(b, name, pairs)
-		}
-	}})
-	return v
+	return f
 }
 
 // gauge registers a gauge whose values, by label value, are read at each scrape. The registry holds no lock then, so
 // read may take its own; it must be safe for concurrent use. A label value that is not in the map is 0, a key that is
-// not a label value is ignored. With a zero label there is one series, under the key "".
-func (r *registry) gauge(name, help string, l label, read func() map[string]float64) {
-	r.add(family{name, help, "gauge", func(b *bytes.Buffer) {
-		current := read()
-		if l.name == "" {
-			writeSample(b, name, current[""])
-		}
-		for _, value := range l.values {
-			writeSample(b, name, current[value], labelPair(l.name, value))
-		}
-	}})
+// not a label value is ignored. Without a label there is one series, under the key "".
+func (r *registry) gauge(name, help string, read func() map[string]float64, labels ...label) {
+	r.add("gauge", name, help, labels).read = read
 }
 
 // add appends a family. It panics on a name that is taken, since a scraper would refuse the whole page.
-func (r *registry) add(f family) {
-	if slices.ContainsFunc(r.families, func(other family) bool { return other.name == f.name }) {
-		panic("metrics: " + f.name + " is registered twice")
+func (r *registry) add(kind, name, help string, labels []label) *family {
+	if slices.ContainsFunc(r.families, func(other *family) bool { return other.name == name }) {
+		panic("metrics: " + name + " is registered twice")
+	}
+	sets := []string{""}
+	for _, l := range labels {
+		var longer []string
+		for _, set := range sets {
+			for _, value := range l.values {
+				longer = append(longer, strings.TrimPrefix(set+","+labelPair(l.name, value), ","))
+			}
+		}
+		sets = longer
+	}
+	f := &family{name: name, help: help, kind: kind, labels: labels, series: make([]series, len(sets))}
+	for i := range f.series {
+		f.series[i].labels = sets[i]
 	}
 	r.families = append(r.families, f)
+	return f
+}
+
+// with returns the series for one value of each label, in the order of registration, without allocating. A value
+// outside of the closed set, or a wrong number of values, is a programming error: it panics.
+func (f *family) with(values ...string) *series {
+	if len(values) != len(f.labels) {
+		panic("metrics: " + f.name + ": wrong number of label values")
+	}
+	i := 0
+	for k, l := range f.labels {
+		n := slices.Index(l.values, values[k])
+		if n < 0 {
+			panic("metrics: " + f.name + ": no " + l.name + " " + strconv.Quote(values[k]))
+		}
+		i = i*len(l.values) + n
+	}
+	return &f.series[i]
+}
+
+func (s *series) Inc()         { s.n.Add(1) }
+func (s *series) Add(n int)    { s.n.Add(uint64(max(n, 0))) }
+func (s *series) Load() uint64 { return s.n.Load() }
+
+// observe counts one duration, in the first bucket whose bound is not below it. What is negative or not a number counts
+// as 0: the sum is a counter too, and must not fall.
+func (s *series) observe(seconds float64) {
+	if !(seconds > 0) {
+		seconds = 0
+	}
+	bucket, _ := slices.BinarySearch(s.bounds, seconds)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.counts[bucket]++
+	s.sum += seconds
 }
 
 // ServeHTTP renders all families to memory before it writes, so that a slow scraper delays nobody.
@@ -122,124 +165,79 @@ func (r *registry) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	w.Write(b.Bytes()) // the only error is a scraper that left
 }
 
+// write writes the family:
+//
+//	# HELP tasks Tasks that are known.
+//	# TYPE tasks gauge
+//	tasks{status="pending"} 0
+func (f *family) write(b *bytes.Buffer) {
+	writeHead(b, f.kind, f.name, f.help)
+	var current map[string]float64
+	if f.read != nil {
+		current = f.read()
+	}
+	for i := range f.series {
+		s := &f.series[i]
+		value := float64(s.n.Load())
+		switch {
+		case s.bounds != nil:
+			s.writeHistogram(b, f.name)
+			continue
+		case f.read != nil && len(f.labels) > 0:
+			value = current[f.labels[0].values[i]]
+		case f.read != nil:
+			value = current[""]
+		}
+		writeSample(b, f.name, s.labels, value)
+	}
+}
+
+// writeHistogram writes one moment of a histogram: cumulative buckets up to le="+Inf", which equals _count, between
+// them _sum (Prometheus text format, "Histograms and summaries").
+func (s *series) writeHistogram(b *bytes.Buffer, name string) {
+	s.mu.Lock()
+	counts, sum := slices.Clone(s.counts), s.sum
+	s.mu.Unlock()
+
+	var total uint64
+	for i, n := range counts {
+		total += n
+		le := labelPair("le", formatFloat(s.bounds[i]))
+		writeSample(b, name+"_bucket", strings.TrimPrefix(s.labels+","+le, ","), float64(total))
+	}
+	writeSample(b, name+"_sum", s.labels, sum)
+	writeSample(b, name+"_count", s.labels, float64(total))
+}
+
 // writeProcess writes the families of the process. One that cannot be read is left out: in a chroot there is no /proc,
 // and a process out of file descriptors cannot open it.
 func (r *registry) writeProcess(b *bytes.Buffer) {
-	gauge := func(name, help string, value float64, pairs ...string) {
-		family{name, help, "gauge", func(b *bytes.Buffer) { writeSample(b, name, value, pairs...) }}.write(b)
+	gauge := func(name, help string, value float64, labels string) {
+		writeHead(b, "gauge", name, help)
+		writeSample(b, name, labels, value)
 	}
-	gauge("process_start_time_seconds", "Start of the process since the Unix epoch in seconds.", r.start)
+	gauge("process_start_time_seconds", "Start of the process since the Unix epoch in seconds.", r.start, "")
 	statm, _ := os.ReadFile(r.proc + "/self/statm") // proc(5): total and resident size in pages, and more
 	var size, resident float64
 	if _, err := fmt.Sscan(string(statm), &size, &resident); err == nil {
-		gauge("process_resident_memory_bytes", "Resident memory in bytes.", resident*float64(os.Getpagesize()))
+		gauge("process_resident_memory_bytes", "Resident memory in bytes.", resident*float64(os.Getpagesize()), "")
 	}
 	if dir, err := os.Open(r.proc + "/self/fd"); err == nil {
 		if names, err := dir.Readdirnames(-1); err == nil {
-			gauge("process_open_fds", "Open file descriptors.", float64(len(names)-1)) // less dir itself
+			gauge("process_open_fds", "Open file descriptors.", float64(len(names)-1), "") // less dir itself
 		}
 		dir.Close()
 	}
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err == nil {
-		gauge("process_max_fds", "Limit of open file descriptors.", float64(limit.Cur))
+		gauge("process_max_fds", "Limit of open file descriptors.", float64(limit.Cur), "")
 	}
 	// Unlike runtime.ReadMemStats, this does not stop the world.
 	live := []runtimemetrics.Sample{{Name: "/sched/goroutines:goroutines"}, {Name: "/memory/classes/heap/objects:bytes"}}
 	runtimemetrics.Read(live)
-	gauge("go_goroutines", "Goroutines that exist.", float64(live[0].Value.Uint64()))
-	gauge("go_memstats_heap_alloc_bytes", "Heap memory in use by objects in bytes.", float64(live[1].Value.Uint64()))
-	gauge("sidecast_build_info", "Always 1; the labels tell the build.", 1, r.build...)
-}
-
-// A vec holds one counter or histogram for each combination of label values, in the order of combinations.
-type vec[T any] struct {
-	name   string
-	labels []label
-	cells  []T
-}
-
-type counterVec = vec[counter]
-type histogramVec = vec[histogram]
-
-// with returns the handle for one value of each label, in the order of registration, without allocating. A value
-// outside of the closed set, or a wrong number of values, is a programming error: it panics.
-func (v *vec[T]) with(values ...string) *T {
-	if len(values) != len(v.labels) {
-		panic("metrics: " + v.name + ": wrong number of label values")
-	}
-	cell := 0
-	for i, l := range v.labels {
-		n := slices.Index(l.values, values[i])
-		if n < 0 {
-			panic("metrics: " + v.name + ": no " + l.name + " " + strconv.Quote(values[i]))
-		}
-		cell = cell*len(l.values) + n
-	}
-	return &v.cells[cell]
-}
-
-// combinations returns the label pairs of every series; the last label's values change fastest. Without labels there is
-// one series, without pairs.
-func combinations(labels []label) [][]string {
-	sets := [][]string{nil}
-	for _, l := range labels {
-		var longer [][]string
-		for _, set := range sets {
-			for _, value := range l.values {
-				longer = append(longer, slices.Concat(set, []string{labelPair(l.name, value)}))
-			}
-		}
-		sets = longer
-	}
-	return sets
-}
-
-// A counter only grows, and starts at 0 with the process. It never allocates and is safe for concurrent use.
-type counter struct{ n atomic.Uint64 }
-
-func (c *counter) Inc()         { c.n.Add(1) }
-func (c *counter) Add(n uint64) { c.n.Add(n) }
-func (c *counter) Load() uint64 { return c.n.Load() }
-
-// A histogram counts durations by size. It is safe for concurrent use.
-type histogram struct {
-	bounds []float64 // upper bounds in seconds, the last is +Inf; shared by the family, never written
-
-	// mu guards counts and sum, which always tell of the same observations.
-	mu     sync.Mutex
-	counts []uint64 // by bucket, not yet cumulative
-	sum    float64  // seconds
-}
-
-// observe counts one duration, in the first bucket whose bound is not below it. What is negative or not a number counts
-// as 0: the sum is a counter too, and must not fall.
-func (h *histogram) observe(seconds float64) {
-	if !(seconds > 0) {
-		seconds = 0
-	}
-	bucket, _ := slices.BinarySearch(h.bounds, seconds)
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.counts[bucket]++
-	h.sum += seconds
-}
-
-// samples writes one moment of the histogram: cumulative buckets up to le="+Inf", which equals _count, between them
-// _sum (Prometheus text format, "Histograms and summaries").
-func (h *histogram) samples(b *bytes.Buffer, name string, pairs []string) {
-	h.mu.Lock()
-	counts, sum := slices.Clone(h.counts), h.sum
-	h.mu.Unlock()
-
-	var total uint64
-	for i, n := range counts {
-		total += n
-		le := labelPair("le", formatFloat(h.bounds[i]))
-		writeSample(b, name+"_bucket", float64(total), slices.Concat(pairs, []string{le})...)
-	}
-	writeSample(b, name+"_sum", sum, pairs...)
-	writeSample(b, name+"_count", float64(total), pairs...)
+	gauge("go_goroutines", "Goroutines that exist.", float64(live[0].Value.Uint64()), "")
+	gauge("go_memstats_heap_alloc_bytes", "Heap memory in use by objects in bytes.", float64(live[1].Value.Uint64()), "")
+	gauge("sidecast_build_info", "Always 1; the labels tell the build.", 1, r.build)
 }
 
 // In HELP only backslash and newline are escaped, in a label value also the quote (Prometheus text format, "Comments,
@@ -249,23 +247,16 @@ var (
 	labelEscaper = strings.NewReplacer(`\`, `\\`, "\n", `\n`, `"`, `\"`)
 )
 
-// write writes the family:
-//
-//	# HELP tasks Tasks that are known.
-//	# TYPE tasks gauge
-//	tasks{status="pending"} 0
-func (f family) write(b *bytes.Buffer) {
-	fmt.Fprintf(b, "# HELP %s %s\n# TYPE %s %s\n", f.name, helpEscaper.Replace(f.help), f.name, f.kind)
-	f.samples(b)
+func writeHead(b *bytes.Buffer, kind, name, help string) {
+	fmt.Fprintf(b, "# HELP %s %s\n# TYPE %s %s\n", name, helpEscaper.Replace(help), name, kind)
 }
 
 // writeSample writes one line. It has no timestamp: the scraper knows the time.
-func writeSample(b *bytes.Buffer, name string, value float64, pairs ...string) {
-	b.WriteString(name)
-	if len(pairs) > 0 {
-		fmt.Fprintf(b, "{%s}", strings.Join(pairs, ","))
+func writeSample(b *bytes.Buffer, name, labels string, value float64) {
+	if labels != "" {
+		labels = "{" + labels + "}"
 	}
-	fmt.Fprintf(b, " %s\n", formatFloat(value))
+	fmt.Fprintf(b, "%s%s %s\n", name, labels, formatFloat(value))
 }
 
 func labelPair(name, value string) string { return name + `="` + labelEscaper.Replace(value) + `"` }
@@ -279,16 +270,18 @@ func requestBuckets() []float64 {
 	return []float64{.0001, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5}
 }
 
-// backendMetrics are the backend's families, but for the gauges, which main registers with their owners. A service is
-// task or version; any other argument must be one of the values named at the method.
+// backendMetrics are the backend's families, but for the gauges, which main registers with their owners.
 type backendMetrics struct {
-	connections, events, dropped, tasks *counterVec
-	sendSeconds, taskSeconds            *histogramVec
+	connections *family // by service, action
+	events      *family // by service, status
+	sendSeconds *family // by service
+	dropped     *family // by service, reason
+	tasks       *family // by type, status
+	taskSeconds *family // by type
 }
 
-// newBackendMetrics registers the families; taskTypes are the types of task that RecordTask accepts, each once.
 func newBackendMetrics(r *registry, taskTypes []string) *backendMetrics {
-	service := label{"service", []string{"task", "version", "page"}}
+	service := label{"service", []string{serviceTask, serviceVersion, servicePage}}
 	kind := label{"type", taskTypes}
 	taskBuckets := []float64{.1, .5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600}
 	return &backendMetrics{
@@ -306,40 +299,14 @@ func newBackendMetrics(r *registry, taskTypes []string) *backendMetrics {
 	}
 }
 
-// RecordSSEGatewayConnection counts a connection; action is connect or disconnect.
-func (m *backendMetrics) RecordSSEGatewayConnection(service, action string) {
-	m.connections.with(service, action).Inc()
-}
-
-// RecordSSEGatewayEvent counts an event sent to the gateway; status is success or error.
-func (m *backendMetrics) RecordSSEGatewayEvent(service, status string) {
-	m.events.with(service, status).Inc()
-}
-
-// RecordSSEGatewaySendDuration observes the time that one send took, however it ended.
-func (m *backendMetrics) RecordSSEGatewaySendDuration(service string, seconds float64) {
-	m.sendSeconds.with(service).observe(seconds)
-}
-
-// RecordOutboxDropped counts n undelivered events; reason is limit or expired. Below 1, n counts nothing.
-func (m *backendMetrics) RecordOutboxDropped(service, reason string, n int) {
-	m.dropped.with(service, reason).Add(uint64(max(n, 0)))
-}
-
-// RecordTask counts a task that ended and observes its duration; status is completed, failed or cancelled.
-func (m *backendMetrics) RecordTask(kind, status string, seconds float64) {
-	m.tasks.with(kind, status).Inc()
-	m.taskSeconds.with(kind).observe(seconds)
-}
-
 // gatewayMetrics are the gateway's families, but for the gauge of open streams, which main registers with its owner.
 type gatewayMetrics struct {
-	opened          *counter
-	closed          *counterVec   // by reason
-	refused         *counterVec   // by reason
-	events          *counterVec   // by status
-	callbacks       *counterVec   // by action, status
-	callbackSeconds *histogramVec // by action
+	opened          *series
+	closed          *family // by reason
+	refused         *family // by reason
+	events          *family // by status
+	callbacks       *family // by action, status
+	callbackSeconds *family // by action
 }
 
 func newGatewayMetrics(r *registry) *gatewayMetrics {

@@ -80,53 +80,53 @@ func TestMetricsText(t *testing.T) {
 			t.Errorf("got:\n%s\nwant:\n%s", got, want)
 		}
 	}
-	counters := func(do func(v *counterVec), labels ...label) func(*registry) {
+	counters := func(do func(v *family), labels ...label) func(*registry) {
 		return func(r *registry) { do(r.counters("c_total", "h", labels...)) }
 	}
-	gauge := func(l label, values map[string]float64) func(*registry) {
-		return func(r *registry) { r.gauge("g", "h", l, func() map[string]float64 { return values }) }
+	gauge := func(values map[string]float64, l ...label) func(*registry) {
+		return func(r *registry) { r.gauge("g", "h", func() map[string]float64 { return values }, l...) }
 	}
-	histograms := func(do func(v *histogramVec), buckets []float64, labels ...label) func(*registry) {
+	histograms := func(do func(v *family), buckets []float64, labels ...label) func(*registry) {
 		return func(r *registry) { do(r.histograms("h", "h", buckets, labels...)) }
 	}
 	l, m := label{"l", []string{"a", "b"}}, label{"m", []string{"x", "y"}}
 
 	check(func(*registry) {})
-	check(func(r *registry) { gauge(label{}, nil)(r); r.counters("c_total", "h") }, // in the order of registration
+	check(func(r *registry) { gauge(nil)(r); r.counters("c_total", "h") }, // in the order of registration
 		"# HELP g h", "# TYPE g gauge", "g 0", "# HELP c_total h", "# TYPE c_total counter", "c_total 0")
 
 	// Counters: every series is there from the start, each handle has its own, numbers are without exponent.
-	check(counters(func(v *counterVec) {}),
+	check(counters(func(v *family) {}),
 		"# HELP c_total h", "# TYPE c_total counter", "c_total 0")
-	check(counters(func(v *counterVec) { v.with().Add(1e6); v.with().Inc() }),
+	check(counters(func(v *family) { v.with().Add(1e6); v.with().Inc() }),
 		"# HELP c_total h", "# TYPE c_total counter", "c_total 1000001")
-	check(counters(func(v *counterVec) {}, label{"l", nil}),
+	check(counters(func(v *family) {}, label{"l", nil}),
 		"# HELP c_total h", "# TYPE c_total counter")
-	check(counters(func(v *counterVec) { v.with("a", "y").Inc(); v.with("b", "x").Add(2) }, l, m),
+	check(counters(func(v *family) { v.with("a", "y").Inc(); v.with("b", "x").Add(2) }, l, m),
 		"# HELP c_total h", "# TYPE c_total counter",
 		`c_total{l="a",m="x"} 0`, `c_total{l="a",m="y"} 1`, `c_total{l="b",m="x"} 2`, `c_total{l="b",m="y"} 0`)
 
 	// Gauges: what is not in the map is 0, what is no label value is ignored, a zero label is no label.
-	check(gauge(label{}, nil),
+	check(gauge(nil),
 		"# HELP g h", "# TYPE g gauge", "g 0")
-	check(gauge(label{}, map[string]float64{"": 1e6, "a": 7}),
+	check(gauge(map[string]float64{"": 1e6, "a": 7}),
 		"# HELP g h", "# TYPE g gauge", "g 1000000")
-	check(gauge(l, map[string]float64{"b": -1.5, "c": 7}),
+	check(gauge(map[string]float64{"b": -1.5, "c": 7}, l),
 		"# HELP g h", "# TYPE g gauge", `g{l="a"} 0`, `g{l="b"} -1.5`)
-	check(gauge(l, map[string]float64{"a": math.NaN(), "b": math.Inf(1)}),
+	check(gauge(map[string]float64{"a": math.NaN(), "b": math.Inf(1)}, l),
 		"# HELP g h", "# TYPE g gauge", `g{l="a"} NaN`, `g{l="b"} +Inf`)
 
 	// Histograms: a bound belongs to its own bucket, buckets are cumulative, the sum never falls.
-	check(histograms(func(v *histogramVec) {}, []float64{.5}),
+	check(histograms(func(v *family) {}, []float64{.5}),
 		"# HELP h h", "# TYPE h histogram", `h_bucket{le="0.5"} 0`, `h_bucket{le="+Inf"} 0`, "h_sum 0", "h_count 0")
-	check(histograms(func(v *histogramVec) {
+	check(histograms(func(v *family) {
 		for _, seconds := range []float64{.25, .5, 1, 10} {
 			v.with().observe(seconds)
 		}
 	}, []float64{.0001, .5, 2}),
 		"# HELP h h", "# TYPE h histogram", `h_bucket{le="0.0001"} 0`, `h_bucket{le="0.5"} 2`, `h_bucket{le="2"} 3`,
 		`h_bucket{le="+Inf"} 4`, "h_sum 11.75", "h_count 4")
-	check(histograms(func(v *histogramVec) { v.with("b").observe(-1); v.with("b").observe(math.NaN()) }, nil, l),
+	check(histograms(func(v *family) { v.with("b").observe(-1); v.with("b").observe(math.NaN()) }, nil, l),
 		"# HELP h h", "# TYPE h histogram",
 		`h_bucket{l="a",le="+Inf"} 0`, `h_sum{l="a"} 0`, `h_count{l="a"} 0`,
 		`h_bucket{l="b",le="+Inf"} 2`, `h_sum{l="b"} 0`, `h_count{l="b"} 2`)
@@ -135,18 +135,19 @@ func TestMetricsText(t *testing.T) {
 	raw := "a\\b\nc \"d\" é\t"
 	check(func(r *registry) { r.counters("c_total", raw, label{"l", []string{raw}}).with(raw).Inc() },
 		`# HELP c_total a\\b\nc "d" é`+"\t", "# TYPE c_total counter", `c_total{l="a\\b\nc \"d\" é`+"\t"+`"} 1`)
-	check(gauge(label{"l", []string{`"`}}, map[string]float64{`"`: 1}),
+	check(gauge(map[string]float64{`"`: 1}, label{"l", []string{`"`}}),
 		"# HELP g h", "# TYPE g gauge", `g{l="\""} 1`)
 }
 
 func TestMetricsRoles(t *testing.T) {
 	r, backend, gateway := bothRoles(t)
-	backend.RecordSSEGatewayConnection("task", "connect")
-	backend.RecordSSEGatewayEvent("version", "error")
-	backend.RecordSSEGatewaySendDuration("task", 6)
-	backend.RecordOutboxDropped("version", "limit", 3)
-	backend.RecordOutboxDropped("version", "expired", -1) // as an uint64 it would be nearly 2⁶⁴
-	backend.RecordTask("demo", "cancelled", 2)
+	backend.connections.with("task", "connect").Inc()
+	backend.events.with("version", "error").Inc()
+	backend.sendSeconds.with("task").observe(6)
+	backend.dropped.with("version", "limit").Add(3)
+	backend.dropped.with("version", "expired").Add(-1) // as an uint64 it would be nearly 2⁶⁴
+	backend.tasks.with("demo", "cancelled").Inc()
+	backend.taskSeconds.with("demo").observe(2)
 	gateway.opened.Inc()
 	gateway.closed.with("client_closed").Inc()
 	gateway.refused.with("capacity").Inc()
@@ -202,7 +203,7 @@ func TestMetricsClosedSets(t *testing.T) {
 	panics("values in the wrong order", func() { gateway.callbacks.with("accepted", "connect") })
 	panics("too few values", func() { gateway.callbacks.with("connect") })
 	panics("too many values", func() { gateway.closed.with("error", "error") })
-	panics("unknown type of task", func() { backend.RecordTask("other", "failed", 1) })
+	panics("unknown type of task", func() { backend.tasks.with("other", "failed") })
 	panics("histogram", func() { gateway.callbackSeconds.with("other") })
 	panics("name taken", func() { newGatewayMetrics(r) })
 	if got := scrapeFamilies(r); got != before {
@@ -214,8 +215,8 @@ func TestMetricsClosedSets(t *testing.T) {
 func TestMetricsAllocations(t *testing.T) {
 	_, backend, _ := bothRoles(t)
 	if n := testing.AllocsPerRun(100, func() {
-		backend.RecordSSEGatewayEvent("task", "success")
-		backend.RecordSSEGatewaySendDuration("task", .01)
+		backend.events.with("task", "success").Inc()
+		backend.sendSeconds.with("task").observe(.01)
 	}); n != 0 {
 		t.Errorf("got %v allocations, want 0", n)
 	}
@@ -228,7 +229,7 @@ func TestMetricsConcurrent(t *testing.T) {
 	c := r.counters("c_total", "h", label{"l", []string{"a", "b"}})
 	h := r.histograms("h", "h", []float64{1, 2}).with()
 	// An owner may count while it is read: the registry holds no lock then.
-	r.gauge("g", "h", label{}, func() map[string]float64 {
+	r.gauge("g", "h", func() map[string]float64 {
 		c.with("b").Inc()
 		return nil
 	})

@@ -271,7 +271,7 @@ func BenchmarkAppend(b *testing.B) {
 		b.Run(fmt.Sprint("followers=", followers), func(b *testing.B) {
 			conns := takeAll()
 			policy := taskLike()
-			policy.limit, policy.dropped = 1000, func(int) {}
+			policy.limit, policy.dropped = 1000, new(series)
 			log := newEventLog(&policy)
 			for i := range followers {
 				f := &follower{identifier: fmt.Sprint("page:", i), page: true}

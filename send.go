@@ -189,7 +189,7 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 			return
 		}
 		status := s.send(s.chunk(frame), false)
-		g.met.events.with(status.String()).Add(uint64(events))
+		g.met.events.with(status.String()).Add(events)
 		for ; events > 0; events-- {
 			text = appendResult(text, status.answer())
 		}
@@ -260,6 +260,45 @@ func (s sendStatus) answer() sendAnswer {
 		return sendAnswer{http.StatusOK, "buffered"}
 	}
 	return sendAnswer{http.StatusNotFound, errUnknownToken.Error()}
+}
+
+// directSender is the gateway to a backend in the same process, which needs no POST.
+type directSender struct{ *gateway }
+
+// send gives the events to the stream of token: see gatewayClient.send.
+func (d directSender) send(token string, events []event, end bool) (r sendResult) {
+	s := d.lookup([]byte(token))
+	if s == nil {
+		d.met.events.with(sendGone.String()).Add(len(events))
+		return sendResult{err: errUnknownToken}
+	}
+	give := func(frame []byte, n int, end bool) {
+		status := s.send(frame, end)
+		d.met.events.with(status.String()).Add(n)
+		if status == sendGone {
+			r.err = errUnknownToken
+			return
+		}
+		r.taken, r.buffered = r.taken+n, status == sendBuffered
+	}
+	if len(events) == 0 {
+		give(nil, 0, end)
+	}
+	frame := frames.Get().(*[]byte)
+	defer frames.Put(frame)
+	for r.err == nil && r.taken < len(events) {
+		n := 0
+		*frame = reserveChunk(*frame)
+		for _, e := range events[r.taken:] { // those that fit are written at once, as in answerBatch
+			if n > 0 && len(*frame)+maxGrowth*len(e.Data) > min(maxFrame, s.limits.buffer) {
+				break
+			}
+			*frame = appendEvent(*frame, sentEvent{id: []byte(e.ID), name: []byte(e.Name), data: []byte(e.Data), retry: e.Retry})
+			n++
+		}
+		give(s.chunk(frame), n, end)
+	}
+	return r
 }
 
 // send gives an event to its stream.

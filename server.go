@@ -68,7 +68,7 @@ func newServer(log *slog.Logger, reg *registry, h http.Handler, listeners ...net
 // uncounted writer.
 type countedWriter struct {
 	http.ResponseWriter
-	requests *counterVec
+	requests *family
 	counted  bool
 }
 

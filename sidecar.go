@@ -354,38 +354,33 @@ func (g *gateway) endAll(ctx context.Context, streams []*stream) {
 
 // serveReset is POST /internal/reset, by which a backend that has just begun says that it knows none of the streams.
 // They end, and the browsers come back. It shows the secret that CALLBACK_URL has, if it has one.
-func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) {
+func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	want := ""
 	if u, err := url.Parse(string(g.cfg.CallbackURL)); err == nil {
 		want = u.Query().Get("secret")
 	}
 	switch {
 	case !isJSON(r): // a form of another site has no such type
-		writeError(w, errMediaType)
-		return
+		return 0, nil, errMediaType
 	case want != "" && !hasBearer(r, secret(want)):
-		writeError(w, errWrongSecret)
-		return
+		return 0, nil, errWrongSecret
 	}
 	streams := g.all() // before the answer, after which there may be new ones
 	g.log.Info("ending the streams of an earlier backend", "streams", len(streams))
 	g.spawn(func() { g.endAll(context.Background(), streams) })
-	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+	return http.StatusOK, map[string]string{"status": "ok"}, nil
 }
 
 // gauges registers the gateway's gauges.
 func (g *gateway) gauges(reg *registry) {
-	reg.gauge("gateway_streams", "Streams that are open or being opened.", label{}, func() map[string]float64 {
+	reg.gauge("gateway_streams", "Streams that are open or being opened.", func() map[string]float64 {
 		return map[string]float64{"": float64(g.count.Load())}
 	})
 }
 
 // serveReady is GET /readyz.
-func (g *gateway) serveReady(w http.ResponseWriter, r *http.Request) {
+func (g *gateway) serveReady(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	configured := g.cfg.CallbackURL != ""
-	status, text := http.StatusOK, "ready"
-	if !configured || g.closing.Load() {
-		status, text = http.StatusServiceUnavailable, "not_ready"
-	}
-	writeJSON(w, status, map[string]any{"status": text, "configured": configured})
+	status, said := readiness(configured && !g.closing.Load())
+	return status, map[string]any{"status": said, "configured": configured}, nil
 }

@@ -108,56 +108,47 @@ func (t *task) conflict(e *apiError) error {
 }
 
 // serveStart is POST /api/tasks.
-func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) {
+func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	body, err := readJSON(w, r, maxTaskBody)
 	if err != nil {
-		writeError(w, err)
-		return
+		return 0, nil, err
 	}
 	kind, err := body.required("type")
 	if err != nil {
-		writeError(w, err)
-		return
+		return 0, nil, err
 	}
 	params := object{}
 	if raw, ok := body["params"]; ok {
 		if params, err = parseObject(raw); err != nil {
-			writeError(w, badParam("params must be an object"))
-			return
+			return 0, nil, badParam("params must be an object")
 		}
 	}
 	t, known, err := s.Start(kind, params)
 	if err != nil {
-		writeError(w, err)
-		return
+		return 0, nil, err
 	}
 	s.mu.Lock()
 	view := t.viewLocked()
 	s.mu.Unlock()
 	streamURL := "/api/sse/tasks?task_id=" + url.QueryEscape(t.id)
 	if known {
-		writeJSON(w, http.StatusOK, struct {
+		return http.StatusOK, struct {
 			taskView
 			StreamURL string `json:"stream_url"`
-		}{view, streamURL})
-		return
+		}{view, streamURL}, nil
 	}
-	writeJSON(w, http.StatusAccepted, map[string]any{"task_id": t.id, "stream_url": streamURL, "status": view.Status})
+	return http.StatusAccepted, map[string]any{"task_id": t.id, "stream_url": streamURL, "status": view.Status}, nil
 }
 
 // serveList is GET /api/tasks.
-func (s *TaskService) serveList(w http.ResponseWriter, r *http.Request) {
-	writeJSON(w, http.StatusOK, map[string]any{"tasks": s.List()})
+func (s *TaskService) serveList(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
+	return http.StatusOK, map[string]any{"tasks": s.List()}, nil
 }
 
 // serveStatus is GET /api/tasks/{task_id}/status.
-func (s *TaskService) serveStatus(w http.ResponseWriter, r *http.Request) {
-	view, err := s.Status(r.PathValue("task_id"))
-	if err != nil {
-		writeError(w, err)
-		return
-	}
-	writeJSON(w, http.StatusOK, view)
+func (s *TaskService) serveStatus(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
+	answer, err = s.Status(r.PathValue("task_id"))
+	return http.StatusOK, answer, err
 }
 
 // serveEvents is GET /api/tasks/{task_id}/events. It writes one event after the other, as together they may be large.
@@ -168,7 +159,6 @@ func (s *TaskService) serveEvents(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", jsonType)
-	w.Header().Set("Cache-Control", "no-store")
 	comma := ""
 	fmt.Fprint(w, `{"events":[`)
 	for _, e := range events {
@@ -179,19 +169,16 @@ func (s *TaskService) serveEvents(w http.ResponseWriter, r *http.Request) {
 }
 
 // serveCancel is POST /api/tasks/{task_id}/cancel.
-func (s *TaskService) serveCancel(w http.ResponseWriter, r *http.Request) {
-	writeSuccess(w, s.Cancel(r.PathValue("task_id")), "task cancelled")
+func (s *TaskService) serveCancel(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
+	return http.StatusOK, success{true, "task cancelled"}, s.Cancel(r.PathValue("task_id"))
 }
 
 // serveDelete is DELETE /api/tasks/{task_id}.
-func (s *TaskService) serveDelete(w http.ResponseWriter, r *http.Request) {
-	writeSuccess(w, s.Delete(r.PathValue("task_id")), "task deleted")
+func (s *TaskService) serveDelete(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
+	return http.StatusOK, success{true, "task deleted"}, s.Delete(r.PathValue("task_id"))
 }
 
-func writeSuccess(w http.ResponseWriter, err error, message string) {
-	if err != nil {
-		writeError(w, err)
-		return
-	}
-	writeJSON(w, http.StatusOK, map[string]any{"success": true, "message": message})
+type success struct {
+	Success bool   `json:"success"`
+	Message string `json:"message"`
 }

@@ -134,7 +134,7 @@ func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, 
 			epoch:   newEpoch,
 			replay:  true,
 			limit:   cfg.eventLimit,
-			dropped: func(n int) { met.RecordOutboxDropped(serviceTask, "limit", n) },
+			dropped: met.dropped.with(serviceTask, "limit"),
 		},
 		unknown: &logPolicy{event: "error", replay: true},
 		tasks:   map[string]*task{},
@@ -404,7 +404,8 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 	if !t.start.IsZero() {
 		seconds = t.end.Sub(t.start).Seconds()
 	}
-	s.met.RecordTask(t.kind, string(status), seconds)
+	s.met.tasks.with(t.kind, string(status)).Inc()
+	s.met.taskSeconds.with(t.kind).observe(seconds)
 	t.place = s.finished.PushBack(t)
 	t.deadline = s.afterwards(t, s.cfg.remember, s.forgetLocked)
 	return true

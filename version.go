@@ -89,7 +89,7 @@ func newVersionService(cfg versionConfig, conns *ConnectionManager, log *slog.Lo
 			event:   "version",
 			epoch:   newEpoch,
 			limit:   cfg.pendingLimit,
-			dropped: func(n int) { met.RecordOutboxDropped(serviceVersion, "limit", n) },
+			dropped: met.dropped.with(serviceVersion, "limit"),
 		},
 		streams: map[string]*versionStream{},
 		memory:  budget{limit: maxVersionHeld},
@@ -271,7 +271,7 @@ func (s *VersionService) tidy() {
 		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || forgettable) {
 			delete(s.streams, id)
 			s.memory.count(&st.held, 0)
-			s.met.RecordOutboxDropped(serviceVersion, "expired", waiting)
+			s.met.dropped.with(serviceVersion, "expired").Add(waiting)
 			continue
 		}
 		s.countLocked(id, st)
@@ -396,37 +396,29 @@ func parseAnnouncement(o object) (a announcement, err error) {
 }
 
 // serveAnnounce is POST /api/deployments/version.
-func (s *VersionService) serveAnnounce(w http.ResponseWriter, r *http.Request) {
+func (s *VersionService) serveAnnounce(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	body, err := readJSON(w, r, maxVersionBody)
 	if err != nil {
-		writeError(w, err)
-		return
+		return 0, nil, err
 	}
 	a, err := parseAnnouncement(body)
 	if err != nil {
-		writeError(w, err)
-		return
+		return 0, nil, err
 	}
 	id, single, err := body.str("request_id")
 	if err != nil {
-		writeError(w, errBadID)
-		return
+		return 0, nil, errBadID
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), announceLimit)
 	defer cancel()
 	if !single {
 		delivered, failed := s.AnnounceAll(ctx, a)
-		writeJSON(w, http.StatusAccepted, map[string]any{"version": a.version, "delivered": delivered, "failed": failed})
-		return
+		return http.StatusAccepted, map[string]any{"version": a.version, "delivered": delivered, "failed": failed}, nil
 	}
 	delivered, err := s.Announce(ctx, id, a)
-	if err != nil {
-		writeError(w, err)
-		return
-	}
-	status := "queued"
+	said := "queued"
 	if delivered {
-		status = "delivered"
+		said = "delivered"
 	}
-	writeJSON(w, http.StatusAccepted, map[string]any{"requestId": id, "delivered": delivered, "status": status})
+	return http.StatusAccepted, map[string]any{"requestId": id, "delivered": delivered, "status": said}, err
 }
