@@ -903,7 +903,7 @@ func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
 	t.Parallel()
 	for range 100 {
 		policy := versionLike()
-		policy.limit, policy.dropped = 2, func(int) {}
+		policy.limit, policy.dropped = 2, new(series)
 		log := newEventLog(&policy)
 		log.Append("1", false)
 		log.Append("2", false)
@@ -950,8 +950,8 @@ func TestOutboxDropsWhatWasUnderWayToNobody(t *testing.T) {
 				t.append("two")
 				t.onDisconnect("a")
 				t.answer("a x-1 one", test.answer)
-				if t.dropped != test.dropped {
-					t.Errorf("dropped %d, want %d", t.dropped, test.dropped)
+				if t.dropped() != test.dropped {
+					t.Errorf("dropped %d, want %d", t.dropped(), test.dropped)
 				}
 			})
 		})
