@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -114,6 +115,10 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 		a.Event, a.Close, err = service.OnConnect(id, request)
 	}
 	if err == errBadID {
+		bad := func(id string) bool { _, err := newIdentifier(name, id); return err != nil }
+		if i := slices.IndexFunc(t.query["task_id"], bad); i >= 0 && !bad(id) {
+			id = t.query["task_id"][i] // of a page
+		}
 		h.badIDs.log(h.log, slog.LevelWarn, "refusing a stream with a bad ID", "id", strconv.Quote(id[:min(len(id), 2*maxID)]))
 	}
 	if !can.retry {

@@ -268,7 +268,7 @@ func TestVersionOnConnectRejectsColon(t *testing.T) {
 func TestCallbackRefusesBadIDs(t *testing.T) {
 	t.Parallel()
 	longest := strings.Repeat("ü", maxID/2)
-	for _, target := range []string{"/api/sse/tasks?task_id=", "/api/sse/utils/version?request_id="} {
+	for _, target := range []string{"/api/sse/tasks?task_id=", "/api/sse/utils/version?request_id=", "/api/sse/stream?request_id=r&task_id="} {
 		for id, logged := range map[string]string{
 			"":                             "",
 			"&other=a":                     "",

@@ -41,6 +41,7 @@ type eventLog struct {
 	start   uint64     // a fresh connection gets what is after it
 	given   uint64     // the last number that an open stream was given
 	reason  string     // of the end; once set, nothing more is appended
+	left    bool       // to those that follow it now
 	cursors []*cursor
 	changed chan struct{} // closed when what Wait looks at changes; nil while nobody waits
 }
@@ -287,7 +288,24 @@ func (l *eventLog) Followers() int {
 func (l *eventLog) Shed() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	needed := l.start
+	l.shedLocked(l.start)
+}
+
+// Leave leaves the log to those that follow it now: what all of them have is dropped, now and later.
+func (l *eventLog) Leave() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.left = true
+	l.leaveLocked()
+}
+
+func (l *eventLog) leaveLocked() {
+	if l.left && len(l.entries) > 0 && len(l.cursors) > 0 { // without them it is garbage soon
+		l.shedLocked(l.last)
+	}
+}
+
+func (l *eventLog) shedLocked(needed uint64) {
 	for _, c := range l.cursors {
 		needed = min(needed, c.sent)
 	}
@@ -388,6 +406,7 @@ func (c *cursor) detach() {
 	defer c.log.mu.Unlock()
 	c.detached = true
 	c.log.cursors = slices.DeleteFunc(c.log.cursors, func(other *cursor) bool { return other == c })
+	c.log.leaveLocked()
 	c.log.notifyLocked()
 }
 
@@ -425,11 +444,11 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 	return slices.Clone(run), ""
 }
 
-// behind reports whether anything comes after event n, be it the end.
-func (c *cursor) behind(n uint64) bool {
+// behind reports whether anything comes after event n, be it the end if that counts.
+func (c *cursor) behind(n uint64, end bool) bool {
 	c.log.mu.Lock()
 	defer c.log.mu.Unlock()
-	return c.log.reason != "" || len(c.log.shownLocked(n)) > 0
+	return end && c.log.reason != "" || len(c.log.shownLocked(n)) > 0
 }
 
 // settle notes that the gateway took the first events of a run, and whether all that was sent is with an open stream.
@@ -437,15 +456,14 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 	l := c.log
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if c.detached { // what a connection that is no more was given moves nothing
-		return
-	}
-	c.inFlight = 0
-	if taken > 0 {
-		c.sent = run[taken-1].n
-	}
-	if given {
-		l.given = max(l.given, c.sent)
+	if !c.detached { // what a connection that is no more was given moves nothing
+		c.inFlight = 0
+		if taken > 0 {
+			c.sent = run[taken-1].n
+		}
+		if given {
+			l.given = max(l.given, c.sent)
+		}
 	}
 	for _, e := range run[taken:] {
 		if e.n > l.given && !l.hasLocked(e.n) && !l.inFlightLocked(e.n) {
@@ -453,6 +471,7 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 		}
 	}
 	l.trimLocked()
+	l.leaveLocked()
 	l.notifyLocked()
 }
 

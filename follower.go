@@ -40,14 +40,15 @@ type follower struct {
 	mu       sync.Mutex // guards the rest
 	cursors  []*cursor  // only added to
 	since    time.Time  // when the connection was opened, as far as is known
-	begun    bool       // the delivery has
 	buffered bool       // the last events wait at the gateway, which may still drop them
 	stopped  bool       // the connection has ended
 }
 
-// States of a follower: whether deliver runs, and is to look once more.
+// States of a follower: whether deliver runs, and is to look once more. Before begin it does not: IDs would lack the
+// positions in the logs that are not there yet.
 const (
-	idle int32 = iota
+	notBegun int32 = iota
+	idle
 	working
 	workingAgain
 )
@@ -90,11 +91,11 @@ func (f *follower) begin(logs []*eventLog, lastEventID string) (position string,
 	for _, log := range logs {
 		f.cursors = append(f.cursors, log.attach(f, named))
 	}
-	f.begun = true
 	_, position = around(f.cursors, nil)
 	if f.stopped {
 		f.detachLocked()
 	} else {
+		f.state.Store(idle)
 		f.wake()
 	}
 	return strings.TrimPrefix(position, "."), f.stopped
@@ -108,9 +109,7 @@ func (f *follower) add(log *eventLog) {
 		return
 	}
 	f.cursors = append(f.cursors, log.attach(f, nil))
-	if f.begun {
-		f.wake()
-	}
+	f.wake()
 }
 
 // around returns what the ID of an event has before and after the part of c: the positions in the other logs.
@@ -172,11 +171,11 @@ func (f *follower) detachLocked() {
 // wake has deliver look for what is new. It takes no lock, so that a log may call it.
 func (f *follower) wake() {
 	for {
-		switch {
+		switch state := f.state.Load(); {
+		case state == notBegun, state == workingAgain, f.state.CompareAndSwap(working, workingAgain):
+			return
 		case f.state.CompareAndSwap(idle, working):
 			f.conns.background(f.deliver)
-			return
-		case f.state.CompareAndSwap(working, workingAgain), f.state.Load() == workingAgain:
 			return
 		}
 	}
@@ -225,8 +224,17 @@ func (f *follower) deliver() {
 	}
 }
 
-// next returns the next run, or the reason of the end if there is none. The cursors take turns.
+// next returns the next run, or the reason of the end if there is none. The cursors take turns, but what has no ID goes
+// first: that a task is not known must not come after its events.
 func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, reason string) {
+	for _, c = range cursors {
+		if c.log.epoch != "" {
+			continue
+		}
+		if run, reason = c.take(most); len(run) > 0 {
+			return c, run, reason
+		}
+	}
 	for range cursors {
 		c = cursors[int(f.turn)%len(cursors)]
 		f.turn++
@@ -261,13 +269,16 @@ func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
 func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if r.err == nil {
-		if f.buffered && !r.buffered {
-			f.openedLocked()
-		}
+	took := r.taken > r.refused // what the gateway refuses arrives nowhere, and tells nothing of the stream
+	opened := false
+	if r.err == nil && took {
+		opened = f.buffered && !r.buffered
 		f.buffered, f.asked = r.buffered, false
 	}
-	c.settle(run, min(r.taken, len(run)), !f.buffered)
+	c.settle(run, min(r.taken, len(run)), took && !f.buffered)
+	if opened { // not before: it would settle the run without its events
+		f.openedLocked()
+	}
 	switch {
 	case r.err == nil:
 		if !c.log.policy.replay {
@@ -277,7 +288,12 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 	case r.err == errSuspended, errors.Is(r.err, errUnknownToken):
 		return false
 	}
-	return len(run) > 0 && c.behind(run[0].n)
+	return len(run) > 0 && slices.ContainsFunc(f.cursors, func(other *cursor) bool {
+		if other == c {
+			return c.behind(run[0].n, !f.page)
+		}
+		return other.behind(other.sent, false)
+	})
 }
 
 // openedLocked notes that the stream has opened, with all that was buffered.
@@ -307,7 +323,12 @@ func (f *follower) awaitOpen() bool {
 	}
 	tries := int(openLimit / openPause)
 	if !f.probes { // it would write an empty event
-		time.Sleep(openLimit)
+		for range tries {
+			if f.state.CompareAndSwap(workingAgain, working) {
+				return true // the answer to what is new tells, too
+			}
+			time.Sleep(openPause)
+		}
 		tries = 1
 	}
 	r := sendResult{buffered: true}

@@ -844,6 +844,137 @@ func TestOutboxSkipsWhatIsRefused(t *testing.T) {
 	})
 }
 
+// page connects a page that follows the outbox and other logs.
+func (t *outboxTest) page(token string, others ...*eventLog) {
+	t.Helper()
+	f := &follower{identifier: "page:1", page: true}
+	f.connect(t.conns, connectRequest{token: token}, func() []*eventLog { return append(others, t.outbox) })
+	t.rest()
+}
+
+// logOf makes a log with events of its epoch's name.
+func logOf(epoch string, events int) *eventLog {
+	policy := taskLike()
+	policy.epoch = func() string { return epoch }
+	log := newEventLog(&policy)
+	for range events {
+		log.Append(epoch, false)
+	}
+	return log
+}
+
+// What waits in another log is an opportunity, too, to end a stream that may have a gap.
+func TestPageEndsBehindFailure(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		t.page("a", logOf("t", 1))
+		t.fails("a t-1.x-0 t")
+		t.wantUnderWay("a end")
+	})
+}
+
+// The answer to an event that is refused does not tell whether the stream has opened.
+func TestOutboxRefusedWhileHeldBack(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		t.connect("a", "", "x-0")
+		result := t.wait(1)
+		t.append("two")
+		t.buffered("a x-1 one")
+		t.answer("a x-2 two", sendResult{taken: 1, refused: 1})
+		t.notFound("a ?")
+		t.wantWaited(result, waited{false, 0})
+	})
+}
+
+// An event that is refused is with no stream.
+func TestOutboxWaitForWhatIsRefused(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		t.append("one")
+		t.connect("a", "", "x-0")
+		result := t.wait(1)
+		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
+		t.wantWaited(result, waited{false, 0})
+	})
+}
+
+// The answer that tells that the stream is open also tells of a run, whose events may be dropped by then.
+func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
+	t.Parallel()
+	for range 100 {
+		policy := versionLike()
+		policy.limit, policy.dropped = 2, new(series)
+		log := newEventLog(&policy)
+		log.Append("1", false)
+		log.Append("2", false)
+		logs := []*eventLog{log}
+		for i := range 1000 { // that they take a moment
+			logs = append(logs, logOf(fmt.Sprint(i), 0))
+		}
+		waited := make(chan bool, 1)
+		f := &follower{identifier: "page:1", page: true}
+		f.connect(newConnectionManager(senderFunc(func(events []event) sendResult {
+			switch {
+			case len(events) > 0 && events[0].Data == "1":
+				return sendResult{taken: 1, buffered: true}
+			case len(events) > 0 && events[0].Data == "2":
+				go func() { waited <- log.Wait(t.Context(), 2) }()
+				log.Append("3", false)
+				log.Append("4", false)
+				time.Sleep(time.Millisecond)
+				return sendResult{taken: 1}
+			}
+			return sendResult{taken: len(events)}
+		}), slog.New(slog.DiscardHandler), unreadMetrics()), connectRequest{token: "a"}, func() []*eventLog { return logs })
+		if !<-waited {
+			t.Fatal("an event that an open stream was given is said not to have been")
+		}
+	}
+}
+
+// What was dropped while it was under way to a connection that ended meanwhile was given to nobody.
+func TestOutboxDropsWhatWasUnderWayToNobody(t *testing.T) {
+	for name, test := range map[string]struct {
+		answer  sendResult
+		dropped int
+	}{
+		"taken":  {sendResult{taken: 1}, 0}, // perhaps it arrived
+		"failed": {sendResult{err: errUnknownToken}, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			policy := versionLike()
+			policy.limit = 1
+			testOutbox(t, policy, func(t *outboxTest) {
+				t.append("one")
+				t.connect("a", "", "x-0")
+				t.append("two")
+				t.onDisconnect("a")
+				t.answer("a x-1 one", test.answer)
+				if t.dropped() != test.dropped {
+					t.Errorf("dropped %d, want %d", t.dropped(), test.dropped)
+				}
+			})
+		})
+	}
+}
+
+// A gateway that cannot be asked must not keep a page from what comes while it is unknown whether the stream opened.
+func TestPageWaitsForNoForeignGateway(t *testing.T) {
+	testOutbox(t, versionLike(), func(t *outboxTest) {
+		task := logOf("t", 1)
+		t.page("a", task)
+		t.buffered("a t-1.x-0 t")
+		task.Append("t", false)
+		time.Sleep(openPause)
+		t.rest()
+		t.buffered("a t-2.x-0 t")
+		time.Sleep(openLimit)
+		t.rest()
+		t.connTest.ok("a ?")
+		t.wantUnderWay()
+	})
+}
+
 // The callback of a stream that the gateway has given up may arrive while another is decided on.
 func TestConnectAsksAgainIfTheConnectionIsAnother(t *testing.T) {
 	testOutbox(t, taskLike(), func(t *outboxTest) {

@@ -48,7 +48,9 @@ func (p pageStream) OnConnect(id string, c connectRequest) (open event, end bool
 	}
 	f := &follower{identifier: identifier, page: true}
 	f.onEnd = func() { p.tasks.unwatch(taskIDs, f) }
-	return f.connect(p.conns, c, func() []*eventLog { return append(p.tasks.watch(taskIDs, f), versions) })
+	return f.connect(p.conns, c, func() []*eventLog {
+		return append(p.tasks.watch(taskIDs, f), p.version.followed(id, versions))
+	})
 }
 
 // maxFollowers is how many connections may follow one task.

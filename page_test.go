@@ -134,6 +134,85 @@ func TestPageWaitsForATask(t *testing.T) {
 	})
 }
 
+// What is made while its page connects comes after the page was told that it is not known, and with the IDs of all.
+func TestRacePageConnectsWhileItsTaskIsMade(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.tasks.policy.epoch = newEpoch
+		api.external("a")
+		page := &apiStream{api: api, token: "p"}
+		api.gateway.streams["p"] = page
+		f := &follower{identifier: "page:r", page: true}
+		open, _, err := f.connect(api.conns, connectRequest{token: "p"}, func() []*eventLog {
+			logs := api.tasks.watch([]string{"a", "later"}, f)
+			api.external("later")
+			api.settle()
+			return logs
+		})
+		if err != nil || len(parsePositions(open.ID)) != 2 {
+			t.Errorf("begins with %v, %v, want a position in both tasks", open, err)
+		}
+		page.checkTask("later", "error task_started")
+		for _, e := range page.events() {
+			if e.ID != "" && len(parsePositions(e.ID)) != 2 {
+				t.Errorf("got ID %s, want a position in both tasks", e.ID)
+			}
+		}
+	})
+}
+
+// That a task is not known is said before what then comes of it.
+func TestPageIsToldOfUnknownTasksFirst(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		gateway := &steppedGateway{}
+		defer gateway.close()
+		api.conns.gateway = gateway
+		page := pageStream{&PageService{api.conns, api.tasks, api.version}, []string{"x", "y"}}
+		if _, _, err := page.OnConnect("r", connectRequest{token: "p"}); err != nil {
+			t.Fatal(err)
+		}
+		api.settle()
+		api.external("y")
+		var got []string
+		for range 3 {
+			send := gateway.all()[0]
+			got = append(got, send.String())
+			gateway.reply(send, sendResult{taken: 1})
+			api.settle()
+		}
+		if !strings.Contains(got[1], `{"error":"Task not found","task_id":"y"}`) || !strings.Contains(got[2], "task_started") {
+			t.Errorf("got %q, want that y is not known before its start", got)
+		}
+	})
+}
+
+// A page stays when a task is forgotten. It must not keep the events in memory, which nobody counts any more.
+func TestPageLetsForgottenTasksGo(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		text := strings.Repeat("x", 1000)
+		api.external("a")
+		page := api.page("r", "", "a")
+		for i := range 100 {
+			api.post("a/progress", fmt.Sprintf(`{"text":%q,"value":%v}`, text, float64(i)/100))
+		}
+		api.post("a/complete", `{}`)
+		log := api.tasks.tasks["a"].outbox
+		api.settle()
+		api.gateway.fail(errNoAnswer)
+		slow := api.page("slow", "", "a")
+		api.do("DELETE", "/api/tasks/a", "")
+		if got := len(page.taskStory("a")); got != 102 {
+			t.Errorf("got %d events, want 102", got)
+		}
+		if log.Held() < 100*len(text) {
+			t.Error("what a page lacks is not kept")
+		}
+		slow.leave()
+		if got := log.Held(); got > 0 {
+			t.Errorf("a forgotten task holds %d bytes", got)
+		}
+	})
+}
+
 // The version stream and the page stream of one request_id are two connections; a broadcast counts them once.
 func TestPageBesideAVersionStream(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {

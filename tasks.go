@@ -447,6 +447,7 @@ func (s *TaskService) forgetLocked(t *task) {
 	s.finished.Remove(t.place)
 	s.memory.count(&t.held, 0)
 	t.deadline.Stop()
+	t.outbox.Leave() // to pages, which may stay for long
 }
 
 // Close takes no more tasks and fails those that have not ended. With a journal only those that run here: the others go

@@ -111,7 +111,17 @@ func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end
 	if err != nil {
 		return event{}, false, err
 	}
-	return follow(s.conns, identifier, c, log)
+	f := &follower{identifier: identifier}
+	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{s.followed(id, log)} })
+}
+
+// followed is follow once the connection is there. What was announced to everybody since follow passed it over, and
+// tidy may have dropped log.
+func (s *VersionService) followed(id string, log *eventLog) *eventLog {
+	if now, err := s.follow(id); err == nil {
+		return now
+	}
+	return log
 }
 
 // follow returns the log of a request_id for a connection that is about to be made.

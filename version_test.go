@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -387,6 +389,59 @@ func TestVersionForgetsIdleWhenMemoryIsShort(t *testing.T) {
 		here.checkStory("connection_open version:1 version:2")
 		api.subscribe("lost").checkStory("connection_open version:2") // as it had been waiting
 		api.subscribe("waits").checkStory("connection_open version:1 version:own version:2")
+	})
+}
+
+// raceConnect connects a stream many times, while something else happens, and then checks its request_id.
+func raceConnect(t *testing.T, meanwhile func(api *apiFixture, i int), check func(st *versionStream, i int)) {
+	t.Helper()
+	t.Parallel()
+	api := newAPI(t, "LOG_LEVEL=error")
+	api.conns.gateway = takeAll().gateway
+	pages := pageStream{&PageService{api.conns, api.tasks, api.version}, nil}
+	for i := range 100_000 {
+		if t.Failed() {
+			return
+		}
+		api.version.streams = map[string]*versionStream{} // as few as can be: the moment is short
+		api.version.memory = budget{limit: 1000}
+		token := newToken()
+		var connected sync.WaitGroup
+		connected.Go(func() {
+			if c := (connectRequest{token: token}); i%2 == 0 {
+				api.version.OnConnect("r", c)
+			} else {
+				pages.OnConnect("r", c)
+			}
+		})
+		for start, pause := time.Now(), rand.N(10*time.Microsecond); time.Since(start) < pause; {
+		}
+		meanwhile(api, i)
+		connected.Wait()
+		check(api.version.streams["r"], i)
+		api.conns.OnDisconnect(token)
+	}
+}
+
+// A version that is announced to everybody while a stream connects must reach that stream, too.
+func TestRaceConnectDuringBroadcast(t *testing.T) {
+	raceConnect(t, func(api *apiFixture, i int) {
+		api.version.TellAll(announcement{fmt.Sprint(i), fmt.Sprint(i)})
+	}, func(st *versionStream, i int) {
+		if st.version != fmt.Sprint(i) {
+			t.Errorf("got %q as the last version of an open stream, want %d", st.version, i)
+		}
+	})
+}
+
+// An outbox that is forgotten while a stream connects would leave that stream deaf.
+func TestRaceConnectWhileMemoryIsShort(t *testing.T) {
+	raceConnect(t, func(api *apiFixture, i int) {
+		api.version.tidy()
+	}, func(st *versionStream, i int) {
+		if st == nil {
+			t.Error("nobody knows the outbox of an open stream")
+		}
 	})
 }
 
