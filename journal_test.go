@@ -185,7 +185,7 @@ func unlocked(open func() error) (err error) {
 func TestJournalCrashes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	seeds, _ := strconv.ParseUint(cmp.Or(os.Getenv("SIDECAST_SEEDS"), "300"), 10, 64)
+	seeds, _ := strconv.ParseUint(cmp.Or(os.Getenv("SIDECAST_SEEDS"), "100"), 10, 64)
 	crashes, renames := 0, 0
 	for seed := range seeds {
 		synctest.Test(t, func(t *testing.T) {

@@ -62,7 +62,7 @@ type frameReader struct {
 // view returns n bytes at off, or nil if the file ends before.
 func (f *frameReader) view(off int64, n int) []byte {
 	if off < f.base || off+int64(n) > f.base+int64(len(f.buf)) {
-		f.buf = append(f.buf[:0], make([]byte, max(n, 1<<20))...)
+		f.buf = append(f.buf[:0], make([]byte, max(n, 64<<10))...)
 		read, _ := f.file.ReadAt(f.buf, off)
 		f.buf, f.base = f.buf[:read], off
 	}

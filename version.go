@@ -23,7 +23,7 @@ const (
 	// with a connection connectedOverhead more. Beyond half of it only what waits is kept, and beyond all of it new
 	// IDs, and announcements to a single one, are refused.
 	maxVersionHeld    = 256 << 20
-	versionOverhead   = 225
+	versionOverhead   = 265
 	connectedOverhead = 520
 	// tidyInterval is the longest time between two looks through the outboxes.
 	tidyInterval = 10 * time.Second
