@@ -4,7 +4,12 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"cmp"
+	"context"
+	"errors"
+	"io"
 	"math"
 	"net/http"
 	"strings"
@@ -76,24 +81,28 @@ type report struct {
 }
 
 // parseReport reads {"text":"…","value":0.5,"seq":1}.
-func parseReport(body object) (r report, err error) {
-	said, ok, err := body.str("text")
-	if err != nil {
-		return r, badParam("text must be a string")
+func parseReport(body []byte) (r report, err error) {
+	var text, value, seq []byte
+	if err := pick(body, field{"text", &text, nil}, field{"value", &value, nil}, field{"seq", &seq, nil}); err != nil {
+		return r, err
 	}
-	if ok {
+	if text != nil {
+		said, err := parseString(text)
+		if err != nil {
+			return r, badParam("text must be a string")
+		}
 		said = truncate(said)
 		r.text = &said
 	}
-	if raw, ok := body["value"]; ok && string(raw) != "null" {
-		value, err := parseNumber(raw)
+	if value != nil && string(value) != "null" {
+		value, err := parseNumber(value)
 		if err != nil || value > 1.01 { // a percentage; sums of floats are above 1 by less
 			return r, errBadValue
 		}
 		r.value = &value
 	}
-	if raw, ok := body["seq"]; ok {
-		seq, err := parseNumber(raw)
+	if seq != nil {
+		seq, err := parseNumber(seq)
 		if err != nil || seq < 1 || seq > 1<<53 || seq != math.Trunc(seq) {
 			return r, errBadSeq
 		}
@@ -108,7 +117,12 @@ func parseReport(body object) (r report, err error) {
 // Progress, Complete and Fail are the reports of an external worker. They return the ID of the event that tells the
 // followers. One that was taken before, and whose answer may have been lost, is not taken again.
 func (s *TaskService) Progress(id string, r report) (eventID string, repeated bool, err error) {
-	return s.report(id, func(t *task) bool { return r.seq != 0 && r.seq <= t.seq }, func(t *task) {
+	eventID, repeated, stored, err := s.takeProgress(id, r)
+	return eventID, repeated, cmp.Or(stored.wait(), err)
+}
+
+func (s *TaskService) takeProgress(id string, r report) (eventID string, repeated bool, stored *commit, err error) {
+	return s.take(id, func(t *task) bool { return r.seq != 0 && r.seq <= t.seq }, func(t *task) {
 		t.seq = max(t.seq, r.seq)
 		s.reportLocked(t, r)
 	})
@@ -116,42 +130,36 @@ func (s *TaskService) Progress(id string, r report) (eventID string, repeated bo
 
 // Complete takes a result as compactResult returns it.
 func (s *TaskService) Complete(id, result string) (eventID string, err error) {
-	eventID, _, err = s.report(id, func(t *task) bool { return t.status == taskCompleted && t.result == result },
+	eventID, _, stored, err := s.take(id, func(t *task) bool { return t.status == taskCompleted && t.result == result },
 		func(t *task) { s.finishLocked(t, taskCompleted, result, "") })
-	return eventID, err
+	return eventID, cmp.Or(stored.wait(), err)
 }
 
 // Fail takes a text as usableFailure returns it.
 func (s *TaskService) Fail(id, failure string) (eventID string, err error) {
-	eventID, _, err = s.report(id, func(t *task) bool { return t.status == taskFailed && t.err == failure },
+	eventID, _, stored, err := s.take(id, func(t *task) bool { return t.status == taskFailed && t.err == failure },
 		func(t *task) { s.finishLocked(t, taskFailed, "", failure) })
-	return eventID, err
+	return eventID, cmp.Or(stored.wait(), err)
 }
 
-// report applies a report to a running external task, under mu, unless the task has taken it before.
-func (s *TaskService) report(id string, taken func(*task) bool, apply func(*task)) (eventID string, repeated bool, err error) {
+// take applies a report to a running external task, under mu, unless the task has taken it before. What it returns, be it
+// an error, shows what is on disk once stored is.
+func (s *TaskService) take(id string, taken func(*task) bool, apply func(*task)) (eventID string, repeated bool, stored *commit, err error) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	t := s.tasks[id]
-	eventID, repeated, err = s.reportLockedOn(t, taken, apply)
-	s.mu.Unlock()
-	if t != nil {
-		err = cmp.Or(s.await(t), err)
+	if t == nil {
+		return "", false, nil, errTaskUnknown
 	}
-	return eventID, repeated, err
-}
-
-func (s *TaskService) reportLockedOn(t *task, taken func(*task) bool, apply func(*task)) (eventID string, repeated bool, err error) {
 	switch {
-	case t == nil:
-		return "", false, errTaskUnknown
 	case t.kind != externalTask:
-		return "", false, t.conflict(errNotExternal)
+		return "", false, t.stored, t.conflict(errNotExternal)
 	case taken(t):
 		repeated = true
 	case t.status == taskCancelled:
-		return "", false, t.conflict(errTaskCancelled)
+		return "", false, t.stored, t.conflict(errTaskCancelled)
 	case t.status.finished():
-		return "", false, t.conflict(errTaskFinished)
+		return "", false, t.stored, t.conflict(errTaskFinished)
 	}
 	if !t.status.finished() {
 		t.seen = time.Now()
@@ -160,12 +168,15 @@ func (s *TaskService) reportLockedOn(t *task, taken func(*task) bool, apply func
 	if !repeated {
 		apply(t)
 	}
-	return t.outbox.id(t.last), repeated, nil
+	return t.outbox.id(t.last), repeated, t.stored, nil
 }
 
 // serveProgress is POST /api/tasks/{task_id}/progress.
 func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
-	body, err := readJSON(w, r, maxTaskBody)
+	if hasMediaType(r, ndjson) {
+		return s.serveReports(w, r)
+	}
+	body, err := readTyped(w, r, maxTaskBody)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -174,7 +185,106 @@ func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) (sta
 		return 0, nil, err
 	}
 	eventID, repeated, err := s.Progress(r.PathValue("task_id"), report)
-	return http.StatusOK, reported{eventID, repeated}, err
+	return http.StatusOK, reported{EventID: eventID, Repeated: repeated}, err
+}
+
+// lineReader is a body that may go on for as long as its task does.
+type lineReader struct {
+	io.Reader
+	ctx     context.Context // of the task
+	timeout time.Duration   // for each Read: more than the task has
+	control *http.ResponseController
+}
+
+func (l lineReader) Read(b []byte) (int, error) {
+	l.control.SetReadDeadline(time.Now().Add(l.timeout))
+	if err := l.ctx.Err(); err != nil { // after that, as its end sets the deadline, too
+		return 0, err
+	}
+	return l.Reader.Read(b)
+}
+
+const (
+	maxUnstored = 1000             // reports of a body that wait for the disk before it is read on
+	answerLimit = 30 * time.Second // for writing the answer to one
+)
+
+// serveReports is serveProgress for a body with a report on each line, which are taken as they come. The answer at its
+// end is the one that acknowledges.
+func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
+	id := r.PathValue("task_id")
+	ctx, all, err := s.followWorker(id)
+	if err != nil {
+		return 0, nil, err
+	}
+	control := http.NewResponseController(w)
+	defer context.AfterFunc(ctx, func() { control.SetReadDeadline(time.Now()) })()
+	defer func() { control.SetWriteDeadline(time.Now().Add(answerLimit)) }() // the server's began with the request
+	lines := bufio.NewScanner(lineReader{r.Body, ctx, s.cfg.timeout + time.Second, control})
+	lines.Buffer(nil, maxTaskBody)
+	var stored *commit
+	for n := 1; err == nil && lines.Scan(); n++ {
+		line := bytes.TrimSpace(lines.Bytes())
+		if len(line) == 0 {
+			continue
+		}
+		said, err := parseReport(line)
+		if err != nil {
+			return 0, nil, cmp.Or(stored.wait(), atLine(err, n))
+		}
+		if all.EventID, _, stored, err = s.takeProgress(id, said); err != nil {
+			return 0, nil, cmp.Or(stored.wait(), err)
+		}
+		*all.Reports++
+		if *all.Reports%maxUnstored == 0 {
+			if err := stored.wait(); err != nil {
+				return 0, nil, err
+			}
+		}
+	}
+	switch err := lines.Err(); {
+	case s.isClosing():
+		e := *errClosing
+		e.Reports = all.Reports
+		return 0, nil, cmp.Or(stored.wait(), error(&e))
+	case ctx.Err() != nil:
+		_, _, stored, err = s.take(id, func(*task) bool { return false }, func(*task) {})
+		return 0, nil, cmp.Or(stored.wait(), err)
+	case errors.Is(err, bufio.ErrTooLong):
+		return 0, nil, cmp.Or(stored.wait(), error(errBodyTooLarge))
+	case err != nil:
+		return 0, nil, errNotJSON // the worker broke off
+	}
+	return http.StatusOK, all, stored.wait()
+}
+
+// followWorker returns a context that ends with the external task, or with the service, and the answer to no report.
+func (s *TaskService) followWorker(id string) (ctx context.Context, none reported, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.tasks[id]
+	switch {
+	case t == nil:
+		return nil, none, errTaskUnknown
+	case t.kind != externalTask:
+		return nil, none, t.conflict(errNotExternal)
+	case !t.status.finished() && t.worker == nil:
+		t.worker, t.cancel = context.WithCancel(s.life)
+	}
+	if ctx = t.worker; t.status.finished() { // then reports may be repeated still
+		ctx = s.life
+	}
+	return ctx, reported{EventID: t.outbox.id(t.last), Reports: new(int)}, nil
+}
+
+// atLine says where in a body an error is.
+func atLine(err error, line int) error {
+	if e := (*apiError)(nil); errors.As(err, &e) {
+		told := *e
+		told.Line = line
+		return &told
+	}
+	return err
 }
 
 // serveComplete is POST /api/tasks/{task_id}/complete.
@@ -206,4 +316,5 @@ func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) (status 
 type reported struct {
 	EventID  string `json:"event_id"`
 	Repeated bool   `json:"repeated,omitempty"`
+	Reports  *int   `json:"reports,omitempty"` // of a body with many
 }

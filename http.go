@@ -44,15 +44,19 @@ func hasMediaType(r *http.Request, want string) bool {
 // readJSON reads a body of at most limit bytes as one JSON object. A request without a Content-Type is taken at its
 // word; a wrong one is refused, which also keeps out what a form of another site can post.
 func readJSON(w http.ResponseWriter, r *http.Request, limit int64) (object, error) {
-	if r.Header.Get("Content-Type") != "" && !isJSON(r) {
-		return nil, errMediaType
-	}
-	var buf bytes.Buffer
-	body, err := readBody(w, r, limit, &buf)
+	body, err := readTyped(w, r, limit)
 	if err != nil {
 		return nil, err
 	}
 	return parseObject(body)
+}
+
+// readTyped is readJSON without looking at the JSON.
+func readTyped(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
+	if r.Header.Get("Content-Type") != "" && !isJSON(r) {
+		return nil, errMediaType
+	}
+	return readBody(w, r, limit, new(bytes.Buffer))
 }
 
 // apiError is an error that a client may see.
@@ -61,6 +65,10 @@ type apiError struct {
 	Text   string `json:"error"`            // fixed
 	Code   string `json:"code,omitempty"`   // from the closed set in openapi.yaml; the gateway's own errors have none
 	Task   string `json:"status,omitempty"` // that of the task, with a 409
+
+	// Of a body with a report on each line: which line is bad, and how many reports were taken before a shutdown.
+	Line    int  `json:"line,omitempty"`
+	Reports *int `json:"reports,omitempty"`
 }
 
 func (e *apiError) Error() string { return e.Text }

@@ -352,7 +352,10 @@ func hexRune(digits []byte) rune {
 
 // parseNumber decodes a JSON number; any other value is errFieldType.
 func parseNumber(raw []byte) (n float64, err error) {
-	if len(raw) == 0 || raw[0] != '-' && (raw[0] < '0' || raw[0] > '9') || json.Unmarshal(raw, &n) != nil {
+	if c := at(raw, 0); c != '-' && (c < '0' || c > '9') {
+		return 0, errFieldType
+	}
+	if n, err = strconv.ParseFloat(string(raw), 64); err != nil {
 		return 0, errFieldType
 	}
 	return n, nil

@@ -93,6 +93,35 @@ func (s *TaskService) List() []taskView {
 	return views
 }
 
+// Counts returns how many tasks have each status.
+func (s *TaskService) Counts() map[string]float64 {
+	n := map[string]float64{}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, t := range s.tasks {
+		n[string(t.status)]++
+	}
+	return n
+}
+
+// Bytes returns how many bytes the tasks hold.
+func (s *TaskService) Bytes() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.memory.held
+}
+
+// Events returns how many events the outboxes of all tasks hold.
+func (s *TaskService) Events() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, t := range s.tasks {
+		kept, _, _ := t.outbox.Size()
+		n += kept
+	}
+	return n
+}
+
 // usableFailure is the text that a task fails with when this one was given.
 func usableFailure(text string) string { return cmp.Or(truncate(text), "task failed") }
 

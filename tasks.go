@@ -77,6 +77,9 @@ type TaskService struct {
 	created  uint64                 // tasks ever made
 	watched  map[string][]*follower // pages that follow a task that is not known, by its ID
 	closing  bool                   // no new tasks
+
+	life    context.Context // ends with Close
+	endLife context.CancelFunc
 }
 
 // task is one task. Its terminal event is in the outbox if and only if its status is a finished one.
@@ -94,7 +97,8 @@ type task struct {
 	params   string                    // of work, in JSON; "" when the task has finished
 	seq      uint64                    // of the last report that had one
 	last     uint64                    // number of the last event
-	cancel   context.CancelFunc        // of work's context; nil before it runs, and if external
+	worker   context.Context           // ends with an external task that is reported on by a long body; or nil
+	cancel   context.CancelFunc        // of work's context, or of worker; or nil
 	seen     time.Time                 // start, or the last report from outside
 	deadline *time.Timer               // fails the task, later forgets it; nil while it is pending
 	place    *list.Element             // among the finished ones
@@ -131,12 +135,15 @@ var (
 )
 
 func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, met *backendMetrics) *TaskService {
+	life, endLife := context.WithCancel(context.Background())
 	return &TaskService{
-		cfg:   cfg,
-		conns: conns,
-		log:   log,
-		met:   met,
-		kinds: taskKinds(),
+		life:    life,
+		endLife: endLife,
+		cfg:     cfg,
+		conns:   conns,
+		log:     log,
+		met:     met,
+		kinds:   taskKinds(),
 		policy: &logPolicy{
 			event:   "task_event",
 			epoch:   newEpoch,
@@ -393,7 +400,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 	}
 	if t.cancel != nil {
 		t.cancel()
-		t.cancel = nil
+		t.cancel, t.worker = nil, nil
 	}
 	var seconds float64
 	if !t.start.IsZero() {
@@ -463,34 +470,12 @@ func (s *TaskService) Close() {
 	}
 	stored := s.journal.write(nil, func() {})
 	s.mu.Unlock()
+	s.endLife()
 	stored.wait()
 }
 
-// Counts returns how many tasks have each status.
-func (s *TaskService) Counts() map[string]float64 {
-	n := map[string]float64{}
+func (s *TaskService) isClosing() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, t := range s.tasks {
-		n[string(t.status)]++
-	}
-	return n
-}
-
-// Bytes returns how many bytes the tasks hold.
-func (s *TaskService) Bytes() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.memory.held
-}
-
-// Events returns how many events the outboxes of all tasks hold.
-func (s *TaskService) Events() (n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, t := range s.tasks {
-		kept, _, _ := t.outbox.Size()
-		n += kept
-	}
-	return n
+	return s.closing
 }

@@ -1,0 +1,146 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A longReport is a POST whose body goes on for as long as the test writes to it.
+type longReport struct {
+	t      *testing.T
+	body   *io.PipeWriter
+	answer chan string
+}
+
+func reportAtLength(t *testing.T, v visitor, id string) *longReport {
+	t.Helper()
+	read, write := io.Pipe()
+	r := &longReport{t, write, make(chan string, 1)}
+	t.Cleanup(func() { write.Close() })
+	go func() {
+		resp, err := v.client.Post(v.api+"/api/tasks/"+id+"/progress", "application/x-ndjson", read)
+		if err != nil {
+			r.answer <- err.Error()
+			return
+		}
+		defer resp.Body.Close()
+		text, _ := io.ReadAll(resp.Body)
+		r.answer <- fmt.Sprintf("%d %s", resp.StatusCode, strings.TrimSpace(string(text)))
+	}()
+	return r
+}
+
+func (r *longReport) say(lines string) {
+	r.t.Helper()
+	if _, err := io.WriteString(r.body, lines); err != nil {
+		r.t.Error(err)
+	}
+}
+
+func (r *longReport) want(want string) {
+	r.t.Helper()
+	if got := receive(r.t, r.answer); !strings.HasPrefix(got, want) {
+		r.t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+// Each line of a long body is a report when it comes, and its end is what is answered.
+func TestReports(t *testing.T) {
+	t.Parallel()
+	backend := startBackend(t, "DATA_DIR="+t.TempDir(), "TASK_TIMEOUT_SECONDS=3")
+	v := newVisitor(t, backend.URL, backend.URL)
+	id := v.start("external", "{}")
+	es := v.follow(id)
+	waitOpen(t, es)
+	r := reportAtLength(t, v, id)
+	r.say(`{"text":"one","value":0.1,"seq":1}` + "\n")
+	wantStory(t, es, "task_started", "progress_update one")
+	r.say("\r\n  \n" + `{"text":"two"`)
+	time.Sleep(20 * time.Millisecond)
+	r.say(`,"seq":2}` + "\r\n" + `{"text":"again","seq":2}` + "\n" + `{"text":"three"}`)
+	r.body.Close()
+	wantStory(t, es, "task_started", "progress_update one", "progress_update two", "progress_update three")
+	epoch, _, _ := strings.Cut(es.events()[0].ID, "-")
+	r.want(`200 {"event_id":"` + epoch + `-4","reports":4}`)
+
+	post := func(id, body, want string) {
+		t.Helper()
+		r := reportAtLength(t, v, id)
+		r.say(body)
+		r.body.Close()
+		r.want(want)
+	}
+	post(id, "", `200 {"event_id":"`+epoch+`-4","reports":0}`)
+	post(id, `{"text":"four"}`+"\n\n"+`{"value":2}`+"\n"+`{"text":"never"}`+"\n",
+		`400 {"error":"value must be a number from 0 to 1","code":"bad_value","line":3}`)
+	post(id, `{"text":"five"}`+"\n"+"[]\n", `400 {"error":"body must be one JSON object","code":"not_json","line":2}`)
+	post(id, `{"text":"`+strings.Repeat("x", 256<<10)+`"}`, `413 {"error":"request body too large","code":"too_large"}`)
+	post("unknown", `{"text":"x"}`, `404 {"error":"task not found","code":"task_not_found"}`)
+	post(v.start("demo", `{"delay":60}`), `{"text":"x"}`, `409 {"error":"task is not external","code":"not_external","status":"running"}`)
+	wantStory(t, es, "task_started", "progress_update one", "progress_update two", "progress_update three",
+		"progress_update four", "progress_update five")
+
+	// What comes slower than a task may be silent keeps both alive.
+	r = reportAtLength(t, v, id)
+	for n := range 5 {
+		r.say(fmt.Sprintf(`{"text":"slow %d"}`+"\n", n))
+		time.Sleep(time.Second)
+	}
+	v.wantPost("/api/tasks/"+id+"/cancel", "", `200 {"success":true,"message":"task cancelled"}`)
+	r.want(`409 {"error":"task cancelled","code":"task_cancelled","status":"cancelled"}`) // at once, without a further line
+	post(id, `{"text":"x","seq":2}`, `200 {"event_id":"`+epoch+`-12","reports":1}`)
+	post(id, `{"text":"x"}`, `409 {"error":"task cancelled","code":"task_cancelled","status":"cancelled"}`)
+
+	// A worker that falls silent is given up like any other.
+	id = v.start("external", "{}")
+	r = reportAtLength(t, v, id)
+	r.say(`{"text":"last words"}` + "\n")
+	r.want(`409 {"error":"task is finished","code":"task_finished","status":"failed"}`)
+}
+
+// What a body that goes on has said by a shutdown counts, and the worker is told how much that is; the task goes on
+// with the next backend.
+func TestReportsDuringShutdown(t *testing.T) {
+	t.Parallel()
+	backend := startBackend(t, "DATA_DIR="+t.TempDir())
+	v := newVisitor(t, backend.URL, backend.URL)
+	id := v.start("external", "{}")
+	r := reportAtLength(t, v, id)
+	r.say(`{"text":"one"}` + "\n" + `{"text":"two"}` + "\n")
+	eventually(t, soon, "the reports are taken", func() bool {
+		resp, err := http.Get(v.api + "/api/tasks/" + id + "/events")
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		text, _ := io.ReadAll(resp.Body)
+		return strings.Contains(string(text), `"two"`)
+	})
+	if code := backend.stop(t); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	r.want(`503 {"error":"shutting down","code":"shutting_down","reports":2}`)
+	if err := backend.start(); err != nil {
+		t.Fatal(err)
+	}
+	r = reportAtLength(t, v, id)
+	for n := range 5000 {
+		r.say(fmt.Sprintf(`{"text":"report %d","seq":%d}`+"\n", n, n+1))
+	}
+	r.body.Close()
+	answer := receive(t, r.answer)
+	backend.restart(t)
+	if !strings.Contains(answer, `-5003","reports":5000}`) {
+		t.Errorf("got %s", answer)
+	}
+	es := v.follow(id)
+	v.complete(id)
+	if got := story(es.waitFor(t, soon, completed)); !slices.Contains(got, "progress_update report 4999") {
+		t.Errorf("the last report is not among %d events", len(got))
+	}
+}
