@@ -73,6 +73,18 @@ func (v visitor) status(target string) int {
 	return resp.StatusCode
 }
 
+// getText returns the answer to a GET.
+func (v visitor) getText(path string) string {
+	v.t.Helper()
+	resp, err := v.client.Get(v.api + path)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, _ := io.ReadAll(resp.Body)
+	return string(text)
+}
+
 // field returns a string of the answer to a POST that must succeed.
 func (v visitor) field(path, body, name string) string {
 	v.t.Helper()

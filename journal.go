@@ -186,11 +186,16 @@ func (j *journal) write(record []byte, then func()) *commit {
 		b.frames = appendFrame(b.frames, frameMore, b.number, record)
 	}
 	b.then = append(b.then, then)
+	j.hurry()
+	return b
+}
+
+// hurry has run write what is queued.
+func (j *journal) hurry() {
 	select {
 	case j.wake <- struct{}{}:
 	default:
 	}
-	return b
 }
 
 // wait waits until the commit is on disk. If there is no room it returns errCannotStore; the commit is stored later.
@@ -276,7 +281,12 @@ func (j *journal) store() bool {
 		j.size.Add(int64(len(b.frames)))
 		j.number = b.number
 	}
-	if j.noRoom.Swap(false) {
+	j.mu.Lock()
+	refused := j.next.finished()
+	j.mu.Unlock()
+	if refused { // who wrote to it since would be refused, too
+		j.hurry()
+	} else if j.noRoom.Swap(false) {
 		j.log.Info("the journal has room again")
 	}
 	b.stored.Store(true)
@@ -323,12 +333,19 @@ func (j *journal) refuse(b *commit, err error) {
 	j.next.finish()
 }
 
-// finish lets go those that wait, once.
+// finish lets go those that wait.
 func (b *commit) finish() {
+	if !b.finished() {
+		close(b.done)
+	}
+}
+
+func (b *commit) finished() bool {
 	select {
 	case <-b.done:
+		return true
 	default:
-		close(b.done)
+		return false
 	}
 }
 

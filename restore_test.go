@@ -7,6 +7,8 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -362,4 +364,103 @@ func wantTask(t *testing.T, who, id string, events []message, want []string) {
 			return
 		}
 	}
+}
+
+// Where a disk is full, what is new is refused, what was refused is shown to nobody, reads and streams go on, and so
+// does everything once there is room. A limit on the size of files stands for the disk.
+func TestRestoreNoRoom(t *testing.T) {
+	needs(t, "sh", "prlimit")
+	t.Parallel()
+	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	env := []string{"ADDR=" + addr, "DATA_DIR=" + t.TempDir(), "RETRY_MILLISECONDS=50"}
+	backend := newProcess(t, "http://"+addr, env, "sh", "-c", `ulimit -Sf 16 && exec "$0"`, os.Args[0]).mustStart(t) // 8 or 16 KiB
+	v := newVisitor(t, backend.URL, backend.URL)
+	id := v.start("external", "{}")
+	es := v.follow(id)
+	taken := 0
+	for ; taken < 1000; taken++ {
+		answer := v.post("/api/tasks/"+id+"/progress", fmt.Sprintf(`{"text":"report %d","seq":%d}`, taken+1, taken+1))
+		if strings.HasPrefix(answer, "503 ") {
+			if answer != `503 {"error":"cannot store","code":"cannot_store"}` {
+				t.Errorf("got %s", answer)
+			}
+			break
+		}
+	}
+	var want []string
+	for n := range taken {
+		want = append(want, fmt.Sprint("progress_update report ", n+1))
+	}
+	wantStory(t, es, append([]string{"task_started"}, want...)...)
+	status := func() string { return v.getText("/api/tasks/" + id + "/status") }
+	shown := status()
+	if !strings.Contains(shown, fmt.Sprintf(`{"text":"report %d",`, taken)) {
+		t.Errorf("after %d reports: got %s", taken, shown)
+	}
+	for range 2 {
+		v.wantPost("/api/tasks", `{"type":"external"}`, `503 {"error":"cannot store","code":"cannot_store"}`)
+		v.wantPost("/api/deployments/version", `{"version":"v1"}`, `503 {"error":"cannot store","code":"cannot_store"}`)
+		v.wantPost("/api/tasks/"+id+"/cancel", "", `503 {"error":"cannot store","code":"cannot_store"}`)
+		time.Sleep(2 * noRoomPause)
+	}
+	if got := status(); got != shown {
+		t.Errorf("later: got %s, want %s", got, shown)
+	}
+	wantStory(t, v.follow(id), append([]string{"task_started"}, want...)...)
+	if got := scrapeValue(v.getText("/metrics"), "sidecast_journal_writable"); got != 0 || v.status(v.api+"/readyz") != http.StatusOK {
+		t.Errorf("writable is %v, and readiness %d", got, v.status(v.api+"/readyz"))
+	}
+
+	backend.restart(t) // without room it serves what only reads, and nothing was lost
+	if got := status(); got != shown {
+		t.Errorf("after a restart: got %s, want %s", got, shown)
+	}
+	r := &reporter{visitor: v, id: id}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		r.until("/api/tasks/"+id+"/progress", fmt.Sprintf(`{"text":"report %d","seq":%d}`, taken+1, taken+1))
+	}()
+	time.Sleep(2 * noRoomPause)
+	if out, err := exec.Command("prlimit", "--pid", strconv.Itoa(backend.pid()), "--fsize=unlimited:unlimited").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	receive(t, done)
+	v.complete(id)
+	story := story(v.follow(id).waitFor(t, soon, completed))
+	if n := len(story); n < taken+3 || story[taken+1] != fmt.Sprint("progress_update report ", taken+1) || story[taken+2] != "task_completed" {
+		t.Errorf("with room again: got %q", story)
+	}
+}
+
+// A folder has one owner, and a start says what is wrong with it.
+func TestRestoreRefuses(t *testing.T) {
+	t.Parallel()
+	backend := startBackend(t, "DATA_DIR="+t.TempDir())
+	dir := envValue(backend.env, "DATA_DIR")
+	other := func(want string) {
+		t.Helper()
+		p := newProcess(t, "", []string{"ADDR=127.0.0.1:0", "DATA_DIR=" + dir}, os.Args[0])
+		if err := p.start(); err == nil || !strings.Contains(err.Error(), "exit code 1") || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want exit code 1 and %q", err, want)
+		}
+	}
+	other(fmt.Sprintf("process %d has it", backend.pid()))
+	v := newVisitor(t, backend.URL, backend.URL)
+	for range 3 {
+		v.start("external", "{}")
+	}
+	backend.kill(t)
+	file, err := os.OpenFile(filepath.Join(dir, "journal"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if info, err := file.Stat(); err != nil || info.Mode() != 0o600 {
+		t.Errorf("the journal has mode %v, want 0600", info.Mode())
+	}
+	if _, err := file.WriteAt([]byte("?"), int64(len(journalHeader)+30)); err != nil {
+		t.Fatal(err)
+	}
+	other(fmt.Sprintf("%s/journal: damaged at offset %d", dir, len(journalHeader)))
 }

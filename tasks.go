@@ -279,7 +279,7 @@ func (s *TaskService) dispatchLocked() {
 func (s *TaskService) runLocked(t *task, late string) {
 	t.status, t.start = taskRunning, time.Now()
 	s.watchLocked(t, late)
-	s.emitLocked(t, "task_started", nil, true)
+	s.emitLocked(t, "task_started", t.start, nil, true)
 }
 
 // watchLocked fails t with the text late when nothing is seen of it for the timeout.
@@ -346,7 +346,7 @@ func (s *TaskService) reportLocked(t *task, r report) {
 		p.Value = min(*r.value, 1)
 	}
 	t.progress = &p
-	s.emitLocked(t, "progress_update", p, false)
+	s.emitLocked(t, "progress_update", time.Now(), p, false)
 }
 
 // taskEvent is the data of an event.
@@ -359,8 +359,8 @@ type taskEvent[T any] struct {
 
 // emitLocked appends an event about the state of the task. Beyond the limit of memory it makes room: by the tasks that
 // finished first, and when there are none, by the task's own progress, of which the last stays.
-func (s *TaskService) emitLocked(t *task, eventType string, data any, keep bool) {
-	event := string(marshal(taskEvent[any]{eventType, t.id, time.Now().UTC(), data}))
+func (s *TaskService) emitLocked(t *task, eventType string, at time.Time, data any, keep bool) {
+	event := string(marshal(taskEvent[any]{eventType, t.id, at.UTC(), data}))
 	t.result = event[len(event)-1-len(t.result) : len(event)-1] // one copy is enough
 	t.last = t.outbox.Add(entry{data: event, keep: keep})
 	s.storeLocked(t, encodeEvent(t.number, t.last, t.seq, keep, event))
@@ -393,7 +393,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 		})
 	}
 	eventType := "task_" + string(status)
-	s.emitLocked(t, eventType, data, true)
+	s.emitLocked(t, eventType, t.end, data, true)
 	t.outbox.End(eventType)
 	if t.deadline != nil {
 		t.deadline.Stop()
