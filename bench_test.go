@@ -85,23 +85,23 @@ func BenchmarkGroupCommit(b *testing.B) {
 	}
 }
 
-// BenchmarkOutboxes is BenchmarkGroupCommit with outboxes, so that nobody waits for an answer. It ends when the gateway
+// BenchmarkLogs is BenchmarkGroupCommit with logs, so that nobody waits for an answer. It ends when the gateway
 // has taken all.
-func BenchmarkOutboxes(b *testing.B) {
+func BenchmarkLogs(b *testing.B) {
 	for _, features := range []string{"", featureBatch} {
 		b.Run("features="+features, func(b *testing.B) {
 			m, tokens := benchConns(b, features)
 			policy := versionLike()
-			outboxes := make([]*eventLog, len(tokens))
+			logs := make([]*eventLog, len(tokens))
 			for i, token := range tokens {
-				outboxes[i] = newEventLog(&policy)
-				follow(m, "task:"+token, connectRequest{token: token}, outboxes[i])
+				logs[i] = newEventLog(&policy)
+				follow(m, "task:"+token, connectRequest{token: token}, logs[i])
 			}
 			b.ReportAllocs()
 			b.ResetTimer()
-			benchEach(b, 64, func(i int) { outboxes[i%len(outboxes)].Append(benchData, false) })
+			benchEach(b, 64, func(i int) { logs[i%len(logs)].Append(benchData, false) })
 			m.Drain(b.Context())
-			for _, o := range outboxes {
+			for _, o := range logs {
 				if o.given != o.last {
 					b.Fatalf("a stream was given %d of %d events", o.given, o.last)
 				}

@@ -52,7 +52,7 @@ func (j *job) check(events []message) (n int, err error) {
 		default:
 			return n, fmt.Errorf("got %q with ID %q after %q", got, m.ID, j.event(n))
 		}
-		if want := j.outbox.id(uint64(n)); m.ID != "" && m.ID != want {
+		if want := j.events.id(uint64(n)); m.ID != "" && m.ID != want {
 			return n, fmt.Errorf("got ID %q, want %q", m.ID, want)
 		}
 	}
@@ -241,7 +241,7 @@ func (c *chaos) turn(r *pageReader) {
 func (p *pagePart) check() (n map[*job]int, err error) {
 	n = map[*job]int{}
 	for _, j := range p.jobs {
-		n[j] = int(parsePositions(p.after)[j.outbox.epoch])
+		n[j] = int(parsePositions(p.after)[j.events.epoch])
 	}
 	for _, m := range p.events {
 		if m.Name == "task_event" {
@@ -258,7 +258,7 @@ func (p *pagePart) check() (n map[*job]int, err error) {
 			return n, fmt.Errorf("got %v", m)
 		}
 		for _, j := range p.jobs { // the ID says where the page is in each
-			if want := j.outbox.id(uint64(n[j])); !slices.Contains(strings.Split(m.ID, "."), want) {
+			if want := j.events.id(uint64(n[j])); !slices.Contains(strings.Split(m.ID, "."), want) {
 				return n, fmt.Errorf("got ID %q, want %q in it", m.ID, want)
 			}
 		}
@@ -416,7 +416,7 @@ func TestIntegrationReporters(t *testing.T) {
 	s.complete(task.id)
 	j := &job{task: task}
 	for n := range accepted {
-		j.texts = append(j.texts, texts[task.outbox.id(uint64(n+2))])
+		j.texts = append(j.texts, texts[task.events.id(uint64(n+2))])
 	}
 	if _, err := j.check(es.waitFor(t, soon, completed)); err != nil {
 		t.Error(err)

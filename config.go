@@ -105,7 +105,7 @@ type backendConfig struct {
 	// per request_id; beyond it the oldest is dropped and counted. As many delivered ones are kept for browsers that
 	// come back.
 	VersionPendingLimit int
-	// VersionPendingTTL (VERSION_PENDING_SECONDS, default 3600) is how long an outbox is kept without a connection.
+	// VersionPendingTTL (VERSION_PENDING_SECONDS, default 3600) is how long a log is kept without a connection.
 	// Then its events are dropped and counted.
 	VersionPendingTTL time.Duration
 	// FrontendVersionURL (FRONTEND_VERSION_URL, default "" = no polling) is a version.json that is polled in full. A

@@ -1,5 +1,5 @@
 // ConnectionManager: which token is the current connection of which identifier, and send and close by identifier. Tasks
-// and versions are not known here; what must be delivered is in outbox.go, the way to the gateway in gateway.go.
+// and versions are not known here; what must be delivered is in follower.go, the way to the gateway in gateway.go.
 
 package main
 

@@ -168,7 +168,7 @@ func (s *TaskService) take(id string, taken func(*task) bool, apply func(*task))
 	if !repeated {
 		apply(t)
 	}
-	return t.outbox.id(t.last), repeated, t.stored, nil
+	return t.events.id(t.last), repeated, t.stored, nil
 }
 
 // serveProgress is POST /api/tasks/{task_id}/progress.
@@ -274,7 +274,7 @@ func (s *TaskService) followWorker(id string) (ctx context.Context, none reporte
 	if ctx = t.worker; t.status.finished() { // then reports may be repeated still
 		ctx = s.life
 	}
-	return ctx, reported{EventID: t.outbox.id(t.last), Reports: new(int)}, nil
+	return ctx, reported{EventID: t.events.id(t.last), Reports: new(int)}, nil
 }
 
 // atLine says where in a body an error is.

@@ -28,57 +28,57 @@ func versionLike() logPolicy {
 	return logPolicy{event: "version", epoch: epochX}
 }
 
-// outboxTest is a connTest with an outbox. Its streams have tokens of one letter.
-type outboxTest struct {
+// logTest is a connTest with an event log. Its streams have tokens of one letter.
+type logTest struct {
 	*connTest
-	outbox *eventLog
+	events *eventLog
 }
 
-func testOutbox(t *testing.T, policy logPolicy, f func(t *outboxTest)) {
+func testLog(t *testing.T, policy logPolicy, f func(t *logTest)) {
 	t.Helper()
-	testConns(t, func(t *connTest) { f(newOutboxTest(t, policy)) })
+	testConns(t, func(t *connTest) { f(newLogTest(t, policy)) })
 }
 
-func newOutboxTest(t *connTest, policy logPolicy) *outboxTest {
-	o := &outboxTest{connTest: t}
+func newLogTest(t *connTest, policy logPolicy) *logTest {
+	o := &logTest{connTest: t}
 	policy.dropped = new(series)
-	o.outbox = newEventLog(&policy)
+	o.events = newEventLog(&policy)
 	return o
 }
 
-func (t *outboxTest) dropped() int { return int(t.outbox.policy.dropped.Load()) }
+func (t *logTest) dropped() int { return int(t.events.policy.dropped.Load()) }
 
-func (t *outboxTest) append(data ...string) {
+func (t *logTest) append(data ...string) {
 	t.Helper()
 	for _, d := range data {
-		t.outbox.Append(d, false)
+		t.events.Append(d, false)
 		t.rest()
 	}
 }
 
-// end ends the outbox.
-func (t *outboxTest) end(reason string) {
+// end ends the log.
+func (t *logTest) end(reason string) {
 	t.Helper()
-	t.outbox.End(reason)
+	t.events.End(reason)
 	t.rest()
 }
 
 // keep appends an event that the limit must not drop.
-func (t *outboxTest) keep(data string) {
+func (t *logTest) keep(data string) {
 	t.Helper()
-	t.outbox.Append(data, true)
+	t.events.Append(data, true)
 	t.rest()
 }
 
 // follow connects a stream of which the gateway has said that it knows it.
-func (t *outboxTest) follow(c connectRequest) (open event, end bool) {
+func (t *logTest) follow(c connectRequest) (open event, end bool) {
 	t.Helper()
 	c.probes = true
 	if old := t.conns.connections["task:1"]; old != nil {
 		c.replaces = old.token
 		old.owner.seen(time.Now())
 	}
-	open, end, err := follow(t.conns, "task:1", c, t.outbox)
+	open, end, err := follow(t.conns, "task:1", c, t.events)
 	if err != nil {
 		t.Error(err)
 	}
@@ -87,7 +87,7 @@ func (t *outboxTest) follow(c connectRequest) (open event, end bool) {
 }
 
 // connect connects a stream, checks after which event it begins, and waits until what it is given counts as received.
-func (t *outboxTest) connect(token, lastEventID, wantOpen string) {
+func (t *logTest) connect(token, lastEventID, wantOpen string) {
 	t.Helper()
 	open, _ := t.follow(connectRequest{token: token, lastEventID: lastEventID})
 	if got := open.ID; got != wantOpen {
@@ -98,7 +98,7 @@ func (t *outboxTest) connect(token, lastEventID, wantOpen string) {
 }
 
 // ok lets the gateway take a send, and then say that the stream is there.
-func (t *outboxTest) ok(send string) {
+func (t *logTest) ok(send string) {
 	t.Helper()
 	t.connTest.ok(send)
 	token, _, _ := strings.Cut(send, " ")
@@ -108,7 +108,7 @@ func (t *outboxTest) ok(send string) {
 }
 
 // delivers lets the gateway take everything, and checks what that was: one stream after the other, each in its order.
-func (t *outboxTest) delivers(want ...string) {
+func (t *logTest) delivers(want ...string) {
 	t.Helper()
 	var got []string
 	for sends := t.gateway.sends(); len(sends) > 0; sends = t.gateway.sends() {
@@ -126,14 +126,14 @@ func closing(token, reason string) string {
 	return token + ` close {"reason":"` + reason + `"} end`
 }
 
-func TestOutboxNumbersEvents(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+func TestFollowerNumbersEvents(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
 		open, _ := t.follow(connectRequest{token: "a"})
 		if want := (event{ID: "x-0", Name: "connection_open", Data: `{"status":"connected"}`}); open != want {
 			t.Errorf("begins with %q, want %q", open, want)
 		}
 		for want := range uint64(3) {
-			if got := t.outbox.Append("data", want == 0); got != want+1 {
+			if got := t.events.Append("data", want == 0); got != want+1 {
 				t.Errorf("got number %d, want %d", got, want+1)
 			}
 		}
@@ -148,7 +148,7 @@ func TestOutboxNumbersEvents(t *testing.T) {
 // A browser gave up an attempt whose callback then came after that of its next one. To take the dead stream for the newer
 // one would tell the only page that it was replaced.
 func TestRaceCallbackOvertakesAnother(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+	testLog(t, taskLike(), func(t *logTest) {
 		connect := func(token, order string) (event, bool) {
 			return t.follow(connectRequest{token: token, order: parseOrder(order)})
 		}
@@ -165,8 +165,8 @@ func TestRaceCallbackOvertakesAnother(t *testing.T) {
 	})
 }
 
-func TestOutboxWithoutNumbers(t *testing.T) {
-	testOutbox(t, logPolicy{event: "error", replay: true}, func(t *outboxTest) {
+func TestFollowerWithoutNumbers(t *testing.T) {
+	testLog(t, logPolicy{event: "error", replay: true}, func(t *logTest) {
 		t.append("not found")
 		t.end("task_not_found")
 		t.connect("a", "-1", "") // is no ID of any event either
@@ -174,8 +174,8 @@ func TestOutboxWithoutNumbers(t *testing.T) {
 	})
 }
 
-func TestOutboxOfTaskReplaysToFreshConnection(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+func TestFollowerOfTaskReplaysToFreshConnection(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.append("one", "two")
 		t.connect("a", "", "x-0")
 		t.delivers("a x-1 one", "a x-2 two")
@@ -186,8 +186,8 @@ func TestOutboxOfTaskReplaysToFreshConnection(t *testing.T) {
 	})
 }
 
-func TestOutboxOfVersionStartsAtFirstUndelivered(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerOfVersionStartsAtFirstUndelivered(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one", "two")
 		t.connect("a", "", "x-0")
 		t.ok("a x-1 one")
@@ -201,12 +201,12 @@ func TestOutboxOfVersionStartsAtFirstUndelivered(t *testing.T) {
 	})
 }
 
-func TestOutboxResume(t *testing.T) {
+func TestFollowerResume(t *testing.T) {
 	tests := []struct{ lastEventID, task, version string }{ // the event after which delivery goes on
 		{"x-0", "x-0", "x-0"},
 		{"x-1", "x-1", "x-1"},
 		{"x-3", "x-3", "x-3"},
-		{"x-4", "x-0", "x-3"}, // from here on it is not an event of this outbox
+		{"x-4", "x-0", "x-3"}, // from here on it is not an event of this log
 		{"", "x-0", "x-3"},
 		{"y-1", "x-0", "x-3"}, // the backend was started again
 		{"-1", "x-0", "x-3"},
@@ -223,7 +223,7 @@ func TestOutboxResume(t *testing.T) {
 	}
 	resume := func(t *testing.T, policy logPolicy, lastEventID, wantOpen string) {
 		t.Run(fmt.Sprintf("%s after %q", policy.event, lastEventID), func(t *testing.T) {
-			testOutbox(t, policy, func(t *outboxTest) {
+			testLog(t, policy, func(t *logTest) {
 				t.append("data", "data", "data")
 				t.connect("a", "", "x-0")
 				t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
@@ -241,8 +241,8 @@ func TestOutboxResume(t *testing.T) {
 }
 
 // What a browser names has arrived, also if the gateway's answer to it did not. The older ones arrived all the same.
-func TestOutboxOfVersionLearnsFromLastEventID(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerOfVersionLearnsFromLastEventID(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one", "two", "three")
 		t.connect("a", "x-2", "x-2")
 		t.notFound("a x-3 three")
@@ -254,8 +254,8 @@ func TestOutboxOfVersionLearnsFromLastEventID(t *testing.T) {
 }
 
 // A backlog goes out in runs, more at once with each that was taken.
-func TestOutboxRuns(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+func TestFollowerRuns(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.gateway.batches = true
 		t.append("1", "2", "3", "4", "5", "6")
 		t.end("task_completed")
@@ -264,8 +264,8 @@ func TestOutboxRuns(t *testing.T) {
 	})
 }
 
-func TestOutboxBoundsItsRuns(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerBoundsItsRuns(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.gateway.batches = true
 		half := strings.Repeat("x", maxRunBytes/2)
 		t.append(half, half, half, half+half+"x")
@@ -285,7 +285,7 @@ func TestOutboxBoundsItsRuns(t *testing.T) {
 }
 
 // What the gateway took of a run is with the browser, whatever became of the rest.
-func TestOutboxRunTakenInPart(t *testing.T) {
+func TestFollowerRunTakenInPart(t *testing.T) {
 	for name, test := range map[string]struct {
 		answer   sendResult
 		underWay []string
@@ -295,7 +295,7 @@ func TestOutboxRunTakenInPart(t *testing.T) {
 		"one at a time":        {sendResult{taken: 1}, []string{"a x-3 3 x-4 4"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			testOutbox(t, versionLike(), func(t *outboxTest) {
+			testLog(t, versionLike(), func(t *logTest) {
 				t.gateway.batches = true
 				t.append("1", "2", "3", "4")
 				t.connect("a", "", "x-0")
@@ -309,7 +309,7 @@ func TestOutboxRunTakenInPart(t *testing.T) {
 }
 
 // The gateway may take what is under way, so it is not dropped before that is known.
-func TestOutboxKeepsWhatIsUnderWay(t *testing.T) {
+func TestFollowerKeepsWhatIsUnderWay(t *testing.T) {
 	for name, test := range map[string]struct {
 		answer  sendResult
 		dropped int
@@ -321,13 +321,13 @@ func TestOutboxKeepsWhatIsUnderWay(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			policy := versionLike()
 			policy.limit = 3
-			testOutbox(t, policy, func(t *outboxTest) {
+			testLog(t, policy, func(t *logTest) {
 				t.gateway.batches = true
 				t.append("1", "2", "3")
 				t.connect("a", "", "x-0")
 				t.ok("a x-1 1")
 				waited := make(chan bool, 1)
-				go func() { waited <- t.outbox.Wait(t.Context(), 3) }()
+				go func() { waited <- t.events.Wait(t.Context(), 3) }()
 				t.append("4", "5", "6", "7")
 				if t.dropped() != 1 {
 					t.Errorf("dropped %d with two under way, want 1", t.dropped())
@@ -345,8 +345,8 @@ func TestOutboxKeepsWhatIsUnderWay(t *testing.T) {
 }
 
 // Something between may repeat a callback. What the first one began must not stand in the way of the second.
-func TestOutboxSameTokenAgain(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+func TestFollowerSameTokenAgain(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.notFound("a x-1 one")
@@ -355,10 +355,10 @@ func TestOutboxSameTokenAgain(t *testing.T) {
 	})
 }
 
-func TestOutboxLimit(t *testing.T) {
+func TestFollowerLimit(t *testing.T) {
 	policy := taskLike()
 	policy.limit = 3
-	testOutbox(t, policy, func(t *outboxTest) {
+	testLog(t, policy, func(t *logTest) {
 		t.keep("first")
 		t.append("2", "3", "4", "5")
 		if got, want := t.dropped(), 2; got != want {
@@ -380,10 +380,10 @@ func TestOutboxLimit(t *testing.T) {
 }
 
 // What an open stream was given is not dropped when it goes, though a reload would have liked to see it again.
-func TestOutboxDropsNothingThatWasGiven(t *testing.T) {
+func TestFollowerDropsNothingThatWasGiven(t *testing.T) {
 	policy := taskLike()
 	policy.limit = 2
-	testOutbox(t, policy, func(t *outboxTest) {
+	testLog(t, policy, func(t *logTest) {
 		t.append("1", "2")
 		t.connect("a", "", "x-0")
 		t.delivers("a x-1 1", "a x-2 2")
@@ -398,10 +398,10 @@ func TestOutboxDropsNothingThatWasGiven(t *testing.T) {
 }
 
 // What was held back for a stream that never opened was given to nobody.
-func TestOutboxDropsWhatWasHeldBackAndLost(t *testing.T) {
+func TestFollowerDropsWhatWasHeldBackAndLost(t *testing.T) {
 	policy := versionLike()
 	policy.limit = 2
-	testOutbox(t, policy, func(t *outboxTest) {
+	testLog(t, policy, func(t *logTest) {
 		t.append("1", "2")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 1")
@@ -417,24 +417,24 @@ func TestOutboxDropsWhatWasHeldBackAndLost(t *testing.T) {
 }
 
 // What a browser is resuming with is still needed.
-func TestOutboxShedsNothingUnderWay(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerShedsNothingUnderWay(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("1", "2", "3")
 		t.connect("a", "", "x-0")
 		t.delivers("a x-1 1", "a x-2 2", "a x-3 3")
 		t.onDisconnect("a")
 		t.connect("b", "x-0", "x-0")
 		t.ok("b x-1 1")
-		t.outbox.Shed()
+		t.events.Shed()
 		t.delivers("b x-2 2", "b x-3 3")
 	})
 }
 
 // The limit is for events that a fresh connection would get. What was delivered does not push those out.
-func TestOutboxOfVersionLimit(t *testing.T) {
+func TestFollowerOfVersionLimit(t *testing.T) {
 	policy := versionLike()
 	policy.limit = 2
-	testOutbox(t, policy, func(t *outboxTest) {
+	testLog(t, policy, func(t *logTest) {
 		t.connect("a", "", "x-0")
 		for i := range 5 {
 			t.append("data")
@@ -455,10 +455,10 @@ func TestOutboxOfVersionLimit(t *testing.T) {
 }
 
 // The gateway may have taken as many as may wait at once, and the browser none of them.
-func TestOutboxOfVersionKeepsWhatWasTaken(t *testing.T) {
+func TestFollowerOfVersionKeepsWhatWasTaken(t *testing.T) {
 	policy := versionLike()
 	policy.limit = 4
-	testOutbox(t, policy, func(t *outboxTest) {
+	testLog(t, policy, func(t *logTest) {
 		t.append("1", "2", "3", "4")
 		t.connect("a", "", "x-0")
 		t.delivers("a x-1 1", "a x-2 2", "a x-3 3", "a x-4 4")
@@ -475,38 +475,38 @@ func TestOutboxOfVersionKeepsWhatWasTaken(t *testing.T) {
 	})
 }
 
-func TestOutboxSize(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerSize(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		want := func(kept, waiting, bytes int) {
 			t.Helper()
-			if k, w, b := t.outbox.Size(); k != kept || w != waiting || b != bytes {
+			if k, w, b := t.events.Size(); k != kept || w != waiting || b != bytes {
 				t.Errorf("got %d kept, %d waiting, %d bytes, want %d, %d, %d", k, w, b, kept, waiting, bytes)
 			}
 		}
 		want(0, 0, 0)
 		t.append("one", "two")
-		t.outbox.Publish(t.outbox.Add(entry{data: "shared", shared: true}))
+		t.events.Publish(t.events.Add(entry{data: "shared", shared: true}))
 		t.append("four")
 		want(4, 4, 24)
 		t.connect("a", "", "x-0")
 		t.ok("a x-1 one")
 		want(4, 3, 24)
-		t.outbox.Shed()
+		t.events.Shed()
 		want(3, 3, 16)
 		t.delivers("a x-2 two", "a x-3 shared", "a x-4 four")
 		want(3, 0, 16)
-		t.outbox.Shed()
+		t.events.Shed()
 		want(0, 0, 0)
 	})
 }
 
-func TestOutboxEnd(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+func TestFollowerEnd(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.append("one", "two")
 		t.end("task_completed")
 		t.delivers("a x-1 one", "a x-2 two", closing("a", "task_completed"))
-		if got := t.outbox.Append("three", true); got != 0 {
+		if got := t.events.Append("three", true); got != 0 {
 			t.Errorf("got number %d after the end", got)
 		}
 		t.rest()
@@ -514,8 +514,8 @@ func TestOutboxEnd(t *testing.T) {
 	})
 }
 
-func TestOutboxEndAtOnceForWhoHasEverything(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+func TestFollowerEndAtOnceForWhoHasEverything(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.append("one")
 		t.end("task_failed")
 		t.connect("a", "x-1", "x-1")
@@ -529,8 +529,8 @@ func TestOutboxEndAtOnceForWhoHasEverything(t *testing.T) {
 	})
 }
 
-func TestOutboxEndWhileIdle(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+func TestFollowerEndWhileIdle(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "x-1", "x-1")
 		t.delivers()
@@ -540,8 +540,8 @@ func TestOutboxEndWhileIdle(t *testing.T) {
 }
 
 // An end that is due already is the next event, and there is no other that could come.
-func TestOutboxEndBehindFailure(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+func TestFollowerEndBehindFailure(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.end("task_completed")
@@ -551,8 +551,8 @@ func TestOutboxEndBehindFailure(t *testing.T) {
 }
 
 // The end itself may fail to arrive. The browser comes back for it.
-func TestOutboxEndAgainAfterFailure(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+func TestFollowerEndAgainAfterFailure(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.end("task_completed")
 		t.fails(closing("a", "task_completed"))
@@ -573,29 +573,29 @@ type waited struct {
 }
 
 // wait waits for event n, for a second at most.
-func (t *outboxTest) wait(n uint64) <-chan waited {
+func (t *logTest) wait(n uint64) <-chan waited {
 	t.Helper()
 	result := make(chan waited, 1)
 	go func() {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		start := time.Now()
-		given := t.outbox.Wait(ctx, n)
+		given := t.events.Wait(ctx, n)
 		result <- waited{given, time.Since(start)}
 	}()
 	t.rest()
 	return result
 }
 
-func (t *outboxTest) wantWaited(result <-chan waited, want waited) {
+func (t *logTest) wantWaited(result <-chan waited, want waited) {
 	t.Helper()
 	if got := <-result; got != want {
 		t.Errorf("got %t after %s, want %t after %s", got.given, got.after, want.given, want.after)
 	}
 }
 
-func TestOutboxWait(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerWait(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one")
 		t.wantWaited(t.wait(1), waited{false, 0}) // nobody is there
 		t.connect("a", "", "x-0")
@@ -626,8 +626,8 @@ func TestOutboxWait(t *testing.T) {
 }
 
 // A browser that comes back with the event's ID has it, and then nothing is sent that could end the wait.
-func TestOutboxWaitUntilTheBrowserNamesTheEvent(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerWaitUntilTheBrowserNamesTheEvent(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.append("one")
 		result := t.wait(1)
@@ -637,10 +637,10 @@ func TestOutboxWaitUntilTheBrowserNamesTheEvent(t *testing.T) {
 }
 
 // An event that was dropped comes to nobody, even if the later ones do.
-func TestOutboxWaitForDroppedEvent(t *testing.T) {
+func TestFollowerWaitForDroppedEvent(t *testing.T) {
 	policy := versionLike()
 	policy.limit = 1
-	testOutbox(t, policy, func(t *outboxTest) {
+	testLog(t, policy, func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.append("one", "two")
 		result := t.wait(2)
@@ -651,8 +651,8 @@ func TestOutboxWaitForDroppedEvent(t *testing.T) {
 
 // The event behind those that were held back is not sent while it is unknown what became of them. It must not be waited
 // for in vain when they are lost.
-func TestOutboxWaitBehindWhatWasHeldBackAndLost(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerWaitBehindWhatWasHeldBackAndLost(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
@@ -664,8 +664,8 @@ func TestOutboxWaitBehindWhatWasHeldBackAndLost(t *testing.T) {
 }
 
 // What the gateway holds back is with the browser only when its stream has opened.
-func TestOutboxWaitUntilTheStreamOpens(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerWaitUntilTheStreamOpens(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		result := t.wait(1)
@@ -682,8 +682,8 @@ func TestOutboxWaitUntilTheStreamOpens(t *testing.T) {
 
 // While the connect callback is under way the gateway holds events back. If the browser leaves before its stream opens,
 // it never had them.
-func TestOutboxOfVersionSendsAgainWhatWasHeldBackAndLost(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerOfVersionSendsAgainWhatWasHeldBackAndLost(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one", "two")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
@@ -701,8 +701,8 @@ func TestOutboxOfVersionSendsAgainWhatWasHeldBackAndLost(t *testing.T) {
 	})
 }
 
-func TestOutboxOfVersionAsksWhetherTheStreamOpened(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerOfVersionAsksWhetherTheStreamOpened(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
@@ -718,8 +718,8 @@ func TestOutboxOfVersionAsksWhetherTheStreamOpened(t *testing.T) {
 }
 
 // No connect callback takes longer than this. An answer that stays the same is not waited for.
-func TestOutboxOfVersionAsksForALimitedTime(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerOfVersionAsksForALimitedTime(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
@@ -740,8 +740,8 @@ func TestOutboxOfVersionAsksForALimitedTime(t *testing.T) {
 }
 
 // A task's events are all sent again anyway.
-func TestOutboxOfTaskDoesNotAskWhetherTheStreamOpened(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+func TestFollowerOfTaskDoesNotAskWhetherTheStreamOpened(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
@@ -750,23 +750,23 @@ func TestOutboxOfTaskDoesNotAskWhetherTheStreamOpened(t *testing.T) {
 }
 
 // A browser that leaves within a second may not have read a byte. What its stream was given is for the next one.
-func TestOutboxOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
+func TestFollowerOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
 	for name, test := range map[string]struct {
-		end  func(t *outboxTest)
+		end  func(t *logTest)
 		want string // the event after which the next connection begins
 	}{
-		"left at once":         {func(t *outboxTest) { t.onDisconnect("a") }, "x-0"},
-		"left within a second": {func(t *outboxTest) { time.Sleep(settleTime - 1); t.onDisconnect("a") }, "x-0"},
-		"left after a second":  {func(t *outboxTest) { time.Sleep(settleTime); t.onDisconnect("a") }, "x-1"},
-		"replaced at once":     {func(t *outboxTest) {}, "x-0"},
-		"replaced later":       {func(t *outboxTest) { time.Sleep(settleTime) }, "x-1"},
-		"lost at once": {func(t *outboxTest) { // the gateway crashed, which is learned much later
+		"left at once":         {func(t *logTest) { t.onDisconnect("a") }, "x-0"},
+		"left within a second": {func(t *logTest) { time.Sleep(settleTime - 1); t.onDisconnect("a") }, "x-0"},
+		"left after a second":  {func(t *logTest) { time.Sleep(settleTime); t.onDisconnect("a") }, "x-1"},
+		"replaced at once":     {func(t *logTest) {}, "x-0"},
+		"replaced later":       {func(t *logTest) { time.Sleep(settleTime) }, "x-1"},
+		"lost at once": {func(t *logTest) { // the gateway crashed, which is learned much later
 			time.Sleep(time.Hour)
 			go t.conns.sweep(0)
 			t.rest()
 			t.notFound("a ?")
 		}, "x-0"},
-		"lost after a sweep": {func(t *outboxTest) {
+		"lost after a sweep": {func(t *logTest) {
 			time.Sleep(settleTime)
 			go t.conns.sweep(0)
 			t.rest()
@@ -777,7 +777,7 @@ func TestOutboxOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
 		}, "x-1"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			testOutbox(t, versionLike(), func(t *outboxTest) {
+			testLog(t, versionLike(), func(t *logTest) {
 				t.append("one")
 				t.follow(connectRequest{token: "a"})
 				t.connTest.ok("a x-1 one")
@@ -789,8 +789,8 @@ func TestOutboxOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
 }
 
 // Also what the gateway's own answer tells of a stream that is open later than a second counts.
-func TestOutboxOfVersionSettlesWithALaterEvent(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerOfVersionSettlesWithALaterEvent(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one")
 		t.follow(connectRequest{token: "a"})
 		t.connTest.ok("a x-1 one")
@@ -804,8 +804,8 @@ func TestOutboxOfVersionSettlesWithALaterEvent(t *testing.T) {
 }
 
 // What was asked for before a crash proves nothing: the answer was late.
-func TestOutboxOfVersionLateAnswerSettlesNothing(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerOfVersionLateAnswerSettlesNothing(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one")
 		t.follow(connectRequest{token: "a"})
 		time.Sleep(settleTime)
@@ -817,10 +817,10 @@ func TestOutboxOfVersionLateAnswerSettlesNothing(t *testing.T) {
 }
 
 // A gateway that announces no features writes an empty event if it is asked before the stream is open.
-func TestOutboxOfVersionAsksNoForeignGateway(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerOfVersionAsksNoForeignGateway(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one")
-		follow(t.conns, "task:1", connectRequest{token: "a"}, t.outbox)
+		follow(t.conns, "task:1", connectRequest{token: "a"}, t.events)
 		t.rest()
 		t.buffered("a x-1 one")
 		time.Sleep(openLimit - 1)
@@ -832,8 +832,8 @@ func TestOutboxOfVersionAsksNoForeignGateway(t *testing.T) {
 }
 
 // An event that the gateway refuses for good would be ended, replayed and refused again without end.
-func TestOutboxSkipsWhatIsRefused(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+func TestFollowerSkipsWhatIsRefused(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.append("one", "two")
 		t.connect("a", "", "x-0")
 		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
@@ -844,11 +844,11 @@ func TestOutboxSkipsWhatIsRefused(t *testing.T) {
 	})
 }
 
-// page connects a page that follows the outbox and other logs.
-func (t *outboxTest) page(token string, others ...*eventLog) {
+// page connects a page that follows the log and other logs.
+func (t *logTest) page(token string, others ...*eventLog) {
 	t.Helper()
 	f := &follower{identifier: "page:1", page: true}
-	f.connect(t.conns, connectRequest{token: token}, func() []*eventLog { return append(others, t.outbox) })
+	f.connect(t.conns, connectRequest{token: token}, func() []*eventLog { return append(others, t.events) })
 	t.rest()
 }
 
@@ -865,7 +865,7 @@ func logOf(epoch string, events int) *eventLog {
 
 // What waits in another log is an opportunity, too, to end a stream that may have a gap.
 func TestPageEndsBehindFailure(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one")
 		t.page("a", logOf("t", 1))
 		t.fails("a t-1.x-0 t")
@@ -874,8 +874,8 @@ func TestPageEndsBehindFailure(t *testing.T) {
 }
 
 // The answer to an event that is refused does not tell whether the stream has opened.
-func TestOutboxRefusedWhileHeldBack(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerRefusedWhileHeldBack(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		result := t.wait(1)
@@ -888,8 +888,8 @@ func TestOutboxRefusedWhileHeldBack(t *testing.T) {
 }
 
 // An event that is refused is with no stream.
-func TestOutboxWaitForWhatIsRefused(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+func TestFollowerWaitForWhatIsRefused(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		result := t.wait(1)
@@ -933,7 +933,7 @@ func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
 }
 
 // What was dropped while it was under way to a connection that ended meanwhile was given to nobody.
-func TestOutboxDropsWhatWasUnderWayToNobody(t *testing.T) {
+func TestFollowerDropsWhatWasUnderWayToNobody(t *testing.T) {
 	for name, test := range map[string]struct {
 		answer  sendResult
 		dropped int
@@ -944,7 +944,7 @@ func TestOutboxDropsWhatWasUnderWayToNobody(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			policy := versionLike()
 			policy.limit = 1
-			testOutbox(t, policy, func(t *outboxTest) {
+			testLog(t, policy, func(t *logTest) {
 				t.append("one")
 				t.connect("a", "", "x-0")
 				t.append("two")
@@ -960,7 +960,7 @@ func TestOutboxDropsWhatWasUnderWayToNobody(t *testing.T) {
 
 // A gateway that cannot be asked must not keep a page from what comes while it is unknown whether the stream opened.
 func TestPageWaitsForNoForeignGateway(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+	testLog(t, versionLike(), func(t *logTest) {
 		task := logOf("t", 1)
 		t.page("a", task)
 		t.buffered("a t-1.x-0 t")
@@ -977,10 +977,10 @@ func TestPageWaitsForNoForeignGateway(t *testing.T) {
 
 // The callback of a stream that the gateway has given up may arrive while another is decided on.
 func TestConnectAsksAgainIfTheConnectionIsAnother(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		ghost := connectRequest{token: "g", probes: true}
-		_, _, err := follow(t.conns, "task:1", ghost, t.outbox)
+		_, _, err := follow(t.conns, "task:1", ghost, t.events)
 		if err != errAskFirst {
 			t.Fatalf("got %v, want that the gateway is asked", err)
 		}
@@ -994,7 +994,7 @@ func TestConnectAsksAgainIfTheConnectionIsAnother(t *testing.T) {
 		if !<-asked {
 			t.Error("the gateway knew it")
 		}
-		if _, _, err := follow(t.conns, "task:1", ghost, t.outbox); err != errAskFirst {
+		if _, _, err := follow(t.conns, "task:1", ghost, t.events); err != errAskFirst {
 			t.Errorf("got %v, want that the gateway is asked again", err)
 		}
 		t.wantConnections("task:1 b")
@@ -1004,13 +1004,13 @@ func TestConnectAsksAgainIfTheConnectionIsAnother(t *testing.T) {
 // The races: every step of each story is one that network and goroutines may choose.
 
 func TestRaceConnectDuringSend(t *testing.T) {
-	for name, answer := range map[string]func(t *outboxTest, send string){
-		"ok":       func(t *outboxTest, send string) { t.ok(send) },
-		"buffered": func(t *outboxTest, send string) { t.buffered(send) },
-		"fails":    func(t *outboxTest, send string) { t.fails(send) },
+	for name, answer := range map[string]func(t *logTest, send string){
+		"ok":       func(t *logTest, send string) { t.ok(send) },
+		"buffered": func(t *logTest, send string) { t.buffered(send) },
+		"fails":    func(t *logTest, send string) { t.fails(send) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			testOutbox(t, versionLike(), func(t *outboxTest) {
+			testLog(t, versionLike(), func(t *logTest) {
 				t.append("one", "two")
 				t.connect("a", "", "x-0")
 				t.connect("b", "", "x-0")
@@ -1023,7 +1023,7 @@ func TestRaceConnectDuringSend(t *testing.T) {
 }
 
 func TestRaceDisconnectOfOldTokenAfterReconnect(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.append("one")
 		t.ok("a x-1 one")
@@ -1037,7 +1037,7 @@ func TestRaceDisconnectOfOldTokenAfterReconnect(t *testing.T) {
 }
 
 func TestRace404ForOldTokenAfterReconnect(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.append("one")
 		t.connect("b", "x-0", "x-0")
@@ -1050,7 +1050,7 @@ func TestRace404ForOldTokenAfterReconnect(t *testing.T) {
 }
 
 func TestRaceReplacementDuringReplay(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.append("one", "two", "three")
 		t.connect("a", "", "x-0")
 		t.ok("a x-1 one")
@@ -1061,14 +1061,14 @@ func TestRaceReplacementDuringReplay(t *testing.T) {
 	})
 }
 
-// Whoever comes second is the connection, in both maps and for the outbox.
+// Whoever comes second is the connection, in both maps and for the log.
 func TestRaceTwoConnectsAtOnce(t *testing.T) {
-	testOutbox(t, taskLike(), func(t *outboxTest) {
+	testLog(t, taskLike(), func(t *logTest) {
 		t.append("one", "two")
 		for range 100 {
 			var both sync.WaitGroup
 			for _, token := range []string{"a", "b"} {
-				both.Go(func() { follow(t.conns, "task:1", connectRequest{token: token}, t.outbox) })
+				both.Go(func() { follow(t.conns, "task:1", connectRequest{token: token}, t.events) })
 			}
 			both.Wait()
 			t.rest()
@@ -1089,7 +1089,7 @@ func TestRaceTwoConnectsAtOnce(t *testing.T) {
 
 // Appending never waits for the network, and what is appended during a flush comes at its end.
 func TestRaceAppendDuringFlush(t *testing.T) {
-	testOutbox(t, versionLike(), func(t *outboxTest) {
+	testLog(t, versionLike(), func(t *logTest) {
 		t.append("one", "two")
 		t.connect("a", "", "x-0")
 		t.wantUnderWay("a x-1 one")
@@ -1108,7 +1108,7 @@ func TestRaceAppendDuringFlush(t *testing.T) {
 func TestRaceTimeoutOfSend(t *testing.T) {
 	timeout := func(name string, policy logPolicy, lastEventID string, want ...string) {
 		t.Run(name+" of "+policy.event, func(t *testing.T) {
-			testOutbox(t, policy, func(t *outboxTest) {
+			testLog(t, policy, func(t *logTest) {
 				t.append("one", "two")
 				t.connect("a", "", "x-0")
 				t.fails("a x-1 one")
@@ -1129,13 +1129,13 @@ func TestRaceTimeoutOfSend(t *testing.T) {
 
 // Without a later event nobody sees a gap, so the stream stays until there is something to send, or until the sweep.
 func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
-	for name, next := range map[string]func(t *outboxTest){
-		"event": func(t *outboxTest) { t.append("two") },
-		"end":   func(t *outboxTest) { t.end("task_completed") },
-		"sweep": func(t *outboxTest) { go t.conns.sweep(0); t.rest() },
+	for name, next := range map[string]func(t *logTest){
+		"event": func(t *logTest) { t.append("two") },
+		"end":   func(t *logTest) { t.end("task_completed") },
+		"sweep": func(t *logTest) { go t.conns.sweep(0); t.rest() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			testOutbox(t, taskLike(), func(t *outboxTest) {
+			testLog(t, taskLike(), func(t *logTest) {
 				t.append("one")
 				t.connect("a", "", "x-0")
 				t.fails("a x-1 one")
@@ -1147,7 +1147,7 @@ func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
 	}
 }
 
-func TestOutboxKeepsOneOrderForManyProducers(t *testing.T) {
+func TestFollowerKeepsOneOrderForManyProducers(t *testing.T) {
 	t.Parallel()
 	const producers, each = 8, 200
 	var got []string // by one sender at a time
@@ -1185,8 +1185,8 @@ func TestOutboxKeepsOneOrderForManyProducers(t *testing.T) {
 
 // world is a gateway, its streams and the browsers that follow one identifier: a log, or as a page several.
 type world struct {
-	*outboxTest
-	logs        []*eventLog // the first is outbox
+	*logTest
+	logs        []*eventLog // the first is log
 	rand        *rand.Rand
 	pages       int // that may be loaded besides the first
 	browsers    []*simBrowser
@@ -1267,7 +1267,7 @@ func (s *simStream) underWay() bool { return !s.sent }
 // newWorld makes a world with one log, or with that and some of tasks.
 func newWorld(t *testing.T, policy logPolicy, tasks int, seed uint64) *world {
 	w := &world{
-		outboxTest: newOutboxTest(newConnTest(t), policy),
+		logTest: newLogTest(newConnTest(t), policy),
 		rand:       rand.New(rand.NewPCG(seed, 0)),
 		browsers:   []*simBrowser{{t: t}},
 		performed:  map[*stepped]sendResult{},
@@ -1276,7 +1276,7 @@ func newWorld(t *testing.T, policy logPolicy, tasks int, seed uint64) *world {
 	if seed%4 > 1 {
 		w.pages = 1000
 	}
-	w.logs = append(w.logs, w.outbox)
+	w.logs = append(w.logs, w.events)
 	for i := range tasks {
 		epoch := string(rune('a' + i))
 		task := taskLike()
@@ -1304,7 +1304,7 @@ func (w *world) connect(b *simBrowser) {
 // follow makes a stream the connection.
 func (w *world) follow(s *simStream) (open event, end bool, err error) {
 	if len(w.logs) == 1 {
-		return follow(w.conns, "task:1", s.request, w.outbox)
+		return follow(w.conns, "task:1", s.request, w.events)
 	}
 	f := &follower{identifier: "task:1", page: true}
 	return f.connect(w.conns, s.request, func() []*eventLog { return s.logs })
@@ -1635,11 +1635,11 @@ func (w *world) check() {
 		if !current && !strings.Contains(b.reason, "task_completed") {
 			continue
 		}
-		if current && w.outbox.reason != "" {
+		if current && w.events.reason != "" {
 			w.Error("a browser still waits for the end")
 		}
 		for _, log := range w.logs {
-			follows := current && slices.Contains(b.stream.logs, log) || !current && log == w.outbox
+			follows := current && slices.Contains(b.stream.logs, log) || !current && log == w.events
 			if follows && b.has[log.epoch] != log.last {
 				w.Errorf("a browser has %v, but the last is %s", b.has, log.id(log.last))
 			}
@@ -1652,7 +1652,7 @@ func (w *world) check() {
 }
 
 // SIDECAST_SEEDS is how many worlds of each kind there are, for a longer run.
-func TestOutboxModel(t *testing.T) {
+func TestDeliveryModel(t *testing.T) {
 	t.Parallel()
 	worlds, _ := strconv.ParseUint(cmp.Or(os.Getenv("SIDECAST_SEEDS"), "700"), 10, 64)
 	const steps = 400

@@ -1,4 +1,4 @@
-// Names: services, identifiers, tokens and epochs. What they stand for is in connmgr.go and outbox.go.
+// Names: services, identifiers, tokens and epochs. What they stand for is in connmgr.go and eventlog.go.
 
 package main
 

@@ -1,4 +1,4 @@
-// What a service holds in memory of what clients made it keep. What counts towards it is in outbox.go, tasks.go and
+// What a service holds in memory of what clients made it keep. What counts towards it is in eventlog.go, tasks.go and
 // version.go.
 
 package main

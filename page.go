@@ -62,7 +62,7 @@ func (s *TaskService) crowded(ids []string) bool {
 	defer s.mu.Unlock()
 	return slices.ContainsFunc(ids, func(id string) bool {
 		t := s.tasks[id]
-		return t != nil && t.outbox.Followers() >= maxFollowers || len(s.watched[id]) >= maxFollowers
+		return t != nil && t.events.Followers() >= maxFollowers || len(s.watched[id]) >= maxFollowers
 	})
 }
 
@@ -75,7 +75,7 @@ func (s *TaskService) watch(ids []string, page *follower) []*eventLog {
 	logs := []*eventLog{unknown}
 	for _, id := range ids {
 		if t := s.tasks[id]; t != nil {
-			logs = append(logs, t.outbox)
+			logs = append(logs, t.events)
 			continue
 		}
 		unknown.Append(taskNotFound(id), true)

@@ -195,7 +195,7 @@ func TestPageLetsForgottenTasksGo(t *testing.T) {
 			api.post("a/progress", fmt.Sprintf(`{"text":%q,"value":%v}`, text, float64(i)/100))
 		}
 		api.post("a/complete", `{}`)
-		log := api.tasks.tasks["a"].outbox
+		log := api.tasks.tasks["a"].events
 		api.settle()
 		api.gateway.fail(errNoAnswer)
 		slow := api.page("slow", "", "a")

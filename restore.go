@@ -57,7 +57,7 @@ func encodeEvent(number, n, seq uint64, keep bool, data string) []byte {
 }
 
 func (t *task) record() []byte {
-	return encodeRecord(recordTask, record{Number: t.number, ID: t.id, Epoch: t.outbox.epoch, Kind: t.kind, Title: t.title,
+	return encodeRecord(recordTask, record{Number: t.number, ID: t.id, Epoch: t.events.epoch, Kind: t.kind, Title: t.title,
 		Params: json.RawMessage(t.params)})
 }
 
@@ -107,8 +107,8 @@ func (r *restoring) apply(text []byte) error {
 	case recordTask:
 		if r.numbers[rec.Number] == nil {
 			t := &task{number: rec.Number, id: rec.ID, kind: rec.Kind, title: rec.Title, params: string(rec.Params)}
-			t.outbox, t.status = newEventLog(r.tasks.policy), taskPending
-			t.outbox.epoch = rec.Epoch
+			t.events, t.status = newEventLog(r.tasks.policy), taskPending
+			t.events.epoch = rec.Epoch
 			r.forget(r.tasks.tasks[t.id])
 			r.numbers[t.number], r.tasks.tasks[t.id] = t, t
 		}
@@ -147,7 +147,7 @@ func (r *restoring) event(text []byte) error {
 		return nil
 	}
 	data := string(text[1:])
-	t.last, t.seq = t.outbox.Add(entry{n: head[1], data: data, keep: text[0] == 1}), max(t.seq, head[2])
+	t.last, t.seq = t.events.Add(entry{n: head[1], data: data, keep: text[0] == 1}), max(t.seq, head[2])
 	if strings.HasPrefix(data, `{"event_type":"progress_update"`) {
 		r.progress[t.number] = data
 	}
@@ -205,7 +205,7 @@ func (r *restoring) finish() error {
 
 // restore sets the state of t from its events.
 func (t *task) restore(progress string) error {
-	events := t.outbox.All()
+	events := t.events.All()
 	texts := []string{progress}
 	if len(events) > 0 {
 		texts = []string{events[0].data, progress, events[len(events)-1].data}
@@ -237,11 +237,11 @@ func (t *task) restore(progress string) error {
 	}
 	if t.status.finished() {
 		t.params = ""
-		t.outbox.End("task_" + string(t.status))
+		t.events.End("task_" + string(t.status))
 	}
 	state := t.taskState
 	t.shown.Store(&state)
-	t.outbox.Publish(t.last)
+	t.events.Publish(t.last)
 	return nil
 }
 
@@ -252,7 +252,7 @@ func (s *TaskService) snapshot(record func([]byte)) {
 	s.mu.Unlock()
 	for _, t := range tasks {
 		s.mu.Lock()
-		made, seq, events := t.record(), t.seq, t.outbox.All()
+		made, seq, events := t.record(), t.seq, t.events.All()
 		s.mu.Unlock()
 		record(made)
 		for _, e := range events {
@@ -271,19 +271,19 @@ func (s *VersionService) restore(kind byte, rec record) {
 	case kind == recordForget:
 		delete(s.streams, rec.ID)
 	case kind == recordMark && st != nil:
-		st.outbox.Received(rec.Event)
+		st.events.Received(rec.Event)
 	case kind == recordVersion:
-		if st == nil || st.outbox.epoch != rec.Epoch {
-			st = &versionStream{outbox: newEventLog(s.policy), stored: true}
-			st.outbox.epoch = rec.Epoch
+		if st == nil || st.events.epoch != rec.Epoch {
+			st = &versionStream{events: newEventLog(s.policy), stored: true}
+			st.events.epoch = rec.Epoch
 			s.streams[rec.ID] = st
 		}
 		e := entry{n: rec.Event, data: rec.Data, shared: rec.Shared}
 		if e.shared {
 			e.data = s.latest.data
 		}
-		if rec.Event > st.outbox.Last() {
-			st.outbox.Add(e)
+		if rec.Event > st.events.Last() {
+			st.events.Add(e)
 			st.version, st.round = rec.Version, s.round
 		}
 	}
@@ -295,7 +295,7 @@ func (s *VersionService) restored() {
 	defer s.mu.Unlock()
 	for id, st := range s.streams {
 		st.alone = time.Now()
-		st.outbox.Publish(st.outbox.Last())
+		st.events.Publish(st.events.Last())
 		s.countLocked(id, st)
 	}
 }
@@ -324,16 +324,16 @@ func (a announcement) record() []byte {
 
 // records are those of a request_id: the events that are kept, and which of them have been received.
 func (st *versionStream) records(id string) (records [][]byte) {
-	for _, e := range st.outbox.All() {
+	for _, e := range st.events.All() {
 		e.shared = false
 		records = append(records, st.record(id, e))
 	}
-	return append(records, encodeRecord(recordMark, record{ID: id, Event: st.outbox.Start()}))
+	return append(records, encodeRecord(recordMark, record{ID: id, Event: st.events.Start()}))
 }
 
 // record is that of one event.
 func (st *versionStream) record(id string, e entry) []byte {
-	r := record{ID: id, Epoch: st.outbox.epoch, Version: st.version, Event: e.n, Data: e.data, Shared: e.shared}
+	r := record{ID: id, Epoch: st.events.epoch, Version: st.version, Event: e.n, Data: e.data, Shared: e.shared}
 	if e.shared { // that of the latest announcement to everybody
 		r.Data = ""
 	}

@@ -76,7 +76,7 @@ func (s *TaskService) History(id, after string) (events []event, status taskStat
 	if err != nil {
 		return nil, "", err
 	}
-	return t.outbox.After(after, maxTaskPage), view.Status, nil
+	return t.events.After(after, maxTaskPage), view.Status, nil
 }
 
 // List returns the newest tasks, newest first.
@@ -111,12 +111,12 @@ func (s *TaskService) Bytes() int {
 	return s.memory.held
 }
 
-// Events returns how many events the outboxes of all tasks hold.
+// Events returns how many events the logs of all tasks hold.
 func (s *TaskService) Events() (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, t := range s.tasks {
-		kept, _, _ := t.outbox.Size()
+		kept, _, _ := t.events.Size()
 		n += kept
 	}
 	return n

@@ -1,4 +1,4 @@
-// TaskService: workers and the life cycle of a task. Tokens are not known here; outbox.go delivers the events,
+// TaskService: workers and the life cycle of a task. Tokens are not known here; follower.go delivers the events,
 // taskapi.go speaks HTTP, kinds.go has the work, and external.go is for tasks that are worked on elsewhere.
 
 package main
@@ -82,13 +82,13 @@ type TaskService struct {
 	endLife context.CancelFunc
 }
 
-// task is one task. Its terminal event is in the outbox if and only if its status is a finished one.
+// task is one task. Its terminal event is in its log if and only if its status is a finished one.
 type task struct {
 	id     string
 	kind   string
 	title  string // of an external task
 	number uint64 // of creation
-	outbox *eventLog
+	events *eventLog
 
 	taskState
 	shown    atomic.Pointer[taskState] // what is on disk of it; nil if not even the task is
@@ -169,7 +169,7 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 	t := s.tasks[id]
 	s.mu.Unlock()
 	if t != nil {
-		return follow(s.conns, identifier, c, t.outbox)
+		return follow(s.conns, identifier, c, t.events)
 	}
 	log := newEventLog(s.unknown)
 	log.Append(taskNotFound(id), true)
@@ -210,7 +210,7 @@ func (s *TaskService) storeLocked(t *task, record []byte) {
 	state, last := t.taskState, t.last
 	t.stored = s.journal.write(record, func() {
 		t.shown.Store(&state)
-		t.outbox.Publish(last)
+		t.events.Publish(last)
 	})
 }
 
@@ -227,7 +227,7 @@ func (s *TaskService) addLocked(t *task) error {
 	if s.closing {
 		return errClosing
 	}
-	t.outbox = newEventLog(s.policy)
+	t.events = newEventLog(s.policy)
 	if !s.makeRoomLocked(t.size()) {
 		return errMemoryFull
 	}
@@ -237,7 +237,7 @@ func (s *TaskService) addLocked(t *task) error {
 	s.memory.count(&t.held, t.size())
 	s.storeLocked(t, t.record())
 	for _, page := range s.watched[t.id] {
-		page.add(t.outbox)
+		page.add(t.events)
 	}
 	delete(s.watched, t.id)
 	return nil
@@ -245,7 +245,7 @@ func (s *TaskService) addLocked(t *task) error {
 
 // size is about how many bytes of the heap the task takes.
 func (t *task) size() int {
-	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + 2*len(t.params) + t.outbox.Held()
+	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + 2*len(t.params) + t.events.Held()
 	if t.progress != nil {
 		n += len(t.progress.Text)
 	}
@@ -362,10 +362,10 @@ type taskEvent[T any] struct {
 func (s *TaskService) emitLocked(t *task, eventType string, at time.Time, data any, keep bool) {
 	event := string(marshal(taskEvent[any]{eventType, t.id, at.UTC(), data}))
 	t.result = event[len(event)-1-len(t.result) : len(event)-1] // one copy is enough
-	t.last = t.outbox.Add(entry{data: event, keep: keep})
+	t.last = t.events.Add(entry{data: event, keep: keep})
 	s.storeLocked(t, encodeEvent(t.number, t.last, t.seq, keep, event))
 	s.memory.count(&t.held, t.size())
-	for !s.makeRoomLocked(0) && t.outbox.DropOldest() {
+	for !s.makeRoomLocked(0) && t.events.DropOldest() {
 		s.memory.count(&t.held, t.size())
 	}
 }
@@ -394,7 +394,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 	}
 	eventType := "task_" + string(status)
 	s.emitLocked(t, eventType, t.end, data, true)
-	t.outbox.End(eventType)
+	t.events.End(eventType)
 	if t.deadline != nil {
 		t.deadline.Stop()
 	}
@@ -454,7 +454,7 @@ func (s *TaskService) forgetLocked(t *task) {
 	s.finished.Remove(t.place)
 	s.memory.count(&t.held, 0)
 	t.deadline.Stop()
-	t.outbox.Leave() // to pages, which may stay for long
+	t.events.Leave() // to pages, which may stay for long
 }
 
 // Close takes no more tasks and fails those that have not ended. With a journal only those that run here: the others go

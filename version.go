@@ -1,5 +1,5 @@
 // VersionService: versions pending for a request_id, announced to all, or polled, and its HTTP handler. Tokens are not
-// known here; outbox.go delivers the events.
+// known here; follower.go delivers the events.
 
 package main
 
@@ -25,7 +25,7 @@ const (
 	maxVersionHeld    = 256 << 20
 	versionOverhead   = 265
 	connectedOverhead = 520
-	// tidyInterval is the longest time between two looks through the outboxes.
+	// tidyInterval is the longest time between two looks through the logs.
 	tidyInterval = 10 * time.Second
 
 	pollLimit = 10 * time.Second
@@ -37,7 +37,7 @@ const (
 // versionConfig are the limits of a VersionService.
 type versionConfig struct {
 	pendingLimit int           // undelivered events kept for each request_id, and delivered ones; 0 = no limit
-	pendingTTL   time.Duration // how long an outbox without a connection is kept
+	pendingTTL   time.Duration // how long a log without a connection is kept
 }
 
 // VersionService tells browsers about new versions of the frontend: one by its request_id, which may connect later, or
@@ -62,7 +62,7 @@ type VersionService struct {
 
 // versionStream is one request_id.
 type versionStream struct {
-	outbox  *eventLog
+	events  *eventLog
 	stored  bool      // in the journal, as there was an announcement to it alone
 	marked  uint64    // its start as the journal has it
 	version string    // the last one appended
@@ -135,7 +135,7 @@ func (s *VersionService) follow(id string) (*eventLog, error) {
 	st.alone = time.Time{}
 	s.catchUpLocked(id, st)
 	s.countLocked(id, st)
-	return st.outbox, nil
+	return st.events, nil
 }
 
 // connected reports whether a request_id has a stream, of its own or of a page.
@@ -153,7 +153,7 @@ func (s *VersionService) streamLocked(id string, n int) (*versionStream, error) 
 		return nil, errNoRoom
 	}
 	if st == nil {
-		st = &versionStream{outbox: newEventLog(s.policy), alone: time.Now()}
+		st = &versionStream{events: newEventLog(s.policy), alone: time.Now()}
 		s.streams[id] = st
 		s.countLocked(id, st)
 	}
@@ -162,7 +162,7 @@ func (s *VersionService) streamLocked(id string, n int) (*versionStream, error) 
 
 // countLocked counts what st holds now.
 func (s *VersionService) countLocked(id string, st *versionStream) {
-	n := versionOverhead + 2*len(id) + len(st.version) + st.outbox.Held()
+	n := versionOverhead + 2*len(id) + len(st.version) + st.events.Held()
 	if st.alone.IsZero() {
 		n += connectedOverhead
 	}
@@ -185,13 +185,13 @@ func (s *VersionService) catchUpLocked(id string, st *versionStream) (n uint64) 
 // appendLocked appends an event, which is delivered when it is on disk.
 func (s *VersionService) appendLocked(id string, st *versionStream, version string, e entry) (n uint64) {
 	st.version, st.round = version, s.round
-	n = st.outbox.Add(e)
+	n = st.events.Add(e)
 	var record []byte
 	if st.stored {
 		e.n = n
 		record = st.record(id, e)
 	}
-	s.stored = s.journal.write(record, func() { st.outbox.Publish(n) })
+	s.stored = s.journal.write(record, func() { st.events.Publish(n) })
 	return n
 }
 
@@ -229,7 +229,7 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 	if err := stored.wait(); err != nil {
 		return false, err
 	}
-	return st.outbox.Wait(ctx, n), nil
+	return st.events.Wait(ctx, n), nil
 }
 
 // AnnounceAll is TellAll. It returns how many took the event, and how many did not by the time ctx ends.
@@ -239,7 +239,7 @@ func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (deliv
 		return 0, 0, err
 	}
 	for _, e := range told {
-		if e.outbox.Wait(ctx, e.n) {
+		if e.events.Wait(ctx, e.n) {
 			delivered++
 		} else {
 			failed++
@@ -250,7 +250,7 @@ func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (deliv
 
 // versionEvent is an event that was appended.
 type versionEvent struct {
-	outbox *eventLog
+	events *eventLog
 	n      uint64
 }
 
@@ -265,7 +265,7 @@ func (s *VersionService) TellAll(a announcement) (told []versionEvent, stored *c
 	for id, st := range s.streams {
 		if s.connected(id) {
 			if n := s.catchUpLocked(id, st); n != 0 {
-				told = append(told, versionEvent{st.outbox, n})
+				told = append(told, versionEvent{st.events, n})
 				s.countLocked(id, st)
 			}
 		}
@@ -273,7 +273,7 @@ func (s *VersionService) TellAll(a announcement) (told []versionEvent, stored *c
 	return told, s.stored
 }
 
-// Tidy drops, until ctx ends, the outboxes that have had no connection for the configured time. While memory is short
+// Tidy drops, until ctx ends, the logs that have had no connection for the configured time. While memory is short
 // it also drops what no fresh connection would get.
 func (s *VersionService) Tidy(ctx context.Context) {
 	ticker := time.NewTicker(min(tidyInterval, max(s.cfg.pendingTTL/8, time.Millisecond)))
@@ -295,13 +295,13 @@ func (s *VersionService) tidy() {
 	short := s.memory.held > s.memory.limit/2
 	for id, st := range s.streams {
 		if short {
-			st.outbox.Shed()
+			st.events.Shed()
 		}
-		if start := st.outbox.Start(); st.stored && st.marked != start { // late is good enough: it is given again
+		if start := st.events.Start(); st.stored && st.marked != start { // late is good enough: it is given again
 			st.marked = start
 			s.journal.write(encodeRecord(recordMark, record{ID: id, Event: start}), func() {})
 		}
-		_, waiting, bytes := st.outbox.Size()
+		_, waiting, bytes := st.events.Size()
 		if s.connected(id) {
 			st.alone = time.Time{}
 		} else if st.alone.IsZero() {
@@ -328,12 +328,12 @@ func (s *VersionService) Bytes() int {
 	return s.memory.held
 }
 
-// Events returns how many events the outboxes of all request IDs hold.
+// Events returns how many events the logs of all request IDs hold.
 func (s *VersionService) Events() (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, st := range s.streams {
-		kept, _, _ := st.outbox.Size()
+		kept, _, _ := st.events.Size()
 		n += kept
 	}
 	return n

@@ -148,7 +148,7 @@ func TestVersionOutboxExpires(t *testing.T) {
 	})
 }
 
-// A laptop that slept for longer than its outbox was kept comes back with the
+// A laptop that slept for longer than its log was kept comes back with the
 // ID of an event that is not the one with the same number now.
 func TestVersionAfterExpiryIsNotSkipped(t *testing.T) {
 	apiTest(t, "VERSION_PENDING_SECONDS=1000", func(t *testing.T, api *apiFixture) {
@@ -261,7 +261,7 @@ func TestVersionBodies(t *testing.T) {
 		api.checkAnnounce(body, want)
 	}
 	if got := len(api.version.streams); got != 0 {
-		t.Errorf("got %d outboxes, want none", got)
+		t.Errorf("got %d logs, want none", got)
 	}
 }
 
@@ -280,13 +280,13 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 		}
 		api.subscribe("a").checkStory("connection_open version:1") // is known already
 		if got := len(api.version.streams); got != 2 {
-			t.Errorf("got %d outboxes, want 2", got)
+			t.Errorf("got %d logs, want 2", got)
 		}
 		time.Sleep(settleTime)
 		api.conns.sweep(0)
 		api.version.tidy() // keeps what waits, and whoever is there
 		if got := len(api.version.streams); got != 2 {
-			t.Errorf("got %d outboxes after tidying, want 2", got)
+			t.Errorf("got %d logs after tidying, want 2", got)
 		}
 		api.version.memory.limit = 8 * one
 		api.checkAnnounced("c", "1", false)
@@ -379,12 +379,12 @@ func TestVersionForgetsIdleWhenMemoryIsShort(t *testing.T) {
 		api.checkAnnouncedToAll("2", 1, 1)
 		api.version.tidy()
 		if got := len(api.version.streams); got != 4 {
-			t.Errorf("with memory left: got %d outboxes, want 4", got)
+			t.Errorf("with memory left: got %d logs, want 4", got)
 		}
 		api.version.memory.limit = 2*api.version.memory.held - 1
 		api.version.tidy()
 		if got, want := slices.Sorted(maps.Keys(api.version.streams)), []string{"here", "waits"}; !slices.Equal(got, want) {
-			t.Errorf("got outboxes of %q, want of %q", got, want)
+			t.Errorf("got logs of %q, want of %q", got, want)
 		}
 		here.checkStory("connection_open version:1 version:2")
 		api.subscribe("lost").checkStory("connection_open version:2") // as it had been waiting
@@ -434,13 +434,13 @@ func TestRaceConnectDuringBroadcast(t *testing.T) {
 	})
 }
 
-// An outbox that is forgotten while a stream connects would leave that stream deaf.
+// An log that is forgotten while a stream connects would leave that stream deaf.
 func TestRaceConnectWhileMemoryIsShort(t *testing.T) {
 	raceConnect(t, func(api *apiFixture, i int) {
 		api.version.tidy()
 	}, func(st *versionStream, i int) {
 		if st == nil {
-			t.Error("nobody knows the outbox of an open stream")
+			t.Error("nobody knows the log of an open stream")
 		}
 	})
 }
