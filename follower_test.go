@@ -1267,10 +1267,10 @@ func (s *simStream) underWay() bool { return !s.sent }
 // newWorld makes a world with one log, or with that and some of tasks.
 func newWorld(t *testing.T, policy logPolicy, tasks int, seed uint64) *world {
 	w := &world{
-		logTest: newLogTest(newConnTest(t), policy),
-		rand:       rand.New(rand.NewPCG(seed, 0)),
-		browsers:   []*simBrowser{{t: t}},
-		performed:  map[*stepped]sendResult{},
+		logTest:   newLogTest(newConnTest(t), policy),
+		rand:      rand.New(rand.NewPCG(seed, 0)),
+		browsers:  []*simBrowser{{t: t}},
+		performed: map[*stepped]sendResult{},
 	}
 	w.gateway.batches = seed%2 == 1
 	if seed%4 > 1 {
