@@ -1654,7 +1654,13 @@ func (w *world) check() {
 // SIDECAST_SEEDS is how many worlds of each kind there are, for a longer run.
 func TestDeliveryModel(t *testing.T) {
 	t.Parallel()
-	worlds, _ := strconv.ParseUint(cmp.Or(os.Getenv("SIDECAST_SEEDS"), "700"), 10, 64)
+	worlds := uint64(2000)
+	if underRace {
+		worlds = 700
+	}
+	if n, err := strconv.ParseUint(os.Getenv("SIDECAST_SEEDS"), 10, 64); err == nil {
+		worlds = n
+	}
 	const steps = 400
 	for seed := range worlds {
 		for _, kind := range []struct {
