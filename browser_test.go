@@ -87,22 +87,23 @@ func TestBrowserPage(t *testing.T) {
 	tab.run(`const form = document.querySelector("#demo-form");
 		form.elements.steps.value = 30; form.elements.delay.value = 0.1;
 		document.querySelector("#start-demo").click()`)
-	tab.wait(`document.querySelectorAll("#tasks [data-log] li").length > 5`)
+	tab.wait(`document.querySelectorAll("#tasks li").length > 5`)
 	site.gateway.kill(t)
-	tab.wait(`document.querySelector("#tasks article[data-state=reconnecting]")`)
+	tab.wait(`document.querySelector("#tasks tbody[data-state=reconnecting]")`)
 	site.gateway.restart(t)
-	tab.wait(`document.querySelector("#tasks article[data-status=completed][data-state=closed]")`)
+	tab.wait(`document.querySelector("#tasks tbody[data-status=completed][data-state=closed]")`)
 	want := []string{"task_started null"}
 	for step := 1; step <= 30; step++ {
 		value, _ := json.Marshal(float64(step) / 30)
 		want = append(want, fmt.Sprintf(`progress_update {"text":"step %d of 30","value":%s}`, step, value))
 	}
-	tab.wantEvents(t, "#tasks article", append(want, `task_completed {"message":"Demo","steps":30}`)...)
+	tab.wantEvents(t, "#tasks tbody", append(want, `task_completed {"message":"Demo","steps":30}`)...)
 
 	// A deployment reaches the page.
 	site.post(t, "/api/deployments/version", `{"version":"browser-2","changelog":"faster"}`)
 	tab.wait(`!document.querySelector("#version-banner").hidden &&
 		document.querySelector("#version-banner").textContent.includes("browser-2")`)
+	tab.wait(`document.querySelector("#version-current").textContent == "browser-2"`)
 
 	// That version is what a page is that is loaded afterwards: it shows no banner, but for the next one it does.
 	second := tab.browser.open(site.URL + "/")
@@ -125,16 +126,16 @@ func TestBrowserPageThatStays(t *testing.T) {
 		form.elements.task_id.value = "` + task + `";
 		form.requestSubmit()`)
 	open := `document.querySelectorAll("[data-state=open]").length == 2 && document.querySelectorAll("#tasks li").length == %d`
-	tab.wait(fmt.Sprintf(open, 1)) // the stream's state stands at the versions and at the task
+	tab.wait(fmt.Sprintf(open, 1)) // the stream's state stands at the top and at the task
 	for i, link := range []string{"/report.csv", "mailto:somebody@example.com"} {
 		tab.run(`location.href = "` + link + `"`)
-		tab.wait(fmt.Sprintf(`left == %d && document.querySelector("#versions").dataset.state == "reconnecting"`, i+1))
+		tab.wait(fmt.Sprintf(`left == %d && document.querySelector("#connection").dataset.state == "reconnecting"`, i+1))
 		site.post(t, "/api/tasks/"+task+"/progress", `{"value":0.5}`)
 		tab.wait(fmt.Sprintf(open, i+2))
 	}
 	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
-	tab.wait(`document.querySelector("#tasks article[data-status=completed][data-state=closed]")`)
-	tab.wantEvents(t, "#tasks article", "task_started null", `progress_update {"text":"","value":0.5}`,
+	tab.wait(`document.querySelector("#tasks tbody[data-status=completed][data-state=closed]")`)
+	tab.wantEvents(t, "#tasks tbody", "task_started null", `progress_update {"text":"","value":0.5}`,
 		`progress_update {"text":"","value":0.5}`, "task_completed 1")
 	site.post(t, "/api/deployments/version", `{"version":"browser-2"}`)
 	tab.wait(`!document.querySelector("#version-banner").hidden`)
@@ -149,20 +150,17 @@ func TestBrowserManyTasks(t *testing.T) {
 	count := func(selector string, n int) string {
 		return fmt.Sprintf("document.querySelectorAll(`%s`).length == %d", selector, n)
 	}
-	for _, tab := range tabs { // each starts ten tasks, and then follows those of the other, too
+	for _, tab := range tabs { // each starts ten tasks, and follows those of the other, too
 		tab.run(`for (let i = 0; i < 10; i++) document.querySelector("#start-external").click()`)
-	}
-	for _, tab := range tabs {
-		tab.wait(count("#tasks article[data-status=running][data-state=open]", 10))
 	}
 	var ids []string
 	for _, tab := range tabs {
+		tab.call(tab.session, "Page.bringToFront", nil, &struct{}{}) // else it asks for no list
+		tab.wait(count("#tasks tbody[data-status=running][data-state=open]", 20))
+		tab.wait(count("#tasks li", 20))
 		tab.run(`fetch("/healthz").then(() => window.answered = true)`) // no task ends before
 		tab.wait(`window.answered`)
-		tab.run(`document.querySelector("#refresh").click()`)
-		tab.wait(count("#others button", 10))
-		tab.run(`document.querySelectorAll("#others button").forEach(button => button.click())`)
-		tab.get(`[...document.querySelectorAll("#tasks article")].map(card => card.dataset.taskId)`, &ids)
+		tab.get(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId)`, &ids)
 	}
 	want := []string{"task_started null"}
 	report := func() {
@@ -175,33 +173,20 @@ func TestBrowserManyTasks(t *testing.T) {
 	check := func() {
 		t.Helper()
 		for _, tab := range tabs {
-			tab.wait(count("#tasks article[data-status=completed][data-state=closed]", len(ids)))
+			tab.wait(count("#tasks tbody[data-status=completed][data-state=closed]", len(ids)))
 			for _, id := range ids {
-				tab.wantEvents(t, fmt.Sprintf(`article[data-task-id="%s"]`, id), want...)
+				tab.wantEvents(t, fmt.Sprintf(`tbody[data-task-id="%s"]`, id), want...)
 			}
 		}
 	}
 	report()
-	// A card that is removed and followed again has its whole task again, at once and also later.
-	for n, pause := range []string{`null`, `new Promise(resolve => setTimeout(resolve, 300))`} {
-		tabs[0].run(`(async () => {
-			const card = document.querySelectorAll("#tasks article")[3], form = document.querySelector("#follow-form");
-			card.querySelector(".remove").click();
-			await ` + pause + `;
-			form.elements.task_id.value = card.dataset.taskId;
-			form.requestSubmit();
-			window.again = ` + fmt.Sprint(n) + `;
-		})()`)
-		report()
-		tabs[0].wait(fmt.Sprintf(`window.again == %d`, n))
-	}
 	report()
 	for _, id := range ids {
 		site.post(t, "/api/tasks/"+id+"/complete", `{"result":"good"}`)
 	}
 	want = append(want, `task_completed "good"`)
 	check()
-	// So has a page that is loaded again.
+	// So has a page that is loaded again, when the logs are opened.
 	loaded := func() (id string) { // of what the tab shows; asks nothing of a page that is about to go
 		var tree struct {
 			FrameTree struct{ Frame struct{ LoaderID string } }
@@ -212,7 +197,102 @@ func TestBrowserManyTasks(t *testing.T) {
 	old := loaded()
 	tabs[0].run(`setTimeout(() => location.reload())`)
 	eventually(t, browserPatience, "a reload", func() bool { return loaded() != old })
+	tabs[0].wait(count("#tasks tbody[data-status=completed]", len(ids)))
+	tabs[0].run(`document.querySelectorAll("#tasks .open-log").forEach(button => button.click())`)
+	tabs[0].wait(count("#tasks li", len(ids)*len(want)))
 	check()
+}
+
+// The table shows every task, whoever started it, and how it goes on, and nobody has to click for it.
+func TestBrowserTable(t *testing.T) {
+	t.Parallel()
+	site := startSite(t)
+	tab := startBrowser(t).open(site.URL + "/")
+	tab.wait(`!document.querySelector("#empty").hidden`)
+	row := func(id string) string { return "document.querySelector(`[data-task-id=" + id + "]`)" }
+	says := func(id, part, want string) {
+		t.Helper()
+		tab.wait(fmt.Sprintf("%s?.querySelector(`%s`).textContent == `%s`", row(id), part, want))
+	}
+	external := func(id string) {
+		site.post(t, "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`","title":"Task `+id+`"}}`)
+	}
+	looked := func() { tab.run(`dispatchEvent(new Event("focus"))`) } // else the page asks every few seconds
+	for _, id := range []string{"a", "b", "c"} {
+		external(id)
+		if id != "a" {
+			looked()
+		}
+		says(id, ".open-log", "Task "+id)
+		says(id, ".badge", "running")
+	}
+	var order string
+	if tab.get(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId).join("")`, &order); order != "cba" {
+		t.Errorf("got rows in the order %s, want cba", order)
+	}
+	site.post(t, "/api/tasks/a/progress", `{"text":"a third","value":0.33}`)
+	says("a", ".text", "a third")
+	says("a", ".percent", "33 %")
+	site.post(t, "/api/tasks/b/fail", `{"error":"disk full"}`)
+	says("b", ".badge", "failed")
+	says("b", ".text", "disk full")
+	tab.run(row("c") + `.querySelector(".act").click()`)
+	says("c", ".badge", "cancelled")
+
+	// A filter leaves the others out, also those that change later.
+	filter := func(status string, shown ...string) {
+		t.Helper()
+		tab.run("document.querySelector(`#filter [value=" + status + "]`).click()")
+		tab.wait("[...document.querySelectorAll(`#tasks tbody:not([hidden])`)].map(row => row.dataset.taskId).join() == `" + strings.Join(shown, ",") + "`")
+	}
+	filter("failed", "b")
+	filter("cancelled", "c")
+	filter("completed")
+	site.post(t, "/api/tasks/a/complete", `{"result":1}`)
+	filter("completed", "a")
+	filter("all", "c", "b", "a")
+
+	// One key opens the log, and another one takes the focus to the next row.
+	if shown := tab.count(`document.querySelectorAll("#tasks .log:not([hidden])").length`); shown != 0 {
+		t.Errorf("%d logs are open before anybody asked", shown)
+	}
+	tab.run(row("b") + `.querySelector(".open-log").focus()`)
+	for _, key := range []string{"ArrowDown", "Enter"} {
+		press := map[string]any{"type": "keyDown", "key": key, "code": key}
+		if key == "Enter" {
+			press["text"], press["windowsVirtualKeyCode"] = "\r", 13
+		}
+		tab.call(tab.session, "Input.dispatchKeyEvent", press, &struct{}{})
+	}
+	tab.wait(row("a") + `.querySelector(".log").getClientRects().length == 1`)
+	tab.wantEvents(t, "[data-task-id=a]", "task_started null", `progress_update {"text":"a third","value":0.33}`, "task_completed 1")
+
+	// While the pointer moves, no row moves below it.
+	tab.run(`window.moving = setInterval(() => document.querySelector("#tasks").dispatchEvent(new PointerEvent("pointermove")), 50);
+		window.lists = 0;
+		const ask = fetch;
+		window.fetch = async (...args) => { const answer = await ask(...args); lists++; return answer; }`)
+	external("d")
+	looked()
+	tab.wait(`lists > 0`)
+	tab.run(`setTimeout(() => window.waited = true, 500)`)
+	tab.wait(`window.waited`)
+	if rows := tab.count(`document.querySelectorAll("#tasks tbody").length`); rows != 3 {
+		t.Errorf("there are %d rows under a moving pointer, want 3", rows)
+	}
+	tab.run(`clearInterval(moving)`)
+	says("d", ".badge", "running")
+
+	// What is deleted goes, here and elsewhere.
+	tab.run(row("b") + `.querySelector(".act").click()`)
+	req, _ := http.NewRequest("DELETE", site.backend.URL+"/api/tasks/c", nil)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	looked()
+	tab.wait(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId).join() == "d,a"`)
 }
 
 // A page whose stream is taken over goes on as another page: a request of its own may have been overtaken by a later one.
@@ -223,15 +303,15 @@ func TestBrowserReplaced(t *testing.T) {
 	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
 	tab.run(`const form = document.querySelector("#follow-form");
 		form.elements.task_id.value = "` + task + `"; form.requestSubmit()`)
-	tab.wait(`document.querySelectorAll("#tasks article[data-state=open] li").length == 1`)
+	tab.wait(`document.querySelectorAll("#tasks tbody[data-state=open] li").length == 1`)
 	var requestID string
 	tab.get(`document.querySelector("#request-id").textContent`, &requestID)
 	openEventSource(t, site.URL+"/api/sse/stream?request_id="+requestID)
 	tab.wait(`document.querySelector("#request-id").textContent != "` + requestID + `"`)
-	tab.wait(`document.querySelectorAll("#tasks article[data-state=open] li").length == 1`)
+	tab.wait(`document.querySelectorAll("#tasks tbody[data-state=open] li").length == 1`)
 	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
-	tab.wait(`document.querySelector("#tasks article[data-status=completed][data-state=closed]")`)
-	tab.wantEvents(t, "#tasks article", "task_started null", "task_completed 1")
+	tab.wait(`document.querySelector("#tasks tbody[data-status=completed][data-state=closed]")`)
+	tab.wantEvents(t, "#tasks tbody", "task_started null", "task_completed 1")
 }
 
 // Beyond 50 tasks the newest are followed, and the others when a place gets free.
@@ -241,16 +321,25 @@ func TestBrowserTooManyTasks(t *testing.T) {
 	tab := startBrowser(t).open(site.URL + "/")
 	for i := range maxPageTasks + 2 {
 		site.post(t, "/api/tasks", fmt.Sprintf(`{"type":"external","params":{"task_id":"t%d"}}`, i))
-		tab.run(fmt.Sprintf(`const form = document.querySelector("#follow-form");
-			form.elements.task_id.value = "t%d"; form.requestSubmit()`, i))
 	}
-	state := `document.querySelectorAll("#tasks article[data-state=%s]").length == %d`
+	state := `document.querySelectorAll("#tasks tbody[data-state=%s]").length == %d`
 	tab.wait(fmt.Sprintf(state+" && "+state, "open", maxPageTasks, "waiting", 2))
+	// The one whose log is open comes first, and one that had to leave for it comes back whole.
+	openLog := `document.querySelector("[data-task-id=t0] .open-log").click()`
+	tab.run(openLog)
+	tab.wait(`document.querySelectorAll("[data-task-id=t0][data-state=open] li").length == 1`)
+	tab.wait(`document.querySelector("[data-task-id=t2]").dataset.state == "waiting"`)
+	tab.run(openLog)
+	tab.wait(`document.querySelectorAll("[data-task-id=t2][data-state=open] li").length == 1`)
+	tab.wait(`document.querySelector("[data-task-id=t0]").dataset.state == "waiting"`)
 	site.post(t, "/api/tasks/t0/complete", `{"result":0}`)
 	for i := range 2 {
 		site.post(t, fmt.Sprintf("/api/tasks/t%d/complete", i+2), `{"result":1}`)
 	}
 	tab.wait(fmt.Sprintf(state+" && "+state, "open", maxPageTasks-1, "closed", 3))
+	tab.run(openLog) // it may have ended unheard
+	tab.wait(`document.querySelectorAll("[data-task-id=t0] li").length == 2`)
+	tab.wait(`document.querySelectorAll("[data-task-id=t1] li").length == 1`)
 	for i := range maxPageTasks + 2 {
 		want := []string{"task_started null", "task_completed 1"}
 		switch i {
@@ -260,7 +349,7 @@ func TestBrowserTooManyTasks(t *testing.T) {
 		default:
 			want = want[:1]
 		}
-		tab.wantEvents(t, fmt.Sprintf(`#tasks article[data-task-id="t%d"]`, i), want...)
+		tab.wantEvents(t, fmt.Sprintf(`#tasks tbody[data-task-id="t%d"]`, i), want...)
 	}
 }
 
@@ -304,16 +393,16 @@ func TestBrowserChange(t *testing.T) {
 	}
 }
 
-// wantEvents checks what a card lists: exactly these events, each with an ID of its own.
-func (tab *tab) wantEvents(t *testing.T, card string, want ...string) {
+// wantEvents checks what the log of a row lists: exactly these events, each with an ID of its own.
+func (tab *tab) wantEvents(t *testing.T, row string, want ...string) {
 	t.Helper()
 	var got []string
-	items := "[...document.querySelectorAll(`" + card + " li`)]"
+	items := "[...document.querySelectorAll(`" + row + " li`)]"
 	if tab.get(items+`.map(li => li.textContent)`, &got); !slices.Equal(got, want) {
-		t.Errorf("%s: got events %q, want %q", card, got, want)
+		t.Errorf("%s: got events %q, want %q", row, got, want)
 	}
 	if ids := tab.count(`new Set(` + items + `.map(li => li.dataset.eventId)).size`); ids != len(want) {
-		t.Errorf("%s: got %d IDs, want %d", card, ids, len(want))
+		t.Errorf("%s: got %d IDs, want %d", row, ids, len(want))
 	}
 }
 
