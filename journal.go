@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -227,6 +228,7 @@ func (j *journal) run() {
 	for compacting := false; ; {
 		select {
 		case <-j.wake:
+			runtime.Gosched() // others that are about to write come along
 			if !j.store() {
 				return
 			}
