@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -463,4 +465,107 @@ func TestRestoreRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	other(fmt.Sprintf("%s/journal: damaged at offset %d", dir, len(journalHeader)))
+}
+
+func (v visitor) isReady() bool {
+	resp, err := v.client.Get(v.api + "/readyz")
+	if err == nil {
+		resp.Body.Close()
+	}
+	return err == nil && resp.StatusCode == http.StatusOK
+}
+
+// BenchmarkRestart is from the start of a process to its readiness, with events of 220 bytes in tasks of 100, and the
+// memory that it has then. Where redis-server is installed the same is done with streams in its append-only file.
+//
+//	SIDECAST_EVENTS=1000000 go test -run '^$' -bench Restart -benchtime 5x .
+func BenchmarkRestart(b *testing.B) {
+	events, _ := strconv.Atoi(cmp.Or(os.Getenv("SIDECAST_EVENTS"), "20000"))
+	tasks := events / 100
+	text := strings.Repeat("x", 72)
+	bench := func(b *testing.B, command []string, env []string, ready func() bool) {
+		resident := 0
+		for b.Loop() {
+			cmd := exec.Command(command[0], command[1:]...)
+			cmd.Env = append(os.Environ(), env...)
+			if err := cmd.Start(); err != nil {
+				b.Fatal(err)
+			}
+			for !ready() {
+				time.Sleep(time.Millisecond)
+			}
+			b.StopTimer()
+			statm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/statm", cmd.Process.Pid))
+			var pages int
+			fmt.Sscan(string(statm), new(int), &pages)
+			resident = pages * os.Getpagesize()
+			cmd.Process.Kill()
+			cmd.Wait()
+			b.StartTimer()
+		}
+		b.ReportMetric(float64(resident)/(1<<20), "MiB")
+	}
+	b.Run("sidecast", func(b *testing.B) {
+		addr := fmt.Sprintf("127.0.0.1:%d", freePort(b))
+		env := []string{"SIDECAST_TEST_MAIN=1", "ADDR=" + addr, "DATA_DIR=" + b.TempDir(), "TASK_MEMORY_BYTES=4000000000"}
+		p := newProcess(b, "http://"+addr, env, os.Args[0]).mustStart(b)
+		v := newVisitor(b, p.URL, p.URL)
+		var reports strings.Builder
+		for n := range 99 {
+			fmt.Fprintf(&reports, `{"text":"report %d %s","value":0.5}`+"\n", n, text)
+		}
+		for range tasks {
+			id := v.start("external", "{}")
+			resp, err := v.client.Post(v.api+"/api/tasks/"+id+"/progress", ndjson, strings.NewReader(reports.String()))
+			if err != nil {
+				b.Fatal(err)
+			}
+			resp.Body.Close()
+		}
+		p.kill(b)
+		bench(b, p.command, p.env, func() bool { return v.isReady() })
+	})
+	b.Run("redis", func(b *testing.B) {
+		needs(b, "redis-server")
+		port, dir := strconv.Itoa(freePort(b)), b.TempDir()
+		command := []string{"redis-server", "--port", port, "--dir", dir, "--appendonly", "yes", "--aof-use-rdb-preamble", "no", "--save", "", "--logfile", "log",
+			"--auto-aof-rewrite-percentage", "0"}
+		say := func(commands string, last string) bool { // and wait for an answer that ends so
+			conn, err := net.Dial("tcp", "127.0.0.1:"+port)
+			if err != nil {
+				return false
+			}
+			defer conn.Close()
+			go io.WriteString(conn, commands)
+			got := ""
+			for buf := make([]byte, 64<<10); !strings.HasSuffix(got, last); {
+				n, err := conn.Read(buf)
+				if err != nil || strings.HasPrefix(string(buf[:n]), "-LOADING") {
+					return false
+				}
+				got = string(buf[max(0, n-len(last)):n])
+			}
+			return true
+		}
+		cmd := exec.Command(command[0], command[1:]...)
+		if err := cmd.Start(); err != nil {
+			b.Fatal(err)
+		}
+		ready := func() bool { return say("PING\r\n", "+PONG\r\n") }
+		eventually(b, soon, "redis is up", ready)
+		data := strings.Repeat("x", 220)
+		for t := range tasks {
+			var commands strings.Builder
+			for range 100 {
+				fmt.Fprintf(&commands, "XADD task-%d * data %s\r\n", t, data)
+			}
+			if !say(commands.String()+"PING\r\n", "+PONG\r\n") {
+				b.Fatal("redis does not answer")
+			}
+		}
+		time.Sleep(2 * time.Second) // it syncs each second
+		cmd.Process.Kill()
+		cmd.Wait()
+		bench(b, command, nil, ready)
+	})
 }
