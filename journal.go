@@ -24,7 +24,8 @@ const (
 	// compactSlack is by how much the file may be larger than what is live before it is made smaller.
 	compactSlack = 32 << 20
 	compactPause = 10 * time.Second // after a try that failed
-	compactRest  = 1 << 20          // bytes that are copied while nothing is written
+	compactPart  = 1 << 20          // bytes that are written at once
+	compactRest  = 1 << 20          // bytes that are copied while nothing else is written
 )
 
 var errCannotStore = newError(http.StatusServiceUnavailable, "cannot_store", "cannot store")
@@ -359,6 +360,15 @@ type compaction struct {
 	err    error
 }
 
+// Write appends a part, and syncs it: a sync of much at once would hold up those of the journal.
+func (c *compaction) Write(b []byte) (n int, err error) {
+	if n, err = c.file.WriteAt(b, c.size); err == nil {
+		err = c.file.Sync()
+	}
+	c.size += int64(n)
+	return n, err
+}
+
 // copy copies what the old file has up to end.
 func (c *compaction) copy(old journalFile, end int64) {
 	if c.err != nil {
@@ -378,21 +388,17 @@ func (j *journal) compact(old journalFile, from int64, number uint64) {
 		c.err = c.file.Truncate(0)
 	}
 	if c.err == nil {
-		w := bufio.NewWriterSize(io.NewOffsetWriter(c.file, 0), 1<<20)
+		w := bufio.NewWriterSize(c, compactPart)
 		frame := []byte(journalHeader)
-		put := func() {
-			w.Write(frame)
-			c.size += int64(len(frame))
-		}
 		j.snapshot(func(record []byte) {
-			put()
-			frame = appendFrame(frame[:0], frameMore, number+uint64(c.size/maxRecord), record)
+			w.Write(frame)
+			frame = appendFrame(frame[:0], frameMore, number+uint64(c.size/compactPart), record)
 		})
 		if frame[0] == frameMore {
 			frame[0] = frameLast
 			seal(frame)
 		}
-		put()
+		w.Write(frame)
 		c.err = w.Flush()
 	}
 	for end := j.size.Load(); c.err == nil && end-c.copied > compactRest; end = j.size.Load() {
@@ -427,7 +433,7 @@ func (j *journal) replace(c *compaction) bool {
 		j.broken <- fmt.Errorf("syncing the folder of the journal: %w", err)
 		return false
 	}
-	j.file.Close()
+	go j.file.Close() // frees its blocks, which may take long
 	j.log.Info("the journal is smaller", "before", j.size.Load(), "after", c.size)
 	j.file, j.dirty = c.file, false
 	j.size.Store(c.size)
