@@ -96,7 +96,7 @@ func (g *gateway) disconnect(s *stream, reason string) {
 // failed.
 func (g *gateway) call(ctx context.Context, action, reason string, s *stream, order string) (status int, body []byte, err error) {
 	start := time.Now()
-	status, body, err = g.post(ctx, encodeCallback(action, reason, s), order)
+	status, body, err = g.post(ctx, encodeCallback(action, reason, s.token, s.request), order)
 	g.met.callbackSeconds.with(action).observe(time.Since(start).Seconds())
 	g.met.callbacks.with(action, outcome(status, err)).Inc()
 	switch {

@@ -26,9 +26,6 @@ type service interface {
 	OnConnect(id string, c connectRequest) (open event, end bool, err error)
 }
 
-// errNoRoom says that a service remembers as much as it may.
-var errNoRoom = newError(http.StatusServiceUnavailable, "no_room", "too many announcements or request IDs")
-
 // callbackHandler is POST /api/sse/callback, by which a gateway asks who may connect and tells who left.
 type callbackHandler struct {
 	secret  secret // "" lets everybody in

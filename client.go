@@ -14,7 +14,12 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"time"
 )
+
+// dialLimit bounds a dial, and a TLS handshake. A Transport goes on with them when the request that they are for has
+// ended.
+const dialLimit = 5 * time.Second
 
 // dial connects to localhost by its addresses, as a container that holds nothing but the binary has no /etc/hosts, and
 // to any other host as usual.

@@ -24,9 +24,6 @@ const (
 	// resetPause.
 	resetLimit = time.Second
 	resetPause = time.Second
-	// dialLimit bounds a dial, and a TLS handshake. A Transport goes on with them when the request that they are for
-	// has ended.
-	dialLimit = 5 * time.Second
 
 	// So many POSTs are under way at once, to a gateway that takes batches and to one that does not. What comes
 	// meanwhile waits, and in the first case goes out together.

@@ -59,26 +59,6 @@ func readTyped(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, err
 	return readBody(w, r, limit, new(bytes.Buffer))
 }
 
-// apiError is an error that a client may see.
-type apiError struct {
-	status int
-	Text   string `json:"error"`            // fixed
-	Code   string `json:"code,omitempty"`   // from the closed set in openapi.yaml; the gateway's own errors have none
-	Task   string `json:"status,omitempty"` // that of the task, with a 409
-
-	// Of a body with a report on each line: which line is bad, and how many reports were taken before a shutdown.
-	Line    int  `json:"line,omitempty"`
-	Reports *int `json:"reports,omitempty"`
-}
-
-func (e *apiError) Error() string { return e.Text }
-
-func newError(status int, code, text string) *apiError {
-	return &apiError{status: status, Text: text, Code: code}
-}
-
-func badRequest(code, text string) *apiError { return newError(http.StatusBadRequest, code, text) }
-
 var (
 	errBodyTooLarge = newError(http.StatusRequestEntityTooLarge, "too_large", "request body too large")
 	errMediaType    = newError(http.StatusUnsupportedMediaType, "media_type", "content type must be application/json")
@@ -109,6 +89,14 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	writeJSON(w, status, answer)
+}
+
+// readiness is how both roles tell theirs.
+func readiness(ready bool) (status int, said string) {
+	if !ready {
+		return http.StatusServiceUnavailable, "not_ready"
+	}
+	return http.StatusOK, "ready"
 }
 
 // hasBearer reports whether the request has that bearer token (RFC 6750).

@@ -288,7 +288,7 @@ func journalOf(t *testing.T, records []string) (file []byte, begins []int) {
 }
 
 // readJournal returns the records of a file, the error, and what the log says.
-func readJournal(t *testing.T, dir string, file []byte) (records []string, err error, said string) {
+func readJournal(t *testing.T, dir string, file []byte) (records []string, said string, err error) {
 	d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 	d.now[filepath.Join(dir, "journal")] = &crashFile{disk: d, data: bytes.Clone(file)}
 	var log bytes.Buffer
@@ -303,7 +303,7 @@ func readJournal(t *testing.T, dir string, file []byte) (records []string, err e
 	if err == nil {
 		j.lock.Close()
 	}
-	return records, err, log.String()
+	return records, log.String(), err
 }
 
 // A journal that was cut off anywhere gives the records before the cut, and says what it drops. One with a spoilt byte
@@ -324,7 +324,7 @@ func TestJournalDamage(t *testing.T) {
 		return n
 	}
 	for end := range file {
-		got, err, said := readJournal(t, dir, file[:end])
+		got, said, err := readJournal(t, dir, file[:end])
 		n := max(0, whole(end))
 		if err != nil || !slices.Equal(got, records[:n]) {
 			t.Fatalf("cut off at %d: got %d records and %v, want %d", end, len(got), err, n)
@@ -338,7 +338,7 @@ func TestJournalDamage(t *testing.T) {
 	for i := range file {
 		spoilt := bytes.Clone(file)
 		spoilt[i] ^= byte(1 + i%255)
-		got, err, _ := readJournal(t, dir, spoilt)
+		got, _, err := readJournal(t, dir, spoilt)
 		switch {
 		case i < len(journalHeader):
 			if err == nil {
@@ -352,7 +352,7 @@ func TestJournalDamage(t *testing.T) {
 			t.Fatalf("byte %d of the last record: got %d records and %v, want 99", i, len(got), err)
 		}
 	}
-	if _, err, _ := readJournal(t, dir, []byte("sidecast journal 2\n")); err == nil {
+	if _, _, err := readJournal(t, dir, []byte("sidecast journal 2\n")); err == nil {
 		t.Error("a newer version was taken")
 	}
 }
@@ -368,7 +368,7 @@ func FuzzJournal(f *testing.F) {
 		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{"journal": {data: file}}}
 		d.now["journal"].disk = d
 		api := newAPI(t, "")
-		r := newRestoring(api.backend)
+		r := newRestoring(api.tasks, api.version)
 		j := &journal{disk: d.disk(), file: d.now["journal"], log: slog.New(slog.DiscardHandler)}
 		if j.read(r.apply) == nil {
 			r.finish()

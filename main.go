@@ -18,7 +18,6 @@ import (
 	"os"
 	"os/signal"
 	"path"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -236,14 +235,6 @@ func serveHealth(w http.ResponseWriter, r *http.Request) (status int, answer any
 	return http.StatusOK, map[string]string{"status": "ok"}, nil
 }
 
-// readiness is how both roles tell theirs.
-func readiness(ready bool) (status int, said string) {
-	if !ready {
-		return http.StatusServiceUnavailable, "not_ready"
-	}
-	return http.StatusOK, "ready"
-}
-
 func servePage(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "+
@@ -314,6 +305,27 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 	statuses := []string{string(taskPending), string(taskRunning), string(taskCompleted), string(taskFailed), string(taskCancelled)}
 	reg.gauge("tasks", "Tasks that are known.", b.tasks.Counts, label{"status", statuses})
 	return b
+}
+
+// openJournal restores what DATA_DIR has, and keeps there what happens from now on.
+func (b *backend) openJournal() error {
+	r := newRestoring(b.tasks, b.version)
+	j, err := openJournal(b.cfg.DataDir, realDisk, b.reg, b.log, r.apply)
+	if err != nil {
+		return err
+	}
+	j.live = func() int { return b.tasks.Bytes() + b.version.Bytes() }
+	j.snapshot = func(record func([]byte)) {
+		b.tasks.snapshot(record)
+		b.version.snapshot(record)
+	}
+	b.journal, b.tasks.journal, b.version.journal = j, j, j
+	go j.run()
+	if err := r.finish(); err != nil {
+		return err
+	}
+	j.write(nil, func() {}).wait() // or there is no room: then what has ended with the restart is shown later
+	return nil
 }
 
 // work starts what the backend does besides answering, until ctx ends.
@@ -390,12 +402,4 @@ func healthcheck(ctx context.Context, getenv func(string) string, stderr io.Writ
 	}
 	fmt.Fprintln(stderr, "asking "+target+":", err)
 	return 1
-}
-
-// version is that of the build, as the go command recorded it.
-func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "(devel)"
 }

@@ -3,7 +3,10 @@
 
 package main
 
-import "math/bits"
+import (
+	"math/bits"
+	"net/http"
+)
 
 // budget is how many bytes the parts of a service may hold together, and how many they do. The service's mutex guards
 // it.
@@ -30,3 +33,6 @@ func heapSize(n int) int {
 	}
 	return (n + step - 1) &^ (step - 1)
 }
+
+// errNoRoom says that a service remembers as much as it may.
+var errNoRoom = newError(http.StatusServiceUnavailable, "no_room", "too many announcements or request IDs")

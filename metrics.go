@@ -299,6 +299,14 @@ func newBackendMetrics(r *registry, taskTypes []string) *backendMetrics {
 	}
 }
 
+// Why a request got no stream, as the metrics say it.
+const (
+	refusedCapacity = "capacity" // MAX_CONNECTIONS or a shutdown
+	refusedRejected = "rejected" // the backend's final answer
+	refusedBackend  = "backend"  // it is not there, slow or in trouble, or CALLBACK_URL is not set
+	refusedRequest  = "request"
+)
+
 // gatewayMetrics are the gateway's families, but for the gauge of open streams, which main registers with its owner.
 type gatewayMetrics struct {
 	opened          *series

@@ -16,14 +16,6 @@ import (
 	"unicode/utf8"
 )
 
-// Why a request got no stream, as the metrics say it.
-const (
-	refusedCapacity = "capacity" // MAX_CONNECTIONS or a shutdown
-	refusedRejected = "rejected" // the backend's final answer
-	refusedBackend  = "backend"  // it is not there, slow or in trouble, or CALLBACK_URL is not set
-	refusedRequest  = "request"
-)
-
 // A refused browser is held for holdTime, as clients exist that come back at once whatever they were told. Beyond
 // maxHeld they are not.
 const (

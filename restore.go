@@ -61,27 +61,6 @@ func (t *task) record() []byte {
 		Params: json.RawMessage(t.params)})
 }
 
-// openJournal restores what DATA_DIR has, and keeps there what happens from now on.
-func (b *backend) openJournal() error {
-	r := newRestoring(b)
-	j, err := openJournal(b.cfg.DataDir, realDisk, b.reg, b.log, r.apply)
-	if err != nil {
-		return err
-	}
-	j.live = func() int { return b.tasks.Bytes() + b.version.Bytes() }
-	j.snapshot = func(record func([]byte)) {
-		b.tasks.snapshot(record)
-		b.version.snapshot(record)
-	}
-	b.journal, b.tasks.journal, b.version.journal = j, j, j
-	go j.run()
-	if err := r.finish(); err != nil {
-		return err
-	}
-	j.write(nil, func() {}).wait() // or there is no room: then what has ended with the restart is shown later
-	return nil
-}
-
 // restoring is a start that reads a journal.
 type restoring struct {
 	tasks    *TaskService
@@ -90,8 +69,8 @@ type restoring struct {
 	progress map[uint64]string // the last progress_update, by the number of the task
 }
 
-func newRestoring(b *backend) *restoring {
-	return &restoring{tasks: b.tasks, version: b.version, numbers: map[uint64]*task{}, progress: map[uint64]string{}}
+func newRestoring(tasks *TaskService, version *VersionService) *restoring {
+	return &restoring{tasks: tasks, version: version, numbers: map[uint64]*task{}, progress: map[uint64]string{}}
 }
 
 // apply does what a record says, unless a compaction has said it already.

@@ -117,11 +117,8 @@ func parseBool(raw []byte) (bool, error) {
 	return false, errFieldType
 }
 
-// Bodies of /internal/send, and the frames made of them.
-var (
-	bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
-	frames = sync.Pool{New: func() any { return new([]byte) }}
-)
+// bodies are buffers for those of /internal/send.
+var bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // serveSend is POST /internal/send. If it can, it takes the connection over for the requests that will follow: see
 // sendLoop.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,6 +22,9 @@ const (
 	drainLimit  = 2 * time.Second
 	finishLimit = 500 * time.Millisecond
 )
+
+// maxHeader is how many bytes the head of a request has at most.
+const maxHeader = 16 << 10
 
 // openListeners listens on the addresses, but for those that are empty.
 func openListeners(addrs ...string) (listeners []net.Listener, err error) {
@@ -204,4 +208,12 @@ type connKey struct{}
 
 func withConn(ctx context.Context, conn net.Conn) context.Context {
 	return context.WithValue(ctx, connKey{}, conn)
+}
+
+// version is that of the build, as the go command recorded it.
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
 }

@@ -22,7 +22,6 @@ import (
 
 const (
 	maxTarget      = 8 << 10  // bytes of a stream's request target; beyond it 414
-	maxHeader      = 16 << 10 // bytes of a request's head
 	maxRequest     = 16 << 10 // bytes of what a stream keeps of its request, in JSON
 	maxAnswer      = 1 << 20  // bytes of a connect callback's answer that are looked at
 	callbackLimit  = 5 * time.Second

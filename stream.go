@@ -94,6 +94,9 @@ func (s *stream) chunk(buf *[]byte) []byte {
 	return (*buf)[at:]
 }
 
+// frames are buffers for chunks.
+var frames = sync.Pool{New: func() any { return new([]byte) }}
+
 const lastChunk = "0\r\n\r\n"
 
 // send writes or buffers frame, which may be empty, and then ends the stream if end is set. It does not wait for the

@@ -167,9 +167,9 @@ func encodeRequest(r *http.Request) json.RawMessage {
 }
 
 // encodeCallback is the body of a callback; without a reason it has none.
-func encodeCallback(action, reason string, s *stream) []byte {
+func encodeCallback(action, reason, token string, request json.RawMessage) []byte {
 	if reason != "" {
 		reason = `"reason":"` + reason + `",`
 	}
-	return fmt.Appendf(nil, `{"action":"%s",%s"token":"%s","request":%s}`, action, reason, s.token, s.request)
+	return fmt.Appendf(nil, `{"action":"%s",%s"token":"%s","request":%s}`, action, reason, token, request)
 }

@@ -1,0 +1,124 @@
+package main
+
+import (
+	"go/ast"
+	goparser "go/parser"
+	"go/token"
+	"go/types"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// fileGraph returns which files of the product use what is declared in which others.
+func fileGraph(t *testing.T) map[string]map[string]bool {
+	t.Helper()
+	fset := token.NewFileSet()
+	var files []*ast.File
+	names, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		f, err := goparser.ParseFile(fset, name, nil, goparser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, f)
+	}
+	info := types.Info{Uses: map[*ast.Ident]types.Object{}}
+	config := types.Config{Importer: noImports{}, Error: func(error) {}} // what others declare is of no interest
+	pkg, _ := config.Check("main", fset, files, &info)
+	uses := map[string]map[string]bool{}
+	for ident, obj := range info.Uses {
+		from, to := fset.Position(ident.Pos()).Filename, fset.Position(obj.Pos()).Filename
+		if obj.Pkg() == pkg && to != "" && from != to {
+			if uses[from] == nil {
+				uses[from] = map[string]bool{}
+			}
+			uses[from][to] = true
+		}
+	}
+	return uses
+}
+
+type noImports struct{}
+
+func (noImports) Import(path string) (*types.Package, error) {
+	p := types.NewPackage(path, path[strings.LastIndex(path, "/")+1:])
+	p.MarkComplete()
+	return p, nil
+}
+
+// What a file uses can be read before it: of files that use each other, directly or not, there are only those that hold
+// the methods of one type.
+func TestGraph(t *testing.T) {
+	uses := fileGraph(t)
+	allowed := []string{
+		"ask.go refuse.go send.go sendloop.go sidecar.go",                        // gateway
+		"external.go kinds.go page.go restore.go taskapi.go tasks.go version.go", // TaskService; restore.go also makes versions again
+		"journal.go journalfile.go",                                              // journal
+	}
+	reach := map[string]map[string]bool{}
+	var visit func(from, to string)
+	visit = func(from, to string) {
+		for next := range uses[to] {
+			if !reach[from][next] {
+				reach[from][next] = true
+				visit(from, next)
+			}
+		}
+	}
+	for file := range uses {
+		reach[file] = map[string]bool{}
+		visit(file, file)
+	}
+	seen := map[string]bool{}
+	for file := range uses {
+		var cycle []string
+		for other := range reach[file] {
+			if reach[other][file] {
+				cycle = append(cycle, other)
+			}
+		}
+		slices.Sort(cycle)
+		if got := strings.Join(cycle, " "); got != "" && !seen[got] {
+			seen[got] = true
+			if !slices.Contains(allowed, got) {
+				t.Errorf("these files use each other: %s", got)
+			}
+		}
+	}
+	if len(seen) != len(allowed) {
+		t.Errorf("got the cycles %v, want %q", seen, allowed)
+	}
+}
+
+// The product stays what one person can read: no file is longer than 500 lines, and none begins without saying what
+// lives there.
+func TestHouse(t *testing.T) {
+	names, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		if n := strings.Count(string(text), "\n"); n > 500 {
+			t.Errorf("%s has %d lines", name, n)
+		}
+		if !strings.HasPrefix(string(text), "// ") {
+			t.Errorf("%s does not say what lives there", name)
+		}
+	}
+}
