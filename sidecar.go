@@ -182,9 +182,13 @@ func (g *gateway) unregister(s *stream) {
 	g.count.Add(-1)
 }
 
-// shard returns the shard of the tokens with this last digit.
+// shard returns the shard of the tokens with this last digit, which is hexadecimal. Any other byte will do as well.
 func (g *gateway) shard(digit byte) *shard {
-	return &g.shards[(digit&15+digit>>6*9)%16] // hexadecimal, in lower case
+	n := digit - '0'
+	if digit >= 'a' {
+		n = digit - 'a' + 10
+	}
+	return &g.shards[n%16]
 }
 
 // lookup returns the stream of a token, which is not empty.
