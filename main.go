@@ -340,6 +340,7 @@ func (b *backend) work(ctx context.Context) {
 // stop fails the tasks that have not ended, lets their last events out, and ends the streams at a gateway that stays.
 func (b *backend) stop(ctx context.Context) {
 	b.closing.Store(true)
+	b.version.tidy() // notes what was received
 	b.tasks.Close()
 	drain, cancel := context.WithTimeout(ctx, drainLimit)
 	defer cancel()

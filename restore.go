@@ -261,9 +261,10 @@ func (s *VersionService) restore(kind byte, rec record) {
 		if e.shared {
 			e.data = s.latest.data
 		}
+		st.round = s.round
 		if rec.Event > st.events.Last() {
 			st.events.Add(e)
-			st.version, st.round = rec.Version, s.round
+			st.version = rec.Version
 		}
 	}
 }
@@ -281,18 +282,23 @@ func (s *VersionService) restored() {
 
 // snapshot gives the records that make the versions again.
 func (s *VersionService) snapshot(record func([]byte)) {
-	var records [][]byte
+	var before, after [][]byte // of those that lack the latest announcement to everybody, and of those that have it
 	s.mu.Lock()
-	if s.latest.version != "" {
-		records = append(records, s.latest.record())
-	}
 	for id, st := range s.streams {
-		if st.stored {
-			records = append(records, st.records(id)...)
+		switch {
+		case !st.stored:
+		case st.round == s.round:
+			after = append(after, st.records(id)...)
+		default:
+			before = append(before, st.records(id)...)
 		}
 	}
+	latest := s.latest
 	s.mu.Unlock()
-	for _, r := range records {
+	if latest.version != "" {
+		before = append(before, latest.record())
+	}
+	for _, r := range append(before, after...) {
 		record(r)
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -193,6 +194,76 @@ func TestRestoreVersions(t *testing.T) {
 		api = restart(t, "VERSION_PENDING_SECONDS=100", api)
 		wantVersions(t, api, "away", "", "v4") // all else has expired
 	})
+}
+
+// What a compaction writes makes the same again, also if what was written meanwhile stands behind it once more.
+func TestRestoreSnapshot(t *testing.T) {
+	t.Parallel()
+	for name, twice := range map[string]bool{"once": false, "with all changes behind it": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				api := restart(t, "TASK_EVENT_LIMIT=5", nil)
+				for id := range strings.FieldsSeq("a b c") {
+					api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`","title":"T"}}`)
+					for n := range 8 {
+						api.do("POST", "/api/tasks/"+id+"/progress", fmt.Sprintf(`{"text":"report %d","value":0.%d,"seq":%d}`, n, n, n+1))
+					}
+				}
+				api.do("POST", "/api/tasks/b/complete", `{"result":[1]}`)
+				api.do("POST", "/api/tasks/c/cancel", "")
+				api.do("DELETE", "/api/tasks/c", "")
+				for _, body := range []string{`"request_id":"both","version":"v1"`, `"request_id":"received","version":"v1"`, `"version":"v2"`,
+					`"request_id":"new","version":"v3"`} {
+					api.do("POST", "/api/deployments/version", "{"+body+"}")
+				}
+				wantVersions(t, api, "received", "", "v1 v2")
+				var records [][]byte
+				api.journal.snapshot(func(record []byte) { records = append(records, bytes.Clone(record)) })
+				dir := api.cfg.DataDir
+				api.crash()
+				if twice {
+					file := &frameReader{file: openFile(t, filepath.Join(dir, "journal"))}
+					for off := int64(len(journalHeader)); file.frame(off) != nil; {
+						frame := file.frame(off)
+						records = append(records, bytes.Clone(frame[frameHead:]))
+						off += int64(len(frame))
+					}
+				}
+				again := newAPI(t, "TASK_EVENT_LIMIT=5")
+				again.settle = synctest.Wait
+				r := newRestoring(again.tasks, again.version)
+				for _, record := range records {
+					if err := r.apply(record); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := r.finish(); err != nil {
+					t.Fatal(err)
+				}
+				for id := range strings.FieldsSeq("a b c") {
+					for _, path := range []string{"/api/tasks/" + id + "/status", "/api/tasks/" + id + "/events"} {
+						again.check("GET", path, "", api.do("GET", path, ""))
+					}
+				}
+				again.check("POST", "/api/tasks/a/progress", `{"text":"x","seq":8}`, `200 {"event_id":"e-9","repeated":true}`)
+				wantVersions(t, again, "both", "", "v1 v2")
+				wantVersions(t, again, "received", "", "")
+				wantVersions(t, again, "new", "", "v2 v3")
+				wantVersions(t, again, "fresh", "", "v2")
+			})
+		})
+	}
+}
+
+func openFile(t *testing.T, path string) *os.File {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
 }
 
 // wantVersions connects, and wants these versions; then the browser leaves.
