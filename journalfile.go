@@ -143,24 +143,23 @@ func (j *journal) read(apply func(record []byte) error) error {
 	return j.disk.sync(j.dir)
 }
 
-// cutTail drops what is behind the good records, if it can be the rest of the commit that was being written: of the last
-// one if that has no end yet, and otherwise of the following one. A good record of any other was written later, so the
-// one before it has been spoilt since.
+// cutTail drops what is behind the good records, if it can be what a crash has left: of the last commit, also when it has
+// got its end from a start that crashed in turn, or of the following one, once that can have begun. A good record of any
+// other was written later, so the one before it has been spoilt since.
 func (j *journal) cutTail(f *frameReader, number, following uint64, ended bool) error {
-	unsynced := number
-	if ended {
-		unsynced = following
-	}
-	end := j.size.Load()
+	begin := j.size.Load()
+	end := begin
 	for ; f.view(end, 1) != nil; end++ {
-		if frame := f.frame(end); frame != nil && commitOf(frame) != unsynced {
-			return fmt.Errorf("damaged at offset %d: there are good records behind", j.size.Load())
+		frame := f.frame(end)
+		if frame == nil || commitOf(frame) == number || ended && commitOf(frame) == following {
+			continue
 		}
+		return fmt.Errorf("damaged at offset %d: there are good records behind", begin)
 	}
-	if end == j.size.Load() {
+	if end == begin {
 		return nil
 	}
-	j.log.Warn("cutting off what a crash has left of the last change", "file", j.path(), "offset", j.size.Load(), "bytes", end-j.size.Load())
+	j.log.Warn("cutting off what a crash has left of the last change", "file", j.path(), "offset", begin, "bytes", end-begin)
 	j.dirty = true
 	return j.clean()
 }
