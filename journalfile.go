@@ -96,7 +96,8 @@ func commitOf(frame []byte) uint64 { return binary.LittleEndian.Uint64(frame[9:]
 func (j *journal) read(apply func(record []byte) error) error {
 	f := &frameReader{file: j.file}
 	header := bytes.Clone(f.view(0, len(journalHeader)))
-	if f.view(int64(len(journalHeader)), 1) == nil && !bytes.HasPrefix(header, []byte("sidecast journal ")) { // a new file
+	whole := bytes.HasPrefix(header, []byte("sidecast journal ")) && bytes.HasSuffix(header, []byte("\n"))
+	if f.view(int64(len(journalHeader)), 1) == nil && !whole { // a new file, or one whose making crashed
 		header = []byte(journalHeader)
 		if _, err := j.file.WriteAt(header, 0); err != nil {
 			return err
