@@ -174,6 +174,7 @@ type image struct {
 	user                    string // uid:gid
 	env                     []string
 	entrypoint, healthcheck []string
+	volumes                 []string
 }
 
 // buildImage interprets the Dockerfile, as far as ours goes. It runs the go build here; what is copied from the build
@@ -185,7 +186,7 @@ func buildImage(t testing.TB) (img image) {
 	if command == nil {
 		t.Fatal("Dockerfile: no go build")
 	}
-	tool(t, "", "sh", "-c", strings.Replace(command[1], "-o /", "-o "+stage+"/", 1))
+	tool(t, "", "sh", "-c", strings.NewReplacer("-o /", "-o "+stage+"/", "mkdir /", "mkdir "+stage+"/").Replace(command[1]))
 
 	img.root = t.TempDir()
 	for line := range strings.Lines(final) {
@@ -194,12 +195,18 @@ func buildImage(t testing.TB) (img image) {
 		_, array, _ := strings.Cut(rest, "[") // the exec form, which needs no shell
 		switch instruction {
 		case "", "#", "EXPOSE":
-		case "COPY": // --from=build SOURCE DESTINATION
-			source := fields[1]
+		case "COPY": // --from=build [--chown=UID:GID] SOURCE DESTINATION
+			source, destination := fields[len(fields)-2], img.root+fields[len(fields)-1]
 			if _, err := os.Stat(stage + source); err == nil {
 				source = stage + source
 			}
-			tool(t, "", "install", "-D", source, img.root+fields[2])
+			tool(t, "", "mkdir", "-p", filepath.Dir(destination))
+			tool(t, "", "cp", "-r", source, destination)
+			if owner, ok := strings.CutPrefix(fields[1], "--chown="); ok {
+				tool(t, "", "chown", owner, destination)
+			}
+		case "VOLUME": // here the folder of the image, whose owner an engine gives to a new volume
+			json.Unmarshal([]byte("["+array), &img.volumes)
 		case "USER":
 			img.user = rest
 		case "ENV":
@@ -237,7 +244,7 @@ func (img image) healthy(p *process) bool {
 
 // The image has nothing but what the Dockerfile copies: no libc, so only a static binary runs, no shell, no /etc/hosts.
 func TestContainer(t *testing.T) {
-	needs(t, "root", "go", "sh", "install", "chroot")
+	needs(t, "root", "go", "sh", "chroot")
 	t.Parallel()
 	img := buildImage(t)
 	gatewayPort, backendPort := freePort(t), freePort(t)
@@ -256,6 +263,19 @@ func TestContainer(t *testing.T) {
 	path := startTask(t, backend.URL, "", `{"type":"demo","params":{"steps":1}}`)
 	es := openEventSource(t, gateway.URL+path, retryScale(0.05))
 	waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
+	waitFinished(t, es)
+
+	// The journal is in the volume, where the next container finds it.
+	if data := envValue(img.env, "DATA_DIR"); !slices.Equal(img.volumes, []string{data}) {
+		t.Errorf("the volumes are %q, and DATA_DIR is %q", img.volumes, data)
+	}
+	path = startTask(t, backend.URL, "", `{"type":"external","params":{"task_id":"t"}}`)
+	es = openEventSource(t, gateway.URL+path, retryScale(0.05))
+	waitTold(t, es, "1 task_started")
+	backend.kill(t)
+	backend.restart(t)
+	mustAsk(t, "POST", backend.URL+"/api/tasks/t/complete", `{"result":null}`)
+	waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
 	waitFinished(t, es)
 
 	for _, p := range []*process{gateway, backend} {
@@ -686,7 +706,7 @@ func metricNames(expr string) (names []string) {
 func TestMonitoring(t *testing.T) {
 	needs(t, "prometheus", "promtool")
 	t.Parallel()
-	host := startHost(t)
+	host := startHost(t, "DATA_DIR="+t.TempDir())
 	tool(t, "", "promtool", "check", "config", "deploy/prometheus.yml") // with its rules
 
 	families := map[string]bool{}
@@ -794,7 +814,8 @@ func TestSystemdUnit(t *testing.T) {
 // The program does not miss a variable whose name is misspelt.
 func TestDeployedVariables(t *testing.T) {
 	config := edited(t, "config.go")
-	for _, file := range []string{"Dockerfile", "deploy/kubernetes.yaml", "deploy/sidecast@.service"} {
+	files := []string{"Dockerfile", "deploy/kubernetes.yaml", "deploy/sidecast@.service", "deploy/sidecast@backend.service.d/data.conf"}
+	for _, file := range files {
 		for _, m := range regexp.MustCompile(`\b([A-Z][A-Z_]+)(=|, value)`).FindAllStringSubmatch(edited(t, file), -1) {
 			own := m[1] == "CGO_ENABLED" || m[1] == "COMMAND"
 			if !own && !strings.Contains(config, `"`+m[1]+`"`) {
