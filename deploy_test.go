@@ -571,7 +571,7 @@ func TestReplicas(t *testing.T) {
 	poll := func(replica int) []string {
 		return []string{"FRONTEND_VERSION_POLL_SECONDS=0.3", fmt.Sprintf("FRONTEND_VERSION_URL=%s?%d", versions.URL, replica)}
 	}
-	dying, staying := startHost(t, poll(0)...), startHost(t, poll(1)...)
+	dying, staying := startHost(t, append(poll(0), "DATA_DIR="+t.TempDir())...), startHost(t, poll(1)...)
 	dyingNginx := dying.front(t)
 	embedded := startBackend(t, append(poll(2), "API_TOKEN="+deployToken)...)
 	backends := []*process{dying.backend, staying.backend, embedded}
@@ -675,17 +675,37 @@ func TestReplicas(t *testing.T) {
 		waitFinished(t, es)
 	}
 
-	// It dies. Its tasks are gone, as their followers learn from itself.
-	followers = follow("third", 20)
-	for id := range followers {
-		if status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", ""); status != http.StatusOK {
-			delete(followers, id)
+	// Its backend dies. Until it is back nobody says that its tasks are not known, and then it goes on with them.
+	paths := map[string]string{}
+	for i := range 20 {
+		id := fmt.Sprintf("third-%d", i)
+		path := startTask(t, ingress, "?task_id="+id, `{"type":"external","params":{"task_id":"`+id+`"}}`)
+		if status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", ""); status == http.StatusOK {
+			paths[id] = path
 		}
 	}
-	dying.backend.restart(t)
+	dying.backend.kill(t)
+	followers = map[string]*eventSource{}
+	for id, path := range paths {
+		followers[id] = openEventSource(t, ingress+path, retryScale(0.05))
+		if got := complete(id); got != http.StatusBadGateway {
+			t.Errorf("completing %s while its backend is dead: got %d, want 502", id, got)
+		}
+	}
 	for _, es := range followers {
-		waitTold(t, es, "1 task_started", "Task not found", "task_not_found")
+		eventually(t, deployPatience, "told to come back", func() bool { return es.opens() >= 2 })
+	}
+	dying.backend.restart(t)
+	for id, es := range followers {
+		waitTold(t, es, "1 task_started")
+		if got := complete(id); got != http.StatusOK {
+			t.Errorf("completing %s after the restart: got %d", id, got)
+		}
+		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
 		waitFinished(t, es)
+	}
+	if len(paths) == 0 {
+		t.Error("the replica that died had no task")
 	}
 }
 
