@@ -831,6 +831,25 @@ func TestSystemdUnit(t *testing.T) {
 	tool(t, "", "systemd-analyze", "security", "--offline=true", "--threshold=15", template)
 }
 
+// What the command in kubernetes.yaml makes of nginx-replicas.conf names the Service of each pod.
+func TestKubernetesReplicas(t *testing.T) {
+	needs(t, "sh")
+	file := edited(t, "deploy/kubernetes.yaml")
+	command := regexp.MustCompile(`"\$\((sed .*)\)"`).FindStringSubmatch(file)
+	if command == nil {
+		t.Fatal("kubernetes.yaml: no sed")
+	}
+	servers := regexp.MustCompile(`server (\S+):80 `).FindAllStringSubmatch(tool(t, "", "sh", "-c", command[1]), -1)
+	for _, m := range servers {
+		if !strings.Contains(file, "\n  name: "+m[1]+"\nspec:\n  selector: { statefulset.kubernetes.io/pod-name: "+m[1]+" }\n") {
+			t.Errorf("kubernetes.yaml: there is no Service of the pod %s", m[1])
+		}
+	}
+	if replicas := fmt.Sprintf("replicas: %d\n  ordinals: { start: 1 }", len(servers)); !strings.Contains(file, replicas) {
+		t.Errorf("kubernetes.yaml: no %q", replicas)
+	}
+}
+
 // The program does not miss a variable whose name is misspelt.
 func TestDeployedVariables(t *testing.T) {
 	config := edited(t, "config.go")
