@@ -25,7 +25,7 @@ var alertTests = map[string]struct {
 		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x20 2x5 3x5 4x30"}, // three deployments
 		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x30 2x4 3x4 4x4 5x4 6x4 7x4"},
 		map[string]string{"job": "sidecast-backend", "instance": "b"},
-		"sidecast-backend at b keeps restarting, and forgets its tasks each time"},
+		"sidecast-backend at b keeps restarting, and ends what it runs each time"},
 	"SidecastStreamsRefused": {
 		inputs{connects("rejected"): "0x10 1x20 2x30", connects("accepted"): "0x60"},
 		inputs{connects("rejected"): "0+60x60", connects("accepted"): "0+60x60"},
@@ -77,6 +77,12 @@ var alertTests = map[string]struct {
 		inputs{tasksEnded("failed"): "0+10x60", tasksEnded("completed"): "0+20x60"},
 		inputs{tasksEnded("failed"): "0+2x60", tasksEnded("completed"): "0+1x60"},
 		map[string]string{"instance": "b", "type": "demo"}, "Most demo tasks at b fail"},
+	"SidecastCannotStore": {
+		inputs{writable: "1x60"},
+		inputs{writable: "1x20 0 1x39"}, // while something large is removed
+		inputs{writable: "1x20 0x40"},
+		map[string]string{"job": "sidecast-backend", "instance": "b"},
+		"b has no room to write in DATA_DIR, and refuses what is new"},
 	"SidecastFileDescriptors": {
 		inputs{fds("open"): "12x60", fds("max"): "1024x60"},
 		inputs{fds("open"): "700x60", fds("max"): "1000x60"},
@@ -88,6 +94,7 @@ type inputs map[string]string
 
 const (
 	tookCount = `sse_gateway_send_duration_seconds_count{instance="b"}`
+	writable  = `sidecast_journal_writable{job="sidecast-backend",instance="b"}`
 	waiting   = `tasks{job="sidecast-backend",instance="b",status="pending"}`
 )
 

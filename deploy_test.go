@@ -174,6 +174,7 @@ type image struct {
 	user                    string // uid:gid
 	env                     []string
 	entrypoint, healthcheck []string
+	volumes                 []string
 }
 
 // buildImage interprets the Dockerfile, as far as ours goes. It runs the go build here; what is copied from the build
@@ -185,7 +186,7 @@ func buildImage(t testing.TB) (img image) {
 	if command == nil {
 		t.Fatal("Dockerfile: no go build")
 	}
-	tool(t, "", "sh", "-c", strings.Replace(command[1], "-o /", "-o "+stage+"/", 1))
+	tool(t, "", "sh", "-c", strings.NewReplacer("-o /", "-o "+stage+"/", "mkdir /", "mkdir "+stage+"/").Replace(command[1]))
 
 	img.root = t.TempDir()
 	for line := range strings.Lines(final) {
@@ -194,12 +195,18 @@ func buildImage(t testing.TB) (img image) {
 		_, array, _ := strings.Cut(rest, "[") // the exec form, which needs no shell
 		switch instruction {
 		case "", "#", "EXPOSE":
-		case "COPY": // --from=build SOURCE DESTINATION
-			source := fields[1]
+		case "COPY": // --from=build [--chown=UID:GID] SOURCE DESTINATION
+			source, destination := fields[len(fields)-2], img.root+fields[len(fields)-1]
 			if _, err := os.Stat(stage + source); err == nil {
 				source = stage + source
 			}
-			tool(t, "", "install", "-D", source, img.root+fields[2])
+			tool(t, "", "mkdir", "-p", filepath.Dir(destination))
+			tool(t, "", "cp", "-r", source, destination)
+			if owner, ok := strings.CutPrefix(fields[1], "--chown="); ok {
+				tool(t, "", "chown", owner, destination)
+			}
+		case "VOLUME": // here the folder of the image, whose owner an engine gives to a new volume
+			json.Unmarshal([]byte("["+array), &img.volumes)
 		case "USER":
 			img.user = rest
 		case "ENV":
@@ -237,7 +244,7 @@ func (img image) healthy(p *process) bool {
 
 // The image has nothing but what the Dockerfile copies: no libc, so only a static binary runs, no shell, no /etc/hosts.
 func TestContainer(t *testing.T) {
-	needs(t, "root", "go", "sh", "install", "chroot")
+	needs(t, "root", "go", "sh", "chroot")
 	t.Parallel()
 	img := buildImage(t)
 	gatewayPort, backendPort := freePort(t), freePort(t)
@@ -256,6 +263,19 @@ func TestContainer(t *testing.T) {
 	path := startTask(t, backend.URL, "", `{"type":"demo","params":{"steps":1}}`)
 	es := openEventSource(t, gateway.URL+path, retryScale(0.05))
 	waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
+	waitFinished(t, es)
+
+	// The journal is in the volume, where the next container finds it.
+	if data := envValue(img.env, "DATA_DIR"); !slices.Equal(img.volumes, []string{data}) {
+		t.Errorf("the volumes are %q, and DATA_DIR is %q", img.volumes, data)
+	}
+	path = startTask(t, backend.URL, "", `{"type":"external","params":{"task_id":"t"}}`)
+	es = openEventSource(t, gateway.URL+path, retryScale(0.05))
+	waitTold(t, es, "1 task_started")
+	backend.kill(t)
+	backend.restart(t)
+	mustAsk(t, "POST", backend.URL+"/api/tasks/t/complete", `{"result":null}`)
+	waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
 	waitFinished(t, es)
 
 	for _, p := range []*process{gateway, backend} {
@@ -551,7 +571,7 @@ func TestReplicas(t *testing.T) {
 	poll := func(replica int) []string {
 		return []string{"FRONTEND_VERSION_POLL_SECONDS=0.3", fmt.Sprintf("FRONTEND_VERSION_URL=%s?%d", versions.URL, replica)}
 	}
-	dying, staying := startHost(t, poll(0)...), startHost(t, poll(1)...)
+	dying, staying := startHost(t, append(poll(0), "DATA_DIR="+t.TempDir())...), startHost(t, poll(1)...)
 	dyingNginx := dying.front(t)
 	embedded := startBackend(t, append(poll(2), "API_TOKEN="+deployToken)...)
 	backends := []*process{dying.backend, staying.backend, embedded}
@@ -655,17 +675,37 @@ func TestReplicas(t *testing.T) {
 		waitFinished(t, es)
 	}
 
-	// It dies. Its tasks are gone, as their followers learn from itself.
-	followers = follow("third", 20)
-	for id := range followers {
-		if status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", ""); status != http.StatusOK {
-			delete(followers, id)
+	// Its backend dies. Until it is back nobody says that its tasks are not known, and then it goes on with them.
+	paths := map[string]string{}
+	for i := range 20 {
+		id := fmt.Sprintf("third-%d", i)
+		path := startTask(t, ingress, "?task_id="+id, `{"type":"external","params":{"task_id":"`+id+`"}}`)
+		if status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", ""); status == http.StatusOK {
+			paths[id] = path
 		}
 	}
-	dying.backend.restart(t)
+	dying.backend.kill(t)
+	followers = map[string]*eventSource{}
+	for id, path := range paths {
+		followers[id] = openEventSource(t, ingress+path, retryScale(0.05))
+		if got := complete(id); got != http.StatusBadGateway {
+			t.Errorf("completing %s while its backend is dead: got %d, want 502", id, got)
+		}
+	}
 	for _, es := range followers {
-		waitTold(t, es, "1 task_started", "Task not found", "task_not_found")
+		eventually(t, deployPatience, "told to come back", func() bool { return es.opens() >= 2 })
+	}
+	dying.backend.restart(t)
+	for id, es := range followers {
+		waitTold(t, es, "1 task_started")
+		if got := complete(id); got != http.StatusOK {
+			t.Errorf("completing %s after the restart: got %d", id, got)
+		}
+		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
 		waitFinished(t, es)
+	}
+	if len(paths) == 0 {
+		t.Error("the replica that died had no task")
 	}
 }
 
@@ -686,7 +726,7 @@ func metricNames(expr string) (names []string) {
 func TestMonitoring(t *testing.T) {
 	needs(t, "prometheus", "promtool")
 	t.Parallel()
-	host := startHost(t)
+	host := startHost(t, "DATA_DIR="+t.TempDir())
 	tool(t, "", "promtool", "check", "config", "deploy/prometheus.yml") // with its rules
 
 	families := map[string]bool{}
@@ -791,10 +831,30 @@ func TestSystemdUnit(t *testing.T) {
 	tool(t, "", "systemd-analyze", "security", "--offline=true", "--threshold=15", template)
 }
 
+// What the command in kubernetes.yaml makes of nginx-replicas.conf names the Service of each pod.
+func TestKubernetesReplicas(t *testing.T) {
+	needs(t, "sh")
+	file := edited(t, "deploy/kubernetes.yaml")
+	command := regexp.MustCompile(`"\$\((sed .*)\)"`).FindStringSubmatch(file)
+	if command == nil {
+		t.Fatal("kubernetes.yaml: no sed")
+	}
+	servers := regexp.MustCompile(`server (\S+):80 `).FindAllStringSubmatch(tool(t, "", "sh", "-c", command[1]), -1)
+	for _, m := range servers {
+		if !strings.Contains(file, "\n  name: "+m[1]+"\nspec:\n  selector: { statefulset.kubernetes.io/pod-name: "+m[1]+" }\n") {
+			t.Errorf("kubernetes.yaml: there is no Service of the pod %s", m[1])
+		}
+	}
+	if replicas := fmt.Sprintf("replicas: %d\n  ordinals: { start: 1 }", len(servers)); !strings.Contains(file, replicas) {
+		t.Errorf("kubernetes.yaml: no %q", replicas)
+	}
+}
+
 // The program does not miss a variable whose name is misspelt.
 func TestDeployedVariables(t *testing.T) {
 	config := edited(t, "config.go")
-	for _, file := range []string{"Dockerfile", "deploy/kubernetes.yaml", "deploy/sidecast@.service"} {
+	files := []string{"Dockerfile", "deploy/kubernetes.yaml", "deploy/sidecast@.service", "deploy/sidecast@backend.service.d/data.conf"}
+	for _, file := range files {
 		for _, m := range regexp.MustCompile(`\b([A-Z][A-Z_]+)(=|, value)`).FindAllStringSubmatch(edited(t, file), -1) {
 			own := m[1] == "CGO_ENABLED" || m[1] == "COMMAND"
 			if !own && !strings.Contains(config, `"`+m[1]+`"`) {
