@@ -24,7 +24,9 @@ var proxyFiles = []proxyFile{
 	{
 		file:    "haproxy.cfg",
 		command: func(conf, _ string) []string { return []string{"haproxy", "-db", "-f", conf} },
-		oldNew:  func(site string) []string { return []string{"bind :80", "bind " + site, "maxconn 32768", "maxconn 1000"} },
+		oldNew: func(site string) []string {
+			return []string{"bind :80", "bind " + site, "maxconn 32768", "maxconn 1000"}
+		},
 	},
 	{
 		file: "Caddyfile",
