@@ -1,0 +1,135 @@
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A proxyFile is one of the files in deploy and the program that it is for.
+type proxyFile struct {
+	file    string
+	command func(conf, dir string) []string
+	oldNew  func(site string) []string // what puts it at the address of a test
+	// noticesLate is set where a browser that left is noticed at the next heartbeat, and not at once.
+	noticesLate bool
+}
+
+var proxyFiles = []proxyFile{
+	{
+		file:    "haproxy.cfg",
+		command: func(conf, _ string) []string { return []string{"haproxy", "-db", "-f", conf} },
+		oldNew: func(site string) []string {
+			return []string{"bind :80", "bind " + site, "maxconn 32768", "maxconn 1000"}
+		},
+	},
+	{
+		file: "Caddyfile",
+		command: func(conf, _ string) []string {
+			return []string{"caddy", "run", "--adapter", "caddyfile", "--config", conf}
+		},
+		oldNew: func(site string) []string { return []string{"\n:80 {", "\nhttp://" + site + " {"} },
+	},
+}
+
+// Each proxy does what nginx does (TestNginx): it serves, hides what is not for browsers, holds nothing back, tells who
+// left, and keeps every page while the gateway is away.
+func TestProxies(t *testing.T) {
+	if os.Getenv("SIDECAST_PROXIES") == "" {
+		t.Skip("this takes half a minute: .ci/run runs it in a step of its own, with SIDECAST_PROXIES=1")
+	}
+	for _, proxy := range proxyFiles {
+		t.Run(proxy.file, proxy.test)
+	}
+}
+
+func (proxy proxyFile) test(t *testing.T) {
+	dir, addr := t.TempDir(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	conf := filepath.Join(dir, proxy.file)
+	command := proxy.command(conf, dir)
+	needs(t, command[0], "root")
+	host := startHost(t)
+	writeFile(t, conf, edited(t, "deploy/"+proxy.file, append(proxy.oldNew(addr),
+		"127.0.0.1:8080", address(host.backend), "127.0.0.1:3000", address(host.gateway))...))
+	site := newProcess(t, "http://"+addr, []string{"XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}, command...).mustStart(t).URL
+
+	// A whole task.
+	path := startTask(t, site, "", `{"type":"demo","params":{"steps":1}}`)
+	es := openEventSource(t, site+path, retryScale(0.05))
+	waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
+	waitFinished(t, es)
+
+	// What is not for browsers.
+	for _, request := range []string{
+		"POST /internal/send", "POST /internal/reset", "POST /internal%2Fsend", "POST /%69nternal/send",
+		"POST /x/../internal/send", "GET /metrics", "GET /metrics?x", "GET /%6Detrics", "GET /api/sse/../../metrics",
+		"POST /api/sse/callback", "POST /api/sse/callback?secret=" + deploySecret, "POST /api/sse/callbac%6b",
+	} {
+		method, target, _ := strings.Cut(request, " ")
+		if got, answer := ask(t, method, site+target, ""); got != http.StatusNotFound {
+			t.Errorf("%s: got %d %.200s, want 404", request, got, answer)
+		}
+	}
+
+	// Each event at once. The median: this machine may be busy.
+	startTask(t, site, "", `{"type":"external","params":{"task_id":"t"}}`)
+	es = openEventSource(t, site+"/api/sse/tasks?task_id=t", retryScale(0.05))
+	waitTold(t, es, "1 task_started")
+	var took []time.Duration
+	for i := range 9 {
+		began := time.Now()
+		mustAsk(t, "POST", site+"/api/tasks/t/progress", fmt.Sprintf(`{"value":0.%d}`, i+1))
+		es.waitFor(t, deployPatience, func(got []message) bool { return len(told(got)) >= i+2 })
+		took = append(took, time.Since(began))
+	}
+	slices.Sort(took)
+	if took[4] > 150*time.Millisecond {
+		t.Errorf("an event takes %v, want them at once", took)
+	}
+
+	// The backend learns who left.
+	active := func() float64 {
+		return scrapeValue(mustAsk(t, "GET", host.backend.URL+"/metrics", ""), `sse_gateway_active_connections{service="version"}`)
+	}
+	var pages []*eventSource
+	for i := range 6 {
+		pages = append(pages, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=leaver-%d", site, i), retryScale(0.05)))
+	}
+	eventually(t, deployPatience, "all pages are known", func() bool { return active() == 6 })
+	for _, page := range pages[:3] {
+		page.close()
+	}
+	if !proxy.noticesLate {
+		eventually(t, time.Second, "the backend knows who left", func() bool { return active() == 3 })
+	}
+	pages = pages[3:]
+
+	// No page gives up while the gateway is away, and each gets what it has missed.
+	for i := range 3 {
+		pages = append(pages, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=page-%d", site, i), retryScale(0.05)))
+	}
+	for _, page := range pages {
+		eventually(t, deployPatience, "the page has a stream", func() bool { return page.state() == "open" })
+	}
+	host.gateway.kill(t)
+	mustAsk(t, "POST", site+"/api/tasks/t/progress", `{"text":"away"}`)
+	time.Sleep(4500 * time.Millisecond)
+	host.gateway.restart(t)
+	mustAsk(t, "POST", site+"/api/deployments/version", `{"version":"2.0"}`)
+	for _, page := range pages {
+		page.waitFor(t, deployPatience, func(got []message) bool { return slices.Contains(told(got), "1 2.0") })
+		if page.failure() != 0 {
+			t.Errorf("a page gave up on a %d", page.failure())
+		}
+	}
+	mustAsk(t, "POST", site+"/api/tasks/t/complete", `{"result":null}`)
+	waitFinished(t, es)
+	if got := told(es.events()); len(got) != 13 {
+		t.Errorf("the task's page was told %q, want each of 12 events once, and the end", got)
+	}
+}
