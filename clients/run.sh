@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the table of CLIENTS.md again: bash clients/run.sh [NAME...]
-# Needs Go, Node.js 20 and npm. The pinned clients are installed in a folder that goes away.
+# Needs Go, Node.js 20, npm and curl. The pinned clients are installed in a folder that goes away.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 dir=$(mktemp -d)
