@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -251,4 +252,71 @@ func (g *gatewayFixture) benchExchange(b *testing.B, requests []string) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// BenchmarkReports is from a report to the answer, embedded, each task with a follower that reads all: single reports of
+// one worker and of 64, and one body with all of them as lines; in memory, and with DATA_DIR. CPU is that of the process.
+func BenchmarkReports(b *testing.B) {
+	for _, env := range [][]string{nil, {"DATA_DIR"}} {
+		for _, workers := range []int{1, 64, 0} {
+			name := fmt.Sprintf("%v/workers=%d", env, workers)
+			if workers == 0 {
+				name = fmt.Sprintf("%v/lines", env)
+			}
+			b.Run(name, func(b *testing.B) {
+				var settings []string
+				for _, name := range env {
+					settings = append(settings, name+"="+b.TempDir())
+				}
+				backend := startBackend(b, settings...)
+				v := newVisitor(b, backend.URL, backend.URL)
+				reports := make([]string, max(1, workers))
+				for i := range reports {
+					id := v.start("external", "{}")
+					reports[i] = "/api/tasks/" + id + "/progress"
+					resp, err := v.client.Get(v.streams + taskPath(id))
+					if err != nil {
+						b.Fatal(err)
+					}
+					b.Cleanup(func() { resp.Body.Close() })
+					go io.Copy(io.Discard, resp.Body)
+				}
+				const report = `{"text":"a text as workers say it, of the usual length","value":0.5}`
+				before := cpuSeconds(b, backend.pid())
+				b.ResetTimer()
+				if workers == 0 {
+					body := strings.NewReader(strings.Repeat(report+"\n", b.N))
+					resp, err := v.client.Post(v.api+reports[0], ndjson, body)
+					if err != nil {
+						b.Fatal(err)
+					}
+					if text, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK {
+						b.Fatal(resp.Status, string(text))
+					}
+				}
+				benchEach(b, workers, func(i int) {
+					if got := v.post(reports[i%len(reports)], report); !strings.HasPrefix(got, "200 ") {
+						b.Error(got)
+					}
+				})
+				b.StopTimer()
+				b.ReportMetric((cpuSeconds(b, backend.pid())-before)*1e6/float64(b.N), "cpu-us/op")
+			})
+		}
+	}
+}
+
+// cpuSeconds is what a process has used so far, in hundredths.
+func cpuSeconds(b *testing.B, pid int) float64 {
+	b.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)) // proc(5): utime and stime are fields 14 and 15
+	if err != nil {
+		b.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	var user, system float64
+	fields := strings.Fields(rest)
+	fmt.Sscan(fields[11], &user)
+	fmt.Sscan(fields[12], &system)
+	return (user + system) / 100
 }

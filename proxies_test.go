@@ -16,8 +16,6 @@ type proxyFile struct {
 	file    string
 	command func(conf, dir string) []string
 	oldNew  func(site string) []string // what puts it at the address of a test
-	// noticesLate is set where a browser that left is noticed at the next heartbeat, and not at once.
-	noticesLate bool
 }
 
 var proxyFiles = []proxyFile{
@@ -104,9 +102,7 @@ func (proxy proxyFile) test(t *testing.T) {
 	for _, page := range pages[:3] {
 		page.close()
 	}
-	if !proxy.noticesLate {
-		eventually(t, time.Second, "the backend knows who left", func() bool { return active() == 3 })
-	}
+	eventually(t, time.Second, "the backend knows who left", func() bool { return active() == 3 })
 	pages = pages[3:]
 
 	// No page gives up while the gateway is away, and each gets what it has missed.
