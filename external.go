@@ -223,7 +223,7 @@ func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (stat
 	lines := bufio.NewScanner(lineReader{r.Body, ctx, s.cfg.timeout + time.Second, control})
 	lines.Buffer(nil, maxTaskBody)
 	var stored *commit
-	for n := 1; err == nil && lines.Scan(); n++ {
+	for n := 1; lines.Scan(); n++ {
 		line := bytes.TrimSpace(lines.Bytes())
 		if len(line) == 0 {
 			continue
