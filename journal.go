@@ -44,7 +44,7 @@ type journal struct {
 
 	file      journalFile // of the writer goroutine, like what follows
 	number    uint64      // of the last commit
-	dirty     bool        // there may be more behind them
+	dirty     bool        // there may be more behind what is good
 	compacted chan *compaction
 	compactAt time.Time     // not before
 	broken    chan error    // a sync failed: what is on disk is not known any more
