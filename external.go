@@ -205,7 +205,7 @@ func (l lineReader) Read(b []byte) (int, error) {
 }
 
 const (
-	maxUnstored = 1000             // reports of a body that wait for the disk before it is read on
+	maxUnstored = 1000             // reports of a body that may be taken while as many before them wait for the disk
 	answerLimit = 30 * time.Second // for writing the answer to one
 )
 
@@ -222,7 +222,7 @@ func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (stat
 	defer func() { control.SetWriteDeadline(time.Now().Add(answerLimit)) }() // the server's began with the request
 	lines := bufio.NewScanner(lineReader{r.Body, ctx, s.cfg.timeout + time.Second, control})
 	lines.Buffer(nil, maxTaskBody)
-	var stored *commit
+	var stored, before *commit
 	for n := 1; lines.Scan(); n++ {
 		line := bytes.TrimSpace(lines.Bytes())
 		if len(line) == 0 {
@@ -237,9 +237,10 @@ func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (stat
 		}
 		*all.Reports++
 		if *all.Reports%maxUnstored == 0 {
-			if err := stored.wait(); err != nil {
+			if err := before.wait(); err != nil {
 				return 0, nil, err
 			}
+			before = stored
 		}
 	}
 	switch err := lines.Err(); {

@@ -54,9 +54,10 @@ type journal struct {
 	size   atomic.Int64 // bytes that are good; only the writer goroutine changes it
 	noRoom atomic.Bool
 
-	mu   sync.Mutex // guards next
-	next *commit    // what is written next
-	wake chan struct{}
+	mu    sync.Mutex // guards next and spare
+	next  *commit    // what is written next
+	spare []byte     // for frames
+	wake  chan struct{}
 }
 
 // commit is the records that are written and synced at once.
@@ -259,6 +260,7 @@ func (j *journal) store() bool {
 		j.next = newCommit(b.number)
 	} else {
 		j.next = newCommit(b.number + commitStep)
+		j.next.frames, j.spare = j.spare, nil
 	}
 	j.mu.Unlock()
 	if len(b.frames) > 0 {
@@ -286,6 +288,9 @@ func (j *journal) store() bool {
 	}
 	j.mu.Lock()
 	refused := j.next.finished()
+	if cap(b.frames) <= maxRecord {
+		j.spare = b.frames[:0]
+	}
 	j.mu.Unlock()
 	if refused { // who wrote to it since would be refused, too
 		j.hurry()
