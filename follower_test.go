@@ -1689,7 +1689,7 @@ func TestDeliveryModel(t *testing.T) {
 	}
 }
 
-func BenchmarkOutboxAppendWithoutConnection(b *testing.B) {
+func BenchmarkAppendWithoutConnection(b *testing.B) {
 	for _, policy := range []logPolicy{taskLike(), versionLike()} {
 		for _, policy.limit = range []int{100, 1000} {
 			b.Run(fmt.Sprint(policy.event, "/limit=", policy.limit), func(b *testing.B) {
