@@ -176,10 +176,23 @@ func (r *restoring) finish() error {
 		t.place = s.finished.PushBack(t)
 		t.deadline = s.afterwards(t, t.end.Add(s.cfg.remember).Sub(now), s.forgetLocked)
 	}
-	s.makeRoomLocked(0)
+	s.displaceLocked()
 	s.dispatchLocked()
 	r.version.restored()
 	return nil
+}
+
+// displaceLocked has the largest tasks lose their oldest progress while there is more than memory may hold: what was
+// displaced before the restart is there again, and must not displace finished tasks now.
+func (s *TaskService) displaceLocked() {
+	for most := s.memory.limit; !s.memory.fits(0) && most > taskOverhead; most -= most / 8 {
+		for _, t := range s.tasks {
+			for t.held > most && t.events.DropOldest() {
+				s.memory.count(&t.held, t.size())
+			}
+		}
+	}
+	s.makeRoomLocked(0)
 }
 
 // restore sets the state of t from its events.

@@ -127,6 +127,35 @@ func TestRestoreTasks(t *testing.T) {
 	})
 }
 
+// Progress that was displaced for want of memory comes back with a restart, and displaces no finished task then.
+func TestRestoreMemory(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		api := restart(t, "TASK_MEMORY_BYTES=300000", nil)
+		for id := range strings.FieldsSeq("a b c") {
+			api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`"}}`)
+			for range 60 {
+				api.do("POST", "/api/tasks/"+id+"/progress", `{"text":"`+strings.Repeat("x", 4000)+`"}`)
+			}
+		}
+		for id := range strings.FieldsSeq("a b") {
+			api.check("POST", "/api/tasks/"+id+"/complete", `{"result":1}`, `200 {"event_id":"e-62"}`)
+		}
+		api = restart(t, "TASK_MEMORY_BYTES=300000", api)
+		for id := range strings.FieldsSeq("a b c") {
+			if got := api.do("GET", "/api/tasks/"+id+"/status", ""); !strings.HasPrefix(got, "200 ") {
+				t.Errorf("%s: got %s", id, got)
+			}
+			if got := api.do("GET", "/api/tasks/"+id+"/events", ""); strings.Count(got, "xxxx\"") < 10 {
+				t.Errorf("%s: got only %d events", id, strings.Count(got, `"id"`))
+			}
+		}
+		if got := api.tasks.Bytes(); got > 300000 {
+			t.Errorf("got %d bytes, want 300000 at most", got)
+		}
+	})
+}
+
 // A task that waited runs, also beyond the limit of the queue, or says why it cannot.
 func TestRestoreWaitingTasks(t *testing.T) {
 	t.Parallel()
