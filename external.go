@@ -10,8 +10,8 @@ import (
 	"context"
 	"errors"
 	"io"
-	"math"
 	"net/http"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -102,11 +102,9 @@ func parseReport(body []byte) (r report, err error) {
 		r.value = &value
 	}
 	if seq != nil {
-		seq, err := parseNumber(seq)
-		if err != nil || seq < 1 || seq > 1<<53 || seq != math.Trunc(seq) {
+		if r.seq, err = strconv.ParseUint(string(seq), 10, 64); err != nil || r.seq == 0 {
 			return r, errBadSeq
 		}
-		r.seq = uint64(seq)
 	}
 	if r.text == nil && r.value == nil {
 		return r, errNoReport
@@ -190,18 +188,20 @@ func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) (sta
 
 // lineReader is a body that may go on for as long as its task does.
 type lineReader struct {
-	io.Reader
+	body    io.Reader
+	broken  bool            // what has been read since the last line is not a line
 	ctx     context.Context // of the task
 	timeout time.Duration   // for each Read: more than the task has
 	control *http.ResponseController
 }
 
-func (l lineReader) Read(b []byte) (int, error) {
+func (l *lineReader) Read(b []byte) (n int, err error) {
 	l.control.SetReadDeadline(time.Now().Add(l.timeout))
-	if err := l.ctx.Err(); err != nil { // after that, as its end sets the deadline, too
-		return 0, err
+	if err = l.ctx.Err(); err == nil { // after that, as its end sets the deadline, too
+		n, err = l.body.Read(b)
 	}
-	return l.Reader.Read(b)
+	l.broken = err != nil && err != io.EOF
+	return n, err
 }
 
 const (
@@ -220,15 +220,21 @@ func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (stat
 	control := http.NewResponseController(w)
 	defer context.AfterFunc(ctx, func() { control.SetReadDeadline(time.Now()) })()
 	defer func() { control.SetWriteDeadline(time.Now().Add(answerLimit)) }() // the server's began with the request
-	lines := bufio.NewScanner(lineReader{r.Body, ctx, s.cfg.timeout + time.Second, control})
-	lines.Buffer(nil, maxTaskBody)
+	body := &lineReader{body: r.Body, ctx: ctx, timeout: s.cfg.timeout + time.Second, control: control}
+	lines := bufio.NewScanner(body)
+	lines.Buffer(nil, maxTaskBody+len("\r\n"))
 	var stored, before *commit
-	for n := 1; lines.Scan(); n++ {
+	n := 0
+	for lines.Scan() && !body.broken {
+		n++
 		line := bytes.TrimSpace(lines.Bytes())
 		if len(line) == 0 {
 			continue
 		}
 		said, err := parseReport(line)
+		if len(line) > maxTaskBody {
+			err = errBodyTooLarge
+		}
 		if err != nil {
 			return 0, nil, cmp.Or(stored.wait(), atLine(err, n))
 		}
@@ -252,7 +258,7 @@ func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (stat
 		_, _, stored, err = s.take(id, func(*task) bool { return false }, func(*task) {})
 		return 0, nil, cmp.Or(stored.wait(), err)
 	case errors.Is(err, bufio.ErrTooLong):
-		return 0, nil, cmp.Or(stored.wait(), error(errBodyTooLarge))
+		return 0, nil, cmp.Or(stored.wait(), atLine(errBodyTooLarge, n+1))
 	case err != nil:
 		return 0, nil, errNotJSON // the worker broke off
 	}

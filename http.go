@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"path"
 	"strings"
+	"time"
 )
 
 const jsonType = "application/json"
@@ -85,6 +86,10 @@ type handler func(w http.ResponseWriter, r *http.Request) (status int, answer an
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	status, answer, err := h(w, r)
 	if err != nil {
+		if hasMediaType(r, ndjson) { // the body may go on, and net/http would read it before it answers
+			w.Header().Set("Connection", "close")
+			http.NewResponseController(w).SetReadDeadline(time.Now().Add(finishLimit))
+		}
 		writeError(w, err)
 		return
 	}

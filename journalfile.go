@@ -98,6 +98,9 @@ func (j *journal) read(apply func(record []byte) error) error {
 	header := bytes.Clone(f.view(0, len(journalHeader)))
 	whole := bytes.HasPrefix(header, []byte("sidecast journal ")) && bytes.HasSuffix(header, []byte("\n"))
 	if f.view(int64(len(journalHeader)), 1) == nil && !whole { // a new file, or one whose making crashed
+		if len(f.view(0, len(header))) > 0 {
+			j.log.Warn("this journal was not yet made when a crash came", "file", j.path())
+		}
 		header = []byte(journalHeader)
 		if _, err := j.file.WriteAt(header, 0); err != nil {
 			return err

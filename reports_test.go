@@ -79,11 +79,22 @@ func TestReports(t *testing.T) {
 	post(id, `{"text":"four"}`+"\n\n"+`{"value":2}`+"\n"+`{"text":"never"}`+"\n",
 		`400 {"error":"value must be a number from 0 to 1","code":"bad_value","line":3}`)
 	post(id, `{"text":"five"}`+"\n"+"[]\n", `400 {"error":"body must be one JSON object","code":"not_json","line":2}`)
-	post(id, `{"text":"`+strings.Repeat("x", 256<<10)+`"}`, `413 {"error":"request body too large","code":"too_large"}`)
+	post(id, `{"text":"`+strings.Repeat("x", 256<<10)+`"}`, `413 {"error":"request body too large","code":"too_large","line":1}`)
+	long := `{"text":"` + strings.Repeat("x", 256<<10-11) + `"}` // the most that a line may have
+	post(id, long+"\r\n"+long, `200 {"event_id":"`+epoch+`-8","reports":2}`)
+	post(id, "\n"+strings.Replace(long, "x", "xx", 1), `413 {"error":"request body too large","code":"too_large","line":2}`)
 	post("unknown", `{"text":"x"}`, `404 {"error":"task not found","code":"task_not_found"}`)
 	post(v.start("demo", `{"delay":60}`), `{"text":"x"}`, `409 {"error":"task is not external","code":"not_external","status":"running"}`)
 	wantStory(t, es, "task_started", "progress_update one", "progress_update two", "progress_update three",
 		"progress_update four", "progress_update five")
+	for _, wrong := range []struct{ id, say, want string }{
+		{id, "nope\n", `400 {"error":"body must be one JSON object","code":"not_json","line":1}`},
+		{"unknown", `{"text":"x"}` + "\n", `404 {"error":"task not found","code":"task_not_found"}`},
+	} { // at once, although the body goes on
+		r := reportAtLength(t, v, wrong.id)
+		r.say(wrong.say)
+		r.want(wrong.want)
+	}
 
 	// What comes slower than a task may be silent keeps both alive.
 	r = reportAtLength(t, v, id)
@@ -91,9 +102,10 @@ func TestReports(t *testing.T) {
 		r.say(fmt.Sprintf(`{"text":"slow %d"}`+"\n", n))
 		time.Sleep(time.Second)
 	}
+	r.say(`{"half of`) // which is no error of the worker's
 	v.wantPost("/api/tasks/"+id+"/cancel", "", `200 {"success":true,"message":"task cancelled"}`)
 	r.want(`409 {"error":"task cancelled","code":"task_cancelled","status":"cancelled"}`) // at once, without a further line
-	post(id, `{"text":"x","seq":2}`, `200 {"event_id":"`+epoch+`-12","reports":1}`)
+	post(id, `{"text":"x","seq":2}`, `200 {"event_id":"`+epoch+`-14","reports":1}`)
 	post(id, `{"text":"x"}`, `409 {"error":"task cancelled","code":"task_cancelled","status":"cancelled"}`)
 
 	// A worker that falls silent is given up like any other.
