@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -128,6 +129,9 @@ func openJournal(dir string, d disk, reg *registry, log *slog.Logger, apply func
 		return nil, fmt.Errorf("%s: %w", j.path(), err)
 	}
 	os.Remove(j.path() + ".new") // of a compaction that was cut off
+	if mounts, _ := os.ReadFile("/proc/self/mountinfo"); isVolatile(string(mounts), dir) {
+		log.Warn("a power cut may lose what was answered: DATA_DIR is on an overlay that does not sync", "dir", dir)
+	}
 	j.met = &journalMetrics{
 		syncs:  reg.counters("sidecast_journal_syncs_total", "Syncs of the journal.").with(),
 		errors: reg.counters("sidecast_journal_errors_total", "Failures to write the journal or to make it smaller.").with(),
@@ -172,6 +176,23 @@ func lockDir(dir string) (*os.File, error) {
 	f.Truncate(0)
 	fmt.Fprintln(f, os.Getpid())
 	return f, nil
+}
+
+// isVolatile reports whether a sync in dir does nothing, as on an overlay that is mounted so (podman run --rm). The
+// mounts are as in proc_pid_mountinfo(5).
+func isVolatile(mounts, dir string) (volatile bool) {
+	if abs, err := filepath.Abs(dir); err == nil {
+		dir, _ = filepath.EvalSymlinks(abs)
+	}
+	longest := 0
+	for line := range strings.Lines(mounts) {
+		fields := strings.Fields(line)
+		if len(fields) < 10 || !strings.HasPrefix(dir+"/", strings.TrimSuffix(fields[4], "/")+"/") || len(fields[4]) < longest {
+			continue
+		}
+		longest, volatile = len(fields[4]), slices.Contains(strings.Split(fields[len(fields)-1], ","), "volatile")
+	}
+	return volatile
 }
 
 // write queues a record, or none; then is called when it and all before it are on disk, without a lock of the journal.

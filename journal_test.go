@@ -375,3 +375,23 @@ func FuzzJournal(f *testing.F) {
 		}
 	})
 }
+
+func TestJournalVolatile(t *testing.T) {
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const root = "22 1 0:20 / / rw,relatime shared:1 - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w,volatile\n"
+	data := "30 22 8:1 / " + dir + " rw - ext4 /dev/sda1 rw\n"
+	for mounts, want := range map[string]bool{
+		"":          false,
+		root:        true,
+		root + data: false, // a volume
+		data + root: false,
+		"22 1 8:1 / / rw - ext4 /dev/root rw\n31 22 0:21 / " + dir + "else rw - overlay overlay rw,volatile\n": false,
+	} {
+		if got := isVolatile(mounts, dir); got != want {
+			t.Errorf("%s: got %v, want %v", mounts, got, want)
+		}
+	}
+}
