@@ -100,8 +100,10 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 		return a, badRequest("cannot_route", "Cannot route URL: "+c.url)
 	case request.lastEventID == closeID:
 		return a, errStreamOver
-	case len(t.query[key]) > 1:
-		return a, badRequest("duplicate_field", key+" stands twice in the URL")
+	case len(t.query["request_id"]) > 1:
+		return a, badRequest("duplicate_field", "request_id stands twice in the URL")
+	case len(t.query["task_id"]) > 1 && name != servicePage:
+		return a, badRequest("duplicate_field", "task_id stands twice in the URL")
 	}
 	id := last(t.query[key])
 	a.Event, a.Close, err = service.OnConnect(id, request)

@@ -369,6 +369,7 @@ func TestCallbackTakesOnlyPlainTargets(t *testing.T) {
 	}
 	for _, target := range []string{
 		"/api/sse/tasks?task_id=a&task_id=a", "/api/sse/tasks?task_id=a&task_id=", "/api/sse/utils/version?request_id=a&request_id=b",
+		"/api/sse/tasks?task_id=a&request_id=x&request_id=y", "/api/sse/utils/version?request_id=a&task_id=x&task_id=y", // whoever reads them
 	} {
 		if got := api.callback(apiConnect("t", target)); !strings.HasSuffix(got, `"code":"duplicate_field"}`) {
 			t.Errorf("%s: got %s, want 400", target, got)
