@@ -1656,7 +1656,7 @@ func TestDeliveryModel(t *testing.T) {
 	t.Parallel()
 	worlds := uint64(2000)
 	if underRace {
-		worlds = 700
+		worlds = 500
 	}
 	if n, err := strconv.ParseUint(os.Getenv("SIDECAST_SEEDS"), 10, 64); err == nil {
 		worlds = n
