@@ -249,10 +249,14 @@ func TestStreamOutlivesTheWriteTimeout(t *testing.T) {
 	g := newGatewayFixture(t, "WRITE_TIMEOUT_SECONDS=1", nil)
 	c := g.open("/x")
 	data := muchData()[:24] // enough to make the gateway wait for the client once
-	for _, d := range data {
-		g.send(c.callback.Token, d)
-	}
+	var sending sync.WaitGroup
+	sending.Go(func() { // while the client reads: on a busy machine it takes longer than the limit
+		for _, d := range data {
+			g.send(c.callback.Token, d)
+		}
+	})
 	c.wantData(data...)
+	sending.Wait()
 	time.Sleep(timeout * 5 / 4)
 	g.send(c.callback.Token, "live")
 	c.wantData("live")
