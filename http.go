@@ -80,6 +80,10 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Write(body)
 }
 
+// refusedBody is how long a refused body that goes on is still read: a connection that is closed before takes the answer
+// with it.
+const refusedBody = 500 * time.Millisecond
+
 // handler answers with a status and what becomes a JSON body, or with an error. It writes nothing but headers itself.
 type handler func(w http.ResponseWriter, r *http.Request) (status int, answer any, err error)
 
@@ -88,7 +92,7 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		if hasMediaType(r, ndjson) { // the body may go on, and net/http would read it before it answers
 			w.Header().Set("Connection", "close")
-			http.NewResponseController(w).SetReadDeadline(time.Now().Add(finishLimit))
+			http.NewResponseController(w).SetReadDeadline(time.Now().Add(refusedBody))
 		}
 		writeError(w, err)
 		return

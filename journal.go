@@ -195,24 +195,31 @@ func isVolatile(mounts, dir string) (volatile bool) {
 	return volatile
 }
 
-// write queues a record, or none; then is called when it and all before it are on disk, without a lock of the journal.
-// It returns what to wait for.
+// write queues a record, or none. then, if it is not nil, is called when that and all before it are on disk, without a
+// lock of the journal. It returns what to wait for.
 func (j *journal) write(record []byte, then func()) *commit {
 	if j == nil {
-		then()
+		if then != nil {
+			then()
+		}
 		return nil
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	b := j.next
+	c := j.next
 	if record != nil {
-		b.last = len(b.frames)
-		b.frames = appendFrame(b.frames, frameMore, b.number, record)
+		c.last = len(c.frames)
+		c.frames = appendFrame(c.frames, frameMore, c.number, record)
 	}
-	b.then = append(b.then, then)
+	if then != nil {
+		c.then = append(c.then, then)
+	}
 	j.hurry()
-	return b
+	return c
 }
+
+// written returns what to wait for until all that was written is on disk.
+func (j *journal) written() *commit { return j.write(nil, nil) }
 
 // hurry has run write what is queued.
 func (j *journal) hurry() {
@@ -223,12 +230,12 @@ func (j *journal) hurry() {
 }
 
 // wait waits until the commit is on disk. If there is no room it returns errCannotStore; the commit is stored later.
-func (b *commit) wait() error {
-	if b == nil {
+func (c *commit) wait() error {
+	if c == nil {
 		return nil
 	}
-	<-b.done
-	if !b.stored.Load() {
+	<-c.done
+	if !c.stored.Load() {
 		return errCannotStore
 	}
 	return nil
@@ -276,20 +283,20 @@ func (j *journal) run() {
 // meanwhile.
 func (j *journal) store() bool {
 	j.mu.Lock()
-	b := j.next
-	if len(b.frames) == 0 {
-		j.next = newCommit(b.number)
+	c := j.next
+	if len(c.frames) == 0 {
+		j.next = newCommit(c.number)
 	} else {
-		j.next = newCommit(b.number + commitStep)
+		j.next = newCommit(c.number + commitStep)
 		j.next.frames, j.spare = j.spare, nil
 	}
 	j.mu.Unlock()
-	if len(b.frames) > 0 {
-		b.frames[b.last] = frameLast
-		seal(b.frames[b.last:])
+	if len(c.frames) > 0 {
+		c.frames[c.last] = frameLast
+		seal(c.frames[c.last:])
 		start := time.Now()
-		for err := j.append(b.frames); err != nil; err = j.append(b.frames) {
-			j.refuse(b, err)
+		for err := j.append(c.frames); err != nil; err = j.append(c.frames) {
+			j.refuse(c, err)
 			select {
 			case <-time.After(noRoomPause):
 			case <-j.stopping:
@@ -304,13 +311,13 @@ func (j *journal) store() bool {
 		}
 		j.met.syncs.Inc()
 		j.met.syncSeconds.observe(time.Since(start).Seconds())
-		j.size.Add(int64(len(b.frames)))
-		j.number = b.number
+		j.size.Add(int64(len(c.frames)))
+		j.number = c.number
 	}
 	j.mu.Lock()
 	refused := j.next.finished()
-	if cap(b.frames) <= maxRecord {
-		j.spare = b.frames[:0]
+	if cap(c.frames) <= maxRecord {
+		j.spare = c.frames[:0]
 	}
 	j.mu.Unlock()
 	if refused { // who wrote to it since would be refused, too
@@ -318,12 +325,12 @@ func (j *journal) store() bool {
 	} else if j.noRoom.Swap(false) {
 		j.log.Info("the journal has room again")
 	}
-	b.stored.Store(true)
-	for _, then := range b.then {
+	c.stored.Store(true)
+	for _, then := range c.then {
 		then()
 	}
-	b.finish()
-	b.frames, b.then = nil, nil
+	c.finish()
+	c.frames, c.then = nil, nil
 	return true
 }
 
@@ -350,28 +357,28 @@ func (j *journal) clean() error {
 	return err
 }
 
-// refuse tells those that wait for b, or for what is queued behind it, that there is no room.
-func (j *journal) refuse(b *commit, err error) {
+// refuse tells those that wait for c, or for what is queued behind it, that there is no room.
+func (j *journal) refuse(c *commit, err error) {
 	j.met.errors.Inc()
 	if !j.noRoom.Swap(true) {
 		j.log.Error("cannot write the journal: nothing new is taken until there is room", "err", err)
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	b.finish()
+	c.finish()
 	j.next.finish()
 }
 
 // finish lets go those that wait.
-func (b *commit) finish() {
-	if !b.finished() {
-		close(b.done)
+func (c *commit) finish() {
+	if !c.finished() {
+		close(c.done)
 	}
 }
 
-func (b *commit) finished() bool {
+func (c *commit) finished() bool {
 	select {
-	case <-b.done:
+	case <-c.done:
 		return true
 	default:
 		return false

@@ -324,7 +324,7 @@ func (b *backend) openJournal() error {
 	if err := r.finish(); err != nil {
 		return err
 	}
-	j.write(nil, func() {}).wait() // or there is no room: then what has ended with the restart is shown later
+	j.written().wait() // or there is no room: then what has ended with the restart is shown later
 	return nil
 }
 

@@ -205,8 +205,13 @@ func (s *TaskService) Start(kind string, params object) (t *task, known bool, er
 	return t, false, nil
 }
 
-// storeLocked writes a record about t, which is shown as it is now when that is on disk.
-func (s *TaskService) storeLocked(t *task, record []byte) {
+// storeLocked writes a record about t, which is shown as it is now when that is on disk. Without a journal there is no
+// need for the record.
+func (s *TaskService) storeLocked(t *task, encode func() []byte) {
+	var record []byte
+	if s.journal != nil {
+		record = encode()
+	}
 	state, last := t.taskState, t.last
 	t.stored = s.journal.write(record, func() {
 		t.shown.Store(&state)
@@ -235,7 +240,7 @@ func (s *TaskService) addLocked(t *task) error {
 	t.number, t.status = s.created, taskPending
 	s.tasks[t.id] = t
 	s.memory.count(&t.held, t.size())
-	s.storeLocked(t, t.record())
+	s.storeLocked(t, t.record)
 	for _, page := range s.watched[t.id] {
 		page.add(t.events)
 	}
@@ -363,7 +368,7 @@ func (s *TaskService) emitLocked(t *task, eventType string, at time.Time, data a
 	event := string(marshal(taskEvent[any]{eventType, t.id, at.UTC(), data}))
 	t.result = event[len(event)-1-len(t.result) : len(event)-1] // one copy is enough
 	t.last = t.events.Add(entry{data: event, keep: keep})
-	s.storeLocked(t, encodeEvent(t.number, t.last, t.seq, keep, event))
+	s.storeLocked(t, func() []byte { return encodeEvent(t.number, t.last, t.seq, keep, event) })
 	s.memory.count(&t.held, t.size())
 	for !s.makeRoomLocked(0) && t.events.DropOldest() {
 		s.memory.count(&t.held, t.size())
@@ -437,7 +442,7 @@ func (s *TaskService) Delete(id string) error {
 	var deleted *commit
 	if finished {
 		s.forgetLocked(t)
-		deleted = s.journal.write(encodeRecord(recordDelete, record{Number: t.number}), func() {})
+		deleted = s.journal.write(encodeRecord(recordDelete, record{Number: t.number}), nil)
 	}
 	s.mu.Unlock()
 	switch {
@@ -468,7 +473,7 @@ func (s *TaskService) Close() {
 			s.finishLocked(t, taskFailed, "", "server is shutting down")
 		}
 	}
-	stored := s.journal.write(nil, func() {})
+	stored := s.journal.written()
 	s.mu.Unlock()
 	s.endLife()
 	stored.wait()

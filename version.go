@@ -56,7 +56,6 @@ type VersionService struct {
 	streams map[string]*versionStream // by request_id
 	memory  budget                    // of the streams
 	latest  announcement              // to everybody
-	stored  *commit                   // has the last change
 	round   uint64                    // announcements to everybody so far
 }
 
@@ -191,7 +190,7 @@ func (s *VersionService) appendLocked(id string, st *versionStream, version stri
 		e.n = n
 		record = st.record(id, e)
 	}
-	s.stored = s.journal.write(record, func() { st.events.Publish(n) })
+	s.journal.write(record, func() { st.events.Publish(n) })
 	return n
 }
 
@@ -202,7 +201,7 @@ func (s *VersionService) storeLocked(id string, st *versionStream) {
 	}
 	st.stored = true
 	for _, record := range st.records(id) {
-		s.journal.write(record, func() {})
+		s.journal.write(record, nil)
 	}
 }
 
@@ -224,7 +223,7 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 	}
 	n := s.appendLocked(id, st, a.version, entry{data: a.data})
 	s.countLocked(id, st)
-	stored := s.stored
+	stored := s.journal.written()
 	s.mu.Unlock()
 	if err := stored.wait(); err != nil {
 		return false, err
@@ -261,7 +260,7 @@ func (s *VersionService) TellAll(a announcement) (told []versionEvent, stored *c
 	defer s.mu.Unlock()
 	s.latest = a
 	s.round++
-	s.stored = s.journal.write(a.record(), func() {})
+	s.journal.write(a.record(), nil)
 	for id, st := range s.streams {
 		if s.connected(id) {
 			if n := s.catchUpLocked(id, st); n != 0 {
@@ -270,7 +269,7 @@ func (s *VersionService) TellAll(a announcement) (told []versionEvent, stored *c
 			}
 		}
 	}
-	return told, s.stored
+	return told, s.journal.written()
 }
 
 // Tidy drops, until ctx ends, the logs that have had no connection for the configured time. While memory is short
@@ -299,7 +298,7 @@ func (s *VersionService) tidy() {
 		}
 		if start := st.events.Start(); st.stored && st.marked != start { // late is good enough: it is given again
 			st.marked = start
-			s.journal.write(encodeRecord(recordMark, record{ID: id, Event: start}), func() {})
+			s.journal.write(encodeRecord(recordMark, record{ID: id, Event: start}), nil)
 		}
 		_, waiting, bytes := st.events.Size()
 		if s.connected(id) {
@@ -311,7 +310,7 @@ func (s *VersionService) tidy() {
 		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || forgettable) {
 			delete(s.streams, id)
 			if st.stored {
-				s.journal.write(encodeRecord(recordForget, record{ID: id}), func() {})
+				s.journal.write(encodeRecord(recordForget, record{ID: id}), nil)
 			}
 			s.memory.count(&st.held, 0)
 			s.met.dropped.with(serviceVersion, "expired").Add(waiting)
