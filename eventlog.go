@@ -50,7 +50,7 @@ type eventLog struct {
 const maxEventData = 64_000
 
 type entry struct {
-	n      uint64 // 0: the next one
+	n      uint64
 	data   string
 	keep   bool // never dropped by the limit
 	shared bool // its data is in other logs, too
@@ -140,14 +140,25 @@ func (l *eventLog) Add(e entry) (n uint64) {
 	if l.reason != "" {
 		return 0
 	}
-	if e.n == 0 {
-		e.n = l.last + 1
-	}
+	e.n = l.last + 1
+	l.addLocked(e)
+	return e.n
+}
+
+// Restore adds an event of an earlier process under its number. Everybody may see it, and it does not count as dropped:
+// whether somebody was given it is not known.
+func (l *eventLog) Restore(e entry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.visible, l.given = e.n, e.n
+	l.addLocked(e)
+}
+
+func (l *eventLog) addLocked(e entry) {
 	l.last = e.n
 	l.entries = append(l.entries, e)
 	l.bytes += e.size()
 	l.trimLocked()
-	return l.last
 }
 
 // Publish lets the followers have the events up to n.

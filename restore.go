@@ -63,14 +63,19 @@ func (t *task) record() []byte {
 
 // restoring is a start that reads a journal.
 type restoring struct {
-	tasks    *TaskService
-	version  *VersionService
-	numbers  map[uint64]*task
-	progress map[uint64]string // the last progress_update, by the number of the task
+	tasks   *TaskService
+	version *VersionService
+	numbers map[uint64]*restoredTask
+}
+
+// restoredTask is a task, and the data of those of its events that tell its state; "" for none.
+type restoredTask struct {
+	*task
+	first, report, newest string
 }
 
 func newRestoring(tasks *TaskService, version *VersionService) *restoring {
-	return &restoring{tasks: tasks, version: version, numbers: map[uint64]*task{}, progress: map[uint64]string{}}
+	return &restoring{tasks: tasks, version: version, numbers: map[uint64]*restoredTask{}}
 }
 
 // apply does what a record says, unless a compaction has said it already.
@@ -88,25 +93,22 @@ func (r *restoring) apply(text []byte) error {
 			t := &task{number: rec.Number, id: rec.ID, kind: rec.Kind, title: rec.Title, params: string(rec.Params)}
 			t.events, t.status = newEventLog(r.tasks.policy), taskPending
 			t.events.epoch = rec.Epoch
-			r.forget(r.tasks.tasks[t.id])
-			r.numbers[t.number], r.tasks.tasks[t.id] = t, t
+			if older := r.tasks.tasks[t.id]; older != nil { // that was forgotten
+				delete(r.numbers, older.number)
+			}
+			r.numbers[t.number], r.tasks.tasks[t.id] = &restoredTask{task: t}, t
 		}
 	case recordDelete:
-		r.forget(r.numbers[rec.Number])
+		if t := r.numbers[rec.Number]; t != nil {
+			delete(r.numbers, t.number)
+			delete(r.tasks.tasks, t.id)
+		}
 	case recordVersion, recordMark, recordForget, recordLatest:
 		r.version.restore(text[0], rec)
 	default:
 		return fmt.Errorf("unknown record %q", text[0])
 	}
 	return nil
-}
-
-func (r *restoring) forget(t *task) {
-	if t != nil {
-		delete(r.numbers, t.number)
-		delete(r.progress, t.number)
-		delete(r.tasks.tasks, t.id)
-	}
 }
 
 func (r *restoring) event(text []byte) error {
@@ -126,9 +128,11 @@ func (r *restoring) event(text []byte) error {
 		return nil
 	}
 	data := string(text[1:])
-	t.last, t.seq = t.events.Add(entry{n: head[1], data: data, keep: text[0] == 1}), max(t.seq, head[2])
+	t.events.Restore(entry{n: head[1], data: data, keep: text[0] == 1})
+	t.last, t.seq = head[1], max(t.seq, head[2])
+	t.first, t.newest = cmp.Or(t.first, data), data
 	if strings.HasPrefix(data, `{"event_type":"progress_update"`) {
-		r.progress[t.number] = data
+		t.report = data
 	}
 	return nil
 }
@@ -137,49 +141,60 @@ var errShortEvent = errors.New("an event is too short")
 
 // finish makes of what was read what goes on.
 func (r *restoring) finish() error {
-	s, now := r.tasks, time.Now()
+	s := r.tasks
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	tasks := slices.SortedFunc(maps.Values(r.numbers), func(a, b *restoredTask) int { return cmp.Compare(a.number, b.number) })
 	var finished []*task
-	for _, number := range slices.Sorted(maps.Keys(r.numbers)) {
-		t := r.numbers[number]
-		if err := t.restore(r.progress[number]); err != nil {
+	for _, t := range tasks {
+		if err := t.restore(); err != nil {
 			return fmt.Errorf("restoring task %q: %w", t.id, err)
 		}
-		s.created = number
+		s.created = t.number
 		s.memory.count(&t.held, t.size())
-		makeWork := s.kinds[t.kind]
-		switch {
-		case t.status.finished():
-			finished = append(finished, t)
-		case t.kind == externalTask:
-			s.outside++
-			s.watchLocked(t, "worker lost")
-		case t.status == taskRunning:
-			s.finishLocked(t, taskFailed, "", "interrupted by a restart")
-		case makeWork == nil:
-			s.finishLocked(t, taskFailed, "", errTaskKind.Error())
-		default:
-			params, err := parseObject([]byte(t.params))
-			if err == nil {
-				t.work, err = makeWork(params)
-			}
-			if err != nil {
-				s.finishLocked(t, taskFailed, "", usableFailure(err.Error()))
-				continue
-			}
-			s.queue = append(s.queue, t)
+		if t.status.finished() {
+			finished = append(finished, t.task)
 		}
 	}
+	s.displaceLocked()
 	slices.SortFunc(finished, func(a, b *task) int { return a.end.Compare(b.end) })
 	for _, t := range finished {
 		t.place = s.finished.PushBack(t)
-		t.deadline = s.afterwards(t, t.end.Add(s.cfg.remember).Sub(now), s.forgetLocked)
+		t.deadline = s.afterwards(t, time.Until(t.end.Add(s.cfg.remember)), s.forgetLocked)
 	}
-	s.displaceLocked()
+	for _, t := range tasks {
+		if !t.status.finished() {
+			s.resumeLocked(t.task)
+		}
+	}
+	s.makeRoomLocked(0)
 	s.dispatchLocked()
 	r.version.restored()
 	return nil
+}
+
+// resumeLocked has a task go on, or ends it if it cannot.
+func (s *TaskService) resumeLocked(t *task) {
+	makeWork := s.kinds[t.kind]
+	switch {
+	case t.kind == externalTask:
+		s.outside++
+		s.watchLocked(t, "worker lost")
+	case t.status == taskRunning:
+		s.finishLocked(t, taskFailed, "", "interrupted by a restart")
+	case makeWork == nil:
+		s.finishLocked(t, taskFailed, "", errTaskKind.Error())
+	default:
+		params, err := parseObject([]byte(t.params))
+		if err == nil {
+			t.work, err = makeWork(params)
+		}
+		if err != nil {
+			s.finishLocked(t, taskFailed, "", usableFailure(err.Error()))
+			return
+		}
+		s.queue = append(s.queue, t)
+	}
 }
 
 // displaceLocked has the largest tasks lose their oldest progress while there is more than memory may hold: what was
@@ -192,17 +207,11 @@ func (s *TaskService) displaceLocked() {
 			}
 		}
 	}
-	s.makeRoomLocked(0)
 }
 
 // restore sets the state of t from its events.
-func (t *task) restore(progress string) error {
-	events := t.events.All()
-	texts := []string{progress}
-	if len(events) > 0 {
-		texts = []string{events[0].data, progress, events[len(events)-1].data}
-	}
-	for _, text := range texts {
+func (t *restoredTask) restore() error {
+	for _, text := range []string{t.first, t.report, t.newest} {
 		if text == "" {
 			continue
 		}
@@ -233,7 +242,6 @@ func (t *task) restore(progress string) error {
 	}
 	state := t.taskState
 	t.shown.Store(&state)
-	t.events.Publish(t.last)
 	return nil
 }
 
@@ -276,7 +284,7 @@ func (s *VersionService) restore(kind byte, rec record) {
 		}
 		st.round = s.round
 		if rec.Event > st.events.Last() {
-			st.events.Add(e)
+			st.events.Restore(e)
 			st.version = rec.Version
 		}
 	}
@@ -288,7 +296,6 @@ func (s *VersionService) restored() {
 	defer s.mu.Unlock()
 	for id, st := range s.streams {
 		st.alone = time.Now()
-		st.events.Publish(st.events.Last())
 		s.countLocked(id, st)
 	}
 }

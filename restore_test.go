@@ -156,6 +156,30 @@ func TestRestoreMemory(t *testing.T) {
 	})
 }
 
+// What the limit keeps out of memory again is not news: somebody was told of it, or it was counted.
+func TestRestoreCountsNoDrops(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		api := restart(t, "TASK_EVENT_LIMIT=5", nil)
+		api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
+		for range 20 {
+			api.do("POST", "/api/tasks/a/progress", `{"value":0.5}`)
+		}
+		const dropped = `sse_outbox_dropped_total{service="task",reason="limit"}`
+		if got := api.metric(dropped); got != 16 {
+			t.Errorf("got %v dropped before, want 16", got)
+		}
+		api = restart(t, "TASK_EVENT_LIMIT=5", api)
+		if got := api.metric(dropped); got != 0 {
+			t.Errorf("got %v dropped by the restart, want 0", got)
+		}
+		api.do("POST", "/api/tasks/a/progress", `{"value":0.6}`)
+		if got := api.metric(dropped); got != 0 { // it displaced one of before
+			t.Errorf("got %v dropped afterwards, want 0", got)
+		}
+	})
+}
+
 // A task that waited runs, also beyond the limit of the queue, or says why it cannot.
 func TestRestoreWaitingTasks(t *testing.T) {
 	t.Parallel()
