@@ -336,6 +336,23 @@ func startNginx(t testing.TB, file string, oldNew ...string) *process {
 		"nginx", "-e", "stderr", "-c", conf, "-g", "daemon off; pid "+dir+"/pid;").mustStart(t)
 }
 
+// wantHidden tests that what is not for browsers is not found at a proxy, however it is spelled.
+func wantHidden(t *testing.T, site string) {
+	t.Helper()
+	for _, request := range []string{
+		"POST /internal/send", "POST /internal/reset", "POST /internal%2Fsend", "POST /%69nternal/send",
+		"POST /x/../internal/send", "GET /api/sse/..%2f../internal/send",
+		"GET /metrics", "GET //metrics", "GET /%6Detrics", "GET /metrics?x", "GET /api/sse/../../metrics",
+		"POST /api/sse/callback", "POST /api/sse//callback?secret=" + deploySecret, "POST /api/sse/callback?secret=" + deploySecret,
+		"POST /api/sse/callbac%6b",
+	} {
+		method, target, _ := strings.Cut(request, " ")
+		if got, answer := ask(t, method, site+target, ""); got != http.StatusNotFound {
+			t.Errorf("%s: got %d %.200s, want 404", request, got, answer)
+		}
+	}
+}
+
 func TestNginx(t *testing.T) {
 	needs(t, "nginx", "root")
 	t.Parallel()
@@ -380,16 +397,7 @@ func TestNginx(t *testing.T) {
 	waitTold(t, es, "1 task_started", "2 progress_update", "3 progress_update", "4 task_completed", "task_completed")
 	waitFinished(t, es)
 
-	for _, request := range []string{
-		"POST /internal/send", "POST /internal%2Fsend", "POST /x/../internal/send", "GET /api/sse/..%2f../internal/send",
-		"GET /metrics", "GET //metrics", "GET /%6Detrics", "GET /metrics?x", "GET /api/sse/../../metrics",
-		"POST /api/sse/callback", "POST /api/sse//callback?secret=" + deploySecret, "POST /api/sse/callbac%6b",
-	} {
-		method, target, _ := strings.Cut(request, " ")
-		if got, _ := ask(t, method, site+target, ""); got != http.StatusNotFound {
-			t.Errorf("%s: got %d, want 404", request, got)
-		}
-	}
+	wantHidden(t, site)
 }
 
 // Whatever nginx itself says for a while in place of the gateway, no EventSource takes it for the end: over either

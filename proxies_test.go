@@ -2,11 +2,9 @@ package main
 
 import (
 	"fmt"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 )
@@ -63,16 +61,7 @@ func (proxy proxyFile) test(t *testing.T) {
 	waitFinished(t, es)
 
 	// What is not for browsers.
-	for _, request := range []string{
-		"POST /internal/send", "POST /internal/reset", "POST /internal%2Fsend", "POST /%69nternal/send",
-		"POST /x/../internal/send", "GET /metrics", "GET /metrics?x", "GET /%6Detrics", "GET /api/sse/../../metrics",
-		"POST /api/sse/callback", "POST /api/sse/callback?secret=" + deploySecret, "POST /api/sse/callbac%6b",
-	} {
-		method, target, _ := strings.Cut(request, " ")
-		if got, answer := ask(t, method, site+target, ""); got != http.StatusNotFound {
-			t.Errorf("%s: got %d %.200s, want 404", request, got, answer)
-		}
-	}
+	wantHidden(t, site)
 
 	// Each event at once. The median: this machine may be busy.
 	startTask(t, site, "", `{"type":"external","params":{"task_id":"t"}}`)
