@@ -35,7 +35,6 @@ var errCannotStore = newError(http.StatusServiceUnavailable, "cannot_store", "ca
 type journal struct {
 	dir  string
 	log  *slog.Logger
-	met  *journalMetrics
 	disk disk
 	lock *os.File
 	// live returns about how many bytes what is remembered takes, and snapshot gives records that make it all again.
@@ -51,6 +50,8 @@ type journal struct {
 	broken    chan error    // a sync failed: what is on disk is not known any more
 	stopping  chan struct{} // closed by close
 	stopped   chan struct{} // closed by run
+
+	syncs, errors, syncSeconds *series
 
 	size   atomic.Int64 // bytes that are good; only the writer goroutine changes it
 	noRoom atomic.Bool
@@ -101,11 +102,6 @@ var realDisk = disk{
 	},
 }
 
-type journalMetrics struct {
-	syncs, errors *series
-	syncSeconds   *series
-}
-
 // openJournal opens the journal in dir, which it makes if it is missing, and gives its records to apply. The lock is
 // that of the process: another one is told who has it.
 func openJournal(dir string, d disk, reg *registry, log *slog.Logger, apply func(record []byte) error) (*journal, error) {
@@ -132,12 +128,10 @@ func openJournal(dir string, d disk, reg *registry, log *slog.Logger, apply func
 	if mounts, _ := os.ReadFile("/proc/self/mountinfo"); isVolatile(string(mounts), dir) {
 		log.Warn("a power cut may lose what was answered: DATA_DIR is on an overlay that does not sync", "dir", dir)
 	}
-	j.met = &journalMetrics{
-		syncs:  reg.counters("sidecast_journal_syncs_total", "Syncs of the journal.").with(),
-		errors: reg.counters("sidecast_journal_errors_total", "Failures to write the journal or to make it smaller.").with(),
-		syncSeconds: reg.histograms("sidecast_journal_sync_seconds", "Duration of a write to the journal and its sync in seconds.",
-			requestBuckets()).with(),
-	}
+	j.syncs = reg.counters("sidecast_journal_syncs_total", "Syncs of the journal.").with()
+	j.errors = reg.counters("sidecast_journal_errors_total", "Failures to write the journal or to make it smaller.").with()
+	j.syncSeconds = reg.histograms("sidecast_journal_sync_seconds", "Duration of a write to the journal and its sync in seconds.",
+		requestBuckets()).with()
 	one := func(read func() float64) func() map[string]float64 {
 		return func() map[string]float64 { return map[string]float64{"": read()} }
 	}
@@ -309,8 +303,8 @@ func (j *journal) store() bool {
 			j.broken <- fmt.Errorf("syncing the journal: %w", err)
 			return false
 		}
-		j.met.syncs.Inc()
-		j.met.syncSeconds.observe(time.Since(start).Seconds())
+		j.syncs.Inc()
+		j.syncSeconds.observe(time.Since(start).Seconds())
 		j.size.Add(int64(len(c.frames)))
 		j.number = c.number
 	}
@@ -359,7 +353,7 @@ func (j *journal) clean() error {
 
 // refuse tells those that wait for c, or for what is queued behind it, that there is no room.
 func (j *journal) refuse(c *commit, err error) {
-	j.met.errors.Inc()
+	j.errors.Inc()
 	if !j.noRoom.Swap(true) {
 		j.log.Error("cannot write the journal: nothing new is taken until there is room", "err", err)
 	}
@@ -453,7 +447,7 @@ func (j *journal) replace(c *compaction) bool {
 		c.err = j.disk.rename(j.path()+".new", j.path())
 	}
 	if c.err != nil {
-		j.met.errors.Inc()
+		j.errors.Inc()
 		j.log.Warn("making the journal smaller", "err", c.err)
 		j.compactAt = time.Now().Add(compactPause)
 		os.Remove(j.path() + ".new")
