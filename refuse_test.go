@@ -54,7 +54,7 @@ func TestHeldRefusalsAreBounded(t *testing.T) {
 			synctest.Wait()
 			for _, s := range streams {
 				s.mu.Lock()
-				if s.ending {
+				if s.state >= streamEnding {
 					n++
 				}
 				s.mu.Unlock()

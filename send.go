@@ -167,28 +167,17 @@ func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, [
 	return a.status, append(appendString(append(text, name...), a.result), "}\n"...)
 }
 
-// maxFrame is how many bytes several events have at most that are written at once.
-const maxFrame = 64 << 10
-
-// maxGrowth bounds how much longer an event is than its line: `\n` becomes a line end and "data: ".
-const maxGrowth = 4
-
 // answerBatch does what the lines of a batch say, and appends a line about each to text. Events in a row for the same
-// stream are written at once: all or none of them are taken, so there must be room in the stream's buffer for what the
-// socket may leave of them.
+// stream are written at once.
 func (g *gateway) answerBatch(text, body []byte) []byte {
-	var s *stream
-	events := 0 // for s, in frame
-	frame := frames.Get().(*[]byte)
-	defer frames.Put(frame)
+	f := frame{g: g, buf: frames.Get().(*[]byte)}
+	defer frames.Put(f.buf)
 	write := func() {
-		if events == 0 {
-			return
-		}
-		status := s.send(s.chunk(frame), false)
-		g.met.events.with(status.String()).Add(events)
-		for ; events > 0; events-- {
-			text = appendResult(text, status.answer())
+		if n := f.events; n > 0 {
+			a := f.write(false).answer()
+			for range n {
+				text = appendResult(text, a)
+			}
 		}
 	}
 	for line := range bytes.Lines(body) {
@@ -197,21 +186,18 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 		}
 		m, err := parseSend(line)
 		isEvent := err == nil && m.event.data != nil && !m.end
-		joins := isEvent && events > 0 && string(m.token) == s.token &&
-			len(*frame)+maxGrowth*len(line) <= min(maxFrame, s.limits.buffer)
-		if !joins {
+		if joins := isEvent && f.s != nil && f.s.token == string(m.token) && f.fits(len(line)); !joins {
 			write()
+			f.s = nil
+			if isEvent {
+				f.s = g.lookup(m.token)
+			}
 		}
-		if isEvent && !joins {
-			s = g.lookup(m.token)
-			*frame = reserveChunk(*frame)
-		}
-		if !isEvent || s == nil {
+		if !isEvent {
 			text = appendResult(text, g.take(m, err))
 			continue
 		}
-		*frame = appendEvent(*frame, m.event)
-		events++
+		f.add(m.event)
 	}
 	write()
 	return text
@@ -259,60 +245,82 @@ func (s sendStatus) answer() sendAnswer {
 	return sendAnswer{http.StatusNotFound, errUnknownToken.Error()}
 }
 
+// send gives an event to its stream.
+func (g *gateway) send(m sendRequest) sendStatus {
+	f := frame{g: g, s: g.lookup(m.token), buf: frames.Get().(*[]byte)}
+	defer frames.Put(f.buf)
+	if m.event.data != nil {
+		f.add(m.event)
+	}
+	return f.write(m.end)
+}
+
 // directSender is the gateway to a backend in the same process, which needs no POST.
 type directSender struct{ *gateway }
 
 // send gives the events to the stream of token: see gatewayClient.send.
 func (d directSender) send(token string, events []event, end bool) (r sendResult) {
-	s := d.lookup([]byte(token))
-	if s == nil {
-		d.met.events.with(sendGone.String()).Add(len(events))
-		return sendResult{err: errUnknownToken}
-	}
-	give := func(frame []byte, n int, end bool) {
-		status := s.send(frame, end)
-		d.met.events.with(status.String()).Add(n)
-		if status == sendGone {
-			r.err = errUnknownToken
-			return
-		}
-		r.taken, r.buffered = r.taken+n, status == sendBuffered
-	}
-	if len(events) == 0 {
-		give(nil, 0, end)
-	}
-	frame := frames.Get().(*[]byte)
-	defer frames.Put(frame)
-	for r.err == nil && r.taken < len(events) {
-		n := 0
-		*frame = reserveChunk(*frame)
-		for _, e := range events[r.taken:] { // those that fit are written at once, as in answerBatch
-			if n > 0 && len(*frame)+maxGrowth*len(e.Data) > min(maxFrame, s.limits.buffer) {
+	f := frame{g: d.gateway, s: d.lookup([]byte(token)), buf: frames.Get().(*[]byte)}
+	defer frames.Put(f.buf)
+	for {
+		for _, e := range events[r.taken:] {
+			if !f.fits(len(e.Data)) {
 				break
 			}
-			*frame = appendEvent(*frame, sentEvent{id: []byte(e.ID), name: []byte(e.Name), data: []byte(e.Data), retry: e.Retry})
-			n++
+			f.add(sentEvent{id: []byte(e.ID), name: []byte(e.Name), data: []byte(e.Data), retry: e.Retry})
 		}
-		give(s.chunk(frame), n, end)
+		n := f.events
+		status := f.write(end)
+		if status == sendUnknown {
+			r.err = errUnknownToken
+			return r
+		}
+		r.taken, r.buffered = r.taken+n, status == sendBuffered
+		if r.taken == len(events) {
+			return r
+		}
 	}
-	return r
 }
 
-// send gives an event to its stream.
-func (g *gateway) send(m sendRequest) sendStatus {
-	status := sendGone
-	s := g.lookup(m.token)
-	switch {
-	case m.event.data == nil && s == nil:
-		return status
-	case m.event.data == nil:
-		return s.send(nil, m.end)
-	case s != nil:
-		frame := frames.Get().(*[]byte)
-		defer frames.Put(frame)
-		*frame = appendEvent(reserveChunk(*frame), m.event)
-		status = s.send(s.chunk(frame), m.end)
+// maxFrame is how many bytes several events have at most that are written at once.
+const maxFrame = 64 << 10
+
+// maxGrowth bounds how much longer an event is than its line: `\n` becomes a line end and "data: ".
+const maxGrowth = 4
+
+// frame is one or more events for a stream that are written at once. All of them are taken, or none.
+type frame struct {
+	g      *gateway
+	s      *stream // nil if the token is unknown
+	buf    *[]byte
+	events int
+}
+
+// fits reports whether an event whose line or data has this size may be written with those before it. The stream's
+// buffer must have room for what the socket may leave of them.
+func (f *frame) fits(size int) bool {
+	return f.events == 0 || len(*f.buf)+maxGrowth*size <= min(maxFrame, f.g.limits.buffer)
+}
+
+func (f *frame) add(e sentEvent) {
+	if f.events == 0 {
+		*f.buf = reserveChunk(*f.buf)
 	}
-	g.met.events.with(status.String()).Inc()
+	*f.buf = appendEvent(*f.buf, e)
+	f.events++
+}
+
+// write gives the events, if there are any, to the stream, which ends after them if end is set. Then f is empty.
+func (f *frame) write(end bool) sendStatus {
+	status := sendUnknown
+	if f.s != nil {
+		var chunk []byte
+		if f.events > 0 {
+			chunk = f.s.chunk(f.buf)
+		}
+		status = f.s.send(chunk, end)
+	}
+	f.g.met.events.with(status.String()).Add(f.events)
+	f.events = 0
 	return status
 }

@@ -29,7 +29,7 @@ type sendStatus int
 const (
 	sendWritten  sendStatus = iota // the socket or the stream's buffer took it
 	sendBuffered                   // it waits for the connect callback
-	sendGone                       // the token is unknown or its stream has ended
+	sendUnknown                    // no stream has the token, or none that takes anything more
 )
 
 // String is the status as the metrics have it.
@@ -43,6 +43,16 @@ type streamLimits struct {
 	writeTimeout time.Duration // a client that takes no byte for so long is cut
 	beatEvent    string        // the heartbeat of streams that have an event for it
 }
+
+// streamState is where a stream is in its life.
+type streamState int
+
+const (
+	streamConnecting streamState = iota // the connect callback is under way
+	streamOpen
+	streamEnding // takes nothing more; ends when it is open and pending is written
+	streamEnded
+)
 
 // stream is one browser's connection, from the connect callback to its end.
 //
@@ -58,18 +68,17 @@ type stream struct {
 	beatEvent bool // heartbeats are events; set before open
 
 	mu       sync.Mutex // guards the rest; held across a write that cannot block, to keep the order
-	conn     net.Conn   // nil while the connect callback is under way
+	state    streamState
+	conn     net.Conn // nil until the connect callback was answered
 	raw      syscall.RawConn
-	pending  []byte // framed bytes, with those being drained within limits.buffer, or one event
-	draining int    // bytes that drain is writing
-	drains   bool   // drain runs; nobody else writes
-	written  uint64 // bytes given to the socket
-	caughtUp uint64 // what written was when the client was seen to have everything
-	uptake   uptake // of the client
-	ending   bool   // ends when pending is written; takes nothing more
-	overflow bool   // ending, because more was sent than may wait
-	ended    bool
-	reason   string      // set with ended
+	pending  []byte      // framed bytes, with those being drained within limits.buffer, or one event
+	draining int         // bytes that drain is writing
+	drains   bool        // drain runs; nobody else writes
+	written  uint64      // bytes given to the socket
+	caughtUp uint64      // what written was when the client was seen to have everything
+	uptake   uptake      // of the client
+	overflow bool        // more was sent than may wait: that is why it ends
+	reason   string      // set with streamEnded
 	lifetime *time.Timer // ends a stream that has been open for long enough; nil without a limit
 }
 
@@ -104,26 +113,26 @@ const lastChunk = "0\r\n\r\n"
 func (s *stream) send(frame []byte, end bool) sendStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.ended || s.ending {
-		return sendGone
+	status := sendWritten
+	if s.state == streamConnecting {
+		status = sendBuffered
 	}
 	switch {
+	case s.state >= streamEnding:
+		return sendUnknown
 	case len(frame) == 0:
-	case s.conn == nil:
+	case status == sendBuffered:
 		s.enqueueLocked(frame)
 	default:
 		s.writeLocked(frame)
 	}
-	if s.ended || s.overflow {
-		return sendGone // this frame was too much
+	if s.state >= streamEnding {
+		return sendUnknown // this frame was too much, or could not be written
 	}
 	if end {
 		s.finishLocked()
 	}
-	if s.conn == nil {
-		return sendBuffered
-	}
-	return sendWritten
+	return status
 }
 
 // open begins the response on conn: head, then what was buffered meanwhile. From here on conn belongs to the stream.
@@ -131,15 +140,18 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.conn, s.raw = conn, raw
+	if s.state == streamConnecting {
+		s.state = streamOpen
+	}
 	buffered := s.pending
 	s.pending = nil
 	s.writeLocked(append(head, buffered...))
 	if s.overflow {
 		s.drainLocked() // to the end
-	} else if end || s.ending {
+	} else if end || s.state == streamEnding {
 		s.finishLocked()
 	}
-	if lifetime > 0 && !s.ended {
+	if lifetime > 0 && s.state != streamEnded {
 		s.lifetime = time.AfterFunc(jitter(lifetime*4/5, lifetime), s.finish)
 	}
 }
@@ -208,7 +220,7 @@ func (s *stream) look() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case s.conn == nil || s.ended || s.drains || s.written == s.caughtUp:
+	case !s.writableLocked() || s.written == s.caughtUp:
 	case !s.lacksLocked():
 		s.caughtUp = s.written
 	case s.stuckLocked():
@@ -220,7 +232,7 @@ func (s *stream) look() {
 func (s *stream) beat() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.conn == nil || s.ended || s.drains {
+	if !s.writableLocked() {
 		return
 	}
 	frame := frames.Get().(*[]byte)
@@ -248,6 +260,9 @@ func (s *stream) end(reason string) {
 	s.endLocked(reason)
 }
 
+// writableLocked reports whether there is a connection on which nobody else writes.
+func (s *stream) writableLocked() bool { return s.conn != nil && s.state != streamEnded && !s.drains }
+
 func (s *stream) writeLocked(frame []byte) {
 	if !s.drains {
 		n, err := writeNow(s.raw, frame)
@@ -267,7 +282,7 @@ func (s *stream) writeLocked(frame []byte) {
 
 // drainLocked has drain run.
 func (s *stream) drainLocked() {
-	if !s.drains && !s.ended {
+	if s.writableLocked() {
 		s.drains = true
 		go s.drain()
 	}
@@ -282,7 +297,7 @@ func (s *stream) enqueueLocked(frame []byte) {
 		}
 		s.pending = append(s.pending, frame...)
 	default:
-		s.ending, s.overflow = true, true
+		s.state, s.overflow = streamEnding, true
 		if s.conn != nil {
 			s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
 		}
@@ -290,8 +305,11 @@ func (s *stream) enqueueLocked(frame []byte) {
 }
 
 func (s *stream) finishLocked() {
-	s.ending = true
-	if s.conn == nil || s.drains || s.ended {
+	if s.state == streamEnded {
+		return
+	}
+	s.state = streamEnding
+	if !s.writableLocked() {
 		return // open or drain comes back to it
 	}
 	if s.chunked {
@@ -301,10 +319,10 @@ func (s *stream) finishLocked() {
 }
 
 func (s *stream) endLocked(reason string) {
-	if s.ended {
+	if s.state == streamEnded {
 		return
 	}
-	s.ended, s.reason, s.pending = true, reason, nil
+	s.state, s.reason, s.pending = streamEnded, reason, nil
 	if s.lifetime != nil {
 		s.lifetime.Stop()
 	}
@@ -335,16 +353,16 @@ func (s *stream) drain() {
 		s.mu.Lock()
 		buf := s.pending
 		s.pending, s.draining = nil, len(buf)
-		if s.overflow && len(buf) == 0 && !s.ended && s.lacksLocked() && !s.stuckLocked() {
+		if s.overflow && len(buf) == 0 && s.state != streamEnded && s.lacksLocked() && !s.stuckLocked() {
 			s.mu.Unlock()
 			time.Sleep(overflowPause)
 			continue
 		}
-		if s.ended || len(buf) == 0 {
+		if s.state == streamEnded || len(buf) == 0 {
 			s.drains = false
 			if s.overflow {
 				s.endLocked(streamError) // without the last chunk, for something is missing
-			} else if s.ending {
+			} else if s.state == streamEnding {
 				s.finishLocked()
 			}
 			s.mu.Unlock()
