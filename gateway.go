@@ -100,11 +100,8 @@ func (c *gatewayClient) can() features {
 // stream is alive.
 func (c *gatewayClient) send(token string, events []event, end bool) sendResult {
 	can := c.can()
-	limit := maxPosting
-	if can.batch {
-		limit = maxPostingBatches
-	} else if len(events) > 1 {
-		events = events[:1]
+	if !can.batch {
+		events = events[:min(len(events), 1)]
 	}
 	if end && len(events) == 1 && !can.retry {
 		e := events[0]
@@ -112,6 +109,19 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 		events = []event{e}
 	}
 	s := &waitingSend{lines: max(len(events), 1), skips: !end && len(events) > 0, body: encodeSends(token, events, end)}
+	if batch := c.awaitTurn(s, can.batch); batch != nil {
+		c.post(batch)
+		c.passTurn(batch)
+	}
+	return s.sendResult
+}
+
+// awaitTurn returns s, and what is to go out with it, when it is its turn; or nil when another's POST has taken it along.
+func (c *gatewayClient) awaitTurn(s *waitingSend, batches bool) []*waitingSend {
+	limit := maxPosting
+	if batches {
+		limit = maxPostingBatches
+	}
 	c.mu.Lock()
 	if c.posting < limit {
 		c.posting++
@@ -122,32 +132,32 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 		c.mu.Unlock()
 		s.turn.Wait()
 		if s.done {
-			return s.sendResult
+			return nil
 		}
 	}
-	if can.batch {
+	if batches {
 		runtime.Gosched() // others that are about to send come along
 	}
 	c.mu.Lock()
-	batch := c.takeLocked(s)
-	c.mu.Unlock()
+	defer c.mu.Unlock()
+	return c.takeLocked(s)
+}
 
-	c.post(batch)
-
-	for _, other := range batch[1:] {
+// passTurn wakes those whose sends were posted, and the first of those that wait for their turn.
+func (c *gatewayClient) passTurn(posted []*waitingSend) {
+	for _, other := range posted[1:] {
 		other.done = true
 		other.turn.Done()
 	}
 	c.mu.Lock()
-	if len(c.waiting) > 0 {
-		next := c.waiting[0]
-		c.waiting = slices.Delete(c.waiting, 0, 1)
-		next.turn.Done()
-	} else {
+	defer c.mu.Unlock()
+	if len(c.waiting) == 0 {
 		c.posting--
+		return
 	}
-	c.mu.Unlock()
-	return s.sendResult
+	next := c.waiting[0]
+	c.waiting = slices.Delete(c.waiting, 0, 1)
+	next.turn.Done()
 }
 
 // reset tells a gateway that runs already that its streams are not known here, so that it ends them and the browsers
