@@ -147,10 +147,10 @@ func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
 	var errs [3]error
 	if len(body) > maxAnswer {
 		errs[0] = errBodyTooLarge
-	} else if errs[0] = pick(body, e.field(), field{"close", &end, nil}, field{"heartbeat", &beat, nil}); errs[0] == nil {
+	} else if errs[0] = pick(body, e.field(), member{"close", &end, nil}, member{"heartbeat", &beat, nil}); errs[0] == nil {
 		a.event, errs[0] = e.parse()
 		a.end, errs[1] = parseBool(end)
-		a.beatEvent = at(beat, 0) == '"' && isString(beat, "event")
+		a.beatEvent = byteAt(beat, 0) == '"' && isString(beat, "event")
 		if beat != nil && !a.beatEvent {
 			errs[2] = errFieldType
 		}

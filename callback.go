@@ -20,7 +20,7 @@ import (
 const maxCallback = 256 << 10
 
 // service is what a callback is routed to.
-type service interface {
+type streamService interface {
 	// OnConnect registers the connection of the service's id. It returns the event that begins its stream, and whether
 	// that ends it, or errBadID, errNoRoom or errAskFirst.
 	OnConnect(id string, c connectRequest) (open event, end bool, err error)
@@ -29,8 +29,8 @@ type service interface {
 // callbackHandler is POST /api/sse/callback, by which a gateway asks who may connect and tells who left.
 type callbackHandler struct {
 	secret  secret // "" lets everybody in
-	tasks   service
-	version service
+	tasks   streamService
+	version streamService
 	pages   *PageService
 	conns   *ConnectionManager
 	heard   func(features) // what the gateway says it can do
@@ -92,7 +92,7 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 		return a, errClosing
 	}
 	t, plain := parseTarget(c.url)
-	request := connectRequest{token: c.token, lastEventID: cmp.Or(c.lastEventID, last(t.query["lastEventId"])), order: order, probes: can.any}
+	request := connectRequest{token: c.token, lastEventID: cmp.Or(c.lastEventID, lastValue(t.query["lastEventId"])), order: order, probes: can.any}
 	service, name, key := h.route(t)
 	switch {
 	case !plain || service == nil:
@@ -105,7 +105,7 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 	case len(t.query["task_id"]) > 1 && name != servicePage:
 		return a, badRequest("duplicate_field", "task_id stands twice in the URL")
 	}
-	id := last(t.query[key])
+	id := lastValue(t.query[key])
 	a.Event, a.Close, err = service.OnConnect(id, request)
 	for tries := 3; err == errAskFirst; tries-- { // again if there is a new connection by then
 		if tries == 0 || !h.conns.Ask(name+":"+id, &request) {
@@ -123,7 +123,7 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 	if !can.retry {
 		a.Event.Retry = 0
 	}
-	if last(t.query["heartbeat"]) == "event" {
+	if lastValue(t.query["heartbeat"]) == "event" {
 		a.Heartbeat = "event"
 	}
 	a.Close = a.Close || h.closing.Load() // since the look above; EndAll may have missed this stream
@@ -131,7 +131,7 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 }
 
 // route finds the service that a stream's path names, and the key of its ID in the query.
-func (h *callbackHandler) route(t streamTarget) (s service, name, key string) {
+func (h *callbackHandler) route(t streamTarget) (s streamService, name, key string) {
 	switch {
 	case underPath(t.path, "/api/sse/tasks"):
 		return h.tasks, serviceTask, "task_id"
@@ -185,7 +185,7 @@ func parseTarget(target string) (t streamTarget, plain bool) {
 }
 
 // last returns the last value, or "" if there is none.
-func last(values []string) string {
+func lastValue(values []string) string {
 	if len(values) == 0 {
 		return ""
 	}
@@ -194,8 +194,8 @@ func last(values []string) string {
 
 func parseCallback(body []byte) (c callback, err error) {
 	var action, token, reason, request, target, headers []byte
-	err = pick(body, field{"action", &action, nil}, field{"token", &token, nil}, field{"reason", &reason, nil},
-		field{"request", &request, []field{{"url", &target, nil}, {"headers", &headers, nil}}})
+	err = pick(body, member{"action", &action, nil}, member{"token", &token, nil}, member{"reason", &reason, nil},
+		member{"request", &request, []member{{"url", &target, nil}, {"headers", &headers, nil}}})
 	if err != nil {
 		return c, err
 	}
@@ -211,14 +211,14 @@ func parseCallback(body []byte) (c callback, err error) {
 		}
 	}
 	c.lastEventID, _, _ = all.str("last-event-id")
-	for _, member := range []struct {
+	for _, part := range []struct {
 		raw  []byte
 		into *string
 	}{{action, &c.action}, {token, &c.token}, {reason, new(string)}, {target, &c.url}} {
-		if member.raw == nil {
+		if part.raw == nil {
 			continue
 		}
-		if *member.into, err = parseString(member.raw); err != nil {
+		if *part.into, err = parseString(part.raw); err != nil {
 			return c, err
 		}
 	}

@@ -220,13 +220,13 @@ func TestCallbackWhileStopping(t *testing.T) {
 
 // stoppingService is a service during whose work the process ends.
 type stoppingService struct {
-	service
+	streamService
 	stop func()
 }
 
 func (s stoppingService) OnConnect(id string, c connectRequest) (event, bool, error) {
 	s.stop()
-	return s.service.OnConnect(id, c)
+	return s.streamService.OnConnect(id, c)
 }
 
 // Who is let in just after all streams were ended would stay connected to nobody.

@@ -197,11 +197,11 @@ func newLogger(getenv func(string) string, w io.Writer) (*slog.Logger, error) {
 		"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
 	}
 	options := &slog.HandlerOptions{Level: levels[r.choice("LOG_LEVEL", "info", "debug info warn error")]}
-	var handler slog.Handler = slog.NewTextHandler(w, options)
+	var h slog.Handler = slog.NewTextHandler(w, options)
 	if r.choice("LOG_FORMAT", "text", "text json") == "json" {
-		handler = slog.NewJSONHandler(w, options)
+		h = slog.NewJSONHandler(w, options)
 	}
-	return slog.New(handler), errors.Join(r.errs...)
+	return slog.New(h), errors.Join(r.errs...)
 }
 
 // healthcheckURL is where this machine's own readiness is asked: at ADDR, else at PORT, which only a gateway has, else

@@ -65,9 +65,9 @@ type connection struct {
 	suspect atomic.Bool // a send failed: the client may have a gap, so the stream must end
 }
 
-func newConnectionManager(gateway sender, log *slog.Logger, met *backendMetrics) *ConnectionManager {
+func newConnectionManager(g sender, log *slog.Logger, met *backendMetrics) *ConnectionManager {
 	return &ConnectionManager{
-		gateway:     gateway,
+		gateway:     g,
 		log:         log,
 		met:         met,
 		failures:    throttle{interval: time.Minute},

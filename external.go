@@ -83,7 +83,7 @@ type report struct {
 // parseReport reads {"text":"…","value":0.5,"seq":1}.
 func parseReport(body []byte) (r report, err error) {
 	var text, value, seq []byte
-	if err := pick(body, field{"text", &text, nil}, field{"value", &value, nil}, field{"seq", &seq, nil}); err != nil {
+	if err := pick(body, member{"text", &text, nil}, member{"value", &value, nil}, member{"seq", &seq, nil}); err != nil {
 		return r, err
 	}
 	if text != nil {
@@ -178,11 +178,11 @@ func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) (sta
 	if err != nil {
 		return 0, nil, err
 	}
-	report, err := parseReport(body)
+	said, err := parseReport(body)
 	if err != nil {
 		return 0, nil, err
 	}
-	eventID, repeated, err := s.Progress(r.PathValue("task_id"), report)
+	eventID, repeated, err := s.Progress(r.PathValue("task_id"), said)
 	return http.StatusOK, reported{EventID: eventID, Repeated: repeated}, err
 }
 

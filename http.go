@@ -123,13 +123,13 @@ func sameSecret(got string, want secret) bool {
 // jsonErrors answers what mux has no route for in JSON, not in plain text.
 func jsonErrors(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		handler, pattern := mux.Handler(r)
+		h, pattern := mux.Handler(r)
 		if pattern != "" {
 			mux.ServeHTTP(w, r)
 			return
 		}
 		plain := answerInMemory{header: w.Header()}
-		handler.ServeHTTP(&plain, r) // sets Allow
+		h.ServeHTTP(&plain, r) // sets Allow
 		text := strings.ToLower(http.StatusText(plain.status))
 		writeError(w, newError(plain.status, strings.ReplaceAll(text, " ", "_"), text))
 	})

@@ -46,14 +46,14 @@ func parseObject(text []byte) (object, error) {
 }
 
 // field is a member that pick looks for: where its value goes and, if that is an object, what is looked for in there.
-type field struct {
+type member struct {
 	name   string
 	value  *[]byte
-	inside []field
+	inside []member
 }
 
 // pick is parseObject for some members only, which it finds without a map. The value of an absent one stays nil.
-func pick(text []byte, wanted ...field) error {
+func pick(text []byte, wanted ...member) error {
 	duplicate := false
 	valid := scanObject(text, func(name []byte, i int) int {
 		return pickMember(text, name, i, 1, wanted, &duplicate)
@@ -68,12 +68,12 @@ func pick(text []byte, wanted ...field) error {
 }
 
 // pickMember is skipValue for a member's value, which it keeps if it is wanted.
-func pickMember(text, name []byte, i, depth int, wanted []field, duplicate *bool) (end int) {
+func pickMember(text, name []byte, i, depth int, wanted []member, duplicate *bool) (end int) {
 	for _, f := range wanted {
 		if !isString(name, f.name) {
 			continue
 		}
-		if f.inside != nil && at(text, i) == '{' {
+		if f.inside != nil && byteAt(text, i) == '{' {
 			end = skipObject(text, i, depth, func(name []byte, i int) int {
 				return pickMember(text, name, i, depth+1, f.inside, duplicate)
 			})
@@ -107,7 +107,7 @@ type memberFunc func(name []byte, i int) (end int)
 // event does with it.
 func scanObject(text []byte, visit memberFunc) bool {
 	i := skipSpace(text, 0)
-	return at(text, i) == '{' && skipSpace(text, skipObject(text, i, 0, visit)) == len(text)
+	return byteAt(text, i) == '{' && skipSpace(text, skipObject(text, i, 0, visit)) == len(text)
 }
 
 // The skip functions return the index behind what begins at i, or -1 if that is not what they skip. They take -1 for i,
@@ -117,7 +117,7 @@ func scanObject(text []byte, visit memberFunc) bool {
 const maxDepth = 1000
 
 // at returns the byte at i, or 0 where there is none: no JSON begins with it.
-func at(text []byte, i int) byte {
+func byteAt(text []byte, i int) byte {
 	if i < 0 || i >= len(text) {
 		return 0
 	}
@@ -125,14 +125,14 @@ func at(text []byte, i int) byte {
 }
 
 func skipSpace(text []byte, i int) int {
-	for c := at(text, i); c == ' ' || c == '\t' || c == '\r' || c == '\n'; c = at(text, i) {
+	for c := byteAt(text, i); c == ' ' || c == '\t' || c == '\r' || c == '\n'; c = byteAt(text, i) {
 		i++
 	}
 	return i
 }
 
 func skipValue(text []byte, i, depth int) int {
-	switch c := at(text, i); {
+	switch c := byteAt(text, i); {
 	case depth > maxDepth:
 		return -1
 	case c == '"':
@@ -154,17 +154,17 @@ func skipValue(text []byte, i, depth int) int {
 
 func skipObject(text []byte, i, depth int, visit memberFunc) int {
 	i = skipSpace(text, i+1)
-	if at(text, i) == '}' {
+	if byteAt(text, i) == '}' {
 		return i + 1
 	}
 	for {
 		nameEnd := skipString(text, i)
 		colon := skipSpace(text, nameEnd)
-		if at(text, colon) != ':' {
+		if byteAt(text, colon) != ':' {
 			return -1
 		}
 		i = skipSpace(text, visit(text[i:nameEnd], skipSpace(text, colon+1)))
-		switch at(text, i) {
+		switch byteAt(text, i) {
 		case '}':
 			return i + 1
 		case ',':
@@ -177,12 +177,12 @@ func skipObject(text []byte, i, depth int, visit memberFunc) int {
 
 func skipArray(text []byte, i, depth int) int {
 	i = skipSpace(text, i+1)
-	if at(text, i) == ']' {
+	if byteAt(text, i) == ']' {
 		return i + 1
 	}
 	for {
 		i = skipSpace(text, skipValue(text, i, depth+1))
-		switch at(text, i) {
+		switch byteAt(text, i) {
 		case ']':
 			return i + 1
 		case ',':
@@ -194,7 +194,7 @@ func skipArray(text []byte, i, depth int) int {
 }
 
 func skipString(text []byte, i int) int {
-	if at(text, i) != '"' {
+	if byteAt(text, i) != '"' {
 		return -1
 	}
 	i++
@@ -222,7 +222,7 @@ func skipString(text []byte, i int) int {
 }
 
 func skipEscape(text []byte, i int) int {
-	switch at(text, i+1) {
+	switch byteAt(text, i+1) {
 	case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
 		return i + 2
 	case 'u':
@@ -260,20 +260,20 @@ func isHex(digits []byte) bool {
 }
 
 func skipNumber(text []byte, i int) int {
-	if at(text, i) == '-' {
+	if byteAt(text, i) == '-' {
 		i++
 	}
-	if at(text, i) == '0' {
+	if byteAt(text, i) == '0' {
 		i++
 	} else {
 		i = skipDigits(text, i)
 	}
-	if at(text, i) == '.' {
+	if byteAt(text, i) == '.' {
 		i = skipDigits(text, i+1)
 	}
-	if c := at(text, i); c == 'e' || c == 'E' {
+	if c := byteAt(text, i); c == 'e' || c == 'E' {
 		i++
-		if c := at(text, i); c == '+' || c == '-' {
+		if c := byteAt(text, i); c == '+' || c == '-' {
 			i++
 		}
 		i = skipDigits(text, i)
@@ -283,7 +283,7 @@ func skipNumber(text []byte, i int) int {
 
 func skipDigits(text []byte, i int) int {
 	start := i
-	for c := at(text, i); '0' <= c && c <= '9'; c = at(text, i) {
+	for c := byteAt(text, i); '0' <= c && c <= '9'; c = byteAt(text, i) {
 		i++
 	}
 	if i == start {
@@ -303,7 +303,7 @@ func isString(raw []byte, s string) bool {
 
 // parseString decodes a JSON string; any other value is errFieldType.
 func parseString(raw []byte) (string, error) {
-	if at(raw, 0) != '"' {
+	if byteAt(raw, 0) != '"' {
 		return "", errFieldType
 	}
 	if bytes.IndexByte(raw, '\\') >= 0 {
@@ -352,7 +352,7 @@ func hexRune(digits []byte) rune {
 
 // parseNumber decodes a JSON number; any other value is errFieldType.
 func parseNumber(raw []byte) (n float64, err error) {
-	if c := at(raw, 0); c != '-' && (c < '0' || c > '9') {
+	if c := byteAt(raw, 0); c != '-' && (c < '0' || c > '9') {
 		return 0, errFieldType
 	}
 	if n, err = strconv.ParseFloat(string(raw), 64); err != nil {

@@ -35,21 +35,21 @@ func badParam(format string, args ...any) error {
 
 // demoTask takes some steps, with a pause before each.
 func demoTask(params object) (taskFunc, error) {
-	steps, err := number(params, "steps", 3, 1, 10000)
+	steps, err := numberParam(params, "steps", 3, 1, 10000)
 	if err != nil || steps != math.Trunc(steps) {
 		return nil, badParam("steps must be a whole number from 1 to 10000")
 	}
-	delay, err := number(params, "delay", 0.1, 0, 3600)
+	delay, err := numberParam(params, "delay", 0.1, 0, 3600)
 	if err != nil {
 		return nil, err
 	}
-	message, err := text(params, "message", "demo finished")
+	message, err := textParam(params, "message", "demo finished")
 	if err != nil {
 		return nil, err
 	}
 	return func(ctx context.Context, p *progress) (any, error) {
 		for step := 1.0; step <= steps; step++ {
-			if err := pause(ctx, delay); err != nil {
+			if err := sleep(ctx, delay); err != nil {
 				return nil, err
 			}
 			p.Report(fmt.Sprintf("step %v of %v", step, steps), step/steps)
@@ -60,16 +60,16 @@ func demoTask(params object) (taskFunc, error) {
 
 // failingTask fails after a pause.
 func failingTask(params object) (taskFunc, error) {
-	delay, err := number(params, "delay", 0.1, 0, 3600)
+	delay, err := numberParam(params, "delay", 0.1, 0, 3600)
 	if err != nil {
 		return nil, err
 	}
-	message, err := text(params, "error_message", "task failed")
+	message, err := textParam(params, "error_message", "task failed")
 	if err != nil {
 		return nil, err
 	}
 	return func(ctx context.Context, p *progress) (any, error) {
-		if err := pause(ctx, delay); err != nil {
+		if err := sleep(ctx, delay); err != nil {
 			return nil, err
 		}
 		return nil, errors.New(message)
@@ -77,7 +77,7 @@ func failingTask(params object) (taskFunc, error) {
 }
 
 // pause waits for some seconds, or until ctx ends.
-func pause(ctx context.Context, seconds float64) error {
+func sleep(ctx context.Context, seconds float64) error {
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
@@ -87,7 +87,7 @@ func pause(ctx context.Context, seconds float64) error {
 }
 
 // number returns a number among the params, or what it is by default.
-func number(params object, name string, byDefault, low, high float64) (float64, error) {
+func numberParam(params object, name string, byDefault, low, high float64) (float64, error) {
 	raw, ok := params[name]
 	if !ok {
 		return byDefault, nil
@@ -100,7 +100,7 @@ func number(params object, name string, byDefault, low, high float64) (float64, 
 }
 
 // text returns a string among the params, or what it is by default.
-func text(params object, name, byDefault string) (string, error) {
+func textParam(params object, name, byDefault string) (string, error) {
 	value, ok, err := params.str(name)
 	switch {
 	case err != nil || len(value) > maxTaskText:

@@ -37,7 +37,7 @@ Settings come from environment variables: see README.md.
 `
 
 //go:embed index.html
-var page []byte
+var indexPage []byte
 
 func main() {
 	stdlog.SetOutput(io.Discard) // HTTP clients print what a server said unasked, secrets too
@@ -62,7 +62,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	case command == "healthcheck":
 		return healthcheck(ctx, getenv, stderr)
 	case command == "version":
-		fmt.Fprintln(stdout, "sidecast", version())
+		fmt.Fprintln(stdout, "sidecast", buildVersion())
 		return 0
 	case command == "help", command == "-h", command == "-help", command == "--help":
 		fmt.Fprint(stdout, usage)
@@ -83,7 +83,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	if open := cfg.open(); open != "" {
 		log.Warn("whoever reaches ADDR may do so, too: set APP_ENV=production", "addr", cfg.Addr, "open", open)
 	}
-	reg := newRegistry(version())
+	reg := newRegistry(buildVersion())
 	b := newBackend(cfg, cfg.GatewayURL, reg, log)
 	if cfg.DataDir != "" {
 		if err := b.openJournal(); err != nil {
@@ -135,7 +135,7 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 		return 1
 	}
 	warnOfVariables(environ, log)
-	reg := newRegistry(version())
+	reg := newRegistry(buildVersion())
 	g := newGateway(cfg, log, newGatewayMetrics(reg))
 	g.gauges(reg)
 	listeners, err := openListeners(cfg.Addr, cfg.InternalAddr)
@@ -239,7 +239,7 @@ func servePage(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "+
 		"connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-	w.Write(page)
+	w.Write(indexPage)
 }
 
 // The backend, put together

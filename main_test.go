@@ -313,7 +313,7 @@ func TestRoutes(t *testing.T) {
 func TestPageIsForDevelopmentOnly(t *testing.T) {
 	t.Parallel()
 	w := newAPI(t, "").request("GET", "/", "")
-	if w.Code != http.StatusOK || !bytes.Equal(w.Body.Bytes(), page) || w.Header().Get("Content-Security-Policy") == "" {
+	if w.Code != http.StatusOK || !bytes.Equal(w.Body.Bytes(), indexPage) || w.Header().Get("Content-Security-Policy") == "" {
 		t.Errorf("in development: got %d and %d bytes, want 200, the page and a policy", w.Code, w.Body.Len())
 	}
 	production := newAPI(t, "APP_ENV=production API_TOKEN=a-long-enough-token")
@@ -511,7 +511,7 @@ func TestCommands(t *testing.T) {
 		code           int
 		stdout, stderr string
 	}{
-		{"version", 0, "sidecast " + version() + "\n", ""},
+		{"version", 0, "sidecast " + buildVersion() + "\n", ""},
 		{"help", 0, usage, ""},
 		{"-h", 0, usage, ""},
 		{"-help", 0, usage, ""},

@@ -47,7 +47,7 @@ func rejection(status int, body []byte) *refusal {
 		no.reason = refusedBackend
 	}
 	var raw []byte
-	if pick(body, field{"error", &raw, nil}) == nil {
+	if pick(body, member{"error", &raw, nil}) == nil {
 		if text, err := parseString(raw); err == nil && text != "" && len(text) <= maxReason {
 			no.text = text
 		}

@@ -28,7 +28,7 @@ const (
 )
 
 // record is a change. What it does not need is left out.
-type record struct {
+type recordFields struct {
 	Number  uint64          `json:"number,omitempty"` // of a task
 	ID      string          `json:"id,omitempty"`     // of a task, or a request_id
 	Epoch   string          `json:"epoch,omitempty"`
@@ -41,7 +41,7 @@ type record struct {
 	Shared  bool            `json:"shared,omitempty"`
 }
 
-func encodeRecord(kind byte, r record) []byte { return append([]byte{kind}, marshal(r)...) }
+func encodeRecord(kind byte, r recordFields) []byte { return append([]byte{kind}, marshal(r)...) }
 
 func encodeEvent(number, n, seq uint64, keep bool, data string) []byte {
 	b := make([]byte, 0, 4*binary.MaxVarintLen64+len(data))
@@ -57,7 +57,7 @@ func encodeEvent(number, n, seq uint64, keep bool, data string) []byte {
 }
 
 func (t *task) record() []byte {
-	return encodeRecord(recordTask, record{Number: t.number, ID: t.id, Epoch: t.events.epoch, Kind: t.kind, Title: t.title,
+	return encodeRecord(recordTask, recordFields{Number: t.number, ID: t.id, Epoch: t.events.epoch, Kind: t.kind, Title: t.title,
 		Params: json.RawMessage(t.params)})
 }
 
@@ -83,7 +83,7 @@ func (r *restoring) apply(text []byte) error {
 	if text[0] == recordEvent {
 		return r.event(text[1:])
 	}
-	var rec record
+	var rec recordFields
 	if err := json.Unmarshal(text[1:], &rec); err != nil {
 		return fmt.Errorf("reading a record: %w", err)
 	}
@@ -262,7 +262,7 @@ func (s *TaskService) snapshot(record func([]byte)) {
 }
 
 // restore does what a record says of versions.
-func (s *VersionService) restore(kind byte, rec record) {
+func (s *VersionService) restore(kind byte, rec recordFields) {
 	st := s.streams[rec.ID]
 	switch {
 	case kind == recordLatest:
@@ -324,7 +324,7 @@ func (s *VersionService) snapshot(record func([]byte)) {
 }
 
 func (a announcement) record() []byte {
-	return encodeRecord(recordLatest, record{Version: a.version, Data: a.data})
+	return encodeRecord(recordLatest, recordFields{Version: a.version, Data: a.data})
 }
 
 // records are those of a request_id: the events that are kept, and which of them have been received.
@@ -333,12 +333,12 @@ func (st *versionStream) records(id string) (records [][]byte) {
 		e.shared = false
 		records = append(records, st.record(id, e))
 	}
-	return append(records, encodeRecord(recordMark, record{ID: id, Event: st.events.Start()}))
+	return append(records, encodeRecord(recordMark, recordFields{ID: id, Event: st.events.Start()}))
 }
 
 // record is that of one event.
 func (st *versionStream) record(id string, e entry) []byte {
-	r := record{ID: id, Epoch: st.events.epoch, Version: st.version, Event: e.n, Data: e.data, Shared: e.shared}
+	r := recordFields{ID: id, Epoch: st.events.epoch, Version: st.version, Event: e.n, Data: e.data, Shared: e.shared}
 	if e.shared { // that of the latest announcement to everybody
 		r.Data = ""
 	}

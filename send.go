@@ -40,7 +40,7 @@ func parseSend(body []byte) (m sendRequest, err error) {
 	}
 	var token, end []byte
 	var e eventFields
-	if err := pick(body, field{"token", &token, nil}, e.field(), field{"close", &end, nil}); err != nil {
+	if err := pick(body, member{"token", &token, nil}, e.field(), member{"close", &end, nil}); err != nil {
 		return m, err
 	}
 	if m.token, err = parseText(token); err == nil && len(m.token) == 0 {
@@ -58,8 +58,8 @@ func parseSend(body []byte) (m sendRequest, err error) {
 // eventFields are the member "event" of an object, and its members.
 type eventFields struct{ text, id, name, data, retry []byte }
 
-func (f *eventFields) field() field {
-	return field{"event", &f.text, []field{{"id", &f.id, nil}, {"name", &f.name, nil}, {"data", &f.data, nil}, {"retry", &f.retry, nil}}}
+func (f *eventFields) field() member {
+	return member{"event", &f.text, []member{{"id", &f.id, nil}, {"name", &f.name, nil}, {"data", &f.data, nil}, {"retry", &f.retry, nil}}}
 }
 
 func (f *eventFields) parse() (e sentEvent, err error) {
@@ -97,7 +97,7 @@ func parseRetry(raw []byte) (int, error) {
 
 // parseText decodes a JSON string in place; that of an absent one is nil.
 func parseText(raw []byte) ([]byte, error) {
-	switch at(raw, 0) {
+	switch byteAt(raw, 0) {
 	case 0:
 		return nil, nil
 	case '"':
@@ -170,8 +170,8 @@ func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, [
 // answerBatch does what the lines of a batch say, and appends a line about each to text. Events in a row for the same
 // stream are written at once.
 func (g *gateway) answerBatch(text, body []byte) []byte {
-	f := frame{g: g, buf: frames.Get().(*[]byte)}
-	defer frames.Put(f.buf)
+	f := burst{g: g, buf: chunkBuffers.Get().(*[]byte)}
+	defer chunkBuffers.Put(f.buf)
 	write := func() {
 		if n := f.events; n > 0 {
 			a := f.write(false).answer()
@@ -247,8 +247,8 @@ func (s sendStatus) answer() sendAnswer {
 
 // send gives an event to its stream.
 func (g *gateway) send(m sendRequest) sendStatus {
-	f := frame{g: g, s: g.lookup(m.token), buf: frames.Get().(*[]byte)}
-	defer frames.Put(f.buf)
+	f := burst{g: g, s: g.lookup(m.token), buf: chunkBuffers.Get().(*[]byte)}
+	defer chunkBuffers.Put(f.buf)
 	if m.event.data != nil {
 		f.add(m.event)
 	}
@@ -260,8 +260,8 @@ type directSender struct{ *gateway }
 
 // send gives the events to the stream of token: see gatewayClient.send.
 func (d directSender) send(token string, events []event, end bool) (r sendResult) {
-	f := frame{g: d.gateway, s: d.lookup([]byte(token)), buf: frames.Get().(*[]byte)}
-	defer frames.Put(f.buf)
+	f := burst{g: d.gateway, s: d.lookup([]byte(token)), buf: chunkBuffers.Get().(*[]byte)}
+	defer chunkBuffers.Put(f.buf)
 	for {
 		for _, e := range events[r.taken:] {
 			if !f.fits(len(e.Data)) {
@@ -288,8 +288,8 @@ const maxFrame = 64 << 10
 // maxGrowth bounds how much longer an event is than its line: `\n` becomes a line end and "data: ".
 const maxGrowth = 4
 
-// frame is one or more events for a stream that are written at once. All of them are taken, or none.
-type frame struct {
+// burst is one or more events for a stream that are written at once. All of them are taken, or none.
+type burst struct {
 	g      *gateway
 	s      *stream // nil if the token is unknown
 	buf    *[]byte
@@ -298,11 +298,11 @@ type frame struct {
 
 // fits reports whether an event whose line or data has this size may be written with those before it. The stream's
 // buffer must have room for what the socket may leave of them.
-func (f *frame) fits(size int) bool {
+func (f *burst) fits(size int) bool {
 	return f.events == 0 || len(*f.buf)+maxGrowth*size <= min(maxFrame, f.g.limits.buffer)
 }
 
-func (f *frame) add(e sentEvent) {
+func (f *burst) add(e sentEvent) {
 	if f.events == 0 {
 		*f.buf = reserveChunk(*f.buf)
 	}
@@ -311,7 +311,7 @@ func (f *frame) add(e sentEvent) {
 }
 
 // write gives the events, if there are any, to the stream, which ends after them if end is set. Then f is empty.
-func (f *frame) write(end bool) sendStatus {
+func (f *burst) write(end bool) sendStatus {
 	status := sendUnknown
 	if f.s != nil {
 		var chunk []byte

@@ -179,7 +179,7 @@ func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop 
 		}
 	}
 	work(ctx)
-	log.Info("started", "url", "http://"+servers[0].listeners[0].Addr().String(), "version", version())
+	log.Info("started", "url", "http://"+servers[0].listeners[0].Addr().String(), "version", buildVersion())
 	code := 0
 	select {
 	case <-ctx.Done():
@@ -211,7 +211,7 @@ func withConn(ctx context.Context, conn net.Conn) context.Context {
 }
 
 // version is that of the build, as the go command recorded it.
-func version() string {
+func buildVersion() string {
 	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
 		return info.Main.Version
 	}

@@ -71,7 +71,7 @@ type stream struct {
 	state    streamState
 	conn     net.Conn // nil until the connect callback was answered
 	raw      syscall.RawConn
-	pending  []byte      // framed bytes, with those being drained within limits.buffer, or one event
+	pending  []byte      // chunks, with those being drained within limits.buffer, or one event
 	draining int         // bytes that drain is writing
 	drains   bool        // drain runs; nobody else writes
 	written  uint64      // bytes given to the socket
@@ -97,20 +97,20 @@ func (s *stream) chunk(buf *[]byte) []byte {
 	}
 	var size [8]byte
 	digits := strconv.AppendUint(size[:0], uint64(len(*buf)-chunkHead), 16)
-	at := len("ffffffff") - len(digits)
-	copy((*buf)[at:], digits)
+	start := len("ffffffff") - len(digits)
+	copy((*buf)[start:], digits)
 	*buf = append(*buf, "\r\n"...)
-	return (*buf)[at:]
+	return (*buf)[start:]
 }
 
-// frames are buffers for chunks.
-var frames = sync.Pool{New: func() any { return new([]byte) }}
+// chunkBuffers are buffers for chunks.
+var chunkBuffers = sync.Pool{New: func() any { return new([]byte) }}
 
 const lastChunk = "0\r\n\r\n"
 
-// send writes or buffers frame, which may be empty, and then ends the stream if end is set. It does not wait for the
-// client and does not keep frame.
-func (s *stream) send(frame []byte, end bool) sendStatus {
+// send writes or buffers chunk, which may be empty, and then ends the stream if end is set. It does not wait for the
+// client and does not keep chunk.
+func (s *stream) send(chunk []byte, end bool) sendStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	status := sendWritten
@@ -120,14 +120,14 @@ func (s *stream) send(frame []byte, end bool) sendStatus {
 	switch {
 	case s.state >= streamEnding:
 		return sendUnknown
-	case len(frame) == 0:
+	case len(chunk) == 0:
 	case status == sendBuffered:
-		s.enqueueLocked(frame)
+		s.enqueueLocked(chunk)
 	default:
-		s.writeLocked(frame)
+		s.writeLocked(chunk)
 	}
 	if s.state >= streamEnding {
-		return sendUnknown // this frame was too much, or could not be written
+		return sendUnknown // this chunk was too much, or could not be written
 	}
 	if end {
 		s.finishLocked()
@@ -235,15 +235,15 @@ func (s *stream) beat() {
 	if !s.writableLocked() {
 		return
 	}
-	frame := frames.Get().(*[]byte)
-	defer frames.Put(frame)
-	*frame = reserveChunk(*frame)
+	buf := chunkBuffers.Get().(*[]byte)
+	defer chunkBuffers.Put(buf)
+	*buf = reserveChunk(*buf)
 	if s.beatEvent {
-		*frame = append(*frame, s.limits.beatEvent...)
+		*buf = append(*buf, s.limits.beatEvent...)
 	} else {
-		*frame = append(*frame, heartbeat...)
+		*buf = append(*buf, heartbeat...)
 	}
-	s.writeLocked(s.chunk(frame))
+	s.writeLocked(s.chunk(buf))
 }
 
 // finish ends the stream cleanly once the client has what was sent before.
@@ -263,20 +263,20 @@ func (s *stream) end(reason string) {
 // writableLocked reports whether there is a connection on which nobody else writes.
 func (s *stream) writableLocked() bool { return s.conn != nil && s.state != streamEnded && !s.drains }
 
-func (s *stream) writeLocked(frame []byte) {
+func (s *stream) writeLocked(chunk []byte) {
 	if !s.drains {
-		n, err := writeNow(s.raw, frame)
+		n, err := writeNow(s.raw, chunk)
 		if err != nil {
 			s.endLocked(streamError)
 			return
 		}
 		s.written += uint64(n)
-		if n == len(frame) {
+		if n == len(chunk) {
 			return
 		}
-		frame = frame[n:]
+		chunk = chunk[n:]
 	}
-	s.enqueueLocked(frame)
+	s.enqueueLocked(chunk)
 	s.drainLocked()
 }
 
@@ -288,14 +288,14 @@ func (s *stream) drainLocked() {
 	}
 }
 
-func (s *stream) enqueueLocked(frame []byte) {
-	need := len(s.pending) + len(frame)
+func (s *stream) enqueueLocked(chunk []byte) {
+	need := len(s.pending) + len(chunk)
 	switch {
 	case s.draining+need <= s.limits.buffer, s.draining+len(s.pending) == 0: // or a large event would never get through
 		if need > cap(s.pending) { // append would grow it in small steps, and leave megabytes behind
 			s.pending = append(make([]byte, 0, max(need, min(2*cap(s.pending), s.limits.buffer))), s.pending...)
 		}
-		s.pending = append(s.pending, frame...)
+		s.pending = append(s.pending, chunk...)
 	default:
 		s.state, s.overflow = streamEnding, true
 		if s.conn != nil {

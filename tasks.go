@@ -365,10 +365,10 @@ type taskEvent[T any] struct {
 // emitLocked appends an event about the state of the task. Beyond the limit of memory it makes room: by the tasks that
 // finished first, and when there are none, by the task's own progress, of which the last stays.
 func (s *TaskService) emitLocked(t *task, eventType string, at time.Time, data any, keep bool) {
-	event := string(marshal(taskEvent[any]{eventType, t.id, at.UTC(), data}))
-	t.result = event[len(event)-1-len(t.result) : len(event)-1] // one copy is enough
-	t.last = t.events.Add(entry{data: event, keep: keep})
-	s.storeLocked(t, func() []byte { return encodeEvent(t.number, t.last, t.seq, keep, event) })
+	told := string(marshal(taskEvent[any]{eventType, t.id, at.UTC(), data}))
+	t.result = told[len(told)-1-len(t.result) : len(told)-1] // one copy is enough
+	t.last = t.events.Add(entry{data: told, keep: keep})
+	s.storeLocked(t, func() []byte { return encodeEvent(t.number, t.last, t.seq, keep, told) })
 	s.memory.count(&t.held, t.size())
 	for !s.makeRoomLocked(0) && t.events.DropOldest() {
 		s.memory.count(&t.held, t.size())
@@ -442,7 +442,7 @@ func (s *TaskService) Delete(id string) error {
 	var deleted *commit
 	if finished {
 		s.forgetLocked(t)
-		deleted = s.journal.write(encodeRecord(recordDelete, record{Number: t.number}), nil)
+		deleted = s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), nil)
 	}
 	s.mu.Unlock()
 	switch {

@@ -298,7 +298,7 @@ func (s *VersionService) tidy() {
 		}
 		if start := st.events.Start(); st.stored && st.marked != start { // late is good enough: it is given again
 			st.marked = start
-			s.journal.write(encodeRecord(recordMark, record{ID: id, Event: start}), nil)
+			s.journal.write(encodeRecord(recordMark, recordFields{ID: id, Event: start}), nil)
 		}
 		_, waiting, bytes := st.events.Size()
 		if s.connected(id) {
@@ -310,7 +310,7 @@ func (s *VersionService) tidy() {
 		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || forgettable) {
 			delete(s.streams, id)
 			if st.stored {
-				s.journal.write(encodeRecord(recordForget, record{ID: id}), nil)
+				s.journal.write(encodeRecord(recordForget, recordFields{ID: id}), nil)
 			}
 			s.memory.count(&st.held, 0)
 			s.met.dropped.with(serviceVersion, "expired").Add(waiting)

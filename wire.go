@@ -50,12 +50,12 @@ type requestOrder struct {
 }
 
 func parseOrder(header string) requestOrder {
-	gateway, number, _ := strings.Cut(header, "-")
+	name, number, _ := strings.Cut(header, "-")
 	n, err := strconv.ParseUint(number, 10, 64)
-	if err != nil || gateway == "" {
+	if err != nil || name == "" {
 		return requestOrder{}
 	}
-	return requestOrder{unique.Make(gateway), n}
+	return requestOrder{unique.Make(name), n}
 }
 
 // before reports whether the request is known to be older than other.
