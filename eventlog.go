@@ -257,7 +257,7 @@ func (l *eventLog) After(id string, most int) (events []event) {
 func (l *eventLog) DropOldest() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.loseLocked(0, len(l.entries)-1)
+	return len(l.entries) > 0 && l.loseLocked(0, len(l.entries)-1)
 }
 
 // All returns the events that are kept.
@@ -366,7 +366,7 @@ func (l *eventLog) trimLocked() {
 // loseLocked drops the oldest event between two indexes that is not marked, and reports whether there was one. It
 // counts unless somebody was given it, or may be: see settle.
 func (l *eventLog) loseLocked(from, to int) bool {
-	i := slices.IndexFunc(l.entries[min(from, to):to], func(e entry) bool { return !e.keep })
+	i := slices.IndexFunc(l.entries[from:to], func(e entry) bool { return !e.keep })
 	if i < 0 {
 		return false
 	}

@@ -69,7 +69,7 @@ func (s *TaskService) startExternal(params object) (t *task, known bool, err err
 		return nil, false, err
 	}
 	s.outside++
-	s.runLocked(t, "worker lost")
+	s.startLocked(t, "worker lost")
 	return t, false, nil
 }
 
@@ -112,61 +112,79 @@ func parseReport(body []byte) (r report, err error) {
 	return r, nil
 }
 
-// Progress, Complete and Fail are the reports of an external worker. They return the ID of the event that tells the
-// followers. One that was taken before, and whose answer may have been lost, is not taken again.
-func (s *TaskService) Progress(id string, r report) (eventID string, repeated bool, err error) {
-	eventID, repeated, stored, err := s.takeProgress(id, r)
-	return eventID, repeated, cmp.Or(stored.wait(), err)
+// Progress applies a report to a running external task.
+func (s *TaskService) Progress(id string, r report) (reported, error) {
+	return reportStored(s.takeProgress(s.task(id), r))
 }
 
-func (s *TaskService) takeProgress(id string, r report) (eventID string, repeated bool, stored *commit, err error) {
-	return s.take(id, func(t *task) bool { return r.seq != 0 && r.seq <= t.seq }, func(t *task) {
+func (s *TaskService) takeProgress(t *task, r report) (a reported, stored *commit, err error) {
+	repeated := func() bool {
+		a.Repeated = r.seq != 0 && r.seq <= t.seq
+		return a.Repeated
+	}
+	a.EventID, stored, err = s.take(t, repeated, func() {
 		t.seq = max(t.seq, r.seq)
 		s.reportLocked(t, r)
 	})
+	return a, stored, err
 }
 
-// Complete takes a result as compactResult returns it.
-func (s *TaskService) Complete(id, result string) (eventID string, err error) {
-	eventID, _, stored, err := s.take(id, func(t *task) bool { return t.status == taskCompleted && t.result == result },
-		func(t *task) { s.finishLocked(t, taskCompleted, result, "") })
-	return eventID, cmp.Or(stored.wait(), err)
+// Complete ends a running external task with a result as compactResult returns it.
+func (s *TaskService) Complete(id, result string) (reported, error) {
+	t := s.task(id)
+	return s.end(t, func() bool { return t.status == taskCompleted && t.result == result },
+		func() { s.finishLocked(t, taskCompleted, result) })
 }
 
-// Fail takes a text as usableFailure returns it.
-func (s *TaskService) Fail(id, failure string) (eventID string, err error) {
-	eventID, _, stored, err := s.take(id, func(t *task) bool { return t.status == taskFailed && t.err == failure },
-		func(t *task) { s.finishLocked(t, taskFailed, "", failure) })
-	return eventID, cmp.Or(stored.wait(), err)
+// Fail ends a running external task with a text as usableFailure returns it.
+func (s *TaskService) Fail(id, failure string) (reported, error) {
+	t := s.task(id)
+	return s.end(t, func() bool { return t.status == taskFailed && t.err == failure },
+		func() { s.finishLocked(t, taskFailed, failure) })
 }
 
-// take applies a report to a running external task, under mu, unless the task has taken it before. What it returns, be it
-// an error, shows what is on disk once stored is.
-func (s *TaskService) take(id string, taken func(*task) bool, apply func(*task)) (eventID string, repeated bool, stored *commit, err error) {
+func (s *TaskService) end(t *task, taken func() bool, apply func()) (reported, error) {
+	eventID, stored, err := s.take(t, taken, apply)
+	return reportStored(reported{EventID: eventID}, stored, err)
+}
+
+// reported is the answer to a report: the ID of the event that tells the followers.
+type reported struct {
+	EventID  string `json:"event_id"`
+	Repeated bool   `json:"repeated,omitempty"`
+	Reports  *int   `json:"reports,omitempty"` // of a body with many
+}
+
+// reportStored waits until a report is on disk.
+func reportStored(a reported, stored *commit, err error) (reported, error) {
+	return a, cmp.Or(stored.wait(), err)
+}
+
+// take calls apply, with mu held, if t is an external task that has not ended, unless taken says that t has this report
+// already: the answer to it may have been lost. Nobody may be answered before stored is on disk, also not with an
+// error, as that tells what became of the task.
+func (s *TaskService) take(t *task, taken func() bool, apply func()) (eventID string, stored *commit, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	t := s.tasks[id]
-	if t == nil {
-		return "", false, nil, errTaskUnknown
+	if t == nil || s.tasks[t.id] != t {
+		return "", nil, errTaskUnknown
 	}
+	isTaken := t.kind == externalTask && taken()
 	switch {
 	case t.kind != externalTask:
-		return "", false, t.stored, t.conflict(errNotExternal)
-	case taken(t):
-		repeated = true
-	case t.status == taskCancelled:
-		return "", false, t.stored, t.conflict(errTaskCancelled)
-	case t.status.finished():
-		return "", false, t.stored, t.conflict(errTaskFinished)
-	}
-	if !t.status.finished() {
-		t.seen = time.Now()
+		return "", t.lastStored, t.conflict(errNotExternal)
+	case t.status == taskCancelled && !isTaken:
+		return "", t.lastStored, t.conflict(errTaskCancelled)
+	case t.status.finished() && !isTaken:
+		return "", t.lastStored, t.conflict(errTaskFinished)
+	case !t.status.finished():
+		t.lastReport = time.Now()
 		t.deadline.Reset(s.cfg.timeout)
 	}
-	if !repeated {
-		apply(t)
+	if !isTaken {
+		apply()
 	}
-	return t.events.id(t.last), repeated, t.stored, nil
+	return t.events.id(t.lastEvent), t.lastStored, nil
 }
 
 // serveProgress is POST /api/tasks/{task_id}/progress.
@@ -182,8 +200,8 @@ func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) (sta
 	if err != nil {
 		return 0, nil, err
 	}
-	eventID, repeated, err := s.Progress(r.PathValue("task_id"), said)
-	return http.StatusOK, reported{EventID: eventID, Repeated: repeated}, err
+	answer, err = s.Progress(r.PathValue("task_id"), said)
+	return http.StatusOK, answer, err
 }
 
 // lineReader is a body that may go on for as long as its task does.
@@ -204,28 +222,53 @@ func (l *lineReader) Read(b []byte) (n int, err error) {
 	return n, err
 }
 
-const (
-	maxUnstored = 1000             // reports of a body that may be taken while as many before them wait for the disk
-	answerLimit = 30 * time.Second // for writing the answer to one
-)
+// answerLimit is how long the answer to a body of many reports may take. The server's own limit counts from the start of
+// the request.
+const answerLimit = 30 * time.Second
 
 // serveReports is serveProgress for a body with a report on each line, which are taken as they come. The answer at its
-// end is the one that acknowledges.
+// end is the one that acknowledges them.
 func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
-	id := r.PathValue("task_id")
-	ctx, all, err := s.followWorker(id)
+	t, ctx, err := s.followWorker(r.PathValue("task_id"))
 	if err != nil {
 		return 0, nil, err
 	}
 	control := http.NewResponseController(w)
 	defer context.AfterFunc(ctx, func() { control.SetReadDeadline(time.Now()) })()
-	defer func() { control.SetWriteDeadline(time.Now().Add(answerLimit)) }() // the server's began with the request
+	defer func() { control.SetWriteDeadline(time.Now().Add(answerLimit)) }()
 	body := &lineReader{body: r.Body, ctx: ctx, timeout: s.cfg.timeout + time.Second, control: control}
+	answer, err = reportStored(s.takeLines(t, body))
+	return http.StatusOK, answer, err
+}
+
+// followWorker returns an external task, and a context that ends with it or with the service. A task that has ended has
+// no end any more, as its reports may still be repeated.
+func (s *TaskService) followWorker(id string) (t *task, ctx context.Context, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t = s.tasks[id]
+	switch {
+	case t == nil:
+		return nil, nil, errTaskUnknown
+	case t.kind != externalTask:
+		return nil, nil, t.conflict(errNotExternal)
+	case !t.status.finished() && t.worker == nil:
+		t.worker, t.cancel = context.WithCancel(s.life)
+	}
+	return t, cmp.Or(t.worker, s.life), nil
+}
+
+// maxUnstored is how many reports of a body are taken while as many before them are not on disk yet.
+const maxUnstored = 1000
+
+// takeLines takes the reports of a body until its end, or until one is bad or the task ends.
+func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, stored *commit, err error) {
+	all = reported{EventID: t.events.id(t.events.Last()), Reports: new(int)}
 	lines := bufio.NewScanner(body)
 	lines.Buffer(nil, maxTaskBody+len("\r\n"))
-	var stored, before *commit
+	var before *commit
 	n := 0
-	for lines.Scan() && !body.broken {
+	for body.ctx.Err() == nil && lines.Scan() && !body.broken {
 		n++
 		line := bytes.TrimSpace(lines.Bytes())
 		if len(line) == 0 {
@@ -236,15 +279,18 @@ func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (stat
 			err = errBodyTooLarge
 		}
 		if err != nil {
-			return 0, nil, cmp.Or(stored.wait(), atLine(err, n))
+			return all, stored, atLine(err, n)
 		}
-		if all.EventID, _, stored, err = s.takeProgress(id, said); err != nil {
-			return 0, nil, cmp.Or(stored.wait(), err)
+		one, lineStored, err := s.takeProgress(t, said)
+		stored = lineStored
+		if err != nil {
+			return all, stored, err
 		}
+		all.EventID = one.EventID
 		*all.Reports++
 		if *all.Reports%maxUnstored == 0 {
 			if err := before.wait(); err != nil {
-				return 0, nil, err
+				return all, stored, err
 			}
 			before = stored
 		}
@@ -253,35 +299,16 @@ func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (stat
 	case s.isClosing():
 		e := *errClosing
 		e.Reports = all.Reports
-		return 0, nil, cmp.Or(stored.wait(), error(&e))
-	case ctx.Err() != nil:
-		_, _, stored, err = s.take(id, func(*task) bool { return false }, func(*task) {})
-		return 0, nil, cmp.Or(stored.wait(), err)
+		return all, stored, &e
+	case body.ctx.Err() != nil: // take tells how the task has ended
+		_, stored, err = s.take(t, func() bool { return false }, func() {})
+		return all, stored, err
 	case errors.Is(err, bufio.ErrTooLong):
-		return 0, nil, cmp.Or(stored.wait(), atLine(errBodyTooLarge, n+1))
+		return all, stored, atLine(errBodyTooLarge, n+1)
 	case err != nil:
-		return 0, nil, errNotJSON // the worker broke off
+		return all, stored, errNotJSON // the worker broke off
 	}
-	return http.StatusOK, all, stored.wait()
-}
-
-// followWorker returns a context that ends with the external task, or with the service, and the answer to no report.
-func (s *TaskService) followWorker(id string) (ctx context.Context, none reported, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	t := s.tasks[id]
-	switch {
-	case t == nil:
-		return nil, none, errTaskUnknown
-	case t.kind != externalTask:
-		return nil, none, t.conflict(errNotExternal)
-	case !t.status.finished() && t.worker == nil:
-		t.worker, t.cancel = context.WithCancel(s.life)
-	}
-	if ctx = t.worker; t.status.finished() { // then reports may be repeated still
-		ctx = s.life
-	}
-	return ctx, reported{EventID: t.events.id(t.last), Reports: new(int)}, nil
+	return all, stored, nil
 }
 
 // atLine says where in a body an error is.
@@ -304,8 +331,8 @@ func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) (sta
 	if err != nil {
 		return 0, nil, err
 	}
-	eventID, err := s.Complete(r.PathValue("task_id"), result)
-	return http.StatusOK, reported{EventID: eventID}, err
+	answer, err = s.Complete(r.PathValue("task_id"), result)
+	return http.StatusOK, answer, err
 }
 
 // serveFail is POST /api/tasks/{task_id}/fail. No failure is lost over its text.
@@ -315,13 +342,6 @@ func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) (status 
 		return 0, nil, err
 	}
 	failure, _, _ := body.str("error")
-	eventID, err := s.Fail(r.PathValue("task_id"), usableFailure(failure))
-	return http.StatusOK, reported{EventID: eventID}, err
-}
-
-// reported is the answer to a report.
-type reported struct {
-	EventID  string `json:"event_id"`
-	Repeated bool   `json:"repeated,omitempty"`
-	Reports  *int   `json:"reports,omitempty"` // of a body with many
+	answer, err = s.Fail(r.PathValue("task_id"), usableFailure(failure))
+	return http.StatusOK, answer, err
 }

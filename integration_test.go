@@ -772,7 +772,7 @@ func TestIntegrationBackendUnreachable(t *testing.T) {
 		es.cut()
 	}
 	text := "meanwhile"
-	if _, _, err := s.tasks.Progress(id, report{text: &text}); err != nil {
+	if _, err := s.tasks.Progress(id, report{text: &text}); err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(3 * time.Second) // the outage

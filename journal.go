@@ -4,7 +4,6 @@
 package main
 
 import (
-	"bufio"
 	"fmt"
 	"io"
 	"log/slog"
@@ -20,59 +19,60 @@ import (
 	"time"
 )
 
-const (
-	noRoomPause = 250 * time.Millisecond // between two tries
-	// compactSlack is by how much the file may be larger than what is live before it is made smaller.
-	compactSlack = 32 << 20
-	compactPause = 10 * time.Second // after a try that failed
-	compactPart  = 1 << 20          // bytes that are written at once
-	compactRest  = 1 << 20          // bytes that are copied while nothing else is written
-)
+// noRoomPause is the time between two tries to write.
+const noRoomPause = 250 * time.Millisecond
 
 var errCannotStore = newError(http.StatusServiceUnavailable, "cannot_store", "cannot store")
 
-// journal is the open file. All methods work for a nil journal, too, which forgets: that of a backend without DATA_DIR.
+// journal is the open journal of a backend with DATA_DIR. A nil journal keeps nothing: write calls then at once, wait
+// and close return at once, and it is never full and never fails.
 type journal struct {
-	dir  string
-	log  *slog.Logger
-	disk disk
-	lock *os.File
-	// live returns about how many bytes what is remembered takes, and snapshot gives records that make it all again.
-	live     func() int
-	snapshot func(record func([]byte))
-	slack    int64 // see compactSlack
-
-	file      journalFile // of the writer goroutine, like what follows
-	number    uint64      // of the last commit
-	dirty     bool        // there may be more behind what is good
-	compacted chan *compaction
-	compactAt time.Time     // not before
-	broken    chan error    // a sync failed: what is on disk is not known any more
-	stopping  chan struct{} // closed by close
-	stopped   chan struct{} // closed by run
+	dir      string
+	log      *slog.Logger
+	disk     disk
+	lock     *os.File
+	live     func() int                // about how many bytes a snapshot has
+	snapshot func(record func([]byte)) // gives the records that make again all that is remembered
+	slack    int64                     // see compactSlack
 
 	syncs, errors, syncSeconds *series
 
-	size   atomic.Int64 // bytes that are good; only the writer goroutine changes it
-	noRoom atomic.Bool
+	wake      chan struct{}    // run is to store what is queued
+	compacted chan *compaction // for run
+	broken    chan error       // for serve: a sync failed, so what is on disk is not known any more
+	stopping  chan struct{}    // closed by close
+	stopped   chan struct{}    // closed by run
 
-	mu    sync.Mutex // guards next and spare
+	size   atomic.Int64 // bytes of whole records in the file; changed with writing held
+	noRoom atomic.Bool  // the last write failed, or the journal is broken
+
+	// writing is held by who writes: run, or whoever waits for a record. It guards what is below.
+	writing sync.Mutex
+	file    journalFile
+	number  uint64  // of the last commit
+	dirty   bool    // the file may go on behind size
+	held    *commit // could not be written and is tried again; or nil
+	dead    bool    // the journal is broken
+
+	mu    sync.Mutex // guards next and spare; taken after writing
 	next  *commit    // what is written next
-	spare []byte     // for frames
-	wake  chan struct{}
+	spare []byte     // the frames of a commit before, for those of another
 }
 
-// commit is the records that are written and synced at once.
+// commit is the records that are written and synced together.
 type commit struct {
-	number uint64
-	frames []byte
-	last   int      // where the last frame begins
-	then   []func() // called in order when the commit is on disk
-	done   chan struct{}
-	stored atomic.Bool
+	journal *journal
+	number  uint64
+	frames  []byte
+	last    int           // where the last frame begins
+	then    []func()      // called in order when the commit is on disk
+	done    chan struct{} // closed when the commit is on disk, or has been refused
+	stored  atomic.Bool   // it is on disk; may become true after it has been refused
 }
 
-func newCommit(number uint64) *commit { return &commit{number: number, done: make(chan struct{})} }
+func (j *journal) newCommit(number uint64) *commit {
+	return &commit{journal: j, number: number, done: make(chan struct{})}
+}
 
 // journalFile is an open file, and disk what else is done with files: seams for tests.
 type journalFile interface {
@@ -86,12 +86,20 @@ type journalFile interface {
 type disk struct {
 	open   func(path string) (journalFile, error)
 	rename func(from, to string) error
+	remove func(path string) error
 	sync   func(dir string) error
 }
 
 var realDisk = disk{
-	open:   func(path string) (journalFile, error) { return os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600) },
+	open: func(path string) (journalFile, error) {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		return f, nil
+	},
 	rename: os.Rename,
+	remove: os.Remove,
 	sync: func(dir string) error {
 		d, err := os.Open(dir)
 		if err != nil {
@@ -114,9 +122,10 @@ func openJournal(dir string, d disk, reg *registry, log *slog.Logger, apply func
 	}
 	j := &journal{
 		dir: dir, log: log, disk: d, lock: lock, slack: compactSlack,
-		compacted: make(chan *compaction, 1), broken: make(chan error, 1), wake: make(chan struct{}, 1),
+		wake: make(chan struct{}, 1), compacted: make(chan *compaction, 1), broken: make(chan error, 1),
 		stopping: make(chan struct{}), stopped: make(chan struct{}),
 	}
+	j.register(reg)
 	if j.file, err = d.open(j.path()); err == nil {
 		err = j.read(apply)
 	}
@@ -124,34 +133,33 @@ func openJournal(dir string, d disk, reg *registry, log *slog.Logger, apply func
 		lock.Close()
 		return nil, fmt.Errorf("%s: %w", j.path(), err)
 	}
-	os.Remove(j.path() + ".new") // of a compaction that was cut off
+	d.remove(j.path() + ".new") // of a compaction that was cut off
 	if mounts, _ := os.ReadFile("/proc/self/mountinfo"); isVolatile(string(mounts), dir) {
 		log.Warn("a power cut may lose what was answered: DATA_DIR is on an overlay that does not sync", "dir", dir)
 	}
+	return j, nil
+}
+
+func (j *journal) register(reg *registry) {
 	j.syncs = reg.counters("sidecast_journal_syncs_total", "Syncs of the journal.").with()
 	j.errors = reg.counters("sidecast_journal_errors_total", "Failures to write the journal or to make it smaller.").with()
 	j.syncSeconds = reg.histograms("sidecast_journal_sync_seconds", "Duration of a write to the journal and its sync in seconds.",
 		requestBuckets()).with()
-	one := func(read func() float64) func() map[string]float64 {
-		return func() map[string]float64 { return map[string]float64{"": read()} }
-	}
-	reg.gauge("sidecast_journal_bytes", "Bytes of the files in DATA_DIR.", one(func() float64 {
-		size := 0.0
-		files, _ := os.ReadDir(dir)
+	reg.value("sidecast_journal_bytes", "Bytes of the files in DATA_DIR.", func() (size float64) {
+		files, _ := os.ReadDir(j.dir)
 		for _, f := range files {
 			if info, err := f.Info(); err == nil {
 				size += float64(info.Size())
 			}
 		}
 		return size
-	}))
-	reg.gauge("sidecast_journal_writable", "Whether the journal takes records: 0 while there is no room.", one(func() float64 {
-		if j.noRoom.Load() {
+	})
+	reg.value("sidecast_journal_writable", "Whether the journal takes records: 0 while there is no room.", func() float64 {
+		if j.full() {
 			return 0
 		}
 		return 1
-	}))
-	return j, nil
+	})
 }
 
 func (j *journal) path() string { return filepath.Join(j.dir, "journal") }
@@ -189,8 +197,8 @@ func isVolatile(mounts, dir string) (volatile bool) {
 	return volatile
 }
 
-// write queues a record, or none. then, if it is not nil, is called when that and all before it are on disk, without a
-// lock of the journal. It returns what to wait for.
+// write queues a record for the next commit; nil queues none. Once that commit is on disk, then is called, unless it is
+// nil. It may be called with writing held, and must not wait for a commit. The result is the commit to wait for.
 func (j *journal) write(record []byte, then func()) *commit {
 	if j == nil {
 		if then != nil {
@@ -208,25 +216,28 @@ func (j *journal) write(record []byte, then func()) *commit {
 	if then != nil {
 		c.then = append(c.then, then)
 	}
-	j.hurry()
+	j.wakeRun()
 	return c
 }
 
-// written returns what to wait for until all that was written is on disk.
+// written returns the commit after which all that was queued so far is on disk.
 func (j *journal) written() *commit { return j.write(nil, nil) }
 
-// hurry has run write what is queued.
-func (j *journal) hurry() {
+func (j *journal) wakeRun() {
 	select {
 	case j.wake <- struct{}{}:
 	default:
 	}
 }
 
-// wait waits until the commit is on disk. If there is no room it returns errCannotStore; the commit is stored later.
+// wait waits until the commit is on disk. If nobody is writing it does so itself, which is faster by two changes of
+// goroutine. With an error the commit is not on disk, and may come to be there later.
 func (c *commit) wait() error {
 	if c == nil {
 		return nil
+	}
+	if !c.finished() && !c.journal.full() {
+		c.journal.tryStore()
 	}
 	<-c.done
 	if !c.stored.Load() {
@@ -235,7 +246,7 @@ func (c *commit) wait() error {
 	return nil
 }
 
-// failed gets the error after which it is not known what is on disk.
+// failed returns a channel for the error of a sync. Then the process must end: what is on disk is not known any more.
 func (j *journal) failed() <-chan error {
 	if j == nil {
 		return nil
@@ -243,106 +254,154 @@ func (j *journal) failed() <-chan error {
 	return j.broken
 }
 
-// full reports whether there is no room. Then nothing new is to be taken.
+// full reports whether the last write failed. Then nothing new is to be taken.
 func (j *journal) full() bool { return j != nil && j.noRoom.Load() }
 
-// run writes what is queued, until close.
+// run stores what nobody waits for, tries again while there is no room, and makes the file smaller, until close.
 func (j *journal) run() {
 	defer close(j.stopped)
-	for compacting := false; ; {
+	compacting, compactAt := false, time.Time{} // not before
+	var again <-chan time.Time                  // while there is no room
+	for {
+		if j.full() && again == nil {
+			again = time.After(noRoomPause)
+		}
 		select {
 		case <-j.wake:
-			runtime.Gosched() // others that are about to write come along
-			if !j.store() {
-				return
+			if !j.full() {
+				j.tryStore()
 			}
+		case <-again:
+			again = nil
+			j.tryStore()
 		case c := <-j.compacted:
 			compacting = false
 			if !j.replace(c) {
-				return
+				compactAt = time.Now().Add(compactPause)
 			}
 		case <-j.stopping:
-			j.store()
+			j.writing.Lock()
+			defer j.writing.Unlock()
+			j.storeLocked()
+			if j.full() {
+				j.log.Error("ending with changes that could not be stored")
+			}
 			return
 		}
 		size := j.size.Load()
-		if !compacting && size > j.slack && size > int64(j.live())+j.slack && time.Now().After(j.compactAt) {
+		if !compacting && size > j.slack && size > int64(j.live())+j.slack && time.Now().After(compactAt) {
 			compacting = true
-			go j.compact(j.file, size, j.number+1)
+			j.writing.Lock()
+			go j.compact(j.file, j.size.Load(), j.number)
+			j.writing.Unlock()
 		}
 	}
 }
 
-// store puts what is queued on disk, however often it must try. It returns false if the journal is broken, or closed
-// meanwhile.
-func (j *journal) store() bool {
+// tryStore stores what is queued, unless somebody is writing: they have run store what came meanwhile.
+func (j *journal) tryStore() {
+	if !j.writing.TryLock() {
+		return
+	}
+	runtime.Gosched() // lets others that are about to write join the commit
+	j.storeLocked()
+	j.writing.Unlock()
 	j.mu.Lock()
+	defer j.mu.Unlock()
+	if len(j.next.frames)+len(j.next.then) > 0 && !j.full() {
+		j.wakeRun()
+	}
+}
+
+// storeLocked stores what had no room before, or else what is queued.
+func (j *journal) storeLocked() {
+	if j.dead {
+		return
+	}
+	for again := true; again; {
+		c := j.held
+		if c == nil {
+			c = j.takeLocked()
+		}
+		if !j.putLocked(c) {
+			return
+		}
+		for _, then := range c.then {
+			then()
+		}
+		c.stored.Store(true)
+		c.finish()
+		c.frames, c.then = nil, nil
+		j.mu.Lock()
+		again = j.next.finished() // it was refused with the one before: who writes now must not join it
+		j.mu.Unlock()
+	}
+	if j.noRoom.Swap(false) {
+		j.log.Info("the journal has room again")
+	}
+}
+
+// takeLocked returns what is queued. What comes from now on is another commit.
+func (j *journal) takeLocked() *commit {
+	j.mu.Lock()
+	defer j.mu.Unlock()
 	c := j.next
 	if len(c.frames) == 0 {
-		j.next = newCommit(c.number)
-	} else {
-		j.next = newCommit(c.number + commitStep)
-		j.next.frames, j.spare = j.spare, nil
+		j.next = j.newCommit(c.number)
+		return c
 	}
-	j.mu.Unlock()
-	if len(c.frames) > 0 {
-		c.frames[c.last] = frameLast
-		seal(c.frames[c.last:])
-		start := time.Now()
-		for err := j.append(c.frames); err != nil; err = j.append(c.frames) {
-			j.refuse(c, err)
-			select {
-			case <-time.After(noRoomPause):
-			case <-j.stopping:
-				j.log.Error("ending with changes that could not be stored")
-				return false
-			}
-			start = time.Now()
-		}
-		if err := j.file.Sync(); err != nil {
-			j.broken <- fmt.Errorf("syncing the journal: %w", err)
-			return false
-		}
-		j.syncs.Inc()
-		j.syncSeconds.observe(time.Since(start).Seconds())
-		j.size.Add(int64(len(c.frames)))
-		j.number = c.number
+	j.next = j.newCommit(c.number + commitStep)
+	j.next.frames, j.spare = j.spare, nil
+	c.frames[c.last] = frameLast
+	seal(c.frames[c.last:])
+	return c
+}
+
+// putLocked puts a commit on disk, and reports whether it is there.
+func (j *journal) putLocked(c *commit) bool {
+	if len(c.frames) == 0 {
+		return true
 	}
+	start := time.Now()
+	if err := j.appendLocked(c.frames); err != nil {
+		if !j.full() {
+			j.log.Error("cannot write the journal: nothing new is taken until there is room", "err", err)
+		}
+		j.refuseLocked(c)
+		return false
+	}
+	if err := j.file.Sync(); err != nil {
+		j.breakLocked(c, fmt.Errorf("syncing the journal: %w", err))
+		return false
+	}
+	j.syncs.Inc()
+	j.syncSeconds.observe(time.Since(start).Seconds())
+	j.size.Add(int64(len(c.frames)))
+	j.number, j.held = c.number, nil
 	j.mu.Lock()
-	refused := j.next.finished()
+	defer j.mu.Unlock()
 	if cap(c.frames) <= maxRecord {
 		j.spare = c.frames[:0]
 	}
-	j.mu.Unlock()
-	if refused { // who wrote to it since would be refused, too
-		j.hurry()
-	} else if j.noRoom.Swap(false) {
-		j.log.Info("the journal has room again")
-	}
-	c.stored.Store(true)
-	for _, then := range c.then {
-		then()
-	}
-	c.finish()
-	c.frames, c.then = nil, nil
 	return true
 }
 
-// append writes frames behind what is good. If that fails a part of them may be there.
-func (j *journal) append(frames []byte) error {
-	if err := j.clean(); err != nil {
+// appendLocked writes frames at the end of the file. What a write that failed has left there is cut off, now or before
+// the next one.
+func (j *journal) appendLocked(frames []byte) error {
+	if err := j.cleanLocked(); err != nil {
 		return err
 	}
 	_, err := j.file.WriteAt(frames, j.size.Load())
 	if err != nil {
 		j.dirty = true
-		j.clean() // or the next time
+		j.cleanLocked()
 	}
 	return err
 }
 
-// clean cuts the file back to what is good.
-func (j *journal) clean() error {
+// cleanLocked cuts off what is behind the last whole record.
+func (j *journal) cleanLocked() error {
 	if !j.dirty {
 		return nil
 	}
@@ -351,16 +410,23 @@ func (j *journal) clean() error {
 	return err
 }
 
-// refuse tells those that wait for c, or for what is queued behind it, that there is no room.
-func (j *journal) refuse(c *commit, err error) {
+// refuseLocked holds a commit that could not be written, and lets go those that wait for it or for the next one.
+func (j *journal) refuseLocked(c *commit) {
 	j.errors.Inc()
-	if !j.noRoom.Swap(true) {
-		j.log.Error("cannot write the journal: nothing new is taken until there is room", "err", err)
-	}
+	j.noRoom.Store(true)
+	j.held = c
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	c.finish()
 	j.next.finish()
+	j.wakeRun() // which tries again
+}
+
+// breakLocked ends the journal: nothing is written from now on.
+func (j *journal) breakLocked(c *commit, err error) {
+	j.dead = true
+	j.refuseLocked(c)
+	j.broken <- err
 }
 
 // finish lets go those that wait.
@@ -379,95 +445,7 @@ func (c *commit) finished() bool {
 	}
 }
 
-// compaction is a smaller file that is to take the journal's place.
-type compaction struct {
-	file   journalFile
-	size   int64
-	copied int64 // of the old file: what is before is in the new one
-	err    error
-}
-
-// Write appends a part, and syncs it: a sync of much at once would hold up those of the journal.
-func (c *compaction) Write(b []byte) (n int, err error) {
-	if n, err = c.file.WriteAt(b, c.size); err == nil {
-		err = c.file.Sync()
-	}
-	c.size += int64(n)
-	return n, err
-}
-
-// copy copies what the old file has up to end.
-func (c *compaction) copy(old journalFile, end int64) {
-	if c.err != nil {
-		return
-	}
-	var n int64
-	n, c.err = io.Copy(io.NewOffsetWriter(c.file, c.size), io.NewSectionReader(old, c.copied, end-c.copied))
-	c.size, c.copied = c.size+n, c.copied+n
-}
-
-// compact writes what is live to a new file, and behind it what is written to the old one meanwhile. That may be in
-// both parts; who reads it minds. Every record of the first part but the last says that its commit goes on, and commits
-// follow that are not the next: so it is damage if one of them is not good.
-func (j *journal) compact(old journalFile, from int64, number uint64) {
-	c := &compaction{copied: from}
-	if c.file, c.err = j.disk.open(j.path() + ".new"); c.err == nil {
-		c.err = c.file.Truncate(0)
-	}
-	if c.err == nil {
-		w := bufio.NewWriterSize(c, compactPart)
-		frame := []byte(journalHeader)
-		j.snapshot(func(record []byte) {
-			w.Write(frame)
-			frame = appendFrame(frame[:0], frameMore, number+uint64(c.size/compactPart), record)
-		})
-		if frame[0] == frameMore {
-			frame[0] = frameLast
-			seal(frame)
-		}
-		w.Write(frame)
-		c.err = w.Flush()
-	}
-	for end := j.size.Load(); c.err == nil && end-c.copied > compactRest; end = j.size.Load() {
-		c.copy(old, end)
-	}
-	if c.err == nil {
-		c.err = c.file.Sync()
-	}
-	j.compacted <- c
-}
-
-// replace puts the new file in the journal's place. It returns false if nobody knows which is there then.
-func (j *journal) replace(c *compaction) bool {
-	c.copy(j.file, j.size.Load())
-	if c.err == nil {
-		c.err = c.file.Sync()
-	}
-	if c.err == nil {
-		c.err = j.disk.rename(j.path()+".new", j.path())
-	}
-	if c.err != nil {
-		j.errors.Inc()
-		j.log.Warn("making the journal smaller", "err", c.err)
-		j.compactAt = time.Now().Add(compactPause)
-		os.Remove(j.path() + ".new")
-		if c.file != nil {
-			c.file.Close()
-		}
-		return true
-	}
-	if err := j.disk.sync(j.dir); err != nil {
-		j.broken <- fmt.Errorf("syncing the folder of the journal: %w", err)
-		return false
-	}
-	go j.file.Close() // frees its blocks, which may take long
-	j.log.Info("the journal is smaller", "before", j.size.Load(), "after", c.size)
-	j.file, j.dirty = c.file, false
-	j.size.Store(c.size)
-	return true
-}
-
-// close stores what is queued, if there is room, and gives the folder to others.
+// close stores what is queued, if there is room, and unlocks the folder.
 func (j *journal) close() {
 	if j == nil {
 		return

@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 // A crashDisk is a disk in memory. It crashes after a number of writes, syncs and the like, and then has of what was not
@@ -26,6 +27,7 @@ type crashDisk struct {
 
 	mu      sync.Mutex // guards the rest
 	left    int        // what may still be done
+	room    int        // bytes that all files may have; 0 for no limit
 	renames int
 	now     map[string]*crashFile
 	durable map[string]*crashFile // the names as they were when the folder was synced
@@ -38,7 +40,9 @@ type crashFile struct {
 
 var errCrashed = errors.New("crashed")
 
-func (d *crashDisk) disk() disk { return disk{open: d.open, rename: d.rename, sync: d.sync} }
+func (d *crashDisk) disk() disk {
+	return disk{open: d.open, rename: d.rename, remove: d.remove, sync: d.sync}
+}
 
 // step locks the disk and reports whether it works on.
 func (d *crashDisk) step() bool {
@@ -67,6 +71,13 @@ func (d *crashDisk) rename(from, to string) error {
 	return nil
 }
 
+func (d *crashDisk) remove(path string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.now, path)
+	return nil
+}
+
 func (d *crashDisk) sync(string) error {
 	defer d.mu.Unlock()
 	if !d.step() {
@@ -84,7 +95,15 @@ func (f *crashFile) ReadAt(b []byte, off int64) (int, error) {
 
 func (f *crashFile) WriteAt(b []byte, off int64) (n int, err error) {
 	defer f.disk.mu.Unlock()
-	if !f.disk.step() {
+	works := f.disk.step()
+	used := int(off) + len(b) - len(f.data)
+	for _, other := range f.disk.now {
+		used += len(other.data)
+	}
+	if f.disk.room > 0 && used > f.disk.room {
+		return 0, syscall.ENOSPC
+	}
+	if !works {
 		if f.disk.left < -1 {
 			return 0, errCrashed
 		}
@@ -238,11 +257,7 @@ func TestJournalCrashes(t *testing.T) {
 							if n%7 < 5 {
 								continue // another is under way at the same time
 							}
-							select {
-							case <-c.done:
-							case <-j.stopped:
-							}
-							if !c.stored.Load() {
+							if c.wait() != nil {
 								return
 							}
 							mu.Lock()
@@ -269,6 +284,109 @@ func TestJournalCrashes(t *testing.T) {
 	}
 }
 
+// The room that making the file smaller takes is free again when that fails for want of room, and the journal, which
+// lacked it meanwhile, goes on.
+func TestJournalCompactionWithoutRoom(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		d := &crashDisk{left: 1 << 30, room: compactPart + 2500, now: map[string]*crashFile{}}
+		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		full := make(chan error, 1)
+		var held *commit
+		j.slack, j.live = 500, func() int { return 0 }
+		j.snapshot = func(record func([]byte)) {
+			for n := range 2 * compactPart / 1000 {
+				record(make([]byte, 1000))
+				if n == compactPart/1000+1 {
+					held = j.write(make([]byte, 1500), func() {
+						if held.wait() == nil {
+							t.Error("a commit that was refused counts as stored before its records are shown")
+						}
+					})
+					full <- held.wait()
+				}
+			}
+		}
+		go j.run()
+		for range 2 { // at the second the first is seen to be there
+			if err := j.write(make([]byte, 600), nil).wait(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := <-full; err != errCannotStore || !j.full() {
+			t.Errorf("got %v, want no room", err)
+		}
+		time.Sleep(2 * noRoomPause)
+		if held.wait() != nil || j.full() || d.now[j.path()+".new"] != nil {
+			t.Errorf("got %v and %d files, want it to go on", held.wait(), len(d.now))
+		}
+		j.close()
+	})
+}
+
+// badFile is a file of which a part cannot be read.
+type badFile struct {
+	*crashFile
+	good int64
+}
+
+func (f badFile) ReadAt(b []byte, off int64) (int, error) {
+	if off+int64(len(b)) <= f.good {
+		return f.crashFile.ReadAt(b, off)
+	}
+	n, _ := f.crashFile.ReadAt(b[:max(0, f.good-off)], off)
+	return n, syscall.EIO
+}
+
+// What cannot be read is not taken for the end of the file, and nothing is written over it.
+func TestJournalUnreadable(t *testing.T) {
+	t.Parallel()
+	var records []string
+	for i := range 10 {
+		records = append(records, fmt.Sprint("record ", i))
+	}
+	file, _ := journalOf(t, records)
+	for _, good := range []int{0, 10, len(file) / 2, len(file) - 1} {
+		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
+		bad := badFile{&crashFile{disk: d, data: bytes.Clone(file)}, int64(good)}
+		disk := d.disk()
+		disk.open = func(string) (journalFile, error) { return bad, nil }
+		_, err := openTestJournal(t, t.TempDir(), disk, func([]byte) error { return nil })
+		if !errors.Is(err, syscall.EIO) || !bytes.Equal(bad.data, file) {
+			t.Errorf("unreadable from %d on: got %v, and %d bytes of %d", good, err, len(bad.data), len(file))
+		}
+	}
+}
+
+// When a sync fails nobody waits any longer, and serve is told.
+func TestJournalSyncFails(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		d := &crashDisk{rand: rand.New(rand.NewPCG(1, 1)), left: 1 << 30, now: map[string]*crashFile{}}
+		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		j.live = func() int { return 0 }
+		go j.run()
+		d.left = 1 // the write
+		for range 2 {
+			if err := j.write([]byte("x"), nil).wait(); err != errCannotStore {
+				t.Errorf("got %v", err)
+			}
+		}
+		if err := receive(t, j.failed()); !errors.Is(err, errCrashed) {
+			t.Errorf("got %v", err)
+		}
+		j.close()
+	})
+}
+
 // journalOf returns the bytes of a journal of some records, in commits of one to three, and where each record begins.
 func journalOf(t *testing.T, records []string) (file []byte, begins []int) {
 	d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
@@ -284,7 +402,7 @@ func journalOf(t *testing.T, records []string) (file []byte, begins []int) {
 				i++
 			}
 		}
-		if !j.store() {
+		if j.storeLocked(); j.full() {
 			t.Fatal("not stored")
 		}
 	}
@@ -338,8 +456,11 @@ func TestJournalDamage(t *testing.T) {
 		if err != nil || !slices.Equal(got, records[:n]) {
 			t.Fatalf("cut off at %d: got %d records and %v, want %d", end, len(got), err, n)
 		}
-		clean := end <= len(journalHeader) || end == append(begins, len(file))[n]
-		if clean != (said == "") || !clean && !strings.Contains(said, fmt.Sprintf("bytes=%d\n", end-begins[n])) {
+		lost := end
+		if end >= len(journalHeader) {
+			lost = end - append(begins, len(file))[n]
+		}
+		if (lost == 0) != (said == "") || lost > 0 && !strings.Contains(said, fmt.Sprintf("bytes=%d\n", lost)) {
 			t.Fatalf("cut off at %d: the log says %q", end, said)
 		}
 	}

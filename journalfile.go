@@ -28,7 +28,7 @@ const (
 	frameMore     = 0xF5
 	frameLast     = 0xF6
 	frameHead     = 1 + 4 + 4 + 8
-	commitStep    = 1 << 20
+	commitStep    = 1 << 32
 
 	maxRecord = 1 << 20 // bytes
 )
@@ -57,13 +57,17 @@ type frameReader struct {
 	file io.ReaderAt
 	buf  []byte // what is at base
 	base int64
+	err  error // of reading, but for the end of the file
 }
 
 // view returns n bytes at off, or nil if the file ends before.
 func (f *frameReader) view(off int64, n int) []byte {
 	if off < f.base || off+int64(n) > f.base+int64(len(f.buf)) {
 		f.buf = append(f.buf[:0], make([]byte, max(n, 64<<10))...)
-		read, _ := f.file.ReadAt(f.buf, off)
+		read, err := f.file.ReadAt(f.buf, off)
+		if err != nil && err != io.EOF {
+			f.err = err
+		}
 		f.buf, f.base = f.buf[:read], off
 	}
 	if off+int64(n) > f.base+int64(len(f.buf)) {
@@ -91,33 +95,18 @@ func (f *frameReader) frame(off int64) []byte {
 
 func commitOf(frame []byte) uint64 { return binary.LittleEndian.Uint64(frame[9:]) }
 
-// read gives the records of the file to apply. What a crash has left at its end is cut off; anything else that is not
+// read gives the records of the file to apply, and cuts off what a crash has left at its end. Anything else that is not
 // good is an error.
 func (j *journal) read(apply func(record []byte) error) error {
 	f := &frameReader{file: j.file}
-	header := bytes.Clone(f.view(0, len(journalHeader)))
-	whole := bytes.HasPrefix(header, []byte("sidecast journal ")) && bytes.HasSuffix(header, []byte("\n"))
-	if f.view(int64(len(journalHeader)), 1) == nil && !whole { // a new file, or one whose making crashed
-		if len(f.view(0, len(header))) > 0 {
-			j.log.Warn("this journal was not yet made when a crash came", "file", j.path())
-		}
-		header = []byte(journalHeader)
-		if _, err := j.file.WriteAt(header, 0); err != nil {
-			return err
-		}
-	}
-	if string(header) != journalHeader {
-		return errors.New("not a journal, or that of a newer version")
+	if err := j.readHeader(f); err != nil {
+		return err
 	}
 	off := int64(len(journalHeader))
-	begin, last, number, ended := off, off, uint64(0), true // of the last commit
-	for {
-		frame := f.frame(off)
-		if frame == nil {
-			break
-		}
-		if commitOf(frame) != number {
-			number, begin = commitOf(frame), off
+	begin, last, ended := off, off, true // of the last commit: where it and its last frame begin, and whether that says so
+	for frame := f.frame(off); frame != nil; frame = f.frame(off) {
+		if commitOf(frame) != j.number {
+			j.number, begin = commitOf(frame), off
 		}
 		if err := apply(frame[frameHead:]); err != nil {
 			return fmt.Errorf("offset %d: %w", off, err)
@@ -126,12 +115,12 @@ func (j *journal) read(apply func(record []byte) error) error {
 		last, off = off, off+int64(len(frame))
 	}
 	j.size.Store(off)
-	j.number = number
-	following := number/commitStep*commitStep + commitStep
-	if err := j.cutTail(f, number, following, ended); err != nil {
+	j.next = j.newCommit(j.number/commitStep*commitStep + commitStep) // the last frame may be one of a snapshot
+	if err := j.cutTail(f, ended); err != nil {
 		return err
 	}
-	// The last commit is the only one that may not have been synced, or of which a failed sync may have lost something.
+	// The last commit is written again: it may never have been synced, or its sync failed and the page cache shows what
+	// the disk does not have. Those before it were synced.
 	tail := bytes.Clone(f.view(begin, int(off-begin)))
 	if !ended {
 		tail[last-begin] = frameLast
@@ -143,28 +132,51 @@ func (j *journal) read(apply func(record []byte) error) error {
 	if err := j.file.Sync(); err != nil {
 		return err
 	}
-	j.next = newCommit(following)
 	return j.disk.sync(j.dir)
 }
 
-// cutTail drops what is behind the good records, if it can be what a crash has left: of the last commit, also when it has
-// got its end from a start that crashed in turn, or of the following one, once that can have begun. A good record of any
-// other was written later, so the one before it has been spoilt since.
-func (j *journal) cutTail(f *frameReader, number, following uint64, ended bool) error {
+// readHeader checks the header. It writes that of a new file, or of one that a crash has left with a part of it.
+func (j *journal) readHeader(f *frameReader) error {
+	header := f.view(0, len(journalHeader))
+	isHeader := bytes.HasPrefix(header, []byte("sidecast journal ")) && bytes.HasSuffix(header, []byte("\n"))
+	switch {
+	case f.err != nil:
+		return f.err
+	case string(header) == journalHeader:
+		return nil
+	case isHeader || f.view(int64(len(journalHeader)), 1) != nil:
+		return errors.New("not a journal, or that of a newer version")
+	}
+	size := 0
+	for f.view(0, size+1) != nil {
+		size++
+	}
+	if size > 0 {
+		j.log.Warn("beginning a new journal: a crash has left a part of its header", "file", j.path(), "bytes", size)
+	}
+	_, err := j.file.WriteAt([]byte(journalHeader), 0)
+	return err
+}
+
+// cutTail cuts off what is behind the good records, if a crash can have left it. That is so if every good frame in it is
+// of the last commit, or, when that is whole, of the next one. A start that completes a commit and crashes leaves frames
+// of the same commit behind its end. A good frame of a later commit proves that those before it were synced, and so that
+// the file has been damaged since.
+func (j *journal) cutTail(f *frameReader, ended bool) error {
 	begin := j.size.Load()
 	end := begin
 	for ; f.view(end, 1) != nil; end++ {
 		frame := f.frame(end)
-		if frame == nil || commitOf(frame) == number || ended && commitOf(frame) == following {
+		if frame == nil || commitOf(frame) == j.number || ended && commitOf(frame) == j.next.number {
 			continue
 		}
 		return fmt.Errorf("damaged at offset %d: there are good records behind", begin)
 	}
-	if end == begin {
-		return nil
+	if f.err != nil || end == begin {
+		return f.err
 	}
 	j.log.Warn("cutting off what a crash has left of the last change", "file", j.path(), "offset", begin, "bytes", end-begin)
 	j.dirty = true
-	j.clean() // or before the next write
+	j.cleanLocked() // or before the next write
 	return nil
 }

@@ -14,7 +14,7 @@ import (
 
 // taskFunc is the work of a task. It returns the result, which must have a JSON form, or an error whose text the
 // browser sees. It should return soon after ctx ends: its worker is busy until then. A panic fails the task.
-type taskFunc func(ctx context.Context, p *progress) (result any, err error)
+type taskFunc func(ctx context.Context, p *reporter) (result any, err error)
 
 // taskKind makes the work of a task from its params, which are a JSON object (perhaps empty). Its error is the client's
 // fault, who sees its text.
@@ -47,7 +47,7 @@ func demoTask(params object) (taskFunc, error) {
 	if err != nil {
 		return nil, err
 	}
-	return func(ctx context.Context, p *progress) (any, error) {
+	return func(ctx context.Context, p *reporter) (any, error) {
 		for step := 1.0; step <= steps; step++ {
 			if err := sleep(ctx, delay); err != nil {
 				return nil, err
@@ -68,7 +68,7 @@ func failingTask(params object) (taskFunc, error) {
 	if err != nil {
 		return nil, err
 	}
-	return func(ctx context.Context, p *progress) (any, error) {
+	return func(ctx context.Context, p *reporter) (any, error) {
 		if err := sleep(ctx, delay); err != nil {
 			return nil, err
 		}
@@ -131,14 +131,14 @@ func compactResult(encoded json.RawMessage) (string, error) {
 }
 
 // progress is how the work of a task reports on itself. It may be used by several goroutines.
-type progress struct {
+type reporter struct {
 	s *TaskService
 	t *task
 }
 
 // Report tells the followers how far the task is: value from 0 to 1, never less than before, and a text of at most 8
 // KiB, beyond which it is cut. After the end of the task it does nothing.
-func (p *progress) Report(text string, value float64) {
+func (p *reporter) Report(text string, value float64) {
 	p.s.mu.Lock()
 	defer p.s.mu.Unlock()
 	switch {

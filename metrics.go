@@ -92,9 +92,14 @@ func (r *registry) histograms(name, help string, buckets []float64, labels ...la
 
 // gauge registers a gauge whose values, by label value, are read at each scrape. The registry holds no lock then, so
 // read may take its own; it must be safe for concurrent use. A label value that is not in the map is 0, a key that is
-// not a label value is ignored. Without a label there is one series, under the key "".
+// not a label value is ignored.
 func (r *registry) gauge(name, help string, read func() map[string]float64, labels ...label) {
 	r.add("gauge", name, help, labels).read = read
+}
+
+// value registers a gauge without a label.
+func (r *registry) value(name, help string, read func() float64) {
+	r.gauge(name, help, func() map[string]float64 { return map[string]float64{"": read()} })
 }
 
 // add appends a family. It panics on a name that is taken, since a scraper would refuse the whole page.

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -113,6 +115,34 @@ func TestReports(t *testing.T) {
 	r = reportAtLength(t, v, id)
 	r.say(`{"text":"last words"}` + "\n")
 	r.want(`409 {"error":"task is finished","code":"task_finished","status":"failed"}`)
+}
+
+// A body that goes on is about the task that it began with, not about one that has got its task_id since.
+func TestReportsOfAnEarlierTask(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
+	read, write := io.Pipe()
+	body := &lineReader{body: read, ctx: context.Background(), timeout: time.Minute, control: http.NewResponseController(httptest.NewRecorder())}
+	failed := make(chan error)
+	go func() {
+		_, _, err := api.tasks.takeLines(api.tasks.task("a"), body)
+		failed <- err
+	}()
+	io.WriteString(write, `{"text":"one"}`+"\n")
+	eventually(t, soon, "the report is taken", func() bool {
+		return strings.Contains(api.do("GET", "/api/tasks/a/events", ""), `"one"`)
+	})
+	api.do("POST", "/api/tasks/a/cancel", "")
+	api.do("DELETE", "/api/tasks/a", "")
+	api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
+	io.WriteString(write, `{"text":"two"}`+"\n")
+	if err := receive(t, failed); err != errTaskUnknown {
+		t.Errorf("got %v, want %v", err, errTaskUnknown)
+	}
+	if got := api.do("GET", "/api/tasks/a/events", ""); strings.Contains(got, `"two"`) {
+		t.Errorf("the later task got the report: %s", got)
+	}
 }
 
 // What a body that goes on has said by a shutdown counts, and the worker is told how much that is; the task goes on

@@ -124,12 +124,12 @@ func (r *restoring) event(text []byte) error {
 		return errShortEvent
 	}
 	t := r.numbers[head[0]]
-	if t == nil || head[1] <= t.last {
+	if t == nil || head[1] <= t.lastEvent {
 		return nil
 	}
 	data := string(text[1:])
 	t.events.Restore(entry{n: head[1], data: data, keep: text[0] == 1})
-	t.last, t.seq = head[1], max(t.seq, head[2])
+	t.lastEvent, t.seq = head[1], max(t.seq, head[2])
 	t.first, t.newest = cmp.Or(t.first, data), data
 	if strings.HasPrefix(data, `{"event_type":"progress_update"`) {
 		t.report = data
@@ -151,10 +151,14 @@ func (r *restoring) finish() error {
 			return fmt.Errorf("restoring task %q: %w", t.id, err)
 		}
 		s.created = t.number
-		s.memory.count(&t.held, t.size())
 		if t.status.finished() {
+			if time.Since(t.end) >= s.cfg.remember { // before it takes room from the others
+				delete(s.tasks, t.id)
+				continue
+			}
 			finished = append(finished, t.task)
 		}
+		s.memory.count(&t.held, t.size())
 	}
 	s.displaceLocked()
 	slices.SortFunc(finished, func(a, b *task) int { return a.end.Compare(b.end) })
@@ -175,22 +179,22 @@ func (r *restoring) finish() error {
 
 // resumeLocked has a task go on, or ends it if it cannot.
 func (s *TaskService) resumeLocked(t *task) {
-	makeWork := s.kinds[t.kind]
 	switch {
+	case t.kind == externalTask && t.status == taskPending: // that it started was not stored any more
+		s.outside++
+		s.startLocked(t, "worker lost")
 	case t.kind == externalTask:
 		s.outside++
 		s.watchLocked(t, "worker lost")
 	case t.status == taskRunning:
-		s.finishLocked(t, taskFailed, "", "interrupted by a restart")
-	case makeWork == nil:
-		s.finishLocked(t, taskFailed, "", errTaskKind.Error())
+		s.finishLocked(t, taskFailed, "interrupted by a restart")
 	default:
 		params, err := parseObject([]byte(t.params))
 		if err == nil {
-			t.work, err = makeWork(params)
+			t.work, err = s.makeWork(t.kind, params)
 		}
 		if err != nil {
-			s.finishLocked(t, taskFailed, "", usableFailure(err.Error()))
+			s.finishLocked(t, taskFailed, usableFailure(err.Error()))
 			return
 		}
 		s.queue = append(s.queue, t)
@@ -252,8 +256,11 @@ func (s *TaskService) snapshot(record func([]byte)) {
 	s.mu.Unlock()
 	for _, t := range tasks {
 		s.mu.Lock()
-		made, seq, events := t.record(), t.seq, t.events.All()
+		known, made, seq, events := s.tasks[t.id] == t, t.record(), t.seq, t.events.All()
 		s.mu.Unlock()
+		if !known { // forgotten meanwhile, and perhaps its events with it
+			continue
+		}
 		record(made)
 		for _, e := range events {
 			record(encodeEvent(t.number, e.n, seq, e.keep, e.data))

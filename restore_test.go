@@ -154,6 +154,84 @@ func TestRestoreMemory(t *testing.T) {
 			t.Errorf("got %d bytes, want 300000 at most", got)
 		}
 	})
+	synctest.Test(t, func(t *testing.T) { // what is finished for long takes nothing from a task that goes on
+		const settings = "TASK_MEMORY_BYTES=300000 TASK_CLEANUP_INTERVAL_SECONDS=60"
+		api := restart(t, settings, nil)
+		for id := range strings.FieldsSeq("old new") {
+			api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`"}}`)
+			for range 50 {
+				api.do("POST", "/api/tasks/"+id+"/progress", `{"text":"`+strings.Repeat("x", 4000)+`"}`)
+			}
+			if id == "old" {
+				api.do("POST", "/api/tasks/old/complete", "{}")
+				time.Sleep(2 * time.Minute)
+			}
+		}
+		api = restart(t, settings, api)
+		if got := api.do("GET", "/api/tasks/new/events", ""); strings.Count(got, "xxxx\"") != 50 {
+			t.Errorf("got %d events, want 50", strings.Count(got, `"id"`))
+		}
+		api.check("GET", "/api/tasks/old/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+	})
+	synctest.Test(t, func(t *testing.T) { // a task that only waits has no progress to lose
+		api := restart(t, "TASK_MAX_WORKERS=1", nil)
+		for range 2 {
+			api.do("POST", "/api/tasks", `{"type":"demo","params":{"delay":60,"message":"`+strings.Repeat("x", 8000)+`"}}`)
+		}
+		for range 20 {
+			api.do("POST", "/api/tasks", `{"type":"external","params":{"title":"`+strings.Repeat("x", 8000)+`"}}`)
+		}
+		api = restart(t, "TASK_MAX_WORKERS=1 TASK_MEMORY_BYTES=65536", api)
+		if got := api.do("GET", "/api/tasks", ""); strings.Count(got, `"status":"running"`) < 21 {
+			t.Errorf("got %s", got)
+		}
+	})
+}
+
+// A task that is forgotten while the snapshot is made is not in it, not even without its events.
+func TestSnapshotForgets(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		api := restart(t, "TASK_CLEANUP_INTERVAL_SECONDS=60", nil)
+		for id := range strings.FieldsSeq("a b") {
+			api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`"}}`)
+		}
+		api.do("POST", "/api/tasks/b/complete", "{}")
+		api.page("r", "", "b")
+		again := newAPI(t, "")
+		r := newRestoring(again.tasks, again.version)
+		api.journal.snapshot(func(record []byte) {
+			if record[0] == recordTask {
+				time.Sleep(2 * time.Minute)
+			}
+			if err := r.apply(record); err != nil {
+				t.Error(err)
+			}
+		})
+		if err := r.finish(); err != nil {
+			t.Fatal(err)
+		}
+		again.check("GET", "/api/tasks/b/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+	})
+}
+
+// The record of a task and the event that it has started may be in two commits, with a crash between them.
+func TestRestoreBeforeTheStart(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		api := newAPI(t, "")
+		r := newRestoring(api.tasks, api.version)
+		if err := r.apply(encodeRecord(recordTask, recordFields{Number: 1, ID: "a", Epoch: "e", Kind: externalTask})); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.finish(); err != nil {
+			t.Fatal(err)
+		}
+		if got := api.do("GET", "/api/tasks/a/status", ""); !strings.Contains(got, `"status":"running"`) {
+			t.Errorf("got %s", got)
+		}
+		api.check("POST", "/api/tasks/a/progress", `{"text":"x"}`, `200 {"event_id":"e-2"}`)
+	})
 }
 
 // What the limit keeps out of memory again is not news: somebody was told of it, or it was counted.
@@ -209,6 +287,17 @@ func TestRestoreWaitingTasks(t *testing.T) {
 		})
 		if list := api.do("GET", "/api/tasks", ""); !strings.Contains(list, `"error":"steps must be even"`) {
 			t.Errorf("a task that can no longer be made: got %s", list)
+		}
+
+		for range 2 {
+			api.do("POST", "/api/tasks", `{"type":"failing","params":{"delay":60}}`)
+		}
+		api = restartWith(t, "", api, func(api *apiFixture) { api.tasks.kinds = nil }) // a build without these kinds
+		list = api.do("GET", "/api/tasks", "")
+		for _, text := range []string{`"error":"unknown task type"`, `"error":"interrupted by a restart"`} {
+			if got := strings.Count(list, text); got < 1 {
+				t.Errorf("kinds that are gone: got %s, want %s", list, text)
+			}
 		}
 	})
 }
@@ -337,15 +426,15 @@ func wantVersions(t *testing.T, api *apiFixture, id, lastEventID, want string) {
 	s.leave()
 }
 
-// A reporter is the worker of an external task, which says each report again until it is answered.
-type reporter struct {
+// An externalWorker is the worker of an external task, which says each report again until it is answered.
+type externalWorker struct {
 	visitor
 	id    string
 	texts []string
 }
 
 // run reports until ctx ends.
-func (r *reporter) run(ctx context.Context) {
+func (r *externalWorker) run(ctx context.Context) {
 	for tick := time.Tick(10 * time.Millisecond); ctx.Err() == nil; <-tick {
 		text := fmt.Sprintf("report %d on %s", len(r.texts)+1, r.id)
 		r.texts = append(r.texts, text)
@@ -354,7 +443,7 @@ func (r *reporter) run(ctx context.Context) {
 }
 
 // until posts until the answer is 200. There may be none while the backend is away; with one there is no other.
-func (r *reporter) until(path, body string) {
+func (r *externalWorker) until(path, body string) {
 	for {
 		resp, err := r.client.Post(r.api+path, "application/json", strings.NewReader(body))
 		if err == nil {
@@ -399,11 +488,11 @@ func checkRestarts(t *testing.T, v visitor, backend *process, restarts int) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	var work sync.WaitGroup
-	var reporters []*reporter
+	var reporters []*externalWorker
 	var tasks, pages []*eventSource
 	target := v.streams + "/api/sse/stream?heartbeat=event"
 	for range 10 {
-		r := &reporter{visitor: v, id: v.start(externalTask, "{}")}
+		r := &externalWorker{visitor: v, id: v.start(externalTask, "{}")}
 		reporters = append(reporters, r)
 		tasks = append(tasks, v.follow(r.id))
 		target += "&task_id=" + r.id
@@ -541,7 +630,7 @@ func TestRestoreNoRoom(t *testing.T) {
 	if got := status(); got != shown {
 		t.Errorf("after a restart: got %s, want %s", got, shown)
 	}
-	r := &reporter{visitor: v, id: id}
+	r := &externalWorker{visitor: v, id: id}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

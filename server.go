@@ -194,6 +194,12 @@ func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop 
 	last, cancelLast := context.WithTimeout(context.Background(), stopLimit)
 	defer cancelLast()
 	stop(last)
+	select {
+	case err := <-failed:
+		log.Error("stopping", "err", err)
+		code = 1
+	default:
+	}
 	last, cancelLast = context.WithTimeout(last, finishLimit)
 	defer cancelLast()
 	for _, s := range servers {

@@ -1,7 +1,10 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"log/slog"
+	"net/http"
 	"regexp"
 	"slices"
 	"testing"
@@ -43,4 +46,21 @@ func TestThrottle(t *testing.T) {
 		time.Sleep(time.Minute)
 		want()
 	})
+}
+
+// A journal that breaks while the process ends is no orderly end.
+func TestServeFailsWhileItStops(t *testing.T) {
+	t.Parallel()
+	listeners, err := openListeners("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	s := newServer(log, newRegistry("test"), http.NewServeMux(), listeners...)
+	ctx, cancel := context.WithCancel(context.Background())
+	failed := make(chan error, 1)
+	stop := func(context.Context) { failed <- errors.New("syncing the journal") }
+	if code := serve(ctx, log, []*server{s}, func(context.Context) { cancel() }, stop, failed); code != 1 {
+		t.Errorf("got exit code %d, want 1", code)
+	}
 }

@@ -376,9 +376,7 @@ func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) (status int
 
 // gauges registers the gateway's gauges.
 func (g *gateway) gauges(reg *registry) {
-	reg.gauge("gateway_streams", "Streams that are open or being opened.", func() map[string]float64 {
-		return map[string]float64{"": float64(g.count.Load())}
-	})
+	reg.value("gateway_streams", "Streams that are open or being opened.", func() float64 { return float64(g.count.Load()) })
 }
 
 // serveReady is GET /readyz.

@@ -60,23 +60,18 @@ func orNull[T any](value T, there bool) *T {
 
 // Status returns one task.
 func (s *TaskService) Status(id string) (taskView, error) {
-	s.mu.Lock()
-	t := s.tasks[id]
-	s.mu.Unlock()
-	return t.view()
+	return s.task(id).view()
 }
 
 // History returns at most maxTaskPage of a task's events after the one with this ID, or from the first one, and the
 // status that the task has.
 func (s *TaskService) History(id, after string) (events []event, status taskStatus, err error) {
-	s.mu.Lock()
-	t := s.tasks[id]
-	s.mu.Unlock()
+	t := s.task(id)
 	view, err := t.view() // before the events, which then are all if it is over
 	if err != nil {
 		return nil, "", err
 	}
-	return t.events.After(after, maxTaskPage), view.Status, nil
+	return t.events.After(after, maxHistory), view.Status, nil
 }
 
 // List returns the newest tasks, newest first.

@@ -22,7 +22,7 @@ const (
 	maxFailBody  = 4 << 20   // bytes of one that tells of a failure
 	maxTaskText  = 8 << 10   // bytes of a progress text, a title or an error
 	maxTaskList  = 100       // tasks in a list
-	maxTaskPage  = 1000      // events in an answer
+	maxHistory   = 1000      // events in an answer
 	maxExternal  = 10000     // external tasks that have not ended
 	taskOverhead = 800       // bytes that a task takes without its texts and events
 
@@ -91,18 +91,18 @@ type task struct {
 	events *eventLog
 
 	taskState
-	shown    atomic.Pointer[taskState] // what is on disk of it; nil if not even the task is
-	stored   *commit                   // has the last change
-	work     taskFunc                  // until it runs; nil: external
-	params   string                    // of work, in JSON; "" when the task has finished
-	seq      uint64                    // of the last report that had one
-	last     uint64                    // number of the last event
-	worker   context.Context           // ends with an external task that is reported on by a long body; or nil
-	cancel   context.CancelFunc        // of work's context, or of worker; or nil
-	seen     time.Time                 // start, or the last report from outside
-	deadline *time.Timer               // fails the task, later forgets it; nil while it is pending
-	place    *list.Element             // among the finished ones
-	held     int                       // bytes, as counted in the service's memory
+	shown      atomic.Pointer[taskState] // what is on disk of it; nil if not even the task is
+	lastStored *commit                   // has the last change
+	work       taskFunc                  // until it runs; nil: external
+	params     string                    // of work, in JSON; "" when the task has finished
+	seq        uint64                    // of the last report that had one
+	lastEvent  uint64                    // number of the last event
+	worker     context.Context           // ends with an external task that is reported on by a long body; or nil
+	cancel     context.CancelFunc        // of work's context, or of worker; or nil
+	lastReport time.Time                 // start, or the last report from outside
+	deadline   *time.Timer               // fails the task, later forgets it; nil while it is pending
+	place      *list.Element             // among the finished ones
+	held       int                       // bytes, as counted in the service's memory
 }
 
 // taskState is what changes in a task that the API shows.
@@ -165,10 +165,7 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 	if err != nil {
 		return event{}, false, err
 	}
-	s.mu.Lock()
-	t := s.tasks[id]
-	s.mu.Unlock()
-	if t != nil {
+	if t := s.task(id); t != nil {
 		return follow(s.conns, identifier, c, t.events)
 	}
 	log := newEventLog(s.unknown)
@@ -183,11 +180,7 @@ func (s *TaskService) Start(kind string, params object) (t *task, known bool, er
 	if kind == externalTask {
 		return s.startExternal(params)
 	}
-	makeWork, ok := s.kinds[kind]
-	if !ok {
-		return nil, false, errTaskKind
-	}
-	work, err := makeWork(params)
+	work, err := s.makeWork(kind, params)
 	if err != nil {
 		return nil, false, err
 	}
@@ -205,6 +198,14 @@ func (s *TaskService) Start(kind string, params object) (t *task, known bool, er
 	return t, false, nil
 }
 
+func (s *TaskService) makeWork(kind string, params object) (taskFunc, error) {
+	kindOf, ok := s.kinds[kind]
+	if !ok {
+		return nil, errTaskKind
+	}
+	return kindOf(params)
+}
+
 // storeLocked writes a record about t, which is shown as it is now when that is on disk. Without a journal there is no
 // need for the record.
 func (s *TaskService) storeLocked(t *task, encode func() []byte) {
@@ -212,8 +213,8 @@ func (s *TaskService) storeLocked(t *task, encode func() []byte) {
 	if s.journal != nil {
 		record = encode()
 	}
-	state, last := t.taskState, t.last
-	t.stored = s.journal.write(record, func() {
+	state, last := t.taskState, t.lastEvent
+	t.lastStored = s.journal.write(record, func() {
 		t.shown.Store(&state)
 		t.events.Publish(last)
 	})
@@ -222,7 +223,7 @@ func (s *TaskService) storeLocked(t *task, encode func() []byte) {
 // await waits until the last change of t is on disk.
 func (s *TaskService) await(t *task) error {
 	s.mu.Lock()
-	stored := t.stored
+	stored := t.lastStored
 	s.mu.Unlock()
 	return stored.wait()
 }
@@ -274,14 +275,14 @@ func (s *TaskService) dispatchLocked() {
 		s.running++
 		ctx, cancel := context.WithCancel(context.Background())
 		t.cancel = cancel
-		s.runLocked(t, "timed out")
+		s.startLocked(t, "timed out")
 		go s.run(ctx, t, t.work)
 		t.work = nil // the goroutine has it for as long as it needs it
 	}
 }
 
 // runLocked makes t a running task.
-func (s *TaskService) runLocked(t *task, late string) {
+func (s *TaskService) startLocked(t *task, late string) {
 	t.status, t.start = taskRunning, time.Now()
 	s.watchLocked(t, late)
 	s.emitLocked(t, "task_started", t.start, nil, true)
@@ -289,12 +290,19 @@ func (s *TaskService) runLocked(t *task, late string) {
 
 // watchLocked fails t with the text late when nothing is seen of it for the timeout.
 func (s *TaskService) watchLocked(t *task, late string) {
-	t.seen = time.Now()
+	t.lastReport = time.Now()
 	t.deadline = s.afterwards(t, s.cfg.timeout, func(t *task) {
-		if time.Since(t.seen) >= s.cfg.timeout { // not if a report came while this waited
-			s.finishLocked(t, taskFailed, "", late)
+		if time.Since(t.lastReport) >= s.cfg.timeout { // not if a report came while this waited
+			s.finishLocked(t, taskFailed, late)
 		}
 	})
+}
+
+// task returns the task with this ID, or nil.
+func (s *TaskService) task(id string) *task {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.tasks[id]
 }
 
 // afterwards calls f under mu when a time has passed, unless t is forgotten by then. The timer does not hold t: a
@@ -312,30 +320,26 @@ func (s *TaskService) afterwards(t *task, d time.Duration, f func(*task)) *time.
 
 // run does the work of t on a worker.
 func (s *TaskService) run(ctx context.Context, t *task, work taskFunc) {
-	var result string
-	failure := "internal error" // unless work gets to return
+	status, outcome := taskFailed, "internal error" // if work panics
 	defer func() {
 		if v := recover(); v != nil {
 			s.log.Error("task panicked", "task_id", t.id, "type", t.kind, "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
 		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if failure != "" {
-			s.finishLocked(t, taskFailed, "", failure)
-		} else {
-			s.finishLocked(t, taskCompleted, result, "")
-		}
+		s.finishLocked(t, status, outcome)
 		s.running--
 		s.dispatchLocked()
 	}()
-	value, err := work(ctx, &progress{s, t})
+	value, err := work(ctx, &reporter{s, t})
+	var result string
 	if err == nil {
 		result, err = encodeResult(value)
 	}
 	if err != nil {
-		failure = usableFailure(err.Error())
+		outcome = usableFailure(err.Error())
 	} else {
-		failure = ""
+		status, outcome = taskCompleted, result
 	}
 }
 
@@ -366,17 +370,18 @@ type taskEvent[T any] struct {
 // finished first, and when there are none, by the task's own progress, of which the last stays.
 func (s *TaskService) emitLocked(t *task, eventType string, at time.Time, data any, keep bool) {
 	told := string(marshal(taskEvent[any]{eventType, t.id, at.UTC(), data}))
-	t.result = told[len(told)-1-len(t.result) : len(told)-1] // one copy is enough
-	t.last = t.events.Add(entry{data: told, keep: keep})
-	s.storeLocked(t, func() []byte { return encodeEvent(t.number, t.last, t.seq, keep, told) })
+	t.result = told[len(told)-len("}")-len(t.result) : len(told)-len("}")] // it ends the event: one copy is enough
+	t.lastEvent = t.events.Add(entry{data: told, keep: keep})
+	s.storeLocked(t, func() []byte { return encodeEvent(t.number, t.lastEvent, t.seq, keep, told) })
 	s.memory.count(&t.held, t.size())
 	for !s.makeRoomLocked(0) && t.events.DropOldest() {
 		s.memory.count(&t.held, t.size())
 	}
 }
 
-// finishLocked ends a task, unless it has ended: whoever comes first decides how. It reports whether it was this one.
-func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure string) bool {
+// finishLocked ends t, unless it has ended already: the first to end a task decides how. The outcome of a completed task
+// is its result in JSON, that of a failed one its error. finishLocked reports whether it ended t.
+func (s *TaskService) finishLocked(t *task, status taskStatus, outcome string) bool {
 	if t.status.finished() {
 		return false
 	}
@@ -386,15 +391,17 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 	if t.status == taskPending {
 		s.queue = slices.DeleteFunc(s.queue, func(other *task) bool { return other == t })
 	}
-	t.status, t.end, t.result, t.err, t.work, t.params = status, time.Now(), result, failure, nil, ""
+	t.status, t.end, t.work, t.params = status, time.Now(), nil, ""
 	var data any
 	switch status {
 	case taskCompleted:
-		data = json.RawMessage(result)
+		t.result = outcome
+		data = json.RawMessage(outcome)
 	case taskFailed:
-		data = map[string]string{"error": failure}
-		s.conns.background(func() { // not under mu
-			s.log.Info("task failed", "task_id", t.id, "type", t.kind, "err", failure)
+		t.err = outcome
+		data = map[string]string{"error": outcome}
+		s.conns.background(func() { // writing a log may block: not under mu
+			s.log.Info("task failed", "task_id", t.id, "type", t.kind, "err", outcome)
 		})
 	}
 	eventType := "task_" + string(status)
@@ -411,8 +418,10 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 	if !t.start.IsZero() {
 		seconds = t.end.Sub(t.start).Seconds()
 	}
-	s.met.tasks.with(t.kind, string(status)).Inc()
-	s.met.taskSeconds.with(t.kind).observe(seconds)
+	if t.kind == externalTask || s.kinds[t.kind] != nil { // not of a kind that an earlier build had
+		s.met.tasks.with(t.kind, string(status)).Inc()
+		s.met.taskSeconds.with(t.kind).observe(seconds)
+	}
 	t.place = s.finished.PushBack(t)
 	t.deadline = s.afterwards(t, s.cfg.remember, s.forgetLocked)
 	return true
@@ -423,7 +432,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, result, failure s
 func (s *TaskService) Cancel(id string) error {
 	s.mu.Lock()
 	t := s.tasks[id]
-	cancelled := t != nil && s.finishLocked(t, taskCancelled, "", "")
+	cancelled := t != nil && s.finishLocked(t, taskCancelled, "")
 	s.mu.Unlock()
 	if t == nil {
 		return errTaskUnknown
@@ -470,7 +479,7 @@ func (s *TaskService) Close() {
 	s.queue = nil // at once, not one by one
 	for _, t := range s.tasks {
 		if s.journal == nil || t.status == taskRunning && t.kind != externalTask {
-			s.finishLocked(t, taskFailed, "", "server is shutting down")
+			s.finishLocked(t, taskFailed, "server is shutting down")
 		}
 	}
 	stored := s.journal.written()

@@ -45,18 +45,18 @@ func (api *apiFixture) demo(work taskFunc) (id string) {
 
 // taskReturns is work that is done at once.
 func taskReturns(result any, err error) taskFunc {
-	return func(context.Context, *progress) (any, error) { return result, err }
+	return func(context.Context, *reporter) (any, error) { return result, err }
 }
 
 // taskWaits works until it is told to stop.
-func taskWaits(ctx context.Context, _ *progress) (any, error) {
+func taskWaits(ctx context.Context, _ *reporter) (any, error) {
 	<-ctx.Done()
 	return nil, ctx.Err()
 }
 
 // taskSleeps works for some time and hears nothing.
 func taskSleeps(d time.Duration) taskFunc {
-	return func(context.Context, *progress) (any, error) {
+	return func(context.Context, *reporter) (any, error) {
 		time.Sleep(d)
 		return "slept", nil
 	}
@@ -182,8 +182,8 @@ func (e *taskBrokenError) Error() string { return e.text } // panics for nil
 func TestTaskEndsOnce(t *testing.T) {
 	cancel := func(api *apiFixture, id string) { api.post(id+"/cancel", "") }
 	closes := func(api *apiFixture, id string) { api.tasks.Close() }
-	panics := func(context.Context, *progress) (any, error) { panic("a detail") }
-	exits := func(context.Context, *progress) (any, error) { runtime.Goexit(); return nil, nil }
+	panics := func(context.Context, *reporter) (any, error) { panic("a detail") }
+	exits := func(context.Context, *reporter) (any, error) { runtime.Goexit(); return nil, nil }
 	var noError *taskBrokenError
 	for _, tt := range []struct {
 		name      string
@@ -229,7 +229,7 @@ func TestTaskEndsOnce(t *testing.T) {
 // neither.
 func TestTaskPanicIsLogged(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
-		stream := api.follow(api.demo(func(context.Context, *progress) (any, error) { panic("a detail") }))
+		stream := api.follow(api.demo(func(context.Context, *reporter) (any, error) { panic("a detail") }))
 		if got := stream.text(); strings.Contains(got, "a detail") {
 			t.Errorf("the stream shows the panic:\n%s", got)
 		}
@@ -424,7 +424,7 @@ func TestTaskFailing(t *testing.T) {
 func TestTaskProgressNeverFalls(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		reported := []float64{-1, math.NaN(), 0.25, 0.125, math.Inf(-1), 0.5, math.NaN(), 2, math.Inf(1), 0}
-		_, got := api.follow(api.demo(func(_ context.Context, p *progress) (any, error) {
+		_, got := api.follow(api.demo(func(_ context.Context, p *reporter) (any, error) {
 			for _, value := range reported {
 				p.Report("", value)
 			}
@@ -439,7 +439,7 @@ func TestTaskProgressNeverFalls(t *testing.T) {
 // Work that goes on after the end of its task has nothing more to say.
 func TestTaskProgressAfterTheEnd(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
-		id := api.demo(func(ctx context.Context, p *progress) (any, error) {
+		id := api.demo(func(ctx context.Context, p *reporter) (any, error) {
 			<-ctx.Done()
 			p.Report("too late", 1)
 			return nil, nil
@@ -454,7 +454,7 @@ func TestTaskTextIsCutBetweenCharacters(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		fits, long := strings.Repeat("é", maxTaskText/2), "x"+strings.Repeat("é", maxTaskText/2)
 		cut := long[:maxTaskText-1]
-		id := api.demo(func(_ context.Context, p *progress) (any, error) {
+		id := api.demo(func(_ context.Context, p *reporter) (any, error) {
 			p.Report(fits, 0)
 			p.Report(long, 0)
 			return nil, errors.New(long)
@@ -470,7 +470,7 @@ func TestTaskTextIsCutBetweenCharacters(t *testing.T) {
 func TestTaskTextThatIsNoUTF8(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		noText := strings.Repeat("\x80", maxTaskText+1)
-		id := api.demo(func(_ context.Context, p *progress) (any, error) {
+		id := api.demo(func(_ context.Context, p *reporter) (any, error) {
 			p.Report(noText, 0)
 			p.Report("caf\xe9", 0)
 			return nil, errors.New(noText)
@@ -879,7 +879,7 @@ func TestTaskHistory(t *testing.T) {
 		checkEvents("?after=e-2", `{"events":[],"status":"running"}`)
 		api.check("GET", "/api/tasks/b/events", "", `404 {"error":"task not found","code":"task_not_found"}`)
 
-		for range 2 * maxTaskPage {
+		for range 2 * maxHistory {
 			api.post("a/progress", `{"value":0.5}`)
 		}
 		api.post("a/complete", `{}`)
@@ -893,7 +893,7 @@ func TestTaskHistory(t *testing.T) {
 				}
 				Status taskStatus
 			}
-			if err := json.Unmarshal(w.Body.Bytes(), &page); err != nil || page.Status != taskCompleted || len(page.Events) > maxTaskPage {
+			if err := json.Unmarshal(w.Body.Bytes(), &page); err != nil || page.Status != taskCompleted || len(page.Events) > maxHistory {
 				t.Fatalf("got %d events, status %s, %v", len(page.Events), page.Status, err)
 			}
 			if h := w.Header(); h.Get("Content-Type") != "application/json" || h.Get("Cache-Control") != "no-store" {
@@ -905,7 +905,7 @@ func TestTaskHistory(t *testing.T) {
 			total += len(page.Events)
 			after = page.Events[len(page.Events)-1].ID
 		}
-		if want := 2*maxTaskPage + 3; total != want || after != fmt.Sprint("e-", want) {
+		if want := 2*maxHistory + 3; total != want || after != fmt.Sprint("e-", want) {
 			t.Errorf("got %d events up to %s, want %d", total, after, want)
 		}
 	})

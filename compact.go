@@ -1,0 +1,121 @@
+// Compaction: a smaller journal takes the place of one that has grown. When that is done is in journal.go; what is live
+// is in restore.go.
+
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"time"
+)
+
+const (
+	// compactSlack is how much larger than what is live the file may be before it is made smaller.
+	compactSlack = 32 << 20
+	compactPause = 10 * time.Second // after a try that failed
+	compactPart  = 1 << 20          // bytes that are written at once
+	compactRest  = 1 << 20          // bytes that are copied while nothing else is written
+)
+
+// compaction is a smaller file that is to take the journal's place.
+type compaction struct {
+	file   journalFile
+	size   int64
+	copied int64 // of the old file: all before is in the new one
+	err    error
+}
+
+// Write appends a part and syncs it: one large sync at the end would delay those of the journal.
+func (c *compaction) Write(b []byte) (n int, err error) {
+	if n, err = c.file.WriteAt(b, c.size); err == nil {
+		err = c.file.Sync()
+	}
+	c.size += int64(n)
+	return n, err
+}
+
+// copy copies what the old file has up to end.
+func (c *compaction) copy(old journalFile, end int64) {
+	if c.err != nil {
+		return
+	}
+	var n int64
+	n, c.err = io.Copy(io.NewOffsetWriter(c.file, c.size), io.NewSectionReader(old, c.copied, end-c.copied))
+	c.size, c.copied = c.size+n, c.copied+n
+}
+
+// compact writes a snapshot of what is live to a new file, and behind it what was appended to the old one since from. A
+// change that is made meanwhile may be in both; restore.go allows for that. The frames of the snapshot have a number
+// each, and all but the last say that their commit goes on. So one that is not good is never taken for what a crash has
+// left, if anything follows it.
+func (j *journal) compact(old journalFile, from int64, number uint64) {
+	c := &compaction{copied: from}
+	if c.file, c.err = j.disk.open(j.path() + ".new"); c.err == nil {
+		c.err = c.file.Truncate(0)
+	}
+	if c.err == nil {
+		w := bufio.NewWriterSize(c, compactPart)
+		frame := []byte(journalHeader)
+		j.snapshot(func(record []byte) {
+			w.Write(frame)
+			number++
+			frame = appendFrame(frame[:0], frameMore, number, record)
+		})
+		if frame[0] == frameMore {
+			frame[0] = frameLast
+			seal(frame)
+		}
+		w.Write(frame)
+		c.err = w.Flush()
+	}
+	for end := j.size.Load(); c.err == nil && end-c.copied > compactRest; end = j.size.Load() {
+		c.copy(old, end)
+	}
+	if c.err == nil {
+		c.err = c.file.Sync()
+	}
+	if c.err != nil {
+		j.abandon(c) // at once: the room may be all that the journal lacks
+	}
+	j.compacted <- c
+}
+
+// abandon gives up a compaction that failed.
+func (j *journal) abandon(c *compaction) {
+	j.errors.Inc()
+	j.log.Warn("making the journal smaller", "err", c.err)
+	j.disk.remove(j.path() + ".new")
+	if c.file != nil {
+		c.file.Close()
+	}
+}
+
+// replace puts the new file in the journal's place, and reports whether it is there.
+func (j *journal) replace(c *compaction) bool {
+	if c.err != nil {
+		return false
+	}
+	j.writing.Lock()
+	defer j.writing.Unlock()
+	c.copy(j.file, j.size.Load())
+	if c.err == nil {
+		c.err = c.file.Sync()
+	}
+	if c.err == nil {
+		c.err = j.disk.rename(j.path()+".new", j.path())
+	}
+	if c.err != nil {
+		j.abandon(c)
+		return false
+	}
+	if err := j.disk.sync(j.dir); err != nil { // either file may be there after a crash
+		j.breakLocked(j.newCommit(0), fmt.Errorf("syncing the folder of the journal: %w", err))
+		return false
+	}
+	go j.file.Close() // frees its blocks, which may take long
+	j.log.Info("the journal is smaller", "before", j.size.Load(), "after", c.size)
+	j.file, j.dirty = c.file, false
+	j.size.Store(c.size)
+	return true
+}
