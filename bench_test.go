@@ -31,7 +31,7 @@ func BenchmarkAppendEvent(b *testing.B) {
 func BenchmarkParseSend(b *testing.B) {
 	for _, size := range []int{100, 64 << 10} {
 		b.Run(fmt.Sprintf("data=%d", size), func(b *testing.B) {
-			body := encodeSend(nil, "3f0c2b1e-8a6d-4c55-9f0e-2d7c1b4a9e10", &event{ID: "k3v9x2ab-17", Name: "task_event", Data: strings.Repeat("x", size)}, false)
+			body := appendSend(nil, "3f0c2b1e-8a6d-4c55-9f0e-2d7c1b4a9e10", &event{ID: "k3v9x2ab-17", Name: "task_event", Data: strings.Repeat("x", size)}, false)
 			b.SetBytes(int64(len(body)))
 			b.ReportAllocs()
 			for b.Loop() {
@@ -49,7 +49,7 @@ func BenchmarkSend(b *testing.B) {
 	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
 	var requests []string
 	for _, token := range g.openMany(10000) {
-		requests = append(requests, sendText("application/json", encodeSend(nil, token, &event{ID: "k3v9x2ab-17", Name: "task_event", Data: benchData}, false)))
+		requests = append(requests, sendText("application/json", appendSend(nil, token, &event{ID: "k3v9x2ab-17", Name: "task_event", Data: benchData}, false)))
 	}
 	g.benchExchange(b, requests)
 }
@@ -59,7 +59,7 @@ func BenchmarkSendBatch(b *testing.B) {
 	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
 	var batch []byte
 	for _, token := range g.openMany(100) {
-		batch = append(batch, encodeSend(nil, token, &event{ID: "k3v9x2ab-17", Name: "task_event", Data: benchData}, false)...)
+		batch = append(batch, appendSend(nil, token, &event{ID: "k3v9x2ab-17", Name: "task_event", Data: benchData}, false)...)
 		batch = append(batch, '\n')
 	}
 	g.benchExchange(b, []string{sendText("application/x-ndjson", batch)})

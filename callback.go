@@ -92,7 +92,7 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 		return a, errClosing
 	}
 	t, plain := parseTarget(c.url)
-	request := connectRequest{token: c.token, lastEventID: cmp.Or(c.lastEventID, lastValue(t.query["lastEventId"])), order: order, probes: can.any}
+	request := connectRequest{token: c.token, lastEventID: cmp.Or(c.lastEventID, lastValue(t.query["lastEventId"])), order: order, probes: can.known}
 	service, name, key := h.route(t)
 	switch {
 	case !plain || service == nil:

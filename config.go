@@ -144,7 +144,7 @@ func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 		FrontendVersionURL:  r.url("FRONTEND_VERSION_URL", " #"),
 		FrontendVersionPoll: r.seconds("FRONTEND_VERSION_POLL_SECONDS", "30"),
 		Sweep:               r.seconds("CONNECTION_SWEEP_SECONDS", "60"),
-		Gateway:             r.embeddedGateway(),
+		Gateway:             r.gateway(),
 	}
 	return c, errors.Join(r.errs...)
 }
@@ -168,7 +168,7 @@ func hostOf(hostport string) string {
 }
 
 // open says what everybody on the network may do for want of a secret.
-func (c backendConfig) open() string {
+func (c backendConfig) exposed() string {
 	host := hostOf(c.Addr)
 	switch {
 	case c.Production || host == "localhost" || net.ParseIP(host).IsLoopback():
@@ -184,7 +184,7 @@ func (c backendConfig) open() string {
 // loadGatewayConfig reads the configuration of a gateway that runs alone.
 func loadGatewayConfig(getenv func(string) string) (gatewayConfig, error) {
 	r := envReader{getenv: getenv}
-	c := r.embeddedGateway()
+	c := r.gateway()
 	c.Addr = r.portAddr()
 	c.CallbackURL = secret(r.url("CALLBACK_URL", " #"))
 	return c, errors.Join(r.errs...)
@@ -253,7 +253,7 @@ type envReader struct {
 }
 
 // embeddedGateway reads what a gateway needs in either role.
-func (r *envReader) embeddedGateway() gatewayConfig {
+func (r *envReader) gateway() gatewayConfig {
 	return gatewayConfig{
 		InternalAddr:    r.addr("INTERNAL_ADDR", ""),
 		Heartbeat:       r.seconds("HEARTBEAT_INTERVAL_SECONDS", "15"),

@@ -40,8 +40,8 @@ type ConnectionManager struct {
 	gateway  sender
 	log      *slog.Logger
 	met      *backendMetrics
-	failures throttle     // of what is logged about sends
-	active   atomic.Int64 // goroutines of background
+	failures throttle // of what is logged about sends
+	tracker           // the goroutines of followers, and others that send
 
 	// mu guards the maps; under it there is map work only. Whenever it is free, connections[id].token == t if and only
 	// if tokens[t] == id.
@@ -141,7 +141,7 @@ func (m *ConnectionManager) Ask(identifier string, c *connectRequest) bool {
 // CloseReplaced tells a replaced stream that it is at its end. It returns at once. If the gateway does not answer, the
 // next sweep tries again: nobody else knows of that stream any more.
 func (m *ConnectionManager) CloseReplaced(identifier, token string) {
-	m.background(func() {
+	m.spawn(func() {
 		r := m.send(identifier, token, []event{closeEvent("replaced")}, true)
 		if r.err == nil || errors.Is(r.err, errUnknownToken) {
 			return
@@ -159,25 +159,25 @@ func (m *ConnectionManager) CloseReplaced(identifier, token string) {
 func (m *ConnectionManager) OnDisconnect(token string) {
 	m.mu.Lock()
 	identifier := m.tokens[token]
-	c := m.removeLocked(identifier, token)
 	m.mu.Unlock()
-	if c == nil {
+	if !m.remove(identifier, token, time.Now()) {
 		m.log.Debug("ignoring a stale disconnect", "token", mask(token))
 		return
 	}
-	c.owner.ended(time.Now())
 	m.met.connections.with(serviceOf(identifier), "disconnect").Inc()
 	m.log.Debug("disconnected", "identifier", identifier, "token", mask(token))
 }
 
-// lost removes the connection of identifier, which the gateway does not know any more, if it is still that of token.
-func (m *ConnectionManager) lost(identifier, token string) {
+// remove removes the connection of identifier if it is still that of token, and tells its owner until when it was known
+// to be there, or zero. It reports whether it did.
+func (m *ConnectionManager) remove(identifier, token string, until time.Time) bool {
 	m.mu.Lock()
 	c := m.removeLocked(identifier, token)
 	m.mu.Unlock()
 	if c != nil {
-		c.owner.ended(time.Time{})
+		c.owner.ended(until)
 	}
+	return c != nil
 }
 
 // removeLocked returns the connection that it removed, or nil.
@@ -239,7 +239,7 @@ func (m *ConnectionManager) Send(identifier, token string, events []event, end b
 	r := m.send(identifier, token, events, end)
 	switch {
 	case errors.Is(r.err, errUnknownToken) && r.taken == 0:
-		m.lost(identifier, token)
+		m.remove(identifier, token, time.Time{})
 	case r.err != nil && !errors.Is(r.err, errUnknownToken):
 		c.suspect.Store(true)
 	}
@@ -273,13 +273,18 @@ func (m *ConnectionManager) send(identifier, token string, events []event, end b
 // still that one.
 func (m *ConnectionManager) Probe(identifier, token string) sendResult {
 	asked := time.Now() // the answer may be late
-	r := m.gateway.send(token, nil, false)
+	r := m.ask(identifier, token, false)
+	if c := m.current(identifier, token); c != nil && r.err == nil && !r.buffered {
+		c.owner.seen(asked)
+	}
+	return r
+}
+
+// ask asks the gateway for a stream, or ends it, and removes its connection if the gateway does not know it.
+func (m *ConnectionManager) ask(identifier, token string, end bool) sendResult {
+	r := m.gateway.send(token, nil, end)
 	if errors.Is(r.err, errUnknownToken) {
-		m.lost(identifier, token)
-	} else if r.err == nil && !r.buffered {
-		if c := m.current(identifier, token); c != nil {
-			c.owner.seen(asked)
-		}
+		m.remove(identifier, token, time.Time{})
 	}
 	return r
 }
@@ -287,10 +292,7 @@ func (m *ConnectionManager) Probe(identifier, token string) sendResult {
 // endSuspect ends a stream that may have a gap. The gateway's disconnect callback, or its 404, then removes the
 // connection.
 func (m *ConnectionManager) endSuspect(identifier, token string) {
-	r := m.gateway.send(token, nil, true)
-	if errors.Is(r.err, errUnknownToken) {
-		m.lost(identifier, token)
-	} else if r.err != nil {
+	if r := m.ask(identifier, token, true); r.err != nil {
 		m.log.Debug("ending a stream that may have a gap", "identifier", identifier, "token", mask(token), "err", r.err)
 	}
 }
@@ -301,16 +303,7 @@ const sweepers = 8
 // Sweep asks the gateway, until ctx ends, for every connection about once an interval: what it does not know any more,
 // after a crash without disconnect callbacks, is removed. It runs several times an interval, which spreads the checks.
 func (m *ConnectionManager) Sweep(ctx context.Context, interval time.Duration) {
-	ticker := time.NewTicker(max(interval/8, time.Millisecond))
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-			m.sweep(interval)
-		}
-	}
+	every(ctx, interval/8, func() { m.sweep(interval) })
 }
 
 func (m *ConnectionManager) sweep(interval time.Duration) {
@@ -346,24 +339,10 @@ func (m *ConnectionManager) sweep(interval time.Duration) {
 	checks.Wait()
 }
 
-// background runs f in a goroutine that Drain waits for.
-func (m *ConnectionManager) background(f func()) {
-	m.active.Add(1)
-	go func() {
-		defer m.active.Add(-1)
-		f()
-	}()
-}
-
 // Drain waits until no send is under way, or until ctx ends.
 func (m *ConnectionManager) Drain(ctx context.Context) {
-	for m.active.Load() > 0 {
-		select {
-		case <-ctx.Done():
-			m.log.Warn("ending with sends under way", "count", m.active.Load())
-			return
-		case <-time.After(5 * time.Millisecond):
-		}
+	if left := m.wait(ctx); left > 0 {
+		m.log.Warn("ending with sends under way", "count", left)
 	}
 }
 
@@ -374,7 +353,7 @@ func (m *ConnectionManager) EndAll(ctx context.Context) {
 	tokens := slices.Collect(maps.Keys(m.tokens))
 	m.mu.Unlock()
 	for _, token := range tokens {
-		m.background(func() { m.gateway.send(token, nil, true) })
+		m.spawn(func() { m.gateway.send(token, nil, true) })
 	}
 	m.Drain(ctx)
 }

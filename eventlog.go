@@ -6,6 +6,7 @@ package main
 import (
 	"context"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -222,19 +223,29 @@ func (l *eventLog) notifyLocked() {
 	}
 }
 
-// Size returns how many events are kept, how many of them a fresh connection would get, and how many bytes of data they
-// have that is not shared.
-func (l *eventLog) Size() (kept, waiting, bytes int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return len(l.entries), len(l.entries) - l.indexLocked(l.start), l.bytes
+// logStats is what a log holds at one moment.
+type logStats struct {
+	kept      int    // events
+	waiting   int    // those of them that a fresh connection would get
+	bytes     int    // of data that is not shared
+	held      int    // of the heap, without shared data
+	start     uint64 // the number after which a fresh connection begins
+	last      uint64 // the number of the newest event
+	followers int
 }
 
-// Held returns how many bytes of the heap the events take, as far as they are not shared.
-func (l *eventLog) Held() int {
+func (l *eventLog) stats() logStats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.bytes + cap(l.entries)*entrySize
+	return logStats{
+		kept:      len(l.entries),
+		waiting:   len(l.entries) - l.indexLocked(l.start),
+		bytes:     l.bytes,
+		held:      l.bytes + cap(l.entries)*entrySize,
+		start:     l.start,
+		last:      l.last,
+		followers: len(l.cursors),
+	}
 }
 
 // After returns the events that follow the one with this ID, most at most: from the first that is kept, if it is none
@@ -267,32 +278,11 @@ func (l *eventLog) All() []entry {
 	return slices.Clone(l.entries)
 }
 
-// Last returns the number of the newest event.
-func (l *eventLog) Last() uint64 {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.last
-}
-
-// Start returns the number after which a fresh connection begins.
-func (l *eventLog) Start() uint64 {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.start
-}
-
 // Received notes that a browser has the events up to n.
 func (l *eventLog) Received(n uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.receivedLocked(n)
-}
-
-// Followers returns how many connections follow the log.
-func (l *eventLog) Followers() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return len(l.cursors)
 }
 
 // Shed drops the events that neither a fresh connection nor a follower would get.
@@ -326,10 +316,7 @@ func (l *eventLog) shedLocked(needed uint64) {
 
 // indexLocked returns the index of the first event after n.
 func (l *eventLog) indexLocked(n uint64) int {
-	i, _ := slices.BinarySearchFunc(l.entries, n+1, func(e entry, n uint64) int {
-		return int(int64(e.n - n))
-	})
-	return i
+	return sort.Search(len(l.entries), func(i int) bool { return l.entries[i].n > n })
 }
 
 // shownLocked returns the events after n that may be shown.
@@ -397,7 +384,6 @@ func (l *eventLog) attach(r reader, named map[string]uint64) *cursor {
 		l.receivedLocked(n)
 	}
 	l.cursors = append(l.cursors, c)
-	l.trimLocked()
 	l.notifyLocked()
 	return c
 }
@@ -435,6 +421,12 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	run = l.shownLocked(c.sent)
+	switch {
+	case c.detached, len(run) == 0 && l.visible < l.last:
+		return nil, ""
+	case len(run) == 0:
+		return nil, l.reason
+	}
 	size := 0
 	for i, e := range run {
 		size += len(e.data)
@@ -442,14 +434,6 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 			run = run[:i]
 			break
 		}
-	}
-	switch {
-	case c.detached:
-		return nil, ""
-	case len(run) == 0 && l.visible < l.last:
-		return nil, ""
-	case len(run) == 0:
-		return nil, l.reason
 	}
 	c.first, c.inFlight = run[0].n, run[len(run)-1].n
 	return slices.Clone(run), ""
@@ -481,7 +465,6 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 			l.policy.dropped.Inc() // while it was under way
 		}
 	}
-	l.trimLocked()
 	l.leaveLocked()
 	l.notifyLocked()
 }

@@ -263,7 +263,7 @@ const maxUnstored = 1000
 
 // takeLines takes the reports of a body until its end, or until one is bad or the task ends.
 func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, stored *commit, err error) {
-	all = reported{EventID: t.events.id(t.events.Last()), Reports: new(int)}
+	all = reported{EventID: t.events.id(t.events.stats().last), Reports: new(int)}
 	lines := bufio.NewScanner(body)
 	lines.Buffer(nil, maxTaskBody+len("\r\n"))
 	var before *commit

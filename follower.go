@@ -175,7 +175,7 @@ func (f *follower) wake() {
 		case state == notBegun, state == workingAgain, f.state.CompareAndSwap(working, workingAgain):
 			return
 		case f.state.CompareAndSwap(idle, working):
-			f.conns.background(f.deliver)
+			f.conns.spawn(f.deliver)
 			return
 		}
 	}

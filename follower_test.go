@@ -479,8 +479,8 @@ func TestFollowerSize(t *testing.T) {
 	testLog(t, versionLike(), func(t *logTest) {
 		want := func(kept, waiting, bytes int) {
 			t.Helper()
-			if k, w, b := t.events.Size(); k != kept || w != waiting || b != bytes {
-				t.Errorf("got %d kept, %d waiting, %d bytes, want %d, %d, %d", k, w, b, kept, waiting, bytes)
+			if s := t.events.stats(); s.kept != kept || s.waiting != waiting || s.bytes != bytes {
+				t.Errorf("got %d kept, %d waiting, %d bytes, want %d, %d, %d", s.kept, s.waiting, s.bytes, kept, waiting, bytes)
 			}
 		}
 		want(0, 0, 0)

@@ -172,12 +172,10 @@ func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *s
 	log.Warn("the gateway does not answer yet", "err", err)
 	go func() {
 		for err != nil {
-			select {
-			case <-ctx.Done():
+			if sleep(ctx, resetPause) != nil {
 				return
-			case <-time.After(resetPause):
 			}
-			if f := c.features.Load(); f != nil && !f.any {
+			if f := c.features.Load(); f != nil && !f.known {
 				return
 			}
 			err = c.tryReset(ctx, sendLimit, callbackSecret, log) // or one that is slow would be reset for ever
@@ -202,11 +200,11 @@ func (c *gatewayClient) tryReset(ctx context.Context, limit time.Duration, callb
 	case status == http.StatusOK && o["status"] != nil:
 		return nil
 	}
-	return c.explain(status)
+	return c.statusError(status)
 }
 
 // explain says what a status means that is none of the gateway's own answers.
-func (c *gatewayClient) explain(status int) error {
+func (c *gatewayClient) statusError(status int) error {
 	if status == http.StatusNotFound || status == http.StatusMethodNotAllowed {
 		return fmt.Errorf("the gateway at %s does not serve /internal/send: is INTERNAL_ADDR set there?", strings.TrimSuffix(c.url, "/internal/"))
 	}
@@ -256,14 +254,14 @@ func (c *gatewayClient) postOne(s *waitingSend) (r sendResult, err error) {
 	}
 	o, _ := parseObject(answer)
 	said, _, _ := o.str("error")
-	anyWords := !c.can().any // those of a gateway of another make are not known
+	anyWords := !c.can().known // those of a gateway of another make are not known
 	switch {
 	case status == http.StatusNotFound && (said == errUnknownToken.Error() || anyWords):
 		return sendResult{err: errUnknownToken}, nil
 	case (status == http.StatusBadRequest || status == http.StatusRequestEntityTooLarge) && (said != "" || anyWords) && s.skips:
 		return sendResult{taken: 1, refused: 1}, nil
 	}
-	return r, c.explain(status) // something between answered, or it is not a gateway
+	return r, c.statusError(status) // something between answered, or it is not a gateway
 }
 
 func (c *gatewayClient) postBatch(batch []*waitingSend) error {
@@ -281,7 +279,7 @@ func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 		return err
 	}
 	if status != http.StatusOK {
-		return c.explain(status)
+		return c.statusError(status)
 	}
 	lines := bytes.Split(bytes.TrimSpace(answer), []byte("\n"))
 	if len(lines) != want {

@@ -470,7 +470,7 @@ func (wait slowGateway) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // beBusy makes the client wait for its gateway until the returned POSTs are answered.
 func (t *postTest) beBusy() (busy [maxPostingBatches]*steppedPost) {
-	t.client.heard(features{any: true, batch: true})
+	t.client.heard(features{known: true, batch: true})
 	for i := range busy {
 		t.send("busy")
 		busy[i] = t.next(single("busy"))
@@ -525,7 +525,7 @@ func TestGatewayClientSendsRuns(t *testing.T) {
 		t.reply(t.next("application/json "+line("a", "1")), 200, "")
 		t.wantResult(a, "1 false <nil>")
 
-		t.client.heard(features{any: true, batch: true})
+		t.client.heard(features{known: true, batch: true})
 		a = t.send("a", run...)
 		t.reply(t.next(runs("a")), 200, `{"status":"buffered"}`+"\n"+`{"status":"ok"}`)
 		t.wantResult(a, "2 false <nil>")
@@ -618,11 +618,11 @@ func TestParseFeatures(t *testing.T) {
 	for header, want := range map[string]features{
 		"":                            {},
 		" ":                           {},
-		"batch":                       {any: true, batch: true},
-		"a, batch ,retry":             {any: true, batch: true, retry: true},
-		"batches":                     {any: true},
-		"a;batch":                     {any: true},
-		"batch, id, retry, heartbeat": {any: true, batch: true, retry: true},
+		"batch":                       {known: true, batch: true},
+		"a, batch ,retry":             {known: true, batch: true, retry: true},
+		"batches":                     {known: true},
+		"a;batch":                     {known: true},
+		"batch, id, retry, heartbeat": {known: true, batch: true, retry: true},
 	} {
 		if got := parseFeatures(header); got != want {
 			t.Errorf("%q: got %+v, want %+v", header, got, want)

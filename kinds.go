@@ -49,7 +49,7 @@ func demoTask(params object) (taskFunc, error) {
 	}
 	return func(ctx context.Context, p *reporter) (any, error) {
 		for step := 1.0; step <= steps; step++ {
-			if err := sleep(ctx, delay); err != nil {
+			if err := sleep(ctx, seconds(delay)); err != nil {
 				return nil, err
 			}
 			p.Report(fmt.Sprintf("step %v of %v", step, steps), step/steps)
@@ -69,21 +69,11 @@ func failingTask(params object) (taskFunc, error) {
 		return nil, err
 	}
 	return func(ctx context.Context, p *reporter) (any, error) {
-		if err := sleep(ctx, delay); err != nil {
+		if err := sleep(ctx, seconds(delay)); err != nil {
 			return nil, err
 		}
 		return nil, errors.New(message)
 	}, nil
-}
-
-// pause waits for some seconds, or until ctx ends.
-func sleep(ctx context.Context, seconds float64) error {
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-time.After(time.Duration(seconds * float64(time.Second))):
-		return nil
-	}
 }
 
 // number returns a number among the params, or what it is by default.
@@ -110,6 +100,8 @@ func textParam(params object, name, byDefault string) (string, error) {
 	}
 	return value, nil
 }
+
+func seconds(n float64) time.Duration { return time.Duration(n * float64(time.Second)) }
 
 var errResultTooLarge = newError(http.StatusRequestEntityTooLarge, "too_large", fmt.Sprintf("result is larger than %d bytes", maxTaskResult))
 

@@ -80,7 +80,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		return 1
 	}
 	warnOfVariables(environ, log)
-	if open := cfg.open(); open != "" {
+	if open := cfg.exposed(); open != "" {
 		log.Warn("whoever reaches ADDR may do so, too: set APP_ENV=production", "addr", cfg.Addr, "open", open)
 	}
 	reg := newRegistry(buildVersion())

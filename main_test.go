@@ -736,7 +736,7 @@ func TestStartSaysWhatIsOpen(t *testing.T) {
 			env[name] = value
 		}
 		cfg, err := loadBackendConfig(getenvFrom(env))
-		if got := cfg.open(); err != nil || !strings.Contains(got, want) || (want == "") != (got == "") {
+		if got := cfg.exposed(); err != nil || !strings.Contains(got, want) || (want == "") != (got == "") {
 			t.Errorf("%s: got %q, %v, want %q in it", settings, got, err, want)
 		}
 	}

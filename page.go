@@ -49,7 +49,7 @@ func (p pageStream) OnConnect(id string, c connectRequest) (open event, end bool
 	f := &follower{identifier: identifier, page: true}
 	f.onEnd = func() { p.tasks.unwatch(taskIDs, f) }
 	return f.connect(p.conns, c, func() []*eventLog {
-		return append(p.tasks.watch(taskIDs, f), p.version.followed(id, versions))
+		return append(p.tasks.watch(taskIDs, f), p.version.followAgain(id, versions))
 	})
 }
 
@@ -62,7 +62,7 @@ func (s *TaskService) crowded(ids []string) bool {
 	defer s.mu.Unlock()
 	return slices.ContainsFunc(ids, func(id string) bool {
 		t := s.tasks[id]
-		return t != nil && t.events.Followers() >= maxFollowers || len(s.watched[id]) >= maxFollowers
+		return t != nil && t.events.stats().followers >= maxFollowers || len(s.watched[id]) >= maxFollowers
 	})
 }
 

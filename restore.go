@@ -23,7 +23,7 @@ const (
 	recordDelete  = 'd' // a task is forgotten before its time
 	recordVersion = 'v' // an event for one request_id
 	recordMark    = 'm' // a request_id has been given what comes before
-	recordForget  = 'f' // a request_id is forgotten
+	recordDropID  = 'f' // a request_id is forgotten
 	recordLatest  = 'l' // an announcement to everybody
 )
 
@@ -103,7 +103,7 @@ func (r *restoring) apply(text []byte) error {
 			delete(r.numbers, t.number)
 			delete(r.tasks.tasks, t.id)
 		}
-	case recordVersion, recordMark, recordForget, recordLatest:
+	case recordVersion, recordMark, recordDropID, recordLatest:
 		r.version.restore(text[0], rec)
 	default:
 		return fmt.Errorf("unknown record %q", text[0])
@@ -275,7 +275,7 @@ func (s *VersionService) restore(kind byte, rec recordFields) {
 	case kind == recordLatest:
 		s.latest = announcement{rec.Version, rec.Data}
 		s.round++
-	case kind == recordForget:
+	case kind == recordDropID:
 		delete(s.streams, rec.ID)
 	case kind == recordMark && st != nil:
 		st.events.Received(rec.Event)
@@ -290,7 +290,7 @@ func (s *VersionService) restore(kind byte, rec recordFields) {
 			e.data = s.latest.data
 		}
 		st.round = s.round
-		if rec.Event > st.events.Last() {
+		if rec.Event > st.events.stats().last {
 			st.events.Restore(e)
 			st.version = rec.Version
 		}
@@ -340,7 +340,7 @@ func (st *versionStream) records(id string) (records [][]byte) {
 		e.shared = false
 		records = append(records, st.record(id, e))
 	}
-	return append(records, encodeRecord(recordMark, recordFields{ID: id, Event: st.events.Start()}))
+	return append(records, encodeRecord(recordMark, recordFields{ID: id, Event: st.events.stats().start}))
 }
 
 // record is that of one event.

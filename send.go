@@ -5,9 +5,9 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"math"
 	"net/http"
-	"strconv"
 	"sync"
 	"time"
 )
@@ -160,11 +160,7 @@ func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, [
 		return http.StatusOK, g.answerBatch(text, body)
 	}
 	a := g.take(parseSend(body))
-	name := `{"status":`
-	if a.status != http.StatusOK {
-		name = `{"error":`
-	}
-	return a.status, append(appendString(append(text, name...), a.result), "}\n"...)
+	return a.status, append(append(text, a.body...), '\n')
 }
 
 // answerBatch does what the lines of a batch say, and appends a line about each to text. Events in a row for the same
@@ -174,9 +170,9 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 	defer chunkBuffers.Put(f.buf)
 	write := func() {
 		if n := f.events; n > 0 {
-			a := f.write(false).answer()
+			line := f.write(false).answer().line
 			for range n {
-				text = appendResult(text, a)
+				text = append(append(text, line...), '\n')
 			}
 		}
 	}
@@ -185,17 +181,14 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 			continue
 		}
 		m, err := parseSend(line)
-		isEvent := err == nil && m.event.data != nil && !m.end
-		if joins := isEvent && f.s != nil && f.s.token == string(m.token) && f.fits(len(line)); !joins {
+		if err != nil || m.event.data == nil || m.end {
 			write()
-			f.s = nil
-			if isEvent {
-				f.s = g.lookup(m.token)
-			}
-		}
-		if !isEvent {
-			text = appendResult(text, g.take(m, err))
+			text = append(append(text, g.take(m, err).line...), '\n')
 			continue
+		}
+		if f.s == nil || f.s.token != string(m.token) || !f.fits(len(line)) {
+			write()
+			f.s = g.lookup(m.token)
 		}
 		f.add(m.event)
 	}
@@ -203,46 +196,33 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 	return text
 }
 
-// sendAnswer is the answer to one send: what became of it, or the text of an error.
+// sendAnswer is the answer to one send: by itself, and as a line that answers one of a batch.
 type sendAnswer struct {
-	status int
-	result string
+	status     int
+	body, line string
 }
 
-// appendResult appends a line that answers one of a batch.
-func appendResult(text []byte, a sendAnswer) []byte {
-	text = append(text, `{"status":`...)
-	switch a.status {
-	case http.StatusOK:
-		text = appendString(text, a.result)
-	case http.StatusBadRequest:
-		text = appendString(append(text, `400,"error":`...), a.result)
-	default:
-		text = strconv.AppendInt(text, int64(a.status), 10)
-	}
-	return append(text, "}\n"...)
-}
-
-// take does what a request says that was read, unless that failed.
+// take carries out a send, unless reading it failed.
 func (g *gateway) take(m sendRequest, err error) sendAnswer {
 	if err == nil {
 		return g.send(m).answer()
 	}
 	g.met.events.with("invalid").Inc()
-	if err == errBodyTooLarge { // a line; a body of its own has been refused
-		return sendAnswer{http.StatusRequestEntityTooLarge, err.Error()}
+	text := fmt.Sprintf(`"error":%q}`, err.Error())
+	if err == errBodyTooLarge { // a line: a body of its own has been refused before
+		return sendAnswer{http.StatusRequestEntityTooLarge, "{" + text, `{"status":413}`}
 	}
-	return sendAnswer{http.StatusBadRequest, err.Error()}
+	return sendAnswer{http.StatusBadRequest, "{" + text, `{"status":400,` + text}
 }
 
 func (s sendStatus) answer() sendAnswer {
 	switch s {
 	case sendWritten:
-		return sendAnswer{http.StatusOK, "ok"}
+		return sendAnswer{http.StatusOK, batchOK, batchOK}
 	case sendBuffered:
-		return sendAnswer{http.StatusOK, "buffered"}
+		return sendAnswer{http.StatusOK, batchBuffered, batchBuffered}
 	}
-	return sendAnswer{http.StatusNotFound, errUnknownToken.Error()}
+	return sendAnswer{http.StatusNotFound, `{"error":"unknown token"}`, batchUnknown}
 }
 
 // send gives an event to its stream.
@@ -298,29 +278,29 @@ type burst struct {
 
 // fits reports whether an event whose line or data has this size may be written with those before it. The stream's
 // buffer must have room for what the socket may leave of them.
-func (f *burst) fits(size int) bool {
-	return f.events == 0 || len(*f.buf)+maxGrowth*size <= min(maxFrame, f.g.limits.buffer)
+func (b *burst) fits(size int) bool {
+	return b.events == 0 || len(*b.buf)+maxGrowth*size <= min(maxFrame, b.g.limits.buffer)
 }
 
-func (f *burst) add(e sentEvent) {
-	if f.events == 0 {
-		*f.buf = reserveChunk(*f.buf)
+func (b *burst) add(e sentEvent) {
+	if b.events == 0 {
+		*b.buf = reserveChunk(*b.buf)
 	}
-	*f.buf = appendEvent(*f.buf, e)
-	f.events++
+	*b.buf = appendEvent(*b.buf, e)
+	b.events++
 }
 
-// write gives the events, if there are any, to the stream, which ends after them if end is set. Then f is empty.
-func (f *burst) write(end bool) sendStatus {
+// write gives the events, if there are any, to the stream, which ends after them if end is set. Then b is empty.
+func (b *burst) write(end bool) sendStatus {
 	status := sendUnknown
-	if f.s != nil {
+	if b.s != nil {
 		var chunk []byte
-		if f.events > 0 {
-			chunk = f.s.chunk(f.buf)
+		if b.events > 0 {
+			chunk = b.s.chunk(b.buf)
 		}
-		status = f.s.send(chunk, end)
+		status = b.s.send(chunk, end)
 	}
-	f.g.met.events.with(status.String()).Add(f.events)
-	f.events = 0
+	b.g.met.events.with(status.String()).Add(b.events)
+	b.events = 0
 	return status
 }

@@ -299,7 +299,7 @@ func TestSendConnectionPipelined(t *testing.T) {
 	var want []string
 	for i := range events {
 		want = append(want, strconv.Itoa(i)+strings.Repeat("x", i*i%5000))
-		requests.WriteString(sendText("application/json", encodeSend(nil, c.callback.Token, &event{Data: want[i]}, false)))
+		requests.WriteString(sendText("application/json", appendSend(nil, c.callback.Token, &event{Data: want[i]}, false)))
 	}
 	requests.WriteString("GET /behind HTTP/1.1\r\nHost: h\r\n\r\n")
 	var writer sync.WaitGroup
@@ -379,7 +379,7 @@ func TestBatchWritesARowAtOnce(t *testing.T) {
 	a, b := g.open("/a"), g.open("/b")
 	large := strings.Repeat("x", maxFrame/8)
 	line := func(c *streamClient, data string) string {
-		return string(encodeSend(nil, c.callback.Token, &event{Data: data}, data == "end")) + "\n"
+		return string(appendSend(nil, c.callback.Token, &event{Data: data}, data == "end")) + "\n"
 	}
 	batch := line(a, "1") + line(a, "2") + line(b, "other") + line(a, "3") + "{}\n" + line(a, "4") + line(a, "5") +
 		strings.Repeat(line(a, large), 5) + line(a, "end") + line(a, "late")
@@ -410,7 +410,7 @@ func TestBatchRefusesWholeRows(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4096", nil)
 	c := g.open("/x")
-	batch := strings.Repeat(string(encodeSend(nil, c.callback.Token, &event{Data: strings.Repeat("x", 200)}, false))+"\n", 300)
+	batch := strings.Repeat(string(appendSend(nil, c.callback.Token, &event{Data: strings.Repeat("x", 200)}, false))+"\n", 300)
 	taken := 0
 	for answer := ""; !strings.Contains(answer, "404"); taken += strings.Count(answer, `"ok"`) {
 		answer = g.post("application/x-ndjson", batch)
@@ -475,7 +475,7 @@ func FuzzSendBody(f *testing.F) {
 		if o["event"] != nil {
 			want = &event{ID: text(e, "id"), Name: text(e, "name"), Data: text(e, "data")}
 		}
-		for _, body := range [][]byte{body, encodeSend(nil, wantToken, want, wantEnd)} {
+		for _, body := range [][]byte{body, appendSend(nil, wantToken, want, wantEnd)} {
 			m, err := parseSend(bytes.Clone(body))
 			var got *event
 			if m.event.data != nil {

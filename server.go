@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -207,6 +208,51 @@ func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop 
 		s.Close()
 	}
 	return code
+}
+
+// tracker counts what is under way. Unlike a WaitGroup it may be raised from zero while somebody waits, and the waiting
+// may be given up.
+type tracker struct{ busy atomic.Int64 }
+
+// spawn runs f in a goroutine that counts.
+func (t *tracker) spawn(f func()) {
+	t.busy.Add(1)
+	go func() {
+		defer t.busy.Add(-1)
+		f()
+	}()
+}
+
+// wait waits until nothing is under way, or until ctx ends. It returns how much is.
+func (t *tracker) wait(ctx context.Context) int64 {
+	for t.busy.Load() > 0 && ctx.Err() == nil {
+		sleep(ctx, 5*time.Millisecond)
+	}
+	return t.busy.Load()
+}
+
+// every calls f once an interval until ctx ends.
+func every(ctx context.Context, interval time.Duration, f func()) {
+	ticker := time.NewTicker(max(interval, time.Millisecond))
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+			f()
+		}
+	}
+}
+
+// sleep waits for a time, or until ctx ends: then it returns the error.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
 }
 
 // connKey is the key under which withConn keeps a connection for hasLeft.

@@ -69,10 +69,8 @@ type gateway struct {
 	count   atomic.Int64 // registered streams
 	closing atomic.Bool  // shutting down: nothing new is taken
 
-	// busy counts stream requests until their answer, streams and held refusals until their end, disconnect callbacks,
-	// and resets. It is no WaitGroup because a request that is turned away may still raise it from zero while shutdown
-	// waits.
-	busy atomic.Int64
+	// Stream requests until their answer, streams and held refusals until their end, disconnect callbacks, and resets.
+	tracker
 }
 
 // shard is a part of the streams. A heartbeat visits one shard at a time, so that the writes spread over the whole
@@ -248,7 +246,7 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 	head.Write(s.chunk(&first))
 	s.open(conn, raw, head.Bytes(), end, lifetime)
 	if rw.Reader.Buffered() > 0 {
-		s.end(clientClosed) // it sent more than its request
+		s.cut(clientClosed) // it sent more than its request
 	}
 	return true
 }
@@ -257,7 +255,7 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 // the gateway has closed conn.
 func (g *gateway) watch(s *stream) {
 	s.conn.Read(make([]byte, 1))
-	s.end(clientClosed)
+	s.cut(clientClosed)
 	s.conn.Close()
 	g.ended(s)
 }
@@ -270,19 +268,11 @@ func (g *gateway) ended(s *stream) {
 	g.disconnect(s, s.reason)
 }
 
-func (g *gateway) spawn(f func()) {
-	g.busy.Add(1)
-	go func() {
-		defer g.busy.Add(-1)
-		f()
-	}()
-}
-
 // work starts what the gateway does besides answering, until ctx ends: it writes the heartbeats and cuts the clients
 // that are stuck. After a round of heartbeats in which streams were opened it also gives memory back: opening a stream
 // uses several times what the stream keeps.
 func (g *gateway) work(ctx context.Context) {
-	go g.walk(ctx, g.cfg.WriteTimeout/4, (*stream).look, func() {})
+	go g.walk(ctx, g.cfg.WriteTimeout/4, (*stream).cutIfStuck, func() {})
 	before := g.met.opened.Load()
 	go g.walk(ctx, g.cfg.Heartbeat, (*stream).beat, func() {
 		if opened := g.met.opened.Load(); opened != before {
@@ -324,13 +314,8 @@ func (g *gateway) shutdown(ctx context.Context) {
 	g.stopHolding()
 	time.AfterFunc(askingGrace, g.stopAsking)
 	g.endAll(ctx, g.all())
-	for g.busy.Load() > 0 {
-		select {
-		case <-ctx.Done():
-			g.log.Warn("ending with streams or disconnect callbacks under way", "count", g.busy.Load())
-			return
-		case <-time.After(5 * time.Millisecond):
-		}
+	if left := g.wait(ctx); left > 0 {
+		g.log.Warn("ending with streams or disconnect callbacks under way", "count", left)
 	}
 }
 
@@ -348,10 +333,7 @@ func (g *gateway) endAll(ctx context.Context, streams []*stream) {
 		for _, s := range batch {
 			s.finish()
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(time.Millisecond):
-		}
+		sleep(ctx, time.Millisecond)
 	}
 }
 

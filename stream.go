@@ -147,7 +147,7 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 	s.pending = nil
 	s.writeLocked(append(head, buffered...))
 	if s.overflow {
-		s.drainLocked() // to the end
+		s.startDrainLocked() // to the end
 	} else if end || s.state == streamEnding {
 		s.finishLocked()
 	}
@@ -216,7 +216,7 @@ func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
 
 // look ends the stream if the client is stuck with what the socket holds for it. The socket is asked only if something
 // was written since the client was seen to have everything.
-func (s *stream) look() {
+func (s *stream) cutIfStuck() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -224,7 +224,7 @@ func (s *stream) look() {
 	case !s.lacksLocked():
 		s.caughtUp = s.written
 	case s.stuckLocked():
-		s.endLocked(streamError)
+		s.cutLocked(streamError)
 	}
 }
 
@@ -254,10 +254,10 @@ func (s *stream) finish() {
 }
 
 // end ends the stream at once; only the first reason counts.
-func (s *stream) end(reason string) {
+func (s *stream) cut(reason string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.endLocked(reason)
+	s.cutLocked(reason)
 }
 
 // writableLocked reports whether there is a connection on which nobody else writes.
@@ -267,7 +267,7 @@ func (s *stream) writeLocked(chunk []byte) {
 	if !s.drains {
 		n, err := writeNow(s.raw, chunk)
 		if err != nil {
-			s.endLocked(streamError)
+			s.cutLocked(streamError)
 			return
 		}
 		s.written += uint64(n)
@@ -277,11 +277,11 @@ func (s *stream) writeLocked(chunk []byte) {
 		chunk = chunk[n:]
 	}
 	s.enqueueLocked(chunk)
-	s.drainLocked()
+	s.startDrainLocked()
 }
 
 // drainLocked has drain run.
-func (s *stream) drainLocked() {
+func (s *stream) startDrainLocked() {
 	if s.writableLocked() {
 		s.drains = true
 		go s.drain()
@@ -315,10 +315,10 @@ func (s *stream) finishLocked() {
 	if s.chunked {
 		writeNow(s.raw, []byte(lastChunk)) // a socket too full for 5 bytes ends the stream all the same
 	}
-	s.endLocked(serverClosed)
+	s.cutLocked(serverClosed)
 }
 
-func (s *stream) endLocked(reason string) {
+func (s *stream) cutLocked(reason string) {
 	if s.state == streamEnded {
 		return
 	}
@@ -361,7 +361,7 @@ func (s *stream) drain() {
 		if s.state == streamEnded || len(buf) == 0 {
 			s.drains = false
 			if s.overflow {
-				s.endLocked(streamError) // without the last chunk, for something is missing
+				s.cutLocked(streamError) // without the last chunk, for something is missing
 			} else if s.state == streamEnding {
 				s.finishLocked()
 			}
@@ -379,7 +379,7 @@ func (s *stream) drain() {
 			s.written += uint64(n)
 			stuck := s.stuckLocked()
 			if err != nil && (stuck || !errors.Is(err, os.ErrDeadlineExceeded)) {
-				s.endLocked(streamError)
+				s.cutLocked(streamError)
 				buf = nil
 			}
 		}

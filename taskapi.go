@@ -111,8 +111,7 @@ func (s *TaskService) Events() (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, t := range s.tasks {
-		kept, _, _ := t.events.Size()
-		n += kept
+		n += t.events.stats().kept
 	}
 	return n
 }
@@ -132,7 +131,7 @@ func truncate(text string) string {
 // conflict is an error about a task, of which it tells the status.
 func (t *task) conflict(e *apiError) error {
 	told := *e
-	told.Task = string(t.status)
+	told.TaskStatus = string(t.status)
 	return &told
 }
 

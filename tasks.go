@@ -251,7 +251,7 @@ func (s *TaskService) addLocked(t *task) error {
 
 // size is about how many bytes of the heap the task takes.
 func (t *task) size() int {
-	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + 2*len(t.params) + t.events.Held()
+	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + 2*len(t.params) + t.events.stats().held
 	if t.progress != nil {
 		n += len(t.progress.Text)
 	}
@@ -400,7 +400,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, outcome string) b
 	case taskFailed:
 		t.err = outcome
 		data = map[string]string{"error": outcome}
-		s.conns.background(func() { // writing a log may block: not under mu
+		s.conns.spawn(func() { // writing a log may block: not under mu
 			s.log.Info("task failed", "task_id", t.id, "type", t.kind, "err", outcome)
 		})
 	}

@@ -61,13 +61,13 @@ type VersionService struct {
 
 // versionStream is one request_id.
 type versionStream struct {
-	events  *eventLog
-	stored  bool      // in the journal, as there was an announcement to it alone
-	marked  uint64    // its start as the journal has it
-	version string    // the last one appended
-	round   uint64    // the announcement to everybody that it has, or had no need of
-	alone   time.Time // since when it has no connection; zero while it has one
-	held    int       // bytes that it held when last counted
+	events      *eventLog
+	stored      bool      // in the journal, as there was an announcement to it alone
+	storedStart uint64    // its start as the journal has it
+	version     string    // the last one appended
+	round       uint64    // the announcement to everybody that it has, or had no need of
+	alone       time.Time // since when it has no connection; zero while it has one
+	held        int       // bytes that it held when last counted
 }
 
 // announcement is a version, and the data of its event.
@@ -111,12 +111,12 @@ func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end
 		return event{}, false, err
 	}
 	f := &follower{identifier: identifier}
-	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{s.followed(id, log)} })
+	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{s.followAgain(id, log)} })
 }
 
 // followed is follow once the connection is there. What was announced to everybody since follow passed it over, and
 // tidy may have dropped log.
-func (s *VersionService) followed(id string, log *eventLog) *eventLog {
+func (s *VersionService) followAgain(id string, log *eventLog) *eventLog {
 	if now, err := s.follow(id); err == nil {
 		return now
 	}
@@ -161,7 +161,7 @@ func (s *VersionService) streamLocked(id string, n int) (*versionStream, error) 
 
 // countLocked counts what st holds now.
 func (s *VersionService) countLocked(id string, st *versionStream) {
-	n := versionOverhead + 2*len(id) + len(st.version) + st.events.Held()
+	n := versionOverhead + 2*len(id) + len(st.version) + st.events.stats().held
 	if st.alone.IsZero() {
 		n += connectedOverhead
 	}
@@ -248,14 +248,14 @@ func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (deliv
 }
 
 // versionEvent is an event that was appended.
-type versionEvent struct {
+type pendingEvent struct {
 	events *eventLog
 	n      uint64
 }
 
 // TellAll tells every connected request_id that has not got this version as its last one, and remembers it for those
 // that connect later. It does not wait for the delivery.
-func (s *VersionService) TellAll(a announcement) (told []versionEvent, stored *commit) {
+func (s *VersionService) TellAll(a announcement) (told []pendingEvent, stored *commit) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.latest = a
@@ -264,7 +264,7 @@ func (s *VersionService) TellAll(a announcement) (told []versionEvent, stored *c
 	for id, st := range s.streams {
 		if s.connected(id) {
 			if n := s.catchUpLocked(id, st); n != 0 {
-				told = append(told, versionEvent{st.events, n})
+				told = append(told, pendingEvent{st.events, n})
 				s.countLocked(id, st)
 			}
 		}
@@ -275,16 +275,7 @@ func (s *VersionService) TellAll(a announcement) (told []versionEvent, stored *c
 // Tidy drops, until ctx ends, the logs that have had no connection for the configured time. While memory is short
 // it also drops what no fresh connection would get.
 func (s *VersionService) Tidy(ctx context.Context) {
-	ticker := time.NewTicker(min(tidyInterval, max(s.cfg.pendingTTL/8, time.Millisecond)))
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-			s.tidy()
-		}
-	}
+	every(ctx, min(tidyInterval, s.cfg.pendingTTL/8), s.tidy)
 }
 
 func (s *VersionService) tidy() {
@@ -296,24 +287,24 @@ func (s *VersionService) tidy() {
 		if short {
 			st.events.Shed()
 		}
-		if start := st.events.Start(); st.stored && st.marked != start { // late is good enough: it is given again
-			st.marked = start
-			s.journal.write(encodeRecord(recordMark, recordFields{ID: id, Event: start}), nil)
+		stats := st.events.stats()
+		if st.stored && st.storedStart != stats.start { // late is good enough: after a crash it is given again
+			st.storedStart = stats.start
+			s.journal.write(encodeRecord(recordMark, recordFields{ID: id, Event: stats.start}), nil)
 		}
-		_, waiting, bytes := st.events.Size()
 		if s.connected(id) {
 			st.alone = time.Time{}
 		} else if st.alone.IsZero() {
 			st.alone = now
 		}
-		forgettable := short && bytes == 0 // it gets the latest announcement to everybody anyway
+		forgettable := short && stats.bytes == 0 // it gets the latest announcement to everybody anyway
 		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || forgettable) {
 			delete(s.streams, id)
 			if st.stored {
-				s.journal.write(encodeRecord(recordForget, recordFields{ID: id}), nil)
+				s.journal.write(encodeRecord(recordDropID, recordFields{ID: id}), nil)
 			}
 			s.memory.count(&st.held, 0)
-			s.met.dropped.with(serviceVersion, "expired").Add(waiting)
+			s.met.dropped.with(serviceVersion, "expired").Add(stats.waiting)
 			continue
 		}
 		s.countLocked(id, st)
@@ -332,8 +323,7 @@ func (s *VersionService) Events() (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, st := range s.streams {
-		kept, _, _ := st.events.Size()
-		n += kept
+		n += st.events.stats().kept
 	}
 	return n
 }
@@ -363,11 +353,7 @@ func (s *VersionService) Poll(ctx context.Context, target string, interval time.
 			}
 			seen = a.version
 		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(pause):
-		}
+		sleep(ctx, pause)
 	}
 }
 

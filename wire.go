@@ -27,12 +27,12 @@ const (
 )
 
 // features is what a gateway can do. One of another make announces none, and then all are false.
-type features struct{ any, batch, retry bool }
+type features struct{ known, batch, retry bool }
 
 func parseFeatures(header string) (f features) {
 	for name := range strings.SplitSeq(header, ",") {
 		name = strings.TrimSpace(name)
-		f.any = f.any || name != ""
+		f.known = f.known || name != ""
 		f.batch = f.batch || name == featureBatch
 		f.retry = f.retry || name == featureRetry
 	}
@@ -45,8 +45,8 @@ const orderHeader = "Sse-Gateway-Request"
 
 // requestOrder is the place of a request among those of a gateway's run. The zero value is for not known.
 type requestOrder struct {
-	gateway unique.Handle[string]
-	n       uint64
+	run unique.Handle[string]
+	n   uint64
 }
 
 func parseOrder(header string) requestOrder {
@@ -60,7 +60,7 @@ func parseOrder(header string) requestOrder {
 
 // before reports whether the request is known to be older than other.
 func (o requestOrder) before(other requestOrder) bool {
-	return o.gateway != unique.Handle[string]{} && o.gateway == other.gateway && o.n < other.n
+	return o.run != unique.Handle[string]{} && o.run == other.run && o.n < other.n
 }
 
 // event is one message to a browser. An empty ID or Name is left out.
@@ -100,7 +100,7 @@ const (
 // encodeSends returns the body of POST /internal/send: one object, or as many lines as there are events.
 func encodeSends(token string, events []event, end bool) []byte {
 	if len(events) == 0 {
-		return encodeSend(nil, token, nil, end)
+		return appendSend(nil, token, nil, end)
 	}
 	size := 0
 	for _, e := range events {
@@ -111,13 +111,13 @@ func encodeSends(token string, events []event, end bool) []byte {
 		if i > 0 {
 			b = append(b, '\n')
 		}
-		b = encodeSend(b, token, &events[i], end)
+		b = appendSend(b, token, &events[i], end)
 	}
 	return b
 }
 
 // encodeSend appends the object for one event, or for none.
-func encodeSend(b []byte, token string, e *event, end bool) []byte {
+func appendSend(b []byte, token string, e *event, end bool) []byte {
 	b = append(b, `{"token":`...)
 	b = appendString(b, token)
 	if e != nil {
