@@ -144,19 +144,22 @@ func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
 	}
 	var e eventFields
 	var end, beat []byte
-	var errs [3]error
+	err := pick(body, e.field(), member{"close", &end, nil}, member{"heartbeat", &beat, nil})
 	if len(body) > maxAnswer {
-		errs[0] = errBodyTooLarge
-	} else if errs[0] = pick(body, e.field(), member{"close", &end, nil}, member{"heartbeat", &beat, nil}); errs[0] == nil {
-		a.event, errs[0] = e.parse()
-		a.end, errs[1] = parseBool(end)
+		err = errBodyTooLarge
+	}
+	if err == nil {
+		var eventErr, endErr error
+		a.event, eventErr = e.parse()
+		a.end, endErr = parseBool(end)
 		a.beatEvent = byteAt(beat, 0) == '"' && isString(beat, "event")
 		if beat != nil && !a.beatEvent {
-			errs[2] = errFieldType
+			err = errFieldType
 		}
+		err = errors.Join(eventErr, endErr, err)
 	}
-	if err := errors.Join(errs[:]...); err != nil {
-		g.log.Warn("ignoring what is odd in the callback's answer", "err", err)
+	if err != nil {
+		g.log.Warn("ignoring a part of the callback's answer", "err", err)
 	}
 	return a
 }

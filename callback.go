@@ -31,7 +31,7 @@ type callbackHandler struct {
 	secret  secret // "" lets everybody in
 	tasks   streamService
 	version streamService
-	pages   *PageService
+	pages   streamService
 	conns   *ConnectionManager
 	heard   func(features) // what the gateway says it can do
 	log     *slog.Logger
@@ -92,7 +92,13 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 		return a, errClosing
 	}
 	t, plain := parseTarget(c.url)
-	request := connectRequest{token: c.token, lastEventID: cmp.Or(c.lastEventID, lastValue(t.query["lastEventId"])), order: order, probes: can.known}
+	request := connectRequest{
+		token:       c.token,
+		lastEventID: cmp.Or(c.lastEventID, lastValue(t.query["lastEventId"])),
+		taskIDs:     t.query["task_id"],
+		order:       order,
+		probes:      can.known,
+	}
 	service, name, key := h.route(t)
 	switch {
 	case !plain || service == nil:
@@ -106,19 +112,16 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 		return a, badRequest("duplicate_field", "task_id stands twice in the URL")
 	}
 	id := lastValue(t.query[key])
-	a.Event, a.Close, err = service.OnConnect(id, request)
-	for tries := 3; err == errAskFirst; tries-- { // again if there is a new connection by then
-		if tries == 0 || !h.conns.Ask(name+":"+id, &request) {
+	err = errAskFirst
+	for tries := 0; err == errAskFirst; tries++ { // again if there is another connection after it was asked
+		if tries > 0 && (tries > 3 || !h.conns.Ask(name+":"+id, &request)) {
 			return a, errGatewayGone
 		}
 		a.Event, a.Close, err = service.OnConnect(id, request)
 	}
 	if err == errBadID {
-		bad := func(id string) bool { _, err := newIdentifier(name, id); return err != nil }
-		if i := slices.IndexFunc(t.query["task_id"], bad); i >= 0 && !bad(id) {
-			id = t.query["task_id"][i] // of a page
-		}
-		h.badIDs.log(h.log, slog.LevelWarn, "refusing a stream with a bad ID", "id", strconv.Quote(id[:min(len(id), 2*maxID)]))
+		ids := strings.Join(slices.Concat(t.query["request_id"], request.taskIDs), " ")
+		h.badIDs.log(h.log, slog.LevelWarn, "refusing a stream with a bad ID", "id", strconv.Quote(ids[:min(len(ids), 4*maxID)]))
 	}
 	if !can.retry {
 		a.Event.Retry = 0
@@ -138,7 +141,7 @@ func (h *callbackHandler) route(t streamTarget) (s streamService, name, key stri
 	case underPath(t.path, "/api/sse/utils/version"):
 		return h.version, serviceVersion, "request_id"
 	case underPath(t.path, "/api/sse/stream"):
-		return pageStream{h.pages, t.query["task_id"]}, servicePage, "request_id"
+		return h.pages, servicePage, "request_id"
 	}
 	return nil, "", ""
 }

@@ -23,6 +23,7 @@ type sender interface {
 type connectRequest struct {
 	token       string
 	lastEventID string
+	taskIDs     []string // of a page stream
 	order       requestOrder
 	probes      bool   // the gateway says whether it knows a token, also before the stream is open
 	replaces    string // the token that it may replace, since the gateway was asked

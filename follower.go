@@ -203,16 +203,18 @@ func (f *follower) deliver() {
 		cursors := f.cursors
 		f.mu.Unlock()
 		c, run, reason := f.next(cursors, most)
-		end := reason != "" && !f.closed && !f.page
-		if len(run) == 0 && !end {
+		var events []event
+		end := false
+		switch {
+		case len(run) > 0:
+			events = f.events(cursors, c, run)
+		case reason != "" && !f.closed:
+			events, end = []event{closeEvent(reason)}, true
+		default:
 			if !f.awaitOpen() && f.rest(cursors) {
 				return
 			}
 			continue
-		}
-		events := f.events(cursors, c, run)
-		if end {
-			events = []event{closeEvent(reason)}
 		}
 		began := time.Now()
 		r := f.conns.Send(f.identifier, f.token, events, end)
@@ -227,22 +229,26 @@ func (f *follower) deliver() {
 // next returns the next run, or the reason of the end if there is none. The cursors take turns, but what has no ID goes
 // first: that a task is not known must not come after its events.
 func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, reason string) {
+	if !f.page {
+		run, reason = cursors[0].take(most)
+		return cursors[0], run, reason
+	}
 	for _, c = range cursors {
 		if c.log.epoch != "" {
 			continue
 		}
-		if run, reason = c.take(most); len(run) > 0 {
-			return c, run, reason
+		if run, _ = c.take(most); len(run) > 0 {
+			return c, run, ""
 		}
 	}
 	for range cursors {
 		c = cursors[int(f.turn)%len(cursors)]
 		f.turn++
-		if run, reason = c.take(most); len(run) > 0 {
+		if run, _ = c.take(most); len(run) > 0 {
 			break
 		}
 	}
-	return c, run, reason
+	return c, run, ""
 }
 
 func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
@@ -321,19 +327,14 @@ func (f *follower) awaitOpen() bool {
 	if !waiting {
 		return false
 	}
-	tries := int(openLimit / openPause)
-	if !f.probes { // it would write an empty event
-		for range tries {
-			if f.state.CompareAndSwap(workingAgain, working) {
-				return true // the answer to what is new tells, too
-			}
-			time.Sleep(openPause)
-		}
-		tries = 1
-	}
 	r := sendResult{buffered: true}
-	for ; tries > 0; tries-- {
-		if r = f.conns.Probe(f.identifier, f.token); r.err != nil || !r.buffered {
+	for tries := int(openLimit / openPause); tries >= 0 && f.conns.current(f.identifier, f.token) != nil; tries-- {
+		if f.probes || tries == 0 { // a gateway of another make writes an empty event for each probe
+			r = f.conns.Probe(f.identifier, f.token)
+		} else if f.state.CompareAndSwap(workingAgain, working) {
+			return true // the answer to what is new tells, too
+		}
+		if r.err != nil || !r.buffered {
 			break
 		}
 		time.Sleep(openPause)

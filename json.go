@@ -99,6 +99,15 @@ func (o object) str(name string) (value string, ok bool, err error) {
 	return value, err == nil, err
 }
 
+// required returns a string member that must be there and not be empty.
+func (o object) required(name string) (string, error) {
+	value, _, err := o.str(name)
+	if err == nil && value == "" {
+		err = errMissingField
+	}
+	return value, err
+}
+
 // memberFunc is called for the members of an object in their order. It returns what skipValue does for the value, which
 // begins at i.
 type memberFunc func(name []byte, i int) (end int)
@@ -389,13 +398,4 @@ func appendString(b []byte, s string) []byte {
 	}
 	b = append(b, s[done:]...)
 	return append(b, '"')
-}
-
-// required returns a string member that must be there and not be empty.
-func (o object) required(name string) (string, error) {
-	value, _, err := o.str(name)
-	if err == nil && value == "" {
-		err = errMissingField
-	}
-	return value, err
 }

@@ -97,34 +97,20 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		log.Error("listening", "err", err)
 		return 1
 	}
-	var internal []*server
+	var g *gateway
+	work, stop := b.work, b.stop
+	if cfg.GatewayURL == "" {
+		g = b.embedGateway()
+		work = func(ctx context.Context) { g.work(ctx); b.work(ctx) }
+		stop = func(ctx context.Context) { b.stop(ctx); g.shutdown(ctx) }
+	} else {
+		b.gateway.reset(ctx, cfg.CallbackSecret, log) // the first try comes before there are streams of its own
+	}
+	servers := []*server{newServer(log, reg, b.routes(g), listeners[0])}
 	if len(listeners) > 1 {
-		internal = append(internal, newServer(log, reg, internalRoutes(nil, reg), listeners[1]))
+		servers = append(servers, newServer(log, reg, internalRoutes(nil, reg), listeners[1]))
 	}
-	if cfg.GatewayURL != "" {
-		b.gateway.reset(ctx, cfg.CallbackSecret, log) // at first before it has streams of its own
-		servers := append([]*server{newServer(log, reg, b.routes(nil), listeners[0])}, internal...)
-		return serve(ctx, log, servers, b.work, b.stop, b.journal.failed())
-	}
-
-	// The embedded gateway is the same as the other one. The two call each other instead of posting.
-	if cfg.CallbackSecret == "" {
-		cfg.CallbackSecret = secret(rand.Text())
-	}
-	cfg.Gateway.CallbackURL = "http://backend/api/sse/callback?secret=" + secret(url.QueryEscape(string(cfg.CallbackSecret)))
-	b.callback.secret = cfg.CallbackSecret
-	g := newGateway(cfg.Gateway, log, newGatewayMetrics(reg))
-	g.gauges(reg)
-	b.conns.gateway, g.transport = directSender{g}, inProcess{handler(b.callback.serve)}
-	servers := append([]*server{newServer(log, reg, b.routes(g), listeners[0])}, internal...)
-	work := func(ctx context.Context) {
-		g.work(ctx)
-		b.work(ctx)
-	}
-	return serve(ctx, log, servers, work, func(ctx context.Context) {
-		b.stop(ctx)
-		g.shutdown(ctx)
-	}, b.journal.failed())
+	return serve(ctx, log, servers, work, stop, b.journal.failed())
 }
 
 func runGateway(ctx context.Context, getenv func(string) string, stderr io.Writer, environ []string) int {
@@ -305,6 +291,19 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 	statuses := []string{string(taskPending), string(taskRunning), string(taskCompleted), string(taskFailed), string(taskCancelled)}
 	reg.gauge("tasks", "Tasks that are known.", b.tasks.Counts, label{"status", statuses})
 	return b
+}
+
+// embedGateway makes the gateway that runs in this process. It is the same as one that runs alone, but the two call each
+// other instead of posting.
+func (b *backend) embedGateway() *gateway {
+	if b.callback.secret == "" {
+		b.callback.secret = secret(rand.Text())
+	}
+	b.cfg.Gateway.CallbackURL = "http://backend/api/sse/callback?secret=" + secret(url.QueryEscape(string(b.callback.secret)))
+	g := newGateway(b.cfg.Gateway, b.log, newGatewayMetrics(b.reg))
+	g.gauges(b.reg)
+	b.conns.gateway, g.transport = directSender{g}, inProcess{handler(b.callback.serve)}
+	return g
 }
 
 // openJournal restores what DATA_DIR has, and keeps there what happens from now on.

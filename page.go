@@ -17,20 +17,14 @@ type PageService struct {
 
 var errTooManyTasks = badRequest("too_many_tasks", "a page stream follows at most 50 tasks")
 
-// pageStream is a page stream that is asked for: the service for one set of tasks.
-type pageStream struct {
-	*PageService
-	taskIDs []string
-}
-
 // OnConnect lets a stream follow the versions for a request_id, and tasks. Of a task that is not known the page is told
 // so; its events follow if it is made while the page is connected.
-func (p pageStream) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
+func (p *PageService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
 	identifier, err := newIdentifier(servicePage, id)
 	if err != nil {
 		return event{}, false, err
 	}
-	taskIDs := slices.Compact(slices.Sorted(slices.Values(p.taskIDs)))
+	taskIDs := slices.Compact(slices.Sorted(slices.Values(c.taskIDs)))
 	for _, taskID := range taskIDs {
 		if _, err := newIdentifier(serviceTask, taskID); err != nil {
 			return event{}, false, err

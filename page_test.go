@@ -166,8 +166,8 @@ func TestPageIsToldOfUnknownTasksFirst(t *testing.T) {
 		gateway := &steppedGateway{}
 		defer gateway.close()
 		api.conns.gateway = gateway
-		page := pageStream{&PageService{api.conns, api.tasks, api.version}, []string{"x", "y"}}
-		if _, _, err := page.OnConnect("r", connectRequest{token: "p"}); err != nil {
+		page := &PageService{api.conns, api.tasks, api.version}
+		if _, _, err := page.OnConnect("r", connectRequest{token: "p", taskIDs: []string{"x", "y"}}); err != nil {
 			t.Fatal(err)
 		}
 		api.settle()

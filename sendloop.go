@@ -122,10 +122,14 @@ func parsePlainSend(buf []byte) (mediaType string, head, size int, plain bool) {
 	if n := min(len(buf), len(plainSend)); string(buf[:n]) != plainSend[:n] {
 		return "", 0, 0, false
 	}
-	head = bytes.Index(buf, []byte("\r\n\r\n")) + 4
-	if head <= len(plainSend) {
-		return "", 0, 0, head < 4 && len(buf) <= maxHeader
+	head = bytes.Index(buf, []byte("\r\n\r\n"))
+	switch {
+	case head < 0: // it is not complete
+		return "", 0, 0, len(buf) <= maxHeader
+	case head < len(plainSend): // it has no headers
+		return "", 0, 0, false
 	}
+	head += len("\r\n\r\n")
 	length, hosts := -1, 0
 	for rest := buf[len(plainSend) : head-2]; len(rest) > 0; {
 		line, after, _ := bytes.Cut(rest, []byte("\r\n"))

@@ -256,7 +256,6 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 func (g *gateway) watch(s *stream) {
 	s.conn.Read(make([]byte, 1))
 	s.cut(clientClosed)
-	s.conn.Close()
 	g.ended(s)
 }
 

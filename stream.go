@@ -326,9 +326,6 @@ func (s *stream) cutLocked(reason string) {
 	if s.lifetime != nil {
 		s.lifetime.Stop()
 	}
-	if s.conn == nil {
-		return
-	}
 	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError && s.lacksLocked() {
 		tcp.SetLinger(0) // forget what the socket holds: megabytes that the client does not take
 	}
