@@ -328,8 +328,8 @@ func (f *follower) awaitOpen() bool {
 		return false
 	}
 	r := sendResult{buffered: true}
-	for tries := int(openLimit / openPause); tries >= 0 && f.conns.current(f.identifier, f.token) != nil; tries-- {
-		if f.probes || tries == 0 { // a gateway of another make writes an empty event for each probe
+	for tries := openLimit / openPause; tries > 0 && f.conns.current(f.identifier, f.token) != nil; tries-- {
+		if f.probes {
 			r = f.conns.Probe(f.identifier, f.token)
 		} else if f.state.CompareAndSwap(workingAgain, working) {
 			return true // the answer to what is new tells, too
@@ -338,6 +338,9 @@ func (f *follower) awaitOpen() bool {
 			break
 		}
 		time.Sleep(openPause)
+	}
+	if !f.probes { // it writes an empty event for each probe, and so is asked once, when the stream must be open
+		r = f.conns.Probe(f.identifier, f.token)
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -62,7 +62,7 @@ func TestGraph(t *testing.T) {
 	allowed := []string{
 		"ask.go refuse.go send.go sendloop.go sidecar.go",                        // gateway
 		"external.go kinds.go page.go restore.go taskapi.go tasks.go version.go", // TaskService; restore.go also makes versions again
-		"compact.go journal.go journalfile.go",                                    // journal
+		"compact.go journal.go journalfile.go",                                   // journal
 	}
 	reach := map[string]map[string]bool{}
 	var visit func(from, to string)
