@@ -36,13 +36,17 @@ func parseObject(text []byte) (object, error) {
 		}
 		return end
 	})
+	return o, objectError(valid, duplicate)
+}
+
+func objectError(valid, duplicate bool) error {
 	switch {
 	case !valid:
-		return nil, errNotJSON
+		return errNotJSON
 	case duplicate:
-		return nil, errDuplicate
+		return errDuplicate
 	}
-	return o, nil
+	return nil
 }
 
 // field is a member that pick looks for: where its value goes and, if that is an object, what is looked for in there.
@@ -58,13 +62,7 @@ func pick(text []byte, wanted ...member) error {
 	valid := scanObject(text, func(name []byte, i int) int {
 		return pickMember(text, name, i, 1, wanted, &duplicate)
 	})
-	switch {
-	case !valid:
-		return errNotJSON
-	case duplicate:
-		return errDuplicate
-	}
-	return nil
+	return objectError(valid, duplicate)
 }
 
 // pickMember is skipValue for a member's value, which it keeps if it is wanted.

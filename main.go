@@ -151,7 +151,11 @@ func (b *backend) routes(g *gateway) http.Handler {
 	mux.Handle("GET /metrics", b.reg)
 	mux.Handle("POST /api/sse/callback", handler(b.callback.serve))
 	mux.Handle("POST /api/tasks", b.protect(b.tasks.serveStart))
-	mux.Handle("GET /api/tasks", b.protectList(b.tasks.serveList))
+	list := handler(b.tasks.serveList)
+	if b.cfg.Production { // unlike a single task's ID, the list can be asked for by whoever knows nothing
+		list = b.protect(list)
+	}
+	mux.Handle("GET /api/tasks", list)
 	mux.Handle("GET /api/tasks/{task_id}/status", handler(b.tasks.serveStatus))
 	mux.HandleFunc("GET /api/tasks/{task_id}/events", b.tasks.serveEvents)
 	mux.Handle("POST /api/tasks/{task_id}/cancel", b.protect(b.tasks.serveCancel))
@@ -189,8 +193,7 @@ func (g *gateway) routes(reg *registry, internal bool) http.Handler {
 	mux.Handle("GET /healthz", handler(serveHealth))
 	mux.Handle("GET /readyz", handler(g.serveReady))
 	if internal {
-		mux.HandleFunc("POST /internal/send", g.serveSend)
-		mux.Handle("POST /internal/reset", handler(g.serveReset))
+		g.routeInternal(mux)
 		mux.Handle("GET /metrics", reg)
 	}
 	own := jsonErrors(mux)
@@ -208,13 +211,17 @@ func (g *gateway) routes(reg *registry, internal bool) http.Handler {
 func internalRoutes(g *gateway, reg *registry) http.Handler {
 	mux := http.NewServeMux()
 	if g != nil {
-		mux.HandleFunc("POST /internal/send", g.serveSend)
-		mux.Handle("POST /internal/reset", handler(g.serveReset))
+		g.routeInternal(mux)
 	}
 	mux.Handle("GET /metrics", reg)
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	return jsonErrors(mux)
+}
+
+func (g *gateway) routeInternal(mux *http.ServeMux) {
+	mux.HandleFunc("POST /internal/send", g.serveSend)
+	mux.Handle("POST /internal/reset", handler(g.serveReset))
 }
 
 func serveHealth(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
@@ -369,15 +376,6 @@ func (b *backend) protect(h handler) handler {
 		}
 		return h(w, r)
 	}
-}
-
-// protectList protects the list of all tasks in production: unlike a single task's ID it can be asked for without
-// knowing anything.
-func (b *backend) protectList(h handler) handler {
-	if b.cfg.Production {
-		return b.protect(h)
-	}
-	return h
 }
 
 // healthcheck asks the readiness of the sidecast on this machine.

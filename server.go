@@ -107,51 +107,31 @@ func uncounted(w http.ResponseWriter) http.ResponseWriter {
 	return w
 }
 
-// throttle keeps lines that say the same from filling the log: the first one is written at once, and what comes within
-// an interval after a line as one line at its end, with how many there were. The zero value has no interval and is of
-// no use.
+// throttle limits similar lines of the log to one in each interval. Those that are left out are counted by the next one.
+// The interval must be set.
 type throttle struct {
 	interval time.Duration
 
-	mu      sync.Mutex // guards the rest
-	running bool       // an interval, which ends in flush
-	count   int        // lines held back in it
-	last    func(count int)
+	mu    sync.Mutex // guards the rest
+	count int        // lines since the last one that was written
+	next  time.Time  // when one may be written again
 }
 
-// log writes a line, or holds it back.
 func (t *throttle) log(log *slog.Logger, level slog.Level, msg string, args ...any) {
-	write := func(count int) {
+	now := time.Now()
+	t.mu.Lock()
+	t.count++
+	count, due := t.count, !now.Before(t.next)
+	if due {
+		t.count, t.next = 0, now.Add(t.interval)
+	}
+	t.mu.Unlock()
+	if due {
 		log.Log(context.Background(), level, msg, append(args, "count", count)...)
 	}
-	t.mu.Lock()
-	if t.running {
-		t.count++
-		t.last = write
-		t.mu.Unlock()
-		return
-	}
-	t.running = true
-	time.AfterFunc(t.interval, t.flush)
-	t.mu.Unlock()
-	write(1)
 }
 
-// flush ends an interval, and begins the next if a line came in it.
-func (t *throttle) flush() {
-	t.mu.Lock()
-	count, write := t.count, t.last
-	t.count, t.last, t.running = 0, nil, count > 0
-	if t.running {
-		time.AfterFunc(t.interval, t.flush)
-	}
-	t.mu.Unlock()
-	if count > 0 {
-		write(count)
-	}
-}
-
-// errorLog takes the lines of an http.Server: without file descriptors it has one for each connection that it cannot
+// errorLog takes the lines of an http.Server: when file descriptors run short it has many for connections that it cannot
 // accept.
 type errorLog struct {
 	log      *slog.Logger

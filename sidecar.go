@@ -283,21 +283,15 @@ func (g *gateway) work(ctx context.Context) {
 
 // walk visits every stream once an interval, one shard after the other, until ctx ends. It calls done after each round.
 func (g *gateway) walk(ctx context.Context, interval time.Duration, visit func(*stream), done func()) {
-	ticker := time.NewTicker(interval / time.Duration(len(g.shards)))
-	defer ticker.Stop()
-	for {
-		for i := range g.shards {
-			select {
-			case <-ctx.Done():
-				return
-			case <-ticker.C:
-			}
-			for _, s := range g.shards[i].all() {
-				visit(s)
-			}
+	i := 0
+	every(ctx, interval/time.Duration(len(g.shards)), func() {
+		for _, s := range g.shards[i].all() {
+			visit(s)
 		}
-		done()
-	}
+		if i = (i + 1) % len(g.shards); i == 0 {
+			done()
+		}
+	})
 }
 
 func (sh *shard) all() []*stream {
