@@ -1,4 +1,5 @@
-// The kinds of task that come with the program; add yours here. How a task is run and followed is in tasks.go.
+// The kinds of task that come with the program (add yours here), and what the work of a task may use. How a task is run
+// is in tasks.go.
 
 package main
 
@@ -13,14 +14,14 @@ import (
 )
 
 // taskFunc is the work of a task. It returns the result, which must have a JSON form, or an error whose text the
-// browser sees. It should return soon after ctx ends: its worker is busy until then. A panic fails the task.
+// browser sees. It should return soon after ctx ends, as its worker is busy until then. A panic fails the task.
 type taskFunc func(ctx context.Context, p *reporter) (result any, err error)
 
-// taskKind makes the work of a task from its params, which are a JSON object (perhaps empty). Its error is the client's
-// fault, who sees its text.
+// taskKind makes the work of a task from its params, a JSON object that may be empty. An error is the client's fault,
+// and its text is sent to it.
 type taskKind func(params object) (taskFunc, error)
 
-// taskKinds are the kinds of task that run in this process. To add one, write a taskKind and name it here.
+// taskKinds returns the kinds of task that run in this process. To add one, write a taskKind and name it here.
 func taskKinds() map[string]taskKind {
 	return map[string]taskKind{
 		"demo":    demoTask,
@@ -76,7 +77,7 @@ func failingTask(params object) (taskFunc, error) {
 	}, nil
 }
 
-// number returns a number among the params, or what it is by default.
+// numberParam returns params[name], which must be from low to high, or byDefault if there is none.
 func numberParam(params object, name string, byDefault, low, high float64) (float64, error) {
 	raw, ok := params[name]
 	if !ok {
@@ -89,7 +90,7 @@ func numberParam(params object, name string, byDefault, low, high float64) (floa
 	return value, nil
 }
 
-// text returns a string among the params, or what it is by default.
+// textParam returns params[name], or byDefault if there is none.
 func textParam(params object, name, byDefault string) (string, error) {
 	value, ok, err := params.str(name)
 	switch {
@@ -113,7 +114,7 @@ func encodeResult(result any) (string, error) {
 	return compactResult(encoded)
 }
 
-// compactResult returns a result as it is in the events: without white space, and null if there is none.
+// compactResult returns a result as events carry it: without white space, and null if there is none.
 func compactResult(encoded json.RawMessage) (string, error) {
 	result := string(marshal(encoded))
 	if len(result) > maxTaskResult {
@@ -122,21 +123,22 @@ func compactResult(encoded json.RawMessage) (string, error) {
 	return result, nil
 }
 
-// progress is how the work of a task reports on itself. It may be used by several goroutines.
+// reporter is how the work of a task reports its progress. Several goroutines may use it.
 type reporter struct {
 	s *TaskService
 	t *task
 }
 
-// Report tells the followers how far the task is: value from 0 to 1, never less than before, and a text of at most 8
-// KiB, beyond which it is cut. After the end of the task it does nothing.
+// Report tells the followers how far the task is: value from 0 to 1, never falling, and a text, which is cut to 8 KiB.
+// After the end of the task it does nothing. While the journal has no room the report is dropped, and counted.
 func (p *reporter) Report(text string, value float64) {
 	p.s.mu.Lock()
 	defer p.s.mu.Unlock()
 	switch {
+	case p.t.status.finished():
 	case p.s.journal.full():
 		p.s.policy.dropped.Inc()
-	case !p.t.status.finished():
+	default:
 		text = truncate(text)
 		p.s.reportLocked(p.t, report{text: &text, value: &value})
 	}

@@ -1,5 +1,5 @@
-// TaskService: workers and the life cycle of a task. Tokens are not known here; follower.go delivers the events,
-// taskapi.go speaks HTTP, kinds.go has the work, and external.go is for tasks that are worked on elsewhere.
+// TaskService: workers and the life cycle of a task. It knows no tokens: follower.go delivers the events. taskapi.go
+// speaks HTTP, kinds.go has the work, and external.go is for tasks that are worked on elsewhere.
 
 package main
 
@@ -19,19 +19,19 @@ import (
 
 const (
 	maxTaskBody  = 256 << 10 // bytes of a request body
-	maxFailBody  = 4 << 20   // bytes of one that tells of a failure
+	maxFailBody  = 4 << 20   // bytes of the body of /fail, whose text is cut, not refused
 	maxTaskText  = 8 << 10   // bytes of a progress text, a title or an error
 	maxTaskList  = 100       // tasks in a list
 	maxHistory   = 1000      // events in an answer
 	maxExternal  = 10000     // external tasks that have not ended
-	taskOverhead = 800       // bytes that a task takes without its texts and events
+	taskOverhead = 800       // bytes that a task takes besides its texts and events
 
-	// maxTaskResult is how many bytes an encoded result has at most. With the rest of its event it stays below
+	// maxTaskResult is the most bytes that an encoded result may have. The rest of its event keeps it below
 	// maxEventData: see TestEventsFitOneLine.
 	maxTaskResult = 63000
 )
 
-// taskStatus is where a task is in its life: pending, running, then one of the others for good.
+// taskStatus is where a task is in its life: pending, then running, then one of the others for good.
 type taskStatus string
 
 const (
@@ -48,7 +48,7 @@ func (s taskStatus) finished() bool { return s != taskPending && s != taskRunnin
 type taskConfig struct {
 	workers    int           // tasks that run at once
 	queueLimit int           // tasks that wait for a worker
-	timeout    time.Duration // a task that runs for longer fails
+	timeout    time.Duration // how long a task may run, or an external one be silent
 	remember   time.Duration // how long a finished task is kept
 	eventLimit int           // events kept for each task
 	memory     int           // bytes that all tasks may hold
@@ -65,24 +65,24 @@ type TaskService struct {
 	journal *journal
 	kinds   map[string]taskKind
 	policy  *logPolicy // of the logs of tasks
-	unknown *logPolicy // of streams for tasks that are not known
+	unknown *logPolicy // of streams for unknown tasks
 
-	mu       sync.Mutex // guards the rest and the mutable part of each task
+	mu       sync.Mutex // guards the rest, and what changes in a task
 	tasks    map[string]*task
 	queue    []*task                // pending, oldest first, at most cfg.queueLimit
-	finished list.List              // of *task, in the order of their ends
-	memory   budget                 // of the tasks; see emitLocked for what happens beyond it
+	finished list.List              // of *task, in the order in which they ended
+	memory   budget                 // of all tasks; see emitLocked for what happens beyond it
 	running  int                    // busy workers
 	outside  int                    // external tasks that have not ended, at most maxExternal
 	created  uint64                 // tasks ever made
-	watched  map[string][]*follower // pages that follow a task that is not known, by its ID
-	closing  bool                   // no new tasks
+	watched  map[string][]*follower // pages that follow an unknown task, by its ID
+	closing  bool                   // takes no new tasks
 
 	life    context.Context // ends with Close
 	endLife context.CancelFunc
 }
 
-// task is one task. Its terminal event is in its log if and only if its status is a finished one.
+// task is one task. Its status is a finished one if and only if its log has its terminal event.
 type task struct {
 	id     string
 	kind   string
@@ -91,34 +91,34 @@ type task struct {
 	events *eventLog
 
 	taskState
-	shown      atomic.Pointer[taskState] // what is on disk of it; nil if not even the task is
-	lastStored *commit                   // has the last change
-	work       taskFunc                  // until it runs; nil: external
-	params     string                    // of work, in JSON; "" when the task has finished
+	shown      atomic.Pointer[taskState] // what is on disk of it; nil if nothing is
+	lastStored *commit                   // the commit with the last change
+	work       taskFunc                  // until it runs; nil for an external task
+	params     string                    // of work, in JSON; "" once the task has finished
 	seq        uint64                    // of the last report that had one
-	lastEvent  uint64                    // number of the last event
-	worker     context.Context           // ends with an external task that is reported on by a long body; or nil
+	lastEvent  uint64                    // number of the last event in the log
+	worker     context.Context           // of an external task with a long body of reports: ends with the task
 	cancel     context.CancelFunc        // of work's context, or of worker; or nil
-	lastReport time.Time                 // start, or the last report from outside
-	deadline   *time.Timer               // fails the task, later forgets it; nil while it is pending
+	lastReport time.Time                 // of an external task; at first its start
+	deadline   *time.Timer               // fails the task, and later forgets it; nil while it is pending
 	place      *list.Element             // among the finished ones
 	held       int                       // bytes, as counted in the service's memory
 }
 
-// taskState is what changes in a task that the API shows.
+// taskState is the part of a task that changes and that the API shows.
 type taskState struct {
 	status   taskStatus
-	progress *taskProgress // nil before the first report; not changed, but replaced
+	progress *taskProgress // nil before the first report; replaced, never changed
 	start    time.Time     // zero before it runs
 	end      time.Time     // zero before it finished
-	result   string        // JSON, a part of the terminal event; "" unless completed
+	result   string        // JSON, part of the terminal event; "" unless completed
 	err      string
 }
 
-// taskProgress is how far a task is, as events and the API show it.
+// taskProgress is how far a task is, in events and in the API.
 type taskProgress struct {
 	Text  string  `json:"text"`
-	Value float64 `json:"value"` // from 0 to 1, never less than before
+	Value float64 `json:"value"` // from 0 to 1, never falling
 }
 
 var (
@@ -158,8 +158,8 @@ func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, 
 	}
 }
 
-// OnConnect lets a stream follow a task. Somebody who asks for a task that is not known is told so on the stream, which
-// then ends.
+// OnConnect makes a stream follow the task with this ID. For an unknown task the stream carries one error event and
+// ends.
 func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
 	identifier, err := newIdentifier(serviceTask, id)
 	if err != nil {
@@ -174,8 +174,8 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 	return follow(s.conns, identifier, c, log)
 }
 
-// Start makes a task. One that runs here starts as soon as a worker is free; an external one has started. An external
-// task whose task_id names one that was made the same way is that one, and known is true.
+// Start makes a task of the given kind. It waits for a worker; an external one has started. If an external task with
+// the same task_id and title is running already, Start returns that one, and known is true.
 func (s *TaskService) Start(kind string, params object) (t *task, known bool, err error) {
 	if kind == externalTask {
 		return s.startExternal(params)
@@ -206,8 +206,8 @@ func (s *TaskService) makeWork(kind string, params object) (taskFunc, error) {
 	return kindOf(params)
 }
 
-// storeLocked writes a record about t, which is shown as it is now when that is on disk. Without a journal there is no
-// need for the record.
+// storeLocked writes a record about t to the journal. Once it is on disk, the API shows t as it is now, and its events
+// so far are published. Without a journal encode is not called.
 func (s *TaskService) storeLocked(t *task, encode func() []byte) {
 	var record []byte
 	if s.journal != nil {
@@ -258,8 +258,8 @@ func (t *task) size() int {
 	return n
 }
 
-// makeRoomLocked forgets the tasks that finished first until there is room for n bytes more. It reports whether there
-// is.
+// makeRoomLocked forgets finished tasks, the first to finish first, until there is room for n bytes more. It reports
+// whether there is.
 func (s *TaskService) makeRoomLocked(n int) bool {
 	for !s.memory.fits(n) && s.finished.Len() > 0 {
 		s.forgetLocked(s.finished.Front().Value.(*task))
@@ -277,22 +277,23 @@ func (s *TaskService) dispatchLocked() {
 		t.cancel = cancel
 		s.startLocked(t, "timed out")
 		go s.run(ctx, t, t.work)
-		t.work = nil // the goroutine has it for as long as it needs it
+		t.work = nil // run has it for as long as it needs it
 	}
 }
 
-// runLocked makes t a running task.
+// startLocked makes t a running task. See watchLocked for late.
 func (s *TaskService) startLocked(t *task, late string) {
 	t.status, t.start = taskRunning, time.Now()
 	s.watchLocked(t, late)
 	s.emitLocked(t, "task_started", t.start, nil, true)
 }
 
-// watchLocked fails t with the text late when nothing is seen of it for the timeout.
+// watchLocked fails t with the text late once the timeout has passed since t.lastReport. Reports of a task that runs in
+// this process do not count.
 func (s *TaskService) watchLocked(t *task, late string) {
 	t.lastReport = time.Now()
 	t.deadline = s.afterwards(t, s.cfg.timeout, func(t *task) {
-		if time.Since(t.lastReport) >= s.cfg.timeout { // not if a report came while this waited
+		if time.Since(t.lastReport) >= s.cfg.timeout { // not if a report came while this waited for mu
 			s.finishLocked(t, taskFailed, late)
 		}
 	})
@@ -305,14 +306,14 @@ func (s *TaskService) task(id string) *task {
 	return s.tasks[id]
 }
 
-// afterwards calls f under mu when a time has passed, unless t is forgotten by then. The timer does not hold t: a
-// stopped one may stay in memory for long.
+// afterwards calls f with mu held after d, unless t has been forgotten by then. The timer refers to t by its ID: the
+// runtime may keep a stopped timer, and what it holds, for long.
 func (s *TaskService) afterwards(t *task, d time.Duration, f func(*task)) *time.Timer {
 	id, number := t.id, t.number
 	return time.AfterFunc(d, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if t := s.tasks[id]; t != nil && t.number == number { // and not its successor
+		if t := s.tasks[id]; t != nil && t.number == number { // not its successor
 			f(t)
 		}
 	})
@@ -343,6 +344,7 @@ func (s *TaskService) run(ctx context.Context, t *task, work taskFunc) {
 	}
 }
 
+// reportLocked changes the progress of t, and tells its followers. A value that falls is ignored.
 func (s *TaskService) reportLocked(t *task, r report) {
 	var p taskProgress
 	if t.progress != nil {
@@ -351,7 +353,7 @@ func (s *TaskService) reportLocked(t *task, r report) {
 	if r.text != nil {
 		p.Text = *r.text
 	}
-	if r.value != nil && *r.value > p.Value { // which NaN is not
+	if r.value != nil && *r.value > p.Value { // false for NaN
 		p.Value = min(*r.value, 1)
 	}
 	t.progress = &p
@@ -366,8 +368,8 @@ type taskEvent[T any] struct {
 	Data      T         `json:"data"`
 }
 
-// emitLocked appends an event about the state of the task. Beyond the limit of memory it makes room: by the tasks that
-// finished first, and when there are none, by the task's own progress, of which the last stays.
+// emitLocked appends an event to the log of t and stores it with the state of t. If the tasks then hold more than they
+// may, it forgets finished ones; if that is not enough, it drops t's own progress, all but the last.
 func (s *TaskService) emitLocked(t *task, eventType string, at time.Time, data any, keep bool) {
 	told := string(marshal(taskEvent[any]{eventType, t.id, at.UTC(), data}))
 	t.result = told[len(told)-len("}")-len(t.result) : len(told)-len("}")] // it ends the event: one copy is enough
@@ -379,8 +381,8 @@ func (s *TaskService) emitLocked(t *task, eventType string, at time.Time, data a
 	}
 }
 
-// finishLocked ends t, unless it has ended already: the first to end a task decides how. The outcome of a completed task
-// is its result in JSON, that of a failed one its error. finishLocked reports whether it ended t.
+// finishLocked ends t, unless it has ended already: the first to end a task decides how. The outcome is the result in
+// JSON of a completed task, and the error of a failed one. finishLocked reports whether it ended t.
 func (s *TaskService) finishLocked(t *task, status taskStatus, outcome string) bool {
 	if t.status.finished() {
 		return false
@@ -400,7 +402,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, outcome string) b
 	case taskFailed:
 		t.err = outcome
 		data = map[string]string{"error": outcome}
-		s.conns.spawn(func() { // writing a log may block: not under mu
+		s.conns.spawn(func() { // writing to the log may block: not under mu
 			s.log.Info("task failed", "task_id", t.id, "type", t.kind, "err", outcome)
 		})
 	}
@@ -418,7 +420,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, outcome string) b
 	if !t.start.IsZero() {
 		seconds = t.end.Sub(t.start).Seconds()
 	}
-	if t.kind == externalTask || s.kinds[t.kind] != nil { // not of a kind that an earlier build had
+	if t.kind == externalTask || s.kinds[t.kind] != nil { // not if it was of a kind that only an earlier build had
 		s.met.tasks.with(t.kind, string(status)).Inc()
 		s.met.taskSeconds.with(t.kind).observe(seconds)
 	}
@@ -427,8 +429,8 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, outcome string) b
 	return true
 }
 
-// Cancel ends a task that has not ended. Its work is told by its context; an external worker by the answer to its next
-// report.
+// Cancel ends a task that has not ended. Its work learns it from its context, an external worker from the answer to its
+// next report.
 func (s *TaskService) Cancel(id string) error {
 	s.mu.Lock()
 	t := s.tasks[id]
@@ -468,15 +470,15 @@ func (s *TaskService) forgetLocked(t *task) {
 	s.finished.Remove(t.place)
 	s.memory.count(&t.held, 0)
 	t.deadline.Stop()
-	t.events.Leave() // to pages, which may stay for long
+	t.events.Leave() // pages may follow it for long yet
 }
 
-// Close takes no more tasks and fails those that have not ended. With a journal only those that run here: the others go
-// on when it is read again.
+// Close refuses new tasks and fails those that have not ended. With a journal it fails only those that run in this
+// process: the next start continues the others. It returns when all that is on disk, or cannot be.
 func (s *TaskService) Close() {
 	s.mu.Lock()
 	s.closing = true
-	s.queue = nil // at once, not one by one
+	s.queue = nil // all at once, not one by one
 	for _, t := range s.tasks {
 		if s.journal == nil || t.status == taskRunning && t.kind != externalTask {
 			s.finishLocked(t, taskFailed, "server is shutting down")
