@@ -1,5 +1,5 @@
-// External tasks, which are worked on elsewhere and reported over HTTP: how they begin, their reports, and the handlers
-// of these. What happens to a task is in tasks.go.
+// External tasks, whose work is done elsewhere and reported over HTTP: how they begin, their reports, and the handlers
+// for these. What happens to a task is in tasks.go.
 
 package main
 
@@ -16,11 +16,11 @@ import (
 	"time"
 )
 
-// externalTask is the kind of task that is worked on elsewhere and reported over HTTP.
+// externalTask is the kind of task whose work is done elsewhere and reported over HTTP.
 const externalTask = "external"
 
-// plainChars are those that a chosen task_id may have: what stands in the path of a URL as it is, so that whoever looks
-// at that path sees the same task.
+// plainChars are the characters that a chosen task_id may have: those that need no escape in the path of a URL, so that
+// every proxy sees the same path.
 const plainChars = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+,;=@"
 
 var (
@@ -73,11 +73,11 @@ func (s *TaskService) startExternal(params object) (t *task, known bool, err err
 	return t, false, nil
 }
 
-// report is what is said of a task's progress. What is nil stays as it was.
+// report is what a worker says of its progress. What is nil stays as it was.
 type report struct {
 	text  *string
 	value *float64
-	seq   uint64 // counts the reports of a worker from 1; 0 for none
+	seq   uint64 // numbers the reports of a worker from 1; 0 for none
 }
 
 // parseReport reads {"text":"…","value":0.5,"seq":1}.
@@ -96,7 +96,7 @@ func parseReport(body []byte) (r report, err error) {
 	}
 	if value != nil && string(value) != "null" {
 		value, err := parseNumber(value)
-		if err != nil || value > 1.01 { // a percentage; sums of floats are above 1 by less
+		if err != nil || value > 1.01 { // above 1 by rounding is taken as 1; more is probably a percentage
 			return r, errBadValue
 		}
 		r.value = &value
@@ -152,17 +152,17 @@ func (s *TaskService) end(t *task, taken func() bool, apply func()) (reported, e
 type reported struct {
 	EventID  string `json:"event_id"`
 	Repeated bool   `json:"repeated,omitempty"`
-	Reports  *int   `json:"reports,omitempty"` // of a body with many
+	Reports  *int   `json:"reports,omitempty"` // of a body with one on each line
 }
 
-// reportStored waits until a report is on disk.
+// reportStored waits until the report is on disk.
 func reportStored(a reported, stored *commit, err error) (reported, error) {
 	return a, cmp.Or(stored.wait(), err)
 }
 
 // take calls apply, with mu held, if t is an external task that has not ended, unless taken says that t has this report
-// already: the answer to it may have been lost. Nobody may be answered before stored is on disk, also not with an
-// error, as that tells what became of the task.
+// already: the worker may have missed the answer. The caller must wait for stored before it answers, also with an
+// error, as the answer tells what became of the task.
 func (s *TaskService) take(t *task, taken func() bool, apply func()) (eventID string, stored *commit, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -204,30 +204,30 @@ func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) (sta
 	return http.StatusOK, answer, err
 }
 
-// lineReader is a body that may go on for as long as its task does.
+// lineReader reads a body that may go on for as long as its task does.
 type lineReader struct {
 	body    io.Reader
-	broken  bool            // what has been read since the last line is not a line
-	ctx     context.Context // of the task
-	timeout time.Duration   // for each Read: more than the task has
+	broken  bool            // the body broke off: what follows the last newline is no report
+	ctx     context.Context // ends with the task
+	timeout time.Duration   // for each Read; longer than that of the task
 	control *http.ResponseController
 }
 
 func (l *lineReader) Read(b []byte) (n int, err error) {
 	l.control.SetReadDeadline(time.Now().Add(l.timeout))
-	if err = l.ctx.Err(); err == nil { // after that, as its end sets the deadline, too
+	if err = l.ctx.Err(); err == nil { // looked at after SetReadDeadline, as the end of ctx sets a deadline, too
 		n, err = l.body.Read(b)
 	}
 	l.broken = err != nil && err != io.EOF
 	return n, err
 }
 
-// answerLimit is how long the answer to a body of many reports may take. The server's own limit counts from the start of
-// the request.
+// answerLimit bounds the writing of the answer to such a body. The server's own limit counts from the start of the
+// request.
 const answerLimit = 30 * time.Second
 
-// serveReports is serveProgress for a body with a report on each line, which are taken as they come. The answer at its
-// end is the one that acknowledges them.
+// serveReports is serveProgress for a body with a report on each line. Each is taken as it comes; the answer at the end
+// of the body acknowledges them.
 func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	t, ctx, err := s.followWorker(r.PathValue("task_id"))
 	if err != nil {
@@ -241,8 +241,8 @@ func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (stat
 	return http.StatusOK, answer, err
 }
 
-// followWorker returns an external task, and a context that ends with it or with the service. A task that has ended has
-// no end any more, as its reports may still be repeated.
+// followWorker returns an external task, and a context that ends with it or with the service. For a task that has ended
+// it ends with the service: reports may still be repeated.
 func (s *TaskService) followWorker(id string) (t *task, ctx context.Context, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -258,10 +258,10 @@ func (s *TaskService) followWorker(id string) (t *task, ctx context.Context, err
 	return t, cmp.Or(t.worker, s.life), nil
 }
 
-// maxUnstored is how many reports of a body are taken while as many before them are not on disk yet.
+// maxUnstored bounds the reports of a body that are not on disk yet: at most twice as many are not.
 const maxUnstored = 1000
 
-// takeLines takes the reports of a body until its end, or until one is bad or the task ends.
+// takeLines takes the reports of a body until it ends, one is bad, or the task ends.
 func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, stored *commit, err error) {
 	all = reported{EventID: t.events.id(t.events.stats().last), Reports: new(int)}
 	lines := bufio.NewScanner(body)
@@ -300,7 +300,7 @@ func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, stored
 		e := *errClosing
 		e.Reports = all.Reports
 		return all, stored, &e
-	case body.ctx.Err() != nil: // take tells how the task has ended
+	case body.ctx.Err() != nil: // take says how the task has ended
 		_, stored, err = s.take(t, func() bool { return false }, func() {})
 		return all, stored, err
 	case errors.Is(err, bufio.ErrTooLong):
@@ -311,7 +311,7 @@ func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, stored
 	return all, stored, nil
 }
 
-// atLine says where in a body an error is.
+// atLine adds the number of a line to an error.
 func atLine(err error, line int) error {
 	if e := (*apiError)(nil); errors.As(err, &e) {
 		told := *e
@@ -335,7 +335,7 @@ func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) (sta
 	return http.StatusOK, answer, err
 }
 
-// serveFail is POST /api/tasks/{task_id}/fail. No failure is lost over its text.
+// serveFail is POST /api/tasks/{task_id}/fail. It takes a failure whatever its text is.
 func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	body, err := readJSON(w, r, maxFailBody)
 	if err != nil {

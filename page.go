@@ -1,5 +1,5 @@
-// Page streams: one connection that carries the versions for a request_id and the events of any number of tasks. Tokens
-// are not known here; follower.go delivers the events of all logs.
+// Page streams: one connection that carries the versions for a request_id and the events of any number of tasks, and
+// what TaskService does for them. Tokens are not known here; follower.go delivers the events of all logs.
 
 package main
 
@@ -17,8 +17,8 @@ type PageService struct {
 
 var errTooManyTasks = badRequest("too_many_tasks", "a page stream follows at most 50 tasks")
 
-// OnConnect lets a stream follow the versions for a request_id, and tasks. Of a task that is not known the page is told
-// so; its events follow if it is made while the page is connected.
+// OnConnect makes a stream follow the versions for a request_id, and tasks. An unknown task is told to the page as an
+// error event; its events follow if it is made while the page is connected.
 func (p *PageService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
 	identifier, err := newIdentifier(servicePage, id)
 	if err != nil {
@@ -47,10 +47,11 @@ func (p *PageService) OnConnect(id string, c connectRequest) (open event, end bo
 	})
 }
 
-// maxFollowers is how many connections may follow one task.
+// maxFollowers is how many connections may follow one task, or wait for it to be made. As it is looked at before the
+// connection is made, a few more may come to do so.
 const maxFollowers = 10_000
 
-// crowded reports whether one of these tasks has as many followers as it may.
+// crowded reports whether one of the tasks has as many followers as it may.
 func (s *TaskService) crowded(ids []string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -60,8 +61,8 @@ func (s *TaskService) crowded(ids []string) bool {
 	})
 }
 
-// watch returns the logs of tasks for a page, with a log that tells it of those that are not known. If one of these is
-// made, the page is given its log, until unwatch.
+// watch returns a log with an error event for each unknown task, and the logs of the others. When one of the unknown
+// tasks is made the page follows it, too, until unwatch.
 func (s *TaskService) watch(ids []string, page *follower) []*eventLog {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -274,7 +274,7 @@ func (s *VersionService) restore(kind byte, rec recordFields) {
 	switch {
 	case kind == recordLatest:
 		s.latest = announcement{rec.Version, rec.Data}
-		s.round++
+		s.broadcasts++
 	case kind == recordDropID:
 		delete(s.streams, rec.ID)
 	case kind == recordMark && st != nil:
@@ -289,7 +289,7 @@ func (s *VersionService) restore(kind byte, rec recordFields) {
 		if e.shared {
 			e.data = s.latest.data
 		}
-		st.round = s.round
+		st.broadcast = s.broadcasts
 		if rec.Event > st.events.stats().last {
 			st.events.Restore(e)
 			st.version = rec.Version
@@ -314,7 +314,7 @@ func (s *VersionService) snapshot(record func([]byte)) {
 	for id, st := range s.streams {
 		switch {
 		case !st.stored:
-		case st.round == s.round:
+		case st.broadcast == s.broadcasts:
 			after = append(after, st.records(id)...)
 		default:
 			before = append(before, st.records(id)...)

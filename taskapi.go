@@ -1,4 +1,4 @@
-// What the API shows of tasks, and its HTTP handlers: limits, reading, answers. What they decide on is in tasks.go; the
+// What the API shows of tasks, and its handlers: limits, reading, answers. What they decide on is in tasks.go; the
 // reports of external tasks are in external.go.
 
 package main
@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// taskView is a task as the API shows it. Most of it is null until it is known.
+// taskView is a task as the API shows it. Most members are null until they are known.
 type taskView struct {
 	TaskID    string          `json:"task_id"`
 	Type      string          `json:"type"`
@@ -28,7 +28,7 @@ type taskView struct {
 	Error     *string         `json:"error"`
 }
 
-// view returns t as it is on disk, or an error if it is not.
+// view returns what is on disk of t, or errTaskUnknown if nothing is or t is nil.
 func (t *task) view() (v taskView, err error) {
 	if t == nil || t.shown.Load() == nil {
 		return v, errTaskUnknown
@@ -50,7 +50,7 @@ func (t *task) view() (v taskView, err error) {
 	return v, nil
 }
 
-// orNull returns a pointer to a value, or nil, which is null in JSON, if there is none.
+// orNull returns a pointer to value, or nil (null in JSON) if there is none.
 func orNull[T any](value T, there bool) *T {
 	if !there {
 		return nil
@@ -63,11 +63,11 @@ func (s *TaskService) Status(id string) (taskView, error) {
 	return s.task(id).view()
 }
 
-// History returns at most maxTaskPage of a task's events after the one with this ID, or from the first one, and the
-// status that the task has.
+// History returns the status of a task, and up to maxHistory of the events that follow the one with the ID after. If
+// after is no event of the task, they are those from the first one on.
 func (s *TaskService) History(id, after string) (events []event, status taskStatus, err error) {
 	t := s.task(id)
-	view, err := t.view() // before the events, which then are all if it is over
+	view, err := t.view() // first, so that events that fit in one answer are all if it is a finished task
 	if err != nil {
 		return nil, "", err
 	}
@@ -116,11 +116,11 @@ func (s *TaskService) Events() (n int) {
 	return n
 }
 
-// usableFailure is the text that a task fails with when this one was given.
+// usableFailure returns text as the error of a task: cut to maxTaskText, and never empty.
 func usableFailure(text string) string { return cmp.Or(truncate(text), "task failed") }
 
-// truncate cuts a text to maxTaskText bytes, and leaves out what is not UTF-8, such as half a character at the end.
-// What is cut off is not kept in memory.
+// truncate cuts text to maxTaskText bytes and removes what is not UTF-8, such as half a character at the end. It does
+// not keep the rest in memory.
 func truncate(text string) string {
 	if len(text) > maxTaskText {
 		text = strings.Clone(text[:maxTaskText])
@@ -128,7 +128,7 @@ func truncate(text string) string {
 	return strings.ToValidUTF8(text, "")
 }
 
-// conflict is an error about a task, of which it tells the status.
+// conflict returns e with the status of t.
 func (t *task) conflict(e *apiError) error {
 	told := *e
 	told.TaskStatus = string(t.status)
@@ -183,7 +183,7 @@ func (s *TaskService) serveStatus(w http.ResponseWriter, r *http.Request) (statu
 	return http.StatusOK, answer, err
 }
 
-// serveEvents is GET /api/tasks/{task_id}/events. It writes one event after the other, as together they may be large.
+// serveEvents is GET /api/tasks/{task_id}/events. It writes one event after the other, as all of them may be large.
 func (s *TaskService) serveEvents(w http.ResponseWriter, r *http.Request) {
 	events, status, err := s.History(r.PathValue("task_id"), r.URL.Query().Get("after"))
 	if err != nil {

@@ -1,5 +1,5 @@
-// VersionService: versions pending for a request_id, announced to all, or polled, and its HTTP handler. Tokens are not
-// known here; follower.go delivers the events.
+// VersionService: versions that are pending for a request_id, announced to everybody, or polled, and its handler.
+// Tokens are not known here; follower.go delivers the events.
 
 package main
 
@@ -19,29 +19,29 @@ const (
 	maxVersion     = 256      // bytes of a version
 	maxChangelog   = 32 << 10 // bytes of a changelog
 
-	// maxVersionHeld bounds what is kept for all request IDs together, in bytes. Each ID takes versionOverhead, and
-	// with a connection connectedOverhead more. Beyond half of it only what waits is kept, and beyond all of it new
-	// IDs, and announcements to a single one, are refused.
+	// maxVersionHeld bounds the memory of all request IDs, in bytes. Each takes versionOverhead, and with a connection
+	// connectedOverhead more. From half of it on, tidy drops what was delivered. When it is reached, new request IDs
+	// are refused, and so are announcements to a single one.
 	maxVersionHeld    = 256 << 20
 	versionOverhead   = 265
 	connectedOverhead = 520
-	// tidyInterval is the longest time between two looks through the logs.
+	// tidyInterval is the longest time between two runs of tidy.
 	tidyInterval = 10 * time.Second
 
 	pollLimit = 10 * time.Second
-	pollAgain = time.Second // after the first poll, as a version counts when it was seen twice
-	// announceLimit bounds how long an announcement waits to learn whether it was delivered.
+	pollAgain = time.Second // between the first two polls: a version must be seen twice to count
+	// announceLimit bounds how long an announcement waits for its delivery.
 	announceLimit = 10 * time.Second
 )
 
 // versionConfig are the limits of a VersionService.
 type versionConfig struct {
-	pendingLimit int           // undelivered events kept for each request_id, and delivered ones; 0 = no limit
+	pendingLimit int           // undelivered events kept for each request_id, and as many delivered ones; 0 = no limit
 	pendingTTL   time.Duration // how long a log without a connection is kept
 }
 
-// VersionService tells browsers about new versions of the frontend: one by its request_id, which may connect later, or
-// all.
+// VersionService tells browsers about new versions of the frontend: the one with a request_id, which may connect later,
+// or all of them.
 //
 // Lock order: mu, then that of an event log.
 type VersionService struct {
@@ -52,22 +52,22 @@ type VersionService struct {
 	policy  *logPolicy // of the logs
 	journal *journal
 
-	mu      sync.Mutex                // guards the rest
-	streams map[string]*versionStream // by request_id
-	memory  budget                    // of the streams
-	latest  announcement              // to everybody
-	round   uint64                    // announcements to everybody so far
+	mu         sync.Mutex                // guards the rest
+	streams    map[string]*versionStream // by request_id
+	memory     budget                    // of the streams
+	latest     announcement              // the last one to everybody
+	broadcasts uint64                    // how many there were to everybody
 }
 
 // versionStream is one request_id.
 type versionStream struct {
 	events      *eventLog
-	stored      bool      // in the journal, as there was an announcement to it alone
-	storedStart uint64    // its start as the journal has it
-	version     string    // the last one appended
-	round       uint64    // the announcement to everybody that it has, or had no need of
+	stored      bool      // there was an announcement to it alone, so it is in the journal
+	storedStart uint64    // start of its log as last written to the journal
+	version     string    // of its last event
+	broadcast   uint64    // the last announcement to everybody that it has, or needs not have
 	alone       time.Time // since when it has no connection; zero while it has one
-	held        int       // bytes that it held when last counted
+	held        int       // bytes, as last counted
 }
 
 // announcement is a version, and the data of its event.
@@ -99,8 +99,8 @@ func newVersionService(cfg versionConfig, conns *ConnectionManager, log *slog.Lo
 	}
 }
 
-// OnConnect lets a stream follow the versions for a request_id: first its own pending events, then the latest
-// announcement to everybody that it lacks.
+// OnConnect makes a stream follow the versions for a request_id: first those that are pending for it, then the last one
+// announced to everybody, if that is missing.
 func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
 	identifier, err := newIdentifier(serviceVersion, id)
 	if err != nil {
@@ -114,8 +114,8 @@ func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end
 	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{s.followAgain(id, log)} })
 }
 
-// followed is follow once the connection is there. What was announced to everybody since follow passed it over, and
-// tidy may have dropped log.
+// followAgain is follow once the connection is known. Between the two an announcement to everybody did not see the
+// connection, and tidy may have dropped log. It returns log if there is no room any more.
 func (s *VersionService) followAgain(id string, log *eventLog) *eventLog {
 	if now, err := s.follow(id); err == nil {
 		return now
@@ -123,7 +123,8 @@ func (s *VersionService) followAgain(id string, log *eventLog) *eventLog {
 	return log
 }
 
-// follow returns the log of a request_id for a connection that is about to be made.
+// follow returns the log of a request_id, with the last announcement to everybody, for a connection that is about to be
+// made.
 func (s *VersionService) follow(id string) (*eventLog, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -142,7 +143,7 @@ func (s *VersionService) connected(id string) bool {
 	return s.conns.Connected(serviceVersion+":"+id) || s.conns.Connected(servicePage+":"+id)
 }
 
-// streamLocked returns the stream of a request_id, with room for n bytes.
+// streamLocked returns the stream of a request_id, and makes it if there is none. There must be room for n bytes more.
 func (s *VersionService) streamLocked(id string, n int) (*versionStream, error) {
 	st := s.streams[id]
 	if st == nil {
@@ -168,22 +169,22 @@ func (s *VersionService) countLocked(id string, st *versionStream) {
 	s.memory.count(&st.held, n)
 }
 
-// catchUpLocked appends the latest announcement to everybody, unless st has it already or its last version is the same.
-// It returns the event's number, or 0.
+// catchUpLocked appends the last announcement to everybody, unless st has it, or the same version as its last one. It
+// returns the event's number, or 0.
 func (s *VersionService) catchUpLocked(id string, st *versionStream) (n uint64) {
-	if st.round == s.round {
+	if st.broadcast == s.broadcasts {
 		return 0
 	}
-	st.round = s.round
+	st.broadcast = s.broadcasts
 	if st.version == s.latest.version {
 		return 0
 	}
 	return s.appendLocked(id, st, s.latest.version, entry{data: s.latest.data, shared: true})
 }
 
-// appendLocked appends an event, which is delivered when it is on disk.
+// appendLocked appends an event. It is published once it, and all that was written before it, is on disk.
 func (s *VersionService) appendLocked(id string, st *versionStream, version string, e entry) (n uint64) {
-	st.version, st.round = version, s.round
+	st.version, st.broadcast = version, s.broadcasts
 	n = st.events.Add(e)
 	var record []byte
 	if st.stored {
@@ -194,7 +195,7 @@ func (s *VersionService) appendLocked(id string, st *versionStream, version stri
 	return n
 }
 
-// storeLocked begins to keep st in the journal.
+// storeLocked has st kept in the journal from now on.
 func (s *VersionService) storeLocked(id string, st *versionStream) {
 	if s.journal == nil || st.stored {
 		return
@@ -205,8 +206,8 @@ func (s *VersionService) storeLocked(id string, st *versionStream) {
 	}
 }
 
-// Announce tells one request_id, at once if it is connected, otherwise when it connects. It reports whether an open
-// stream was given the event by the time it returns, which is when ctx ends at the latest.
+// Announce announces a version to one request_id, which gets it when it connects if it is not connected. It reports
+// whether an open stream was given the event before ctx ended.
 func (s *VersionService) Announce(ctx context.Context, id string, a announcement) (delivered bool, err error) {
 	if _, err := newIdentifier(serviceVersion, id); err != nil {
 		return false, err
@@ -218,7 +219,7 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 		return false, err
 	}
 	s.storeLocked(id, st)
-	if a.version != s.latest.version { // which this one would tell again
+	if a.version != s.latest.version { // or a is what st lacks
 		s.catchUpLocked(id, st)
 	}
 	n := s.appendLocked(id, st, a.version, entry{data: a.data})
@@ -231,7 +232,8 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 	return st.events.Wait(ctx, n), nil
 }
 
-// AnnounceAll is TellAll. It returns how many took the event, and how many did not by the time ctx ends.
+// AnnounceAll is TellAll, but waits for the deliveries. It returns how many of those connected were given the event
+// before ctx ended, and how many were not.
 func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (delivered, failed int, err error) {
 	told, stored := s.TellAll(a)
 	if err := stored.wait(); err != nil {
@@ -247,19 +249,19 @@ func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (deliv
 	return delivered, failed, nil
 }
 
-// versionEvent is an event that was appended.
+// pendingEvent is an event of which it is to be seen whether it is delivered.
 type pendingEvent struct {
 	events *eventLog
 	n      uint64
 }
 
-// TellAll tells every connected request_id that has not got this version as its last one, and remembers it for those
-// that connect later. It does not wait for the delivery.
+// TellAll announces a version to everybody: to those that are connected, unless it is their last one, and to all that
+// connect later. It does not wait for the deliveries.
 func (s *VersionService) TellAll(a announcement) (told []pendingEvent, stored *commit) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.latest = a
-	s.round++
+	s.broadcasts++
 	s.journal.write(a.record(), nil)
 	for id, st := range s.streams {
 		if s.connected(id) {
@@ -272,8 +274,8 @@ func (s *VersionService) TellAll(a announcement) (told []pendingEvent, stored *c
 	return told, s.journal.written()
 }
 
-// Tidy drops, until ctx ends, the logs that have had no connection for the configured time. While memory is short
-// it also drops what no fresh connection would get.
+// Tidy drops, until ctx ends, the logs that have had no connection for the configured time, and notes in the journal
+// what was received. While memory is short it also drops what no fresh connection would get.
 func (s *VersionService) Tidy(ctx context.Context) {
 	every(ctx, min(tidyInterval, s.cfg.pendingTTL/8), s.tidy)
 }
@@ -288,7 +290,7 @@ func (s *VersionService) tidy() {
 			st.events.Shed()
 		}
 		stats := st.events.stats()
-		if st.stored && st.storedStart != stats.start { // late is good enough: after a crash it is given again
+		if st.stored && st.storedStart != stats.start { // late is good enough: what a crash makes forgotten is given again
 			st.storedStart = stats.start
 			s.journal.write(encodeRecord(recordMark, recordFields{ID: id, Event: stats.start}), nil)
 		}
@@ -297,7 +299,7 @@ func (s *VersionService) tidy() {
 		} else if st.alone.IsZero() {
 			st.alone = now
 		}
-		forgettable := short && stats.bytes == 0 // it gets the latest announcement to everybody anyway
+		forgettable := short && stats.bytes == 0 // a new log would begin with the same announcement
 		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || forgettable) {
 			delete(s.streams, id)
 			if st.stored {
@@ -328,9 +330,10 @@ func (s *VersionService) Events() (n int) {
 	return n
 }
 
-// Poll asks, until ctx ends, for a version.json. What it sees twice in a row (a rolling deployment answers now this,
-// now that) and is not the latest version is announced to everybody, also the first one: it may have been deployed
-// while nobody polled. What goes wrong is logged when it begins and when it is over, and never announced.
+// Poll polls a version.json until ctx ends. A version that it sees twice in a row is announced to everybody, unless it
+// is the last one that was; once is not enough, as in a rolling deployment old and new servers answer by turns. The
+// first one is announced, too: it may have been deployed while nobody polled. A failure is logged when it begins and
+// when it is over.
 func (s *VersionService) Poll(ctx context.Context, target string, interval time.Duration) {
 	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: dial, TLSHandshakeTimeout: dialLimit}
 	client := &http.Client{Timeout: pollLimit, Transport: transport}
@@ -349,7 +352,7 @@ func (s *VersionService) Poll(ctx context.Context, target string, interval time.
 		if !failing {
 			if a.version == seen && a.version != s.Latest() {
 				s.log.Info("new frontend version", "version", a.version)
-				s.TellAll(a) // a gateway that hangs holds up no poll
+				s.TellAll(a) // not AnnounceAll: a gateway that hangs must not delay the next poll
 			}
 			seen = a.version
 		}
@@ -364,8 +367,8 @@ func (s *VersionService) Latest() string {
 	return s.latest.version
 }
 
-// fetchVersion returns what a version.json says. It asks for all of it each time: validators that are made of date and
-// size miss deployments.
+// fetchVersion gets and reads a version.json. The request is not conditional: validators made of date and size miss
+// deployments.
 func fetchVersion(ctx context.Context, client *http.Client, target string) (a announcement, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
 	if err != nil {
