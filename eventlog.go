@@ -17,50 +17,50 @@ type logPolicy struct {
 	event string        // name of the events
 	epoch func() string // makes the epoch of a log; nil for events without ID
 
-	// replay makes every fresh connection start at the first event. Without it, one starts at the first event that is
-	// not known to be with a browser.
+	// A connection that names no event of a log starts at its first event if replay is set, and otherwise at the first
+	// one that no browser is known to have.
 	replay bool
-	// limit is how many events are kept that a fresh connection would get, and how many others: a browser that lost its
-	// connection may ask for them by ID. 0 means no limit. Beyond it the oldest that is not marked goes; dropped
-	// counts those that nobody was given.
+	// limit bounds the events that such a connection would get, and separately those before them, which are kept for
+	// browsers that resume by ID. 0 means no limit. Beyond it the oldest event without keep is dropped, and counted in
+	// dropped if nobody was given it.
 	limit   int
 	dropped *series
 }
 
-// eventLog is the events of one task or one request_id, numbered from 1 without a gap.
+// eventLog holds the events of one task or one request_id, numbered from 1 without a gap.
 //
 // Lock order: a service's, a follower's, then mu.
 type eventLog struct {
 	policy *logPolicy
-	epoch  string // first part of the IDs, another for each log; "" for events without ID
+	epoch  string // first part of the IDs, different for each log; "" for events without ID
 
 	mu      sync.Mutex // guards the rest, and the cursors
-	entries []entry    // ascending numbers
-	bytes   int        // that their data takes, as far as it is not shared
+	entries []entry    // in the order of their numbers
+	bytes   int        // of the heap for their data, without what is shared
 	last    uint64     // number of the newest event
-	visible uint64     // the last number that may be shown
-	start   uint64     // a fresh connection gets what is after it
-	given   uint64     // the last number that an open stream was given
-	reason  string     // of the end; once set, nothing more is appended
-	left    bool       // to those that follow it now
+	visible uint64     // events up to this number are on disk, and may be sent
+	start   uint64     // a fresh connection gets the events after this number
+	given   uint64     // an open stream was given the events up to this number
+	reason  string     // of the end; then nothing more is appended
+	left    bool       // only the present followers need it; see Leave
 	cursors []*cursor
-	changed chan struct{} // closed when what Wait looks at changes; nil while nobody waits
+	changed chan struct{} // closed when what Wait looks at changes; nil if nobody waits
 }
 
-// maxEventData is how many bytes the data of an event has at most, as clients exist that break at a line of 65,536.
+// maxEventData is the most bytes that the data of an event may have. Some clients break at a line of 65,536.
 const maxEventData = 64_000
 
 type entry struct {
 	n      uint64
 	data   string
 	keep   bool // never dropped by the limit
-	shared bool // its data is in other logs, too
+	shared bool // other logs have the same data
 }
 
 // entrySize is how many bytes an entry takes without its data.
 const entrySize = 32
 
-// size is how many bytes of data only this log holds.
+// size is how many bytes of the heap are freed with e.
 func (e entry) size() int {
 	if e.shared {
 		return 0
@@ -68,20 +68,20 @@ func (e entry) size() int {
 	return heapSize(len(e.data))
 }
 
-// reader is who follows a log. Both methods are called with the log locked.
+// reader is the follower of a log. Its methods are called with the log locked.
 type reader interface {
-	wake()         // there is something new
-	working() bool // it is about to deliver, or does
+	wake()         // the log has changed
+	working() bool // it may deliver something without being woken again
 }
 
-// cursor is how far one reader is in one log.
+// cursor is how far one reader has come in one log.
 type cursor struct {
 	log      *eventLog
 	reader   reader
-	sent     uint64 // the last number that the gateway took
-	first    uint64 // of the run that is in flight
-	inFlight uint64 // the last number of that run; 0 for none
-	detached bool   // the reader follows no more
+	sent     uint64 // the gateway took the events up to this number
+	first    uint64 // number of the first event of the run in flight
+	inFlight uint64 // and of the last one; 0 if none is in flight
+	detached bool   // the reader no longer follows
 }
 
 func newEventLog(policy *logPolicy) *eventLog {
@@ -102,7 +102,7 @@ func (l *eventLog) id(n uint64) string {
 	return b.String()
 }
 
-// maxPosition is more than the bytes of an event ID of a single log.
+// maxPosition is more bytes than the ID of an event in a single log has.
 const maxPosition = 32
 
 func (l *eventLog) writeID(b *strings.Builder, n uint64) {
@@ -112,7 +112,7 @@ func (l *eventLog) writeID(b *strings.Builder, n uint64) {
 	b.Write(strconv.AppendUint(digits[:0], n, 10))
 }
 
-// parsePositions returns the number for each epoch that an event ID names, or nothing if it is no ID of ours.
+// parsePositions returns the number for each epoch in an event ID, or nil if it is no ID of ours.
 func parsePositions(id string) map[string]uint64 {
 	positions := map[string]uint64{}
 	for part := range strings.SplitSeq(id, ".") {
@@ -146,8 +146,8 @@ func (l *eventLog) Add(e entry) (n uint64) {
 	return e.n
 }
 
-// Restore adds an event of an earlier process under its number. Everybody may see it, and it does not count as dropped:
-// whether somebody was given it is not known.
+// Restore adds an event of an earlier process under its number. It is visible, and does not count as dropped, as it may
+// have been given to somebody.
 func (l *eventLog) Restore(e entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -170,7 +170,8 @@ func (l *eventLog) Publish(n uint64) {
 	l.wakeLocked()
 }
 
-// End makes connection_close with this reason follow the last event, on every connection that follows this log alone.
+// End ends the log: on a connection that follows no other log, connection_close with this reason follows the last
+// event.
 func (l *eventLog) End(reason string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -184,8 +185,8 @@ func (l *eventLog) wakeLocked() {
 	}
 }
 
-// Wait waits until event n is known to be with an open stream. It returns false when ctx ends, when the event was
-// dropped, or when no follower is at work: there is none, or it failed.
+// Wait waits until event n has been given to an open stream, and reports whether it was. It stops waiting when ctx
+// ends, when the event is dropped, or when no follower is about to send it.
 func (l *eventLog) Wait(ctx context.Context, n uint64) bool {
 	for {
 		l.mu.Lock()
@@ -248,8 +249,8 @@ func (l *eventLog) stats() logStats {
 	}
 }
 
-// After returns the events that follow the one with this ID, most at most: from the first that is kept, if it is none
-// of this log.
+// After returns up to most of the events that follow the one with this ID, or that are kept if it is no event of this
+// log.
 func (l *eventLog) After(id string, most int) (events []event) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -264,7 +265,7 @@ func (l *eventLog) After(id string, most int) (events []event) {
 	return events
 }
 
-// DropOldest drops the oldest event that is not marked and not the last one. It reports whether there was one.
+// DropOldest drops the oldest event without keep, but not the last event. It reports whether there was one.
 func (l *eventLog) DropOldest() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -285,14 +286,14 @@ func (l *eventLog) Received(n uint64) {
 	l.receivedLocked(n)
 }
 
-// Shed drops the events that neither a fresh connection nor a follower would get.
+// Shed drops the events that nobody would get: no fresh connection, and no follower.
 func (l *eventLog) Shed() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.shedLocked(l.start)
 }
 
-// Leave leaves the log to those that follow it now: what all of them have is dropped, now and later.
+// Leave says that only the present followers need the log. What all of them have been sent is dropped, from now on.
 func (l *eventLog) Leave() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -301,7 +302,7 @@ func (l *eventLog) Leave() {
 }
 
 func (l *eventLog) leaveLocked() {
-	if l.left && len(l.entries) > 0 && len(l.cursors) > 0 { // without them it is garbage soon
+	if l.left && len(l.entries) > 0 && len(l.cursors) > 0 { // without followers all of it is garbage soon
 		l.shedLocked(l.last)
 	}
 }
@@ -319,7 +320,7 @@ func (l *eventLog) indexLocked(n uint64) int {
 	return sort.Search(len(l.entries), func(i int) bool { return l.entries[i].n > n })
 }
 
-// shownLocked returns the events after n that may be shown.
+// shownLocked returns the visible events after n.
 func (l *eventLog) shownLocked(n uint64) []entry {
 	from := l.indexLocked(n)
 	return l.entries[from:max(from, l.indexLocked(l.visible))]
@@ -330,7 +331,7 @@ func (l *eventLog) hasLocked(n uint64) bool {
 	return i < len(l.entries) && l.entries[i].n == n
 }
 
-// inFlightLocked reports whether event n is under way to anybody.
+// inFlightLocked reports whether event n is in flight to anybody.
 func (l *eventLog) inFlightLocked(n uint64) bool {
 	return slices.ContainsFunc(l.cursors, func(c *cursor) bool { return c.first <= n && n <= c.inFlight })
 }
@@ -350,8 +351,8 @@ func (l *eventLog) trimLocked() {
 	}
 }
 
-// loseLocked drops the oldest event between two indexes that is not marked, and reports whether there was one. It
-// counts unless somebody was given it, or may be: see settle.
+// loseLocked drops the oldest event in entries[from:to] without keep, and reports whether there was one. It counts as
+// dropped unless somebody was given it. If it is in flight, settle counts it if need be.
 func (l *eventLog) loseLocked(from, to int) bool {
 	i := slices.IndexFunc(l.entries[from:to], func(e entry) bool { return !e.keep })
 	if i < 0 {
@@ -373,8 +374,8 @@ func (l *eventLog) dropLocked(from, to int) {
 	l.entries = slices.Delete(l.entries, from, to)
 }
 
-// attach lets a reader follow the log: after the event that it names if that is one of this log, and from the start
-// otherwise.
+// attach makes r follow the log: after the event that named has for its epoch if there is such an event, and otherwise
+// from where a fresh connection starts.
 func (l *eventLog) attach(r reader, named map[string]uint64) *cursor {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -397,7 +398,8 @@ func (c *cursor) received() {
 	}
 }
 
-// detach ends the following. What was sent and not received is given again to the next reader that names no ID.
+// detach ends the following. Without replay, what was sent and not received is given again to the next connection that
+// names no event.
 func (c *cursor) detach() {
 	c.log.mu.Lock()
 	defer c.log.mu.Unlock()
@@ -407,15 +409,15 @@ func (c *cursor) detach() {
 	c.log.notifyLocked()
 }
 
-// A run is what goes to the gateway at once: more with each success, up to this many events or bytes. Their JSON is far
-// from its limits, so that it refuses none from the middle of a run.
+// A run is the events that go to the gateway together: at most maxRun, and at most maxRunBytes of data unless it is a
+// single one. A gateway takes far more, so it refuses none of a run for the size of the others.
 const (
 	maxRun      = 64
 	maxRunBytes = 64 << 10
 )
 
-// take returns the next events for the reader, most at most. They are in flight until settle. If there are none it
-// returns the reason of the end, if the log has ended.
+// take returns the next events for the reader, at most most of them. They are in flight until settle. If there are none
+// it returns the reason of the end, or "" if the log goes on.
 func (c *cursor) take(most int) (run []entry, reason string) {
 	l := c.log
 	l.mu.Lock()
@@ -439,19 +441,20 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 	return slices.Clone(run), ""
 }
 
-// behind reports whether anything comes after event n, be it the end if that counts.
+// behind reports whether there is an event after n to be sent. With end set the end of the log counts as one.
 func (c *cursor) behind(n uint64, end bool) bool {
 	c.log.mu.Lock()
 	defer c.log.mu.Unlock()
 	return end && c.log.reason != "" || len(c.log.shownLocked(n)) > 0
 }
 
-// settle notes that the gateway took the first events of a run, and whether all that was sent is with an open stream.
+// settle notes that the gateway took the first events of a run. If given is set, all that was sent is with an open
+// stream.
 func (c *cursor) settle(run []entry, taken int, given bool) {
 	l := c.log
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !c.detached { // what a connection that is no more was given moves nothing
+	if !c.detached { // a replaced connection no longer moves a position
 		c.inFlight = 0
 		if taken > 0 {
 			c.sent = run[taken-1].n
@@ -462,15 +465,14 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 	}
 	for _, e := range run[taken:] {
 		if e.n > l.given && !l.hasLocked(e.n) && !l.inFlightLocked(e.n) {
-			l.policy.dropped.Inc() // while it was under way
+			l.policy.dropped.Inc() // dropped by the limit while it was in flight
 		}
 	}
 	l.leaveLocked()
 	l.notifyLocked()
 }
 
-// receivedLocked notes that a browser has the events up to n. Without replay they need not be given to a fresh
-// connection any more.
+// receivedLocked notes that a browser has the events up to n. Without replay a fresh connection starts after them.
 func (l *eventLog) receivedLocked(n uint64) {
 	l.given = max(l.given, n)
 	if !l.policy.replay && n > l.start {

@@ -1,5 +1,5 @@
 // Delivery: a follower gives one connection the events of one or more logs, each once and in the order of its log.
-// Tasks and versions are not known here. The events are in eventlog.go, the connection is in connmgr.go.
+// Tasks and versions are not known here. The events are in eventlog.go, the connection in connmgr.go.
 
 package main
 
@@ -13,39 +13,39 @@ import (
 )
 
 // settleTime is how long a connection must have been open for what it was given to count as received. A browser that
-// leaves sooner may not have read a byte.
+// leaves sooner may not have read anything.
 const settleTime = time.Second
 
-// follower delivers events to one connection, that is, to one token. One goroutine at a time does so, one run of events
-// after the other, and nothing is tried twice. When the connection is replaced its follower is told, and from then on
-// moves no position: a send that is still under way reaches neither the new connection nor what that is given.
+// follower sends the events of its logs to one connection, which is one token. At most one goroutine sends at a time,
+// one run after the other, and nothing is sent twice. Once the connection has been replaced its follower changes no
+// position any more, so a send that is still under way cannot affect the new connection.
 //
-// The ID of an event is the position in every log, so that a browser that comes back goes on in each. Only a follower
+// The ID of an event has the position in every log, so that a browser that comes back resumes in each. Only a follower
 // of a single log ends with it.
 type follower struct {
 	identifier string
 	token      string
 	conns      *ConnectionManager
-	onEnd      func() // called when the connection is no more, perhaps twice; may be nil
+	onEnd      func() // called when the connection has ended, perhaps twice; may be nil
 	state      atomic.Int32
 
-	// For deliver alone.
-	turn   uint32 // the cursor that comes first in the next run
-	closed bool   // the connection was given the end
-	asked  bool   // the gateway was asked about buffered in vain
+	// Of deliver alone.
+	turn   uint32 // index of the cursor that comes first in the next run
+	closed bool   // connection_close was sent
+	asked  bool   // whether the stream opened was asked, without success
 
 	page   bool // follows any number of logs
-	probes bool // the gateway can be asked about the stream before it is open
+	probes bool // the gateway can be asked about a stream that is not open yet
 
 	mu       sync.Mutex // guards the rest
 	cursors  []*cursor  // only added to
 	since    time.Time  // when the connection was opened, as far as is known
-	buffered bool       // the last events wait at the gateway, which may still drop them
+	buffered bool       // the last events wait in the gateway for the stream to open
 	stopped  bool       // the connection has ended
 }
 
-// States of a follower: whether deliver runs, and is to look once more. Before begin it does not: IDs would lack the
-// positions in the logs that are not there yet.
+// The states of a follower say whether deliver runs, and whether it must look once more. It does not run before begin,
+// as the ID of an event needs the positions in all logs.
 const (
 	notBegun int32 = iota
 	idle
@@ -53,16 +53,16 @@ const (
 	workingAgain
 )
 
-// follow makes the stream of c the connection of identifier, in place of any other, and returns the event that begins
-// it. Delivery goes on after its last event ID if that is an event of log, and from the start of log otherwise. A
-// stream that was asked for before the present connection is the one that is replaced: the event that it begins with
-// ends it. The error is errAskFirst.
+// follow makes the stream of c the connection of identifier, in place of any other, and delivers the events of log to
+// it: those after c.lastEventID, or from where a fresh connection starts. It returns the event that begins the stream.
+// If the request is older than that of the present connection, this is connection_close, and end is true. The only
+// error is errAskFirst.
 func follow(conns *ConnectionManager, identifier string, c connectRequest, log *eventLog) (open event, end bool, err error) {
 	f := &follower{identifier: identifier}
 	return f.connect(conns, c, func() []*eventLog { return []*eventLog{log} })
 }
 
-// connect is follow for a follower of the logs that it asks for once it is the connection.
+// connect is follow for the logs that it gets from logs, once the connection has been made.
 func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func() []*eventLog) (open event, end bool, err error) {
 	f.conns, f.token, f.probes, f.since = conns, c.token, c.probes, time.Now()
 	replaced, err := conns.OnConnect(f.identifier, c, f)
@@ -74,7 +74,7 @@ func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func
 	}
 	position, stopped := f.begin(logs(), c.lastEventID)
 	if stopped && f.onEnd != nil {
-		f.onEnd() // again, as there are logs only now
+		f.onEnd() // undoes what logs did after the first call
 	}
 	if replaced != "" {
 		conns.CloseReplaced(f.identifier, replaced)
@@ -82,8 +82,7 @@ func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func
 	return event{ID: position, Name: "connection_open", Data: `{"status":"connected"}`}, false, nil
 }
 
-// begin starts the delivery, unless the connection has ended meanwhile, and returns the ID of the event after which it
-// goes on.
+// begin starts the delivery, unless the connection has ended meanwhile. It returns the ID after which delivery starts.
 func (f *follower) begin(logs []*eventLog, lastEventID string) (position string, stopped bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -101,7 +100,7 @@ func (f *follower) begin(logs []*eventLog, lastEventID string) (position string,
 	return strings.TrimPrefix(position, "."), f.stopped
 }
 
-// add has the follower follow one more log, from its first event on.
+// add makes the follower follow one more log, from its first event on.
 func (f *follower) add(log *eventLog) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -112,7 +111,8 @@ func (f *follower) add(log *eventLog) {
 	f.wake()
 }
 
-// around returns what the ID of an event has before and after the part of c: the positions in the other logs.
+// around returns the parts of an event ID before and after the one of c: the positions in the other logs. If c is nil
+// all are in after, which begins with a dot.
 func around(cursors []*cursor, c *cursor) (before, after string) {
 	var ids strings.Builder
 	middle := 0
@@ -132,7 +132,8 @@ func around(cursors []*cursor, c *cursor) (before, after string) {
 	return before, after
 }
 
-// seen notes that the connection is there at that time, and is open.
+// seen notes that the stream was open at that time. If it had been for settleTime, what it was given counts as
+// received.
 func (f *follower) seen(at time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -148,8 +149,7 @@ func (f *follower) seenLocked(at time.Time) {
 	}
 }
 
-// ended stops the delivery: the connection is no more. It was there until the given time; if that is not known, it is
-// zero.
+// ended stops the delivery for good. The connection was there until the given time, or zero if that is not known.
 func (f *follower) ended(until time.Time) {
 	f.mu.Lock()
 	stopped := f.stopped
@@ -168,7 +168,7 @@ func (f *follower) detachLocked() {
 	}
 }
 
-// wake has deliver look for what is new. It takes no lock, so that a log may call it.
+// wake makes deliver look for what is new. It takes no lock, as logs call it with theirs held.
 func (f *follower) wake() {
 	for {
 		switch state := f.state.Load(); {
@@ -183,7 +183,7 @@ func (f *follower) wake() {
 
 func (f *follower) working() bool { return f.state.Load() != idle }
 
-// rest ends deliver, unless it was woken meanwhile.
+// rest makes f idle, unless it has been woken since deliver last looked. It reports whether it did.
 func (f *follower) rest(cursors []*cursor) bool {
 	if !f.state.CompareAndSwap(working, idle) {
 		f.state.Store(working)
@@ -195,7 +195,8 @@ func (f *follower) rest(cursors []*cursor) bool {
 	return true
 }
 
-// deliver sends until the connection has everything or is no more, or until there is nothing left to try.
+// deliver sends until the connection has everything or has ended, or until a send fails and there is nothing more to
+// send.
 func (f *follower) deliver() {
 	most := 1
 	for {
@@ -226,8 +227,8 @@ func (f *follower) deliver() {
 	}
 }
 
-// next returns the next run, or the reason of the end if there is none. The cursors take turns, but what has no ID goes
-// first: that a task is not known must not come after its events.
+// next returns the next run, or the reason of the end if there is none. The cursors take turns, but a log without event
+// IDs goes first: that a task is unknown must be said before its events.
 func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, reason string) {
 	if !f.page {
 		run, reason = cursors[0].take(most)
@@ -253,7 +254,7 @@ func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, re
 
 func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
 	before, after := around(cursors, c)
-	var ids strings.Builder // of the whole run, as those of a page are long
+	var ids strings.Builder // for the whole run, as those of a page are long
 	ids.Grow(len(run) * (len(before) + maxPosition + len(after)))
 	events := make([]event, len(run))
 	for i, e := range run {
@@ -269,20 +270,20 @@ func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
 	return events
 }
 
-// settle notes what became of a run, whose send began at that time, or of the end, which is a run without events. It
-// reports whether to go on. After a failure that is so if there is more to send: trying to ends the stream, so that the
+// settle notes what became of a run whose send began at that time, or of the end, which is an empty run. It reports
+// whether deliver should go on. After a failure it should if there is more: the next send then ends the stream, and the
 // browser comes back for what it may lack.
 func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	took := r.taken > r.refused // what the gateway refuses arrives nowhere, and tells nothing of the stream
+	took := r.taken > r.refused // what is refused arrives nowhere, and tells nothing of the stream
 	opened := false
 	if r.err == nil && took {
 		opened = f.buffered && !r.buffered
 		f.buffered, f.asked = r.buffered, false
 	}
 	c.settle(run, min(r.taken, len(run)), took && !f.buffered)
-	if opened { // not before: it would settle the run without its events
+	if opened { // after c.settle, as it settles every cursor
 		f.openedLocked()
 	}
 	switch {
@@ -302,7 +303,7 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 	})
 }
 
-// openedLocked notes that the stream has opened, with all that was buffered.
+// openedLocked notes that the stream has opened, and so was given all that was buffered.
 func (f *follower) openedLocked() {
 	f.buffered, f.since = false, time.Now()
 	for _, c := range f.cursors {
@@ -310,15 +311,15 @@ func (f *follower) openedLocked() {
 	}
 }
 
-// An event that the gateway buffers until its stream is open is lost with that stream if the client leaves first.
-// Whether it opened is asked a few times, for as long as a connect callback may take.
+// An event that the gateway buffers is lost with its stream if the client leaves before the stream opens. Whether it
+// opened is asked for as long as a connect callback may take.
 const (
 	openLimit = 5 * time.Second
 	openPause = 20 * time.Millisecond
 )
 
-// awaitOpen finds out whether buffered events are with the browser now. It returns false at once if there are none, or
-// if nobody needs to know.
+// awaitOpen waits until the stream with the buffered events is known to be open, and reports whether deliver should
+// look again. If nothing is buffered, or no log can lose it, it returns false at once.
 func (f *follower) awaitOpen() bool {
 	f.mu.Lock()
 	mayLose := slices.ContainsFunc(f.cursors, func(c *cursor) bool { return !c.log.policy.replay })
@@ -332,14 +333,14 @@ func (f *follower) awaitOpen() bool {
 		if f.probes {
 			r = f.conns.Probe(f.identifier, f.token)
 		} else if f.state.CompareAndSwap(workingAgain, working) {
-			return true // the answer to what is new tells, too
+			return true // the answer to the next send tells as well
 		}
 		if r.err != nil || !r.buffered {
 			break
 		}
 		time.Sleep(openPause)
 	}
-	if !f.probes { // it writes an empty event for each probe, and so is asked once, when the stream must be open
+	if !f.probes { // it writes an empty event for each probe, so it is asked once, when the stream must be open
 		r = f.conns.Probe(f.identifier, f.token)
 	}
 	f.mu.Lock()
