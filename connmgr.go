@@ -1,5 +1,5 @@
 // ConnectionManager: which token is the current connection of which identifier, and send and close by identifier. Tasks
-// and versions are not known here; what must be delivered is in follower.go, the way to the gateway in gateway.go.
+// and versions are not known here. What is to be delivered is in follower.go, the way to the gateway in gateway.go.
 
 package main
 
@@ -19,39 +19,39 @@ type sender interface {
 	send(token string, events []event, end bool) sendResult
 }
 
-// connectRequest is a stream that wants to be the connection of an identifier.
+// connectRequest is a request for a stream that is to become the connection of an identifier.
 type connectRequest struct {
 	token       string
 	lastEventID string
 	taskIDs     []string // of a page stream
 	order       requestOrder
-	probes      bool   // the gateway says whether it knows a token, also before the stream is open
-	replaces    string // the token that it may replace, since the gateway was asked
+	probes      bool   // the gateway can be asked about a token, also before its stream is open
+	replaces    string // the connection that it may replace: the gateway has been asked since
 }
 
-// owner is who a connection is for. It is called without a lock.
+// owner is told about its connection. Its methods are called without a lock of the ConnectionManager.
 type owner interface {
-	seen(at time.Time)     // the gateway knows the connection
-	ended(until time.Time) // the connection is no more; until when it was there, or zero
+	seen(at time.Time)     // the gateway knew the connection at that time
+	ended(until time.Time) // the connection has ended; until when it was there, or zero
 }
 
-// ConnectionManager knows which token is the current connection of each identifier. It makes no promise about what was
-// delivered; followers do.
+// ConnectionManager knows which token is the current connection of each identifier. What has been delivered is the
+// business of followers.
 type ConnectionManager struct {
 	gateway  sender
 	log      *slog.Logger
 	met      *backendMetrics
-	failures throttle // of what is logged about sends
-	tracker           // the goroutines of followers, and others that send
+	failures throttle // limits what is logged about sends
+	tracker           // counts the followers at work, and other goroutines that send
 
-	// mu guards the maps; under it there is map work only. Whenever it is free, connections[id].token == t if and only
-	// if tokens[t] == id.
+	// mu guards the maps, and is held for work on them alone. Whenever it is free, connections[id].token == t if and
+	// only if tokens[t] == id.
 	mu          sync.Mutex
 	connections map[string]*connection // by identifier
 	tokens      map[string]string      // identifier by token
 
-	// replaced has the identifiers of streams that could not be told of their end, by token. What is beyond maxReplaced
-	// is left to the client.
+	// replaced has the identifiers, by token, of streams that could not be told that they were replaced. Beyond
+	// maxReplaced they are left to their clients.
 	replaced map[string]string
 }
 
@@ -62,8 +62,8 @@ type connection struct {
 	token   string
 	order   requestOrder
 	owner   owner
-	checked time.Time   // when it connected, or a sweep last asked for it
-	suspect atomic.Bool // a send failed: the client may have a gap, so the stream must end
+	checked time.Time   // when it connected, or when a sweep last asked about it
+	suspect atomic.Bool // a send failed, so the client may have a gap and the stream must end
 }
 
 func newConnectionManager(g sender, log *slog.Logger, met *backendMetrics) *ConnectionManager {
@@ -78,18 +78,18 @@ func newConnectionManager(g sender, log *slog.Logger, met *backendMetrics) *Conn
 	}
 }
 
-// Why a stream does not become the connection of an identifier.
+// Why a request does not become the connection of an identifier.
 var (
 	errOutdated = errors.New("a newer request is the connection")
 	errAskFirst = errors.New("the gateway must be asked whether it knows the token")
 )
 
-// OnConnect makes the token of c the connection of identifier. It returns the token that this replaces, or "", which
-// the caller gives to CloseReplaced.
+// OnConnect makes the token of c the connection of identifier. It returns the token that this replaces, or "". The
+// caller gives it to CloseReplaced.
 //
-// A request that is older than the present connection's is errOutdated: callbacks may overtake each other. One that
-// would replace a connection is errAskFirst unless its gateway was asked, for that may have died or given the callback
-// up.
+// The error is errOutdated if the present connection was asked for later: callbacks may overtake each other. It is
+// errAskFirst if c would replace a connection and the gateway has not been asked: the callback may be late, of a
+// gateway that has died or given it up.
 func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o owner) (replaced string, err error) {
 	now := time.Now()
 	m.mu.Lock()
@@ -108,13 +108,13 @@ func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o own
 		replaced = old.token
 		m.removeLocked(identifier, replaced)
 	}
-	same := m.removeLocked(m.tokens[c.token], c.token) // something repeated a callback
+	same := m.removeLocked(m.tokens[c.token], c.token) // the same callback came twice
 	m.connections[identifier] = &connection{token: c.token, order: c.order, owner: o, checked: now}
 	m.tokens[c.token] = identifier
 	m.mu.Unlock()
 	until := now
 	if c.probes {
-		until = time.Time{} // Ask has seen, or not
+		until = time.Time{} // Ask has called seen if the old stream is there
 	}
 	if replaced != "" {
 		old.owner.ended(until)
@@ -127,7 +127,7 @@ func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o own
 }
 
 // Ask reports whether the gateway knows the stream of c, which then may replace the present connection of identifier.
-// It asks about that, too: who comes after a dead one gets what that may have lost.
+// It asks about that one, too: if it is gone, what it was sent does not count as received.
 func (m *ConnectionManager) Ask(identifier string, c *connectRequest) bool {
 	m.mu.Lock()
 	old := m.connections[identifier]
@@ -139,8 +139,8 @@ func (m *ConnectionManager) Ask(identifier string, c *connectRequest) bool {
 	return m.gateway.send(c.token, nil, false).err == nil
 }
 
-// CloseReplaced tells a replaced stream that it is at its end. It returns at once. If the gateway does not answer, the
-// next sweep tries again: nobody else knows of that stream any more.
+// CloseReplaced ends a stream that has been replaced, with connection_close. It does not wait for that. If the gateway
+// does not answer, the next sweep tries again: nobody else knows of the stream any more.
 func (m *ConnectionManager) CloseReplaced(identifier, token string) {
 	m.spawn(func() {
 		r := m.send(identifier, token, []event{closeEvent("replaced")}, true)
@@ -169,8 +169,8 @@ func (m *ConnectionManager) OnDisconnect(token string) {
 	m.log.Debug("disconnected", "identifier", identifier, "token", mask(token))
 }
 
-// remove removes the connection of identifier if it is still that of token, and tells its owner until when it was known
-// to be there, or zero. It reports whether it did.
+// remove removes the connection of identifier if it is still that of token, and reports whether it was. Its owner is
+// told until when it was there; zero if that is not known.
 func (m *ConnectionManager) remove(identifier, token string, until time.Time) bool {
 	m.mu.Lock()
 	c := m.removeLocked(identifier, token)
@@ -221,13 +221,13 @@ func (m *ConnectionManager) Active() map[string]float64 {
 	return n
 }
 
-// errSuspended says that a send was not tried: an earlier one failed, and the stream is being ended for it.
+// errSuspended says that a send was not tried: an earlier one failed, and the stream is being ended because of it.
 var errSuspended = errors.New("the stream is being ended")
 
-// Send gives events to the connection of identifier, if that is still token, or only the first ones: see sendResult. If
-// end is set, there is one event, after which the stream ends. Nothing is tried twice. After a failure the client may
-// lack an event, or have it; from then on Send only tries to end the stream, so that the browser comes back and resumes
-// by ID.
+// Send gives events, or only the first of them, to the connection of identifier if it is still that of token: see
+// sendResult. If end is set there is one event, and the stream ends after it. Nothing is tried twice. After a failure
+// nobody knows whether the client has the event; from then on Send only tries to end the stream, so that the browser
+// comes back and resumes by ID.
 func (m *ConnectionManager) Send(identifier, token string, events []event, end bool) sendResult {
 	c := m.current(identifier, token)
 	if c == nil {
@@ -245,12 +245,12 @@ func (m *ConnectionManager) Send(identifier, token string, events []event, end b
 		c.suspect.Store(true)
 	}
 	if r.taken > 0 {
-		r.err = nil // the next Send says so
+		r.err = nil // what follows is sent again, and fails then
 	}
 	return r
 }
 
-// send posts events, and counts and logs how it went.
+// send sends events, counts them, and logs a failure.
 func (m *ConnectionManager) send(identifier, token string, events []event, end bool) sendResult {
 	start := time.Now()
 	r := m.gateway.send(token, events, end)
@@ -270,10 +270,9 @@ func (m *ConnectionManager) send(identifier, token string, events []event, end b
 	return r
 }
 
-// Probe asks the gateway for a stream. If it does not know the token, the connection of identifier is removed, if it is
-// still that one.
+// Probe asks the gateway whether the stream of token is there. If it is not, the connection of identifier is removed.
 func (m *ConnectionManager) Probe(identifier, token string) sendResult {
-	asked := time.Now() // the answer may be late
+	asked := time.Now() // when the answer comes it may be gone
 	r := m.ask(identifier, token, false)
 	if c := m.current(identifier, token); c != nil && r.err == nil && !r.buffered {
 		c.owner.seen(asked)
@@ -281,7 +280,7 @@ func (m *ConnectionManager) Probe(identifier, token string) sendResult {
 	return r
 }
 
-// ask asks the gateway for a stream, or ends it, and removes its connection if the gateway does not know it.
+// ask probes or ends the stream of token. If the gateway does not know it, the connection of identifier is removed.
 func (m *ConnectionManager) ask(identifier, token string, end bool) sendResult {
 	r := m.gateway.send(token, nil, end)
 	if errors.Is(r.err, errUnknownToken) {
@@ -298,11 +297,11 @@ func (m *ConnectionManager) endSuspect(identifier, token string) {
 	}
 }
 
-// sweepers is how many connections a sweep asks for at the same time.
+// sweepers is how many connections a sweep asks about at the same time.
 const sweepers = 8
 
-// Sweep asks the gateway, until ctx ends, for every connection about once an interval: what it does not know any more,
-// after a crash without disconnect callbacks, is removed. It runs several times an interval, which spreads the checks.
+// Sweep asks the gateway about every connection once an interval, until ctx ends, and removes those that it does not
+// know: it may have crashed without disconnect callbacks. The checks are spread over the interval.
 func (m *ConnectionManager) Sweep(ctx context.Context, interval time.Duration) {
 	every(ctx, interval/8, func() { m.sweep(interval) })
 }
@@ -347,8 +346,7 @@ func (m *ConnectionManager) Drain(ctx context.Context) {
 	}
 }
 
-// EndAll ends every stream, without the event that would keep its browser from coming back: to the backend that takes
-// this one's place.
+// EndAll ends every stream without connection_close, so that the browsers come back: to the next backend.
 func (m *ConnectionManager) EndAll(ctx context.Context) {
 	m.mu.Lock()
 	tokens := slices.Collect(maps.Keys(m.tokens))

@@ -7,11 +7,11 @@ import "net/http"
 // apiError is an error that a client may see.
 type apiError struct {
 	status     int
-	Text       string `json:"error"`            // fixed
-	Code       string `json:"code,omitempty"`   // from the closed set in openapi.yaml; the gateway's own errors have none
-	TaskStatus string `json:"status,omitempty"` // that of the task, with a 409
+	Text       string `json:"error"`            // a fixed text
+	Code       string `json:"code,omitempty"`   // of the closed set in openapi.yaml; the gateway's own errors have none
+	TaskStatus string `json:"status,omitempty"` // of the task, in a 409
 
-	// Of a body with a report on each line: which line is bad, and how many reports were taken before a shutdown.
+	// With a body of reports: which line is bad, or how many were taken before a shutdown.
 	Line    int  `json:"line,omitempty"`
 	Reports *int `json:"reports,omitempty"`
 }

@@ -1,5 +1,5 @@
-// The backend's client of a gateway. The gateway itself is sidecar.go, send.go and stream.go; what both say to each
-// other is in wire.go. Identifiers are not known here; see connmgr.go.
+// The backend's client of a gateway. The gateway itself is in sidecar.go, send.go and stream.go; what the two say to
+// each other is in wire.go. Identifiers are not known here; see connmgr.go.
 
 package main
 
@@ -20,54 +20,54 @@ import (
 const (
 	// sendLimit bounds one POST to the gateway. It is tried once.
 	sendLimit = 5 * time.Second
-	// resetLimit bounds how long a start waits for a gateway. One that did not answer by then is asked again after each
-	// resetPause.
+	// resetLimit bounds how long a start waits for a gateway. If it does not answer by then it is asked again, with a
+	// pause of resetPause.
 	resetLimit = time.Second
 	resetPause = time.Second
 
-	// So many POSTs are under way at once, to a gateway that takes batches and to one that does not. What comes
-	// meanwhile waits, and in the first case goes out together.
+	// maxPostingBatches bounds the POSTs under way to a gateway that takes batches: sends that come meanwhile go out
+	// together. To any other gateway it is maxPosting, with one event in each.
 	maxPostingBatches = 4
 	maxPosting        = 128
 
-	// The most that a batch holds. It is far from the gateway's own limit, so that nobody waits long for the others'
-	// events.
+	// The most that a batch holds. It is far below the gateway's limit, so that nobody waits long for the events of
+	// others.
 	maxBatchSends = 512
 	maxBatchBytes = 1 << 20
 )
 
 // gatewayClient sends events to a gateway by POST /internal/send.
 //
-// A send on its own goes out at once. Under load it is group commit: sends that come while others are under way wait,
-// and the first of them to get its turn takes the rest along. The caller waits for the result before it sends the next
-// events of a token, so their order is kept.
+// A lone send goes out at once. Under load it is group commit: sends that come while others are under way wait, and the
+// first to get its turn takes the others along. A caller waits for the result before it sends more events of the same
+// token, so their order is kept.
 type gatewayClient struct {
-	url       string            // with /internal/
-	transport http.RoundTripper // an http.Client would cost more, and follow redirects
+	url       string            // base URL with /internal/
+	transport http.RoundTripper // no http.Client, which costs more and follows redirects
 
-	features atomic.Pointer[features] // nil until the gateway has said
+	features atomic.Pointer[features] // nil until a gateway has called back
 
 	mu      sync.Mutex     // guards the rest
 	posting int            // POSTs under way
-	waiting []*waitingSend // one of each token at most, besides probes and ends
+	waiting []*waitingSend // at most one with events for each connection, and probes and ends
 }
 
-// waitingSend is one send that waits: for its turn, or for the result that somebody else's POST brings.
+// waitingSend is a send that waits: for its turn, or for the result of the POST that has taken it along.
 type waitingSend struct {
-	lines int            // of JSON
-	skips bool           // an event that is refused for good is skipped: the stream goes on without it
-	body  []byte         // the lines, with a newline between them
-	turn  sync.WaitGroup // until somebody has done it, or it is its turn
+	lines int            // lines of JSON in body
+	skips bool           // an event that is refused for good is skipped, and the stream goes on
+	body  []byte         // lines with newlines between them
+	turn  sync.WaitGroup // waited for until it is its turn, or it is done
 	sendResult
-	done bool // the result is there; otherwise it is this send's turn
+	done bool // the result is there
 }
 
 // sendResult is what became of one send.
 type sendResult struct {
-	taken    int   // how many of the events the gateway took, or refused for good
-	refused  int   // how many of those it refused
-	buffered bool  // the last of them waits for its stream to open
-	err      error // of the next: errUnknownToken, or it is not known whether the gateway took it
+	taken    int   // how many events the gateway took, or refused for good
+	refused  int   // how many of them it refused
+	buffered bool  // the last of them waits for the stream to open
+	err      error // why no more: errUnknownToken, or one after which the next event may have been taken or not
 }
 
 func newGatewayClient(baseURL string) *gatewayClient {
@@ -95,9 +95,9 @@ func (c *gatewayClient) can() features {
 	return features{}
 }
 
-// send gives the events to the stream of token, one after the other, or only the first if the gateway takes no batches.
-// If end is set, there is one event at most, after which the stream ends. Without events and end it asks whether the
-// stream is alive.
+// send gives the events to the stream of token, one after the other, or only the first one if the gateway takes no
+// batches. If end is set there is one event at most, and the stream ends after it. Without events and end it asks
+// whether the stream is there.
 func (c *gatewayClient) send(token string, events []event, end bool) sendResult {
 	can := c.can()
 	if !can.batch {
@@ -105,7 +105,7 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 	}
 	if end && len(events) == 1 && !can.retry {
 		e := events[0]
-		e.Retry = 0 // unknown to it
+		e.Retry = 0 // which the gateway does not know
 		events = []event{e}
 	}
 	s := &waitingSend{lines: max(len(events), 1), skips: !end && len(events) > 0, body: encodeSends(token, events, end)}
@@ -116,7 +116,8 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 	return s.sendResult
 }
 
-// awaitTurn returns s, and what is to go out with it, when it is its turn; or nil when another's POST has taken it along.
+// awaitTurn waits for the turn of s, and returns what is to go out then, s first. It returns nil if another's POST has
+// taken s along.
 func (c *gatewayClient) awaitTurn(s *waitingSend, batches bool) []*waitingSend {
 	limit := maxPosting
 	if batches {
@@ -136,14 +137,14 @@ func (c *gatewayClient) awaitTurn(s *waitingSend, batches bool) []*waitingSend {
 		}
 	}
 	if batches {
-		runtime.Gosched() // others that are about to send come along
+		runtime.Gosched() // lets others that are about to send join the batch
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.takeLocked(s)
 }
 
-// passTurn wakes those whose sends were posted, and the first of those that wait for their turn.
+// passTurn wakes those whose sends were posted, and the first of those that wait for a turn.
 func (c *gatewayClient) passTurn(posted []*waitingSend) {
 	for _, other := range posted[1:] {
 		other.done = true
@@ -160,10 +161,10 @@ func (c *gatewayClient) passTurn(posted []*waitingSend) {
 	next.turn.Done()
 }
 
-// reset tells a gateway that runs already that its streams are not known here, so that it ends them and the browsers
-// come back. Otherwise, after a backend that was killed, they would wait for ever. It returns after one try; if that
-// brought no answer of a gateway, it goes on in the background until ctx ends, and streams of this backend may have to
-// come back, too. It also ends when a gateway calls back that announces no features: that knows of no reset.
+// reset asks the gateway to end all streams that it has: they are those of an earlier backend, perhaps one that was
+// killed, and their browsers would wait for ever. If the first try is not answered, it goes on in the background until
+// ctx ends, or until a gateway calls back that announces no features, and so knows no reset. Streams that this backend
+// has by then end as well, and come back.
 func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *slog.Logger) {
 	err := c.tryReset(ctx, resetLimit, callbackSecret, log)
 	if err == nil {
@@ -178,13 +179,13 @@ func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *s
 			if f := c.features.Load(); f != nil && !f.known {
 				return
 			}
-			err = c.tryReset(ctx, sendLimit, callbackSecret, log) // or one that is slow would be reset for ever
+			err = c.tryReset(ctx, sendLimit, callbackSecret, log) // longer than before, or a slow gateway would be reset again and again
 		}
 		log.Info("the gateway answers now")
 	}()
 }
 
-// tryReset returns an error unless the gateway itself answered. A proxy before it may answer anything else.
+// tryReset returns an error unless the gateway itself answered. A proxy in front of it may answer anything.
 func (c *gatewayClient) tryReset(ctx context.Context, limit time.Duration, callbackSecret secret, log *slog.Logger) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -203,7 +204,7 @@ func (c *gatewayClient) tryReset(ctx context.Context, limit time.Duration, callb
 	return c.statusError(status)
 }
 
-// explain says what a status means that is none of the gateway's own answers.
+// statusError says what a status means that is not one of the gateway's own answers.
 func (c *gatewayClient) statusError(status int) error {
 	if status == http.StatusNotFound || status == http.StatusMethodNotAllowed {
 		return fmt.Errorf("the gateway at %s does not serve /internal/send: is INTERNAL_ADDR set there?", strings.TrimSuffix(c.url, "/internal/"))
@@ -211,7 +212,7 @@ func (c *gatewayClient) statusError(status int) error {
 	return fmt.Errorf("gateway answered %d", status)
 }
 
-// takeLocked returns s and what may go out with it.
+// takeLocked returns s and the sends that may go out with it.
 func (c *gatewayClient) takeLocked(s *waitingSend) []*waitingSend {
 	n, lines, size := 0, s.lines, len(s.body)
 	for c.can().batch && n < len(c.waiting) {
@@ -254,14 +255,14 @@ func (c *gatewayClient) postOne(s *waitingSend) (r sendResult, err error) {
 	}
 	o, _ := parseObject(answer)
 	said, _, _ := o.str("error")
-	anyWords := !c.can().known // those of a gateway of another make are not known
+	anyWords := !c.can().known // another make of gateway, whose words for errors are not known
 	switch {
 	case status == http.StatusNotFound && (said == errUnknownToken.Error() || anyWords):
 		return sendResult{err: errUnknownToken}, nil
 	case (status == http.StatusBadRequest || status == http.StatusRequestEntityTooLarge) && (said != "" || anyWords) && s.skips:
 		return sendResult{taken: 1, refused: 1}, nil
 	}
-	return r, c.statusError(status) // something between answered, or it is not a gateway
+	return r, c.statusError(status) // something in between has answered, or it is no gateway
 }
 
 func (c *gatewayClient) postBatch(batch []*waitingSend) error {
@@ -292,7 +293,7 @@ func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 	return nil
 }
 
-// readResult reads the lines that answer those of one send.
+// readResult reads the lines that answer one send.
 func readResult(lines [][]byte, skips bool) (r sendResult) {
 	for _, line := range lines {
 		refused := bytes.HasPrefix(line, []byte(`{"status":400`)) || bytes.HasPrefix(line, []byte(`{"status":413`))

@@ -17,7 +17,7 @@ const (
 	servicePage    = "page"
 )
 
-// maxID is the length of the longest ID, in bytes.
+// maxID is the most bytes that an ID may have.
 const maxID = 128
 
 // errBadID says that an ID cannot be part of an identifier.
@@ -38,9 +38,10 @@ func serviceOf(identifier string) string {
 	return service
 }
 
+// newEpoch returns 8 random characters (40 bits) that tell a log, or a run of a gateway, from all others.
 func newEpoch() string { return strings.ToLower(rand.Text()[:8]) }
 
-// newToken makes a random UUID, version 4 (RFC 9562 section 5.4).
+// newToken returns a random UUID, version 4 (RFC 9562 section 5.4).
 func newToken() string {
 	var b [16]byte
 	rand.Read(b[:])

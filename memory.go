@@ -1,4 +1,4 @@
-// What a service holds in memory of what clients made it keep. What counts towards it is in eventlog.go, tasks.go and
+// Bounds for what a service keeps in memory for its clients. What counts towards them is in eventlog.go, tasks.go and
 // version.go.
 
 package main
@@ -8,14 +8,13 @@ import (
 	"net/http"
 )
 
-// budget is how many bytes the parts of a service may hold together, and how many they do. The service's mutex guards
-// it.
+// budget bounds the bytes that the parts of a service hold together. The service's mutex guards it.
 type budget struct {
 	limit int
 	held  int
 }
 
-// count notes that a part, of which *held was counted until now, holds n bytes.
+// count notes that a part holds n bytes now. *held is what was counted for it before, and becomes n.
 func (b *budget) count(held *int, n int) {
 	b.held += n - *held
 	*held = n
@@ -24,8 +23,8 @@ func (b *budget) count(held *int, n int) {
 // fits reports whether there is room for n bytes more.
 func (b *budget) fits(n int) bool { return b.held+n <= b.limit }
 
-// heapSize is about how many bytes of the heap a string of n bytes takes. The runtime rounds up: to one of about eight
-// sizes between two powers of two, and beyond 32 KiB to pages of 8 KiB.
+// heapSize returns about how many bytes of the heap a string of n bytes takes. The runtime rounds up: to one of about
+// eight sizes between two powers of two, and beyond 32 KiB to pages of 8 KiB.
 func heapSize(n int) int {
 	step := max(8, 1<<bits.Len(uint(n))>>4)
 	if n > 32<<10 {
@@ -34,5 +33,5 @@ func heapSize(n int) int {
 	return (n + step - 1) &^ (step - 1)
 }
 
-// errNoRoom says that a service remembers as much as it may.
+// errNoRoom says that a service holds as much as it may.
 var errNoRoom = newError(http.StatusServiceUnavailable, "no_room", "too many announcements or request IDs")

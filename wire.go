@@ -15,18 +15,18 @@ import (
 	"unique"
 )
 
-// featuresHeader is the header of callbacks by which a gateway tells what it can do, separated by commas.
+// featuresHeader is a header of callbacks: what the gateway can do, separated by commas.
 const featuresHeader = "Sse-Gateway-Features"
 
-// The features that a backend asks for: /internal/send takes batches, and an event may have a retry. gatewayFeatures
-// are those of this gateway.
+// The features that a backend makes use of: /internal/send takes batches, and an event may have a retry.
+// gatewayFeatures is what this gateway announces.
 const (
 	featureBatch    = "batch"
 	featureRetry    = "retry"
 	gatewayFeatures = featureBatch + ", id, " + featureRetry + ", heartbeat"
 )
 
-// features is what a gateway can do. One of another make announces none, and then all are false.
+// features is what a gateway can do. Another make of gateway announces nothing; then all are false.
 type features struct{ known, batch, retry bool }
 
 func parseFeatures(header string) (f features) {
@@ -39,11 +39,12 @@ func parseFeatures(header string) (f features) {
 	return f
 }
 
-// orderHeader is the header of connect callbacks by which a gateway says how many requests for streams it had had by
-// this one: <gateway>-<n>, where gateway is another for each run of it. Callbacks may overtake each other.
+// orderHeader is a header of connect callbacks, <run>-<n>: it is the nth request for a stream since the gateway was
+// started, and run is a random name for that start. Callbacks may overtake each other.
 const orderHeader = "Sse-Gateway-Request"
 
-// requestOrder is the place of a request among those of a gateway's run. The zero value is for not known.
+// requestOrder is the place of a request among those of a run of the gateway. The zero value means that it is not
+// known.
 type requestOrder struct {
 	run unique.Handle[string]
 	n   uint64
@@ -68,29 +69,29 @@ type event struct {
 	ID    string `json:"id,omitempty"`
 	Name  string `json:"name"`
 	Data  string `json:"data"`
-	Retry int    `json:"retry,omitempty"` // reconnection time in milliseconds; 0 leaves it as it is
+	Retry int    `json:"retry,omitempty"` // reconnection time in milliseconds; 0 leaves it unchanged
 }
 
-// errUnknownToken says that the gateway has no such stream, or no more.
+// errUnknownToken says that the gateway does not have the stream, or no longer.
 var errUnknownToken = errors.New("unknown token")
 
 // closeID is the ID of the last event of a stream.
 const closeID = "close"
 
-// closeEvent is the last event of a stream. A browser that reconnects after it says so by its ID, and is turned away
-// for good. Clients exist that ask again for ever nevertheless, and so are told to take their time.
+// closeEvent returns the last event of a stream. A browser that reconnects after it sends closeID as its last event ID,
+// and is answered 410, which stops it. Some clients reconnect nevertheless: for them it has a long reconnection time.
 func closeEvent(reason string) event {
 	retry := closeRetry + rand.IntN(closeRetry+1)
 	return event{ID: closeID, Name: "connection_close", Data: fmt.Sprintf(`{"reason":%q}`, reason), Retry: retry}
 }
 
-// closeRetry is the least reconnection time, in milliseconds, after the end of a stream. The most is twice as much.
+// closeRetry is the least reconnection time after the end of a stream, in milliseconds. The most is twice that.
 const closeRetry = 10_000
 
-// ndjson is the media type of a batch on /internal/send: a sendRequest a line.
+// ndjson is the media type of a batch on /internal/send, with a send on each line, and of a body of reports.
 const ndjson = "application/x-ndjson"
 
-// The lines that answer a batch. A line for another reason has its status.
+// The lines that answer a send of a batch. Any other is {"status":N} or {"status":400,"error":"…"}.
 const (
 	batchOK       = `{"status":"ok"}`
 	batchBuffered = `{"status":"buffered"}`
@@ -104,7 +105,7 @@ func encodeSends(token string, events []event, end bool) []byte {
 	}
 	size := 0
 	for _, e := range events {
-		size += 128 + len(e.Data) + len(e.Data)/4 // with room for escapes
+		size += 128 + len(e.Data) + len(e.Data)/4 // and room for escapes
 	}
 	b := make([]byte, 0, size)
 	for i := range events {
@@ -116,7 +117,7 @@ func encodeSends(token string, events []event, end bool) []byte {
 	return b
 }
 
-// encodeSend appends the object for one event, or for none.
+// appendSend appends the object for one event, or for none.
 func appendSend(b []byte, token string, e *event, end bool) []byte {
 	b = append(b, `{"token":`...)
 	b = appendString(b, token)
@@ -147,8 +148,8 @@ type callbackAnswer struct {
 	beatEvent bool // this stream's heartbeats are events
 }
 
-// encodeRequest is the request as both callbacks tell it: the raw target, and the headers with lower-case names and one
-// value each. Bytes that are not UTF-8 become U+FFFD as it is, as an escape would take more room.
+// encodeRequest returns the request as both callbacks have it: the raw target, and the headers with lower-case names
+// and one value each. Bytes that are not UTF-8 become U+FFFD itself, as an escape would be longer.
 func encodeRequest(r *http.Request) json.RawMessage {
 	b := appendString([]byte(`{"url":`), r.RequestURI)
 	b = append(b, `,"headers":{"host":`...)
@@ -163,10 +164,10 @@ func encodeRequest(r *http.Request) json.RawMessage {
 		b = append(b, ':')
 		b = appendString(b, strings.ToValidUTF8(strings.Join(values, separator), "\uFFFD"))
 	}
-	return bytes.Clone(append(b, "}}"...)) // kept for as long as the stream: no spare room
+	return bytes.Clone(append(b, "}}"...)) // kept for as long as the stream: without spare room
 }
 
-// encodeCallback is the body of a callback; without a reason it has none.
+// encodeCallback returns the body of a callback. Without a reason it has none.
 func encodeCallback(action, reason, token string, request json.RawMessage) []byte {
 	if reason != "" {
 		reason = `"reason":"` + reason + `",`
