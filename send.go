@@ -15,11 +15,11 @@ import (
 const (
 	maxSend  = 1 << 20    // bytes of a body, or of a line of a batch
 	maxBatch = 4 << 20    // bytes of a batch
-	maxRetry = 86_400_000 // milliseconds that an event may ask for, a day
+	maxRetry = 86_400_000 // milliseconds that an event may set, a day
 )
 
-// sendRequest is the body of POST /internal/send. With neither an event nor end it only asks whether the stream is
-// alive. All that is bytes is part of the body that it was read from.
+// sendRequest is the body of POST /internal/send. With neither an event nor end it asks whether the stream is there.
+// Its slices are parts of the body.
 type sendRequest struct {
 	token []byte
 	event sentEvent
@@ -33,7 +33,7 @@ var (
 	errEventRetry = badRequest("bad_event", "event retry must be a whole number of milliseconds from 1 to 86400000")
 )
 
-// parseSend reads a body or a line, whose strings it decodes in place.
+// parseSend reads a body or a line. It decodes the strings in place.
 func parseSend(body []byte) (m sendRequest, err error) {
 	if len(body) > maxSend {
 		return m, errBodyTooLarge
@@ -55,7 +55,7 @@ func parseSend(body []byte) (m sendRequest, err error) {
 	return m, err
 }
 
-// eventFields are the member "event" of an object, and its members.
+// eventFields has the values of the member "event" of an object.
 type eventFields struct{ text, id, name, data, retry []byte }
 
 func (f *eventFields) field() member {
@@ -79,7 +79,7 @@ func (f *eventFields) parse() (e sentEvent, err error) {
 	}
 	if err == nil {
 		e.data, err = parseText(f.data)
-		e.oneLine = len(e.data) == len(f.data)-len(`""`) // an escape would be longer than what it says
+		e.oneLine = len(e.data) == len(f.data)-len(`""`) // nothing was escaped
 	}
 	if err == nil && f.retry != nil {
 		e.retry, err = parseRetry(f.retry)
@@ -95,7 +95,7 @@ func parseRetry(raw []byte) (int, error) {
 	return int(n), err
 }
 
-// parseText decodes a JSON string in place; that of an absent one is nil.
+// parseText decodes a JSON string in place. An absent one is nil.
 func parseText(raw []byte) ([]byte, error) {
 	switch byteAt(raw, 0) {
 	case 0:
@@ -106,7 +106,7 @@ func parseText(raw []byte) ([]byte, error) {
 	return nil, errFieldType
 }
 
-// parseBool decodes a JSON bool; an absent one is false.
+// parseBool decodes a JSON bool. An absent one is false.
 func parseBool(raw []byte) (bool, error) {
 	switch string(raw) {
 	case "true":
@@ -117,10 +117,10 @@ func parseBool(raw []byte) (bool, error) {
 	return false, errFieldType
 }
 
-// bodies are buffers for those of /internal/send.
+// bodies are buffers for the bodies of /internal/send.
 var bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
-// serveSend is POST /internal/send. If it can, it takes the connection over for the requests that will follow: see
+// serveSend is POST /internal/send. If it can, it takes over the connection, for the requests that will follow: see
 // sendLoop.
 func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	w = uncounted(w)
@@ -153,8 +153,8 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	w.Write(text)
 }
 
-// answerSend does what the body of POST /internal/send says. It returns the status of the answer and its body, appended
-// to text.
+// answerSend carries out the body of POST /internal/send. It returns the status of the answer, and text with its body
+// appended.
 func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, []byte) {
 	if mediaType == ndjson {
 		return http.StatusOK, g.answerBatch(text, body)
@@ -163,14 +163,14 @@ func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, [
 	return a.status, append(append(text, a.body...), '\n')
 }
 
-// answerBatch does what the lines of a batch say, and appends a line about each to text. Events in a row for the same
+// answerBatch carries out the lines of a batch, and appends a line about each to text. Events in a row for the same
 // stream are written at once.
 func (g *gateway) answerBatch(text, body []byte) []byte {
 	f := burst{g: g, buf: chunkBuffers.Get().(*[]byte)}
 	defer chunkBuffers.Put(f.buf)
 	write := func() {
 		if n := f.events; n > 0 {
-			line := f.write(false).answer().line
+			line := f.flush(false).answer().line
 			for range n {
 				text = append(append(text, line...), '\n')
 			}
@@ -196,20 +196,20 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 	return text
 }
 
-// sendAnswer is the answer to one send: by itself, and as a line that answers one of a batch.
+// sendAnswer is the answer to one send: as a body, and as a line of the answer to a batch.
 type sendAnswer struct {
 	status     int
 	body, line string
 }
 
-// take carries out a send, unless reading it failed.
+// take carries out a send and returns the answer, also if err says that it could not be read.
 func (g *gateway) take(m sendRequest, err error) sendAnswer {
 	if err == nil {
-		return g.send(m).answer()
+		return g.deliver(m).answer()
 	}
 	g.met.events.with("invalid").Inc()
 	text := fmt.Sprintf(`"error":%q}`, err.Error())
-	if err == errBodyTooLarge { // a line: a body of its own has been refused before
+	if err == errBodyTooLarge { // of a line: a body would have been refused before
 		return sendAnswer{http.StatusRequestEntityTooLarge, "{" + text, `{"status":413}`}
 	}
 	return sendAnswer{http.StatusBadRequest, "{" + text, `{"status":400,` + text}
@@ -225,20 +225,20 @@ func (s sendStatus) answer() sendAnswer {
 	return sendAnswer{http.StatusNotFound, `{"error":"unknown token"}`, batchUnknown}
 }
 
-// send gives an event to its stream.
-func (g *gateway) send(m sendRequest) sendStatus {
+// deliver gives the event of m to its stream.
+func (g *gateway) deliver(m sendRequest) sendStatus {
 	f := burst{g: g, s: g.lookup(m.token), buf: chunkBuffers.Get().(*[]byte)}
 	defer chunkBuffers.Put(f.buf)
 	if m.event.data != nil {
 		f.add(m.event)
 	}
-	return f.write(m.end)
+	return f.flush(m.end)
 }
 
-// directSender is the gateway to a backend in the same process, which needs no POST.
+// directSender is the way to a gateway in the same process.
 type directSender struct{ *gateway }
 
-// send gives the events to the stream of token: see gatewayClient.send.
+// send gives the events to the stream of token. See gatewayClient.send.
 func (d directSender) send(token string, events []event, end bool) (r sendResult) {
 	f := burst{g: d.gateway, s: d.lookup([]byte(token)), buf: chunkBuffers.Get().(*[]byte)}
 	defer chunkBuffers.Put(f.buf)
@@ -250,7 +250,7 @@ func (d directSender) send(token string, events []event, end bool) (r sendResult
 			f.add(sentEvent{id: []byte(e.ID), name: []byte(e.Name), data: []byte(e.Data), retry: e.Retry})
 		}
 		n := f.events
-		status := f.write(end)
+		status := f.flush(end)
 		if status == sendUnknown {
 			r.err = errUnknownToken
 			return r
@@ -262,13 +262,13 @@ func (d directSender) send(token string, events []event, end bool) (r sendResult
 	}
 }
 
-// maxFrame is how many bytes several events have at most that are written at once.
+// maxFrame is the most bytes that several events written at once may have.
 const maxFrame = 64 << 10
 
-// maxGrowth bounds how much longer an event is than its line: `\n` becomes a line end and "data: ".
+// maxGrowth bounds how much longer an event is than its line: an escaped line end becomes a line end and "data: ".
 const maxGrowth = 4
 
-// burst is one or more events for a stream that are written at once. All of them are taken, or none.
+// burst is the events that are written to a stream at once. All of them are taken, or none.
 type burst struct {
 	g      *gateway
 	s      *stream // nil if the token is unknown
@@ -276,8 +276,8 @@ type burst struct {
 	events int
 }
 
-// fits reports whether an event whose line or data has this size may be written with those before it. The stream's
-// buffer must have room for what the socket may leave of them.
+// fits reports whether one more event may be written with the others, if its line or its data has this size. The
+// stream's buffer must have room for what the socket may leave of them.
 func (b *burst) fits(size int) bool {
 	return b.events == 0 || len(*b.buf)+maxGrowth*size <= min(maxFrame, b.g.limits.buffer)
 }
@@ -290,8 +290,8 @@ func (b *burst) add(e sentEvent) {
 	b.events++
 }
 
-// write gives the events, if there are any, to the stream, which ends after them if end is set. Then b is empty.
-func (b *burst) write(end bool) sendStatus {
+// flush gives the events to the stream, and ends it after them if end is set. Then b is empty.
+func (b *burst) flush(end bool) sendStatus {
 	status := sendUnknown
 	if b.s != nil {
 		var chunk []byte

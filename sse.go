@@ -9,23 +9,23 @@ import (
 	"strings"
 )
 
-// heartbeat is a comment: it keeps proxies from closing an idle stream. It is no longer than it must be: clients exist
-// that count the comments before an event into what the event may have.
+// heartbeat is a comment, which keeps proxies from closing an idle stream. It is as short as possible: some clients
+// count comments towards the size that the next event may have.
 const heartbeat = ":\n"
 
-// isOneLine reports whether an ID or name stays on its line, and whether the browser takes it: an ID with NUL it
-// ignores (section 9.2.6).
+// isOneLine reports whether an ID or a name stays on its line and has no NUL, with which browsers ignore an ID (section
+// 9.2.6).
 func isOneLine(s []byte) bool { return !bytes.ContainsAny(s, "\r\n\x00") }
 
-// sentEvent is an event as the gateway reads it. Without data it is none.
+// sentEvent is an event as the gateway reads it. There is none if data is nil.
 type sentEvent struct {
 	id, name, data []byte
-	oneLine        bool // there is no line end in data, which need not be searched for one
-	retry          int  // the browser's reconnection time from now on, in milliseconds; 0 leaves it
+	oneLine        bool // data has no line end, and need not be searched for one
+	retry          int  // the browser's reconnection time in milliseconds; 0 leaves it unchanged
 }
 
-// appendEvent appends an event. Without an ID the browser keeps its last event ID, without a name it dispatches a
-// "message"; each must be on one line.
+// appendEvent appends an event. Without an ID the browser keeps its last event ID; without a name it dispatches a
+// "message". Each must be on one line.
 //
 //	retry: 2500
 //	event: task_event
@@ -34,8 +34,8 @@ type sentEvent struct {
 //	id: k3v9-17
 //	(blank line)
 //
-// The data is cut at CRLF, LF and CR, which the browser gives back as LF. The ID is last because clients exist that
-// count that of an event which the end of a connection has cut, and then never get the event.
+// The data is split at CRLF, LF and CR; the browser joins the lines with LF. The ID comes last, as some clients take
+// over the ID of an event that was cut off, and then never get the event.
 func appendEvent(b []byte, e sentEvent) []byte {
 	if e.retry > 0 {
 		b = appendRetry(b, e.retry)
@@ -49,7 +49,7 @@ func appendEvent(b []byte, e sentEvent) []byte {
 	lineEnd := func(s []byte) int { return bytes.IndexAny(s, "\r\n") }
 	if e.oneLine {
 		lineEnd = func([]byte) int { return -1 }
-	} else if bytes.IndexByte(data, '\r') < 0 { // as nearly always, and several times faster
+	} else if bytes.IndexByte(data, '\r') < 0 { // nearly always, and several times faster
 		lineEnd = func(s []byte) int { return bytes.IndexByte(s, '\n') }
 	}
 	for {
@@ -72,8 +72,7 @@ func appendEvent(b []byte, e sentEvent) []byte {
 	}
 }
 
-// Only an event ends in a blank line: after a retry or a comment, clients exist that take it for an empty event. A
-// retry stands in the block of what follows.
+// A blank line follows an event only: some clients dispatch an empty event for one after a retry or a comment.
 
 // appendRetry appends the reconnection time in milliseconds.
 func appendRetry(b []byte, milliseconds int) []byte {
@@ -82,7 +81,7 @@ func appendRetry(b []byte, milliseconds int) []byte {
 	return append(b, '\n')
 }
 
-// appendComment appends a comment, of which it makes one line.
+// appendComment appends a comment, with its text on one line.
 func appendComment(b []byte, text string) []byte {
 	b = append(b, ": "...)
 	b = append(b, strings.NewReplacer("\r", " ", "\n", " ").Replace(text)...)

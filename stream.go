@@ -1,4 +1,4 @@
-// One browser's stream: order, buffer, slow clients, end. Callbacks are in ask.go.
+// One browser's stream: order, buffer, slow clients, end. Who may have one is in sidecar.go, the callbacks in ask.go.
 
 package main
 
@@ -16,32 +16,32 @@ import (
 	"unsafe"
 )
 
-// Why a stream ended, as the disconnect callback and the metrics say it.
+// Why a stream ended, in the disconnect callback and in metrics.
 const (
 	clientClosed = "client_closed"
 	serverClosed = "server_closed"
 	streamError  = "error" // write failure, slow client, buffer overflow
 )
 
-// sendStatus is what became of an event given to the gateway.
+// sendStatus is what became of an event.
 type sendStatus int
 
 const (
 	sendWritten  sendStatus = iota // the socket or the stream's buffer took it
 	sendBuffered                   // it waits for the connect callback
-	sendUnknown                    // no stream has the token, or none that takes anything more
+	sendUnknown                    // there is no such stream, or it takes nothing more
 )
 
-// String is the status as the metrics have it.
+// String returns the status as metrics have it.
 func (s sendStatus) String() string {
 	return [...]string{"written", "buffered", "unknown_token"}[s]
 }
 
 // streamLimits are the limits that all streams of a gateway share.
 type streamLimits struct {
-	buffer       int           // bytes that may wait for the client, or one event; if more would, the stream ends
-	writeTimeout time.Duration // a client that takes no byte for so long is cut
-	beatEvent    string        // the heartbeat of streams that have an event for it
+	buffer       int           // bytes that may wait for the client; beyond it the stream ends
+	writeTimeout time.Duration // for how long a client may take nothing
+	beatEvent    string        // the heartbeat of streams with an event for it
 }
 
 // streamState is where a stream is in its life.
@@ -50,40 +50,40 @@ type streamState int
 const (
 	streamConnecting streamState = iota // the connect callback is under way
 	streamOpen
-	streamEnding // takes nothing more; ends when it is open and pending is written
+	streamEnding // takes nothing more; ends once pending has been written
 	streamEnded
 )
 
 // stream is one browser's connection, from the connect callback to its end.
 //
-// An event is written by the goroutine that sends it, without blocking. What the socket does not take waits in pending,
-// and only then does a goroutine of the stream's own run (drain), until the socket has caught up. So an idle stream
-// costs one goroutine, parked in Read, and an event one system call.
+// An event is written by the goroutine that sends it, without blocking. What the socket does not take waits in pending.
+// Only then does a goroutine of the stream run (drain), until the client has caught up. So an idle stream costs one
+// goroutine, parked in Read, and an event one system call.
 type stream struct {
 	token   string
 	request json.RawMessage // what both callbacks say of the request, encoded once
-	chunked bool            // HTTP/1.1; an HTTP/1.0 body ends with the connection
+	chunked bool            // HTTP/1.1; an HTTP/1.0 body ends with its connection
 	limits  *streamLimits
 
 	beatEvent bool // heartbeats are events; set before open
 
-	mu       sync.Mutex // guards the rest; held across a write that cannot block, to keep the order
-	state    streamState
-	conn     net.Conn // nil until the connect callback was answered
-	raw      syscall.RawConn
-	pending  []byte      // chunks, with those being drained within limits.buffer, or one event
-	draining int         // bytes that drain is writing
-	drains   bool        // drain runs; nobody else writes
-	written  uint64      // bytes given to the socket
-	caughtUp uint64      // what written was when the client was seen to have everything
-	uptake   uptake      // of the client
-	overflow bool        // more was sent than may wait: that is why it ends
-	reason   string      // set with streamEnded
-	lifetime *time.Timer // ends a stream that has been open for long enough; nil without a limit
+	mu         sync.Mutex // guards the rest; held across a write, which cannot block, to keep the order
+	state      streamState
+	conn       net.Conn // nil until the connect callback has been answered
+	raw        syscall.RawConn
+	pending    []byte      // chunks that wait; with draining at most limits.buffer, or one event
+	draining   int         // bytes that drain is writing
+	drains     bool        // drain runs, and nobody else writes
+	written    uint64      // bytes given to the socket
+	caughtUp   uint64      // value of written when the client last had everything
+	uptake     uptake      // how the client takes what is written
+	overflowed bool        // it is ending because more was sent than may wait
+	reason     string      // set with streamEnded
+	lifetime   *time.Timer // ends the stream after its lifetime; nil without a limit
 }
 
-// An HTTP/1.1 body goes out in chunks (RFC 9112 section 7.1), one for each write. The size stands in front, so room for
-// it is left until it is known.
+// An HTTP/1.1 body goes out in chunks (RFC 9112 section 7.1), one for each write. The size comes first, so room for it
+// is left until it is known.
 const chunkHead = len("ffffffff\r\n")
 
 func reserveChunk(buf []byte) []byte {
@@ -108,8 +108,8 @@ var chunkBuffers = sync.Pool{New: func() any { return new([]byte) }}
 
 const lastChunk = "0\r\n\r\n"
 
-// send writes or buffers chunk, which may be empty, and then ends the stream if end is set. It does not wait for the
-// client and does not keep chunk.
+// send writes or buffers chunk, which may be empty, and ends the stream after it if end is set. It neither waits for
+// the client nor keeps chunk.
 func (s *stream) send(chunk []byte, end bool) sendStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -127,7 +127,7 @@ func (s *stream) send(chunk []byte, end bool) sendStatus {
 		s.writeLocked(chunk)
 	}
 	if s.state >= streamEnding {
-		return sendUnknown // this chunk was too much, or could not be written
+		return sendUnknown // chunk was too much, or could not be written
 	}
 	if end {
 		s.finishLocked()
@@ -135,7 +135,7 @@ func (s *stream) send(chunk []byte, end bool) sendStatus {
 	return status
 }
 
-// open begins the response on conn: head, then what was buffered meanwhile. From here on conn belongs to the stream.
+// open begins the response on conn with head and what was buffered. conn belongs to the stream from then on.
 func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool, lifetime time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -146,8 +146,8 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 	buffered := s.pending
 	s.pending = nil
 	s.writeLocked(append(head, buffered...))
-	if s.overflow {
-		s.startDrainLocked() // to the end
+	if s.overflowed {
+		s.startDrainLocked() // to the end of the stream
 	} else if end || s.state == streamEnding {
 		s.finishLocked()
 	}
@@ -156,9 +156,9 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 	}
 }
 
-// stuckLocked reports whether the client has taken nothing for the write timeout, although there is something to take.
-// What counts is what it has acknowledged: the socket's own buffer takes heartbeats for a quarter of an hour after a
-// client has left without a word, and while a slow one takes all the time it may not have room for a long while.
+// stuckLocked reports whether the client has acknowledged nothing for the timeout although it lacks something. Whether
+// the socket takes bytes says too little: it takes heartbeats for a quarter of an hour after a client has vanished, and
+// with a slow client it may have no room for long.
 func (s *stream) stuckLocked() bool {
 	queued, ok := unacknowledged(s.raw)
 	return s.uptake.stuck(s.written-uint64(queued), !ok || queued > 0, time.Now(), s.timeoutLocked())
@@ -170,9 +170,9 @@ func (s *stream) lacksLocked() bool {
 	return ok && queued > 0
 }
 
-// timeoutLocked is how long the client may take nothing.
+// timeoutLocked is for how long the client may take nothing.
 func (s *stream) timeoutLocked() time.Duration {
-	if s.overflow {
+	if s.overflowed {
 		return min(s.limits.writeTimeout, overflowTimeout)
 	}
 	return s.limits.writeTimeout
@@ -184,8 +184,8 @@ type uptake struct {
 	since time.Time // when it was first seen there; zero if it lacked nothing
 }
 
-// stuck notes how far the client is now, and reports whether it has been there for the limit. It counts from the first
-// look at which something is lacking, not from the last byte that was taken: that may be long ago when an event has
+// stuck notes how far the client is, and reports whether it has been there for the limit. The time counts from the
+// first look at which it lacked something, not from the last byte that it took, which may be long ago when an event has
 // just been sent.
 func (u *uptake) stuck(taken uint64, lacks bool, now time.Time, limit time.Duration) bool {
 	switch {
@@ -199,8 +199,8 @@ func (u *uptake) stuck(taken uint64, lacks bool, now time.Time, limit time.Durat
 	return false
 }
 
-// unacknowledged returns how many bytes are in the socket's own buffer. Only Linux tells; elsewhere the client counts
-// as having taken them.
+// unacknowledged returns how many bytes are in the socket's own buffer. Only Linux tells; elsewhere they count as
+// taken.
 func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
 	const outQueue = 0x5411 // SIOCOUTQ
 	if runtime.GOOS != "linux" {
@@ -214,8 +214,8 @@ func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
 	return int(count), ok && err == nil
 }
 
-// look ends the stream if the client is stuck with what the socket holds for it. The socket is asked only if something
-// was written since the client was seen to have everything.
+// cutIfStuck ends the stream if the client is stuck. The socket is asked only if something has been written since the
+// client was seen to have everything.
 func (s *stream) cutIfStuck() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -228,7 +228,7 @@ func (s *stream) cutIfStuck() {
 	}
 }
 
-// beat writes a heartbeat, unless the client has bytes to take anyway.
+// beat writes a heartbeat, unless drain is writing.
 func (s *stream) beat() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -246,21 +246,21 @@ func (s *stream) beat() {
 	s.writeLocked(s.chunk(buf))
 }
 
-// finish ends the stream cleanly once the client has what was sent before.
+// finish ends the stream cleanly, once the client has been sent what came before.
 func (s *stream) finish() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.finishLocked()
 }
 
-// end ends the stream at once; only the first reason counts.
+// cut ends the stream at once. Only the first reason counts.
 func (s *stream) cut(reason string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.cutLocked(reason)
 }
 
-// writableLocked reports whether there is a connection on which nobody else writes.
+// writableLocked reports whether there is a connection, and drain does not run.
 func (s *stream) writableLocked() bool { return s.conn != nil && s.state != streamEnded && !s.drains }
 
 func (s *stream) writeLocked(chunk []byte) {
@@ -280,7 +280,7 @@ func (s *stream) writeLocked(chunk []byte) {
 	s.startDrainLocked()
 }
 
-// drainLocked has drain run.
+// startDrainLocked starts drain, if there is a connection and it does not run.
 func (s *stream) startDrainLocked() {
 	if s.writableLocked() {
 		s.drains = true
@@ -291,13 +291,13 @@ func (s *stream) startDrainLocked() {
 func (s *stream) enqueueLocked(chunk []byte) {
 	need := len(s.pending) + len(chunk)
 	switch {
-	case s.draining+need <= s.limits.buffer, s.draining+len(s.pending) == 0: // or a large event would never get through
-		if need > cap(s.pending) { // append would grow it in small steps, and leave megabytes behind
+	case s.draining+need <= s.limits.buffer, s.draining+len(s.pending) == 0: // a single event may be larger than the buffer
+		if need > cap(s.pending) { // append would grow it in small steps, and leave megabytes to the garbage collector
 			s.pending = append(make([]byte, 0, max(need, min(2*cap(s.pending), s.limits.buffer))), s.pending...)
 		}
 		s.pending = append(s.pending, chunk...)
 	default:
-		s.state, s.overflow = streamEnding, true
+		s.state, s.overflowed = streamEnding, true
 		if s.conn != nil {
 			s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
 		}
@@ -313,7 +313,7 @@ func (s *stream) finishLocked() {
 		return // open or drain comes back to it
 	}
 	if s.chunked {
-		writeNow(s.raw, []byte(lastChunk)) // a socket too full for 5 bytes ends the stream all the same
+		writeNow(s.raw, []byte(lastChunk)) // if the socket has no room for 5 bytes, the stream ends nevertheless
 	}
 	s.cutLocked(serverClosed)
 }
@@ -327,45 +327,45 @@ func (s *stream) cutLocked(reason string) {
 		s.lifetime.Stop()
 	}
 	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError && s.lacksLocked() {
-		tcp.SetLinger(0) // forget what the socket holds: megabytes that the client does not take
+		tcp.SetLinger(0) // drop what the socket holds, megabytes that the client does not take
 	}
-	s.conn.Close() // wakes the reader, which tells the backend
+	s.conn.Close() // wakes watch, which tells the backend
 }
 
-// A client whose buffer has overflowed gets what was accepted before, and then the end, unless it takes nothing for
-// overflowTimeout. If it were cut at once it would return for the same again.
+// A client whose buffer has overflowed is sent what was accepted before, unless it takes nothing for overflowTimeout,
+// and then its stream ends. If the stream were cut at once, the client would come back for the same again.
 const (
 	overflowTimeout = time.Second
 	overflowPause   = overflowTimeout / 20 // between two looks at what it took
 )
 
-// drainWrite is how many bytes drain writes at once: large enough for speed, small enough that the room it makes in the
-// buffer is soon seen.
+// drainWrite is how many bytes drain writes at once: enough for speed, and few enough that the room in the buffer is
+// soon seen.
 const drainWrite = 64 << 10
 
-// drain writes what is pending until nothing is left. Its deadline passes also when the client takes bytes, but not
-// enough for the socket to have room; then it goes on.
+// drain writes pending until nothing is left. A write that misses its deadline is repeated unless the client is stuck:
+// it may have acknowledged bytes, but not enough for the socket to have room.
 func (s *stream) drain() {
 	for {
 		s.mu.Lock()
 		buf := s.pending
 		s.pending, s.draining = nil, len(buf)
-		if s.overflow && len(buf) == 0 && s.state != streamEnded && s.lacksLocked() && !s.stuckLocked() {
+		if s.overflowed && len(buf) == 0 && s.state != streamEnded && s.lacksLocked() && !s.stuckLocked() {
 			s.mu.Unlock()
 			time.Sleep(overflowPause)
 			continue
 		}
 		if s.state == streamEnded || len(buf) == 0 {
 			s.drains = false
-			if s.overflow {
-				s.cutLocked(streamError) // without the last chunk, for something is missing
+			if s.overflowed {
+				s.cutLocked(streamError) // without the last chunk, as something is missing
 			} else if s.state == streamEnding {
 				s.finishLocked()
 			}
 			s.mu.Unlock()
 			return
 		}
-		s.stuckLocked() // counts from now on
+		s.stuckLocked() // from now on
 		for len(buf) > 0 {
 			s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
 			s.mu.Unlock()
@@ -384,7 +384,7 @@ func (s *stream) drain() {
 	}
 }
 
-// nowWriter is one write that does not wait for the socket. RawConn takes a function; these are pooled so that an event
+// nowWriter is a write that does not wait for the socket. RawConn takes a function; writers are pooled so that an event
 // allocates none.
 type nowWriter struct {
 	buf []byte
@@ -411,7 +411,7 @@ func writeNow(raw syscall.RawConn, buf []byte) (int, error) {
 	w := nowWriters.Get().(*nowWriter)
 	defer nowWriters.Put(w)
 	w.buf = buf
-	err := raw.Control(w.do) // not Write, which minds the deadline of drain
+	err := raw.Control(w.do) // not raw.Write, which minds the deadline that drain has set
 	n := w.n
 	if err == nil {
 		err = w.err
