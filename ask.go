@@ -1,5 +1,5 @@
-// The gateway's callbacks: they ask the backend who may open a stream, and tell it who left. What a stream and a
-// refusal are is in sidecar.go and refuse.go.
+// The gateway's callbacks: they ask the backend who may have a stream, and tell it who left. Streams are in sidecar.go,
+// refusals in refuse.go.
 
 package main
 
@@ -14,9 +14,9 @@ import (
 	"time"
 )
 
-// connect asks the backend whether s may be opened. An answer beside a refusal means that the backend accepted and then
-// did not finish its answer.
-func (g *gateway) connect(r *http.Request, s *stream) (no *refusal, answer *callbackAnswer) {
+// connect asks the backend whether s may be opened. If there is an answer besides a refusal, the backend has accepted,
+// but its answer did not come to an end.
+func (g *gateway) connect(r *http.Request, s *stream) (refused *refusal, answer *callbackAnswer) {
 	clientLeft := &refusal{status: http.StatusServiceUnavailable, text: "client left"}
 	order := fmt.Sprintf("%s-%d", g.name, g.requests.Add(1))
 	ctx, cancel := context.WithTimeout(g.asking, callbackLimit)
@@ -45,9 +45,9 @@ func (g *gateway) connect(r *http.Request, s *stream) (no *refusal, answer *call
 	return explain(err), answer
 }
 
-// hasLeft reports whether the client has closed its connection. It looks for itself, as the request's context may not
-// know yet. A browser that has tried again left before, so if its first attempt comes to be numbered after its second,
-// this is seen here, and the second is not taken for a replaced tab.
+// hasLeft reports whether the client has closed its connection, which the request's context may learn later. A browser
+// closes a connection before it tries again. So if two of its requests get their numbers in the wrong order, the older
+// is noticed here, and does not replace the newer.
 func hasLeft(r *http.Request) (left bool) {
 	conn, ok := r.Context().Value(connKey{}).(syscall.Conn)
 	if !ok {
@@ -57,14 +57,14 @@ func hasLeft(r *http.Request) (left bool) {
 	if err != nil {
 		return true
 	}
-	err = raw.Control(func(fd uintptr) { // not Read, for which net/http holds a lock
+	err = raw.Control(func(fd uintptr) { // not raw.Read, as net/http is reading
 		n, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
 		left = n == 0 || err != nil && err != syscall.EAGAIN && err != syscall.EINTR
 	})
 	return left || err != nil
 }
 
-// explain tells a client why the backend was not heard.
+// explain returns the refusal for a backend that was not heard.
 func explain(err error) *refusal {
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
@@ -75,8 +75,7 @@ func explain(err error) *refusal {
 	return &refusal{http.StatusServiceUnavailable, refusedBackend, "backend unreachable"}
 }
 
-// disconnect makes the disconnect callback of an accepted stream: once, with no retry. The stream itself has ended
-// before.
+// disconnect makes the disconnect callback of an accepted stream that has ended. It is tried once.
 func (g *gateway) disconnect(s *stream, reason string) {
 	turn, cancel := context.WithTimeout(context.Background(), disconnectLimit)
 	defer cancel()
@@ -92,8 +91,7 @@ func (g *gateway) disconnect(s *stream, reason string) {
 	g.call(ctx, "disconnect", reason, s, "")
 }
 
-// call makes one callback and counts it. The status is set as soon as the backend sent one, also when its body then
-// failed.
+// call makes one callback and counts it. The status is set if the backend sent one, also when its body then failed.
 func (g *gateway) call(ctx context.Context, action, reason string, s *stream, order string) (status int, body []byte, err error) {
 	start := time.Now()
 	status, body, err = g.post(ctx, encodeCallback(action, reason, s.token, s.request), order)
@@ -110,7 +108,7 @@ func (g *gateway) call(ctx context.Context, action, reason string, s *stream, or
 	return status, body, err
 }
 
-// outcome is what became of a callback, as the metrics have it.
+// outcome is what became of a callback, in metrics.
 func outcome(status int, err error) string {
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
@@ -130,13 +128,13 @@ func (g *gateway) post(ctx context.Context, payload []byte, order string) (statu
 	}
 	status, body, err = postTo(ctx, g.transport, string(g.cfg.CallbackURL), header, payload, maxAnswer+1)
 	if status >= 300 {
-		err = nil // that body is not needed
+		err = nil // the body is not needed
 	}
 	return status, body, err
 }
 
-// parseAnswer reads {"event":{…},"close":true,"heartbeat":"event"} from a connect callback's answer. What is not
-// understood is left out: the backend did accept.
+// parseAnswer reads {"event":{…},"close":true,"heartbeat":"event"}, the answer to a connect callback. It leaves out
+// what it does not understand: the backend has accepted.
 func (g *gateway) parseAnswer(body []byte) *callbackAnswer {
 	a := &callbackAnswer{}
 	if len(bytes.TrimSpace(body)) == 0 {

@@ -1,5 +1,5 @@
-// POST /api/sse/callback: authenticate a gateway's callback, read it, and route a connect to the service that its
-// stream is for. How a service works inside is not known here; see tasks.go and version.go.
+// POST /api/sse/callback: it authenticates a gateway's callback, reads it, and routes a connect to the service that the
+// stream is for. How services work is not known here; see tasks.go, version.go and page.go.
 
 package main
 
@@ -16,36 +16,36 @@ import (
 	"sync/atomic"
 )
 
-// maxCallback is more than the longest target and headers that a gateway takes from a browser can become in JSON.
+// maxCallback is more than the JSON of the longest target and headers that a gateway takes from a browser.
 const maxCallback = 256 << 10
 
-// service is what a callback is routed to.
+// streamService is a service that a connect is routed to.
 type streamService interface {
-	// OnConnect registers the connection of the service's id. It returns the event that begins its stream, and whether
-	// that ends it, or errBadID, errNoRoom or errAskFirst.
+	// OnConnect makes the stream the connection of the service's id. It returns the event that begins the stream, and
+	// whether it ends after that. The error is errBadID, errNoRoom, errTooManyTasks or errAskFirst.
 	OnConnect(id string, c connectRequest) (open event, end bool, err error)
 }
 
 // callbackHandler is POST /api/sse/callback, by which a gateway asks who may connect and tells who left.
 type callbackHandler struct {
-	secret  secret // "" lets everybody in
+	secret  secret // "" accepts every callback
 	tasks   streamService
 	version streamService
 	pages   streamService
 	conns   *ConnectionManager
-	heard   func(features) // what the gateway says it can do
+	heard   func(features) // told what the gateway says it can do
 	log     *slog.Logger
 	closing *atomic.Bool
 
 	wrongSecrets, badIDs throttle
 }
 
-// callback is the body.
+// callback is the body of a callback.
 type callback struct {
 	action      string
 	token       string
 	url         string // the raw request target of the stream
-	lastEventID string // its Last-Event-ID header
+	lastEventID string // its header Last-Event-ID
 }
 
 // connectAnswer is the answer to a connect callback.
@@ -113,7 +113,7 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 	}
 	id := lastValue(t.query[key])
 	err = errAskFirst
-	for tries := 0; err == errAskFirst; tries++ { // again if there is another connection after it was asked
+	for tries := 0; err == errAskFirst; tries++ { // again if another connection has come since
 		if tries > 0 && (tries > 3 || !h.conns.Ask(name+":"+id, &request)) {
 			return a, errGatewayGone
 		}
@@ -129,11 +129,11 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 	if lastValue(t.query["heartbeat"]) == "event" {
 		a.Heartbeat = "event"
 	}
-	a.Close = a.Close || h.closing.Load() // since the look above; EndAll may have missed this stream
+	a.Close = a.Close || h.closing.Load() // it may be closing since the look above, and EndAll not have seen this stream
 	return a, err
 }
 
-// route finds the service that a stream's path names, and the key of its ID in the query.
+// route returns the service that the path of a stream names, and the key of its ID in the query.
 func (h *callbackHandler) route(t streamTarget) (s streamService, name, key string) {
 	switch {
 	case underPath(t.path, "/api/sse/tasks"):
@@ -152,16 +152,15 @@ func underPath(path, prefix string) bool {
 	return ok && (rest == "" || rest[0] == '/')
 }
 
-// streamTarget is a stream's request target: its path, and the values in its query of the keys that mean something
-// here.
+// streamTarget is the request target of a stream: its path, and the values of our keys in its query.
 type streamTarget struct {
 	path  string
 	query map[string][]string
 }
 
-// parseTarget takes apart a plain target: one whose path is clean and has no escapes, and whose keys are spelled
-// literally, if they are any of ours. So a proxy in front, which may decide by the normalized path or by the first key
-// in any case, decides on what is routed here.
+// parseTarget splits a request target. It is plain if its path is clean and without escapes, and our keys in its query
+// are spelled literally. Then a proxy in front that decides by the normalized path, or by the first key in any case,
+// decides by what is routed here.
 func parseTarget(target string) (t streamTarget, plain bool) {
 	t = streamTarget{query: map[string][]string{}}
 	var query string
@@ -180,14 +179,14 @@ func parseTarget(target string) (t streamTarget, plain bool) {
 			if key != ours {
 				return t, false
 			}
-			value, _ = url.QueryUnescape(value) // nothing, if it cannot be decoded
+			value, _ = url.QueryUnescape(value) // "" if it cannot be decoded
 			t.query[ours] = append(t.query[ours], value)
 		}
 	}
 	return t, true
 }
 
-// last returns the last value, or "" if there is none.
+// lastValue returns the last of the values, or "".
 func lastValue(values []string) string {
 	if len(values) == 0 {
 		return ""
@@ -202,7 +201,7 @@ func parseCallback(body []byte) (c callback, err error) {
 	if err != nil {
 		return c, err
 	}
-	all := object{} // headers must be strings, if there are any
+	all := object{} // they must be strings
 	if headers != nil {
 		if all, err = parseObject(headers); err != nil {
 			return c, errFieldType
@@ -230,7 +229,7 @@ func parseCallback(body []byte) (c callback, err error) {
 		return c, errFieldType
 	case c.action == "" || c.token == "" || c.action == "connect" && c.url == "":
 		return c, errMissingField
-	case c.action != "connect" && c.action != "disconnect": // of which the token says it all
+	case c.action != "connect" && c.action != "disconnect": // a disconnect needs nothing but its token
 		return c, errUnknownAction
 	}
 	return c, nil

@@ -1,5 +1,5 @@
-// The client side of HTTP between processes: one dial, one POST, and errors that hold no secret. Roles and bodies are
-// not known here; see gateway.go and sidecar.go for who posts what.
+// The client side of HTTP between processes: one dial, one POST, and errors without secrets. Roles and bodies are not
+// known here; gateway.go and ask.go post.
 
 package main
 
@@ -17,12 +17,12 @@ import (
 	"time"
 )
 
-// dialLimit bounds a dial, and a TLS handshake. A Transport goes on with them when the request that they are for has
-// ended.
+// dialLimit bounds a dial, and a TLS handshake. A Transport goes on with them after the request has ended that they are
+// for.
 const dialLimit = 5 * time.Second
 
-// dial connects to localhost by its addresses, as a container that holds nothing but the binary has no /etc/hosts, and
-// to any other host as usual.
+// dial connects to localhost by its addresses, as a container with nothing but the binary has no /etc/hosts, and to any
+// other host as usual.
 func dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	d := net.Dialer{Timeout: dialLimit}
 	host, port, err := net.SplitHostPort(addr)
@@ -36,8 +36,8 @@ func dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	return conn, err
 }
 
-// postTo makes one POST and returns the answer, of its body at most limit bytes. The status is there also when reading
-// the body fails.
+// postTo makes one POST. It returns at most limit bytes of the answer's body, and the status also if reading the body
+// failed.
 func postTo(ctx context.Context, transport http.RoundTripper, target string, header http.Header, body []byte, limit int64) (status int, answer []byte, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target, bytes.NewReader(body))
 	if err != nil {
@@ -52,8 +52,8 @@ func postTo(ctx context.Context, transport http.RoundTripper, target string, hea
 	return resp.StatusCode, answer, err
 }
 
-// readAnswer reads the body of a response, at most limit bytes, and closes it. It must be read to its end, or the
-// connection is not used again. What comes after a 101 has no end, and no deadline either (RFC 9110 section 15.2.2).
+// readAnswer reads at most limit bytes of the body of a response, and closes it. The connection is used again only if
+// that is all. What follows a 101 has no end and no deadline (RFC 9110 section 15.2.2).
 func readAnswer(resp *http.Response, limit int64) ([]byte, error) {
 	defer resp.Body.Close()
 	if resp.StatusCode == http.StatusSwitchingProtocols {
@@ -66,8 +66,8 @@ func readAnswer(resp *http.Response, limit int64) ([]byte, error) {
 	return body, nil
 }
 
-// withoutSecrets takes out of a client's error what may hold a secret: the URL, and what it quotes of an answer that is
-// not HTTP, which may repeat the request. A certificate may be quoted.
+// withoutSecrets removes from a client's error what may repeat a secret: the URL, and what it quotes of an answer that
+// is not HTTP. What it quotes of a certificate may stay.
 func withoutSecrets(err error) error {
 	if e := (*url.Error)(nil); errors.As(err, &e) {
 		err = e.Err

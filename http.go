@@ -1,5 +1,5 @@
-// Bodies and answers of both roles: media types, limits, errors as JSON, bearer tokens. Roles are not known here;
-// json.go reads and writes the JSON itself.
+// Bodies and answers of both roles: media types, limits, errors as JSON, bearer tokens. The roles are not known here.
+// JSON itself is in json.go.
 
 package main
 
@@ -42,8 +42,8 @@ func hasMediaType(r *http.Request, want string) bool {
 	return err == nil && mediaType == want
 }
 
-// readJSON reads a body of at most limit bytes as one JSON object. A request without a Content-Type is taken at its
-// word; a wrong one is refused, which also keeps out what a form of another site can post.
+// readJSON reads a body of at most limit bytes as one JSON object. A request without a Content-Type is accepted; one
+// with another is refused, which keeps out the forms of other sites.
 func readJSON(w http.ResponseWriter, r *http.Request, limit int64) (object, error) {
 	body, err := readTyped(w, r, limit)
 	if err != nil {
@@ -52,7 +52,7 @@ func readJSON(w http.ResponseWriter, r *http.Request, limit int64) (object, erro
 	return parseObject(body)
 }
 
-// readTyped is readJSON without looking at the JSON.
+// readTyped is readJSON, but does not look at the JSON.
 func readTyped(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
 	if r.Header.Get("Content-Type") != "" && !isJSON(r) {
 		return nil, errMediaType
@@ -66,7 +66,7 @@ var (
 	errClosing      = newError(http.StatusServiceUnavailable, "shutting_down", "shutting down")
 )
 
-// writeError answers {"error":"…","code":"…"}. What is no apiError is nothing that a client may see.
+// writeError answers {"error":"…","code":"…"}. An error that is no apiError becomes a 500 without its text.
 func writeError(w http.ResponseWriter, err error) {
 	e := newError(http.StatusInternalServerError, "internal", "internal error")
 	errors.As(err, &e)
@@ -80,17 +80,17 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Write(body)
 }
 
-// refusedBody is how long a refused body that goes on is still read: a connection that is closed before takes the answer
-// with it.
+// refusedBody is for how long the rest of a refused body is read: closing the connection while the client sends may
+// destroy the answer.
 const refusedBody = 500 * time.Millisecond
 
-// handler answers with a status and what becomes a JSON body, or with an error. It writes nothing but headers itself.
+// handler returns the status and the body, which becomes JSON, or an error. It writes nothing but headers.
 type handler func(w http.ResponseWriter, r *http.Request) (status int, answer any, err error)
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	status, answer, err := h(w, r)
 	if err != nil {
-		if hasMediaType(r, ndjson) { // the body may go on, and net/http would read it before it answers
+		if hasMediaType(r, ndjson) { // the body may go on, and net/http reads it before it answers
 			w.Header().Set("Connection", "close")
 			http.NewResponseController(w).SetReadDeadline(time.Now().Add(refusedBody))
 		}
@@ -100,7 +100,7 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, status, answer)
 }
 
-// readiness is how both roles tell theirs.
+// readiness returns the answer of /readyz.
 func readiness(ready bool) (status int, said string) {
 	if !ready {
 		return http.StatusServiceUnavailable, "not_ready"
@@ -114,13 +114,13 @@ func hasBearer(r *http.Request, want secret) bool {
 	return strings.EqualFold(scheme, "Bearer") && sameSecret(token, want)
 }
 
-// sameSecret compares in a time that tells nothing of either, also not the length.
+// sameSecret compares in constant time. Hashing hides the length as well.
 func sameSecret(got string, want secret) bool {
 	a, b := sha256.Sum256([]byte(got)), sha256.Sum256([]byte(want))
 	return subtle.ConstantTimeCompare(a[:], b[:]) == 1
 }
 
-// jsonErrors answers what mux has no route for in JSON, not in plain text.
+// jsonErrors answers requests that mux has no route for in JSON instead of plain text.
 func jsonErrors(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h, pattern := mux.Handler(r)
@@ -135,8 +135,8 @@ func jsonErrors(mux *http.ServeMux) http.Handler {
 	})
 }
 
-// plainPaths refuses paths that are not clean or have escapes: a proxy that decides by the path must decide on what is
-// routed.
+// plainPaths refuses paths that are not clean or have escapes, so that a proxy in front decides by the path that is
+// routed here.
 func plainPaths(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, clean := r.URL.Path, path.Clean(r.URL.Path)
@@ -148,7 +148,7 @@ func plainPaths(h http.Handler) http.Handler {
 	})
 }
 
-// inProcess is a client's way to a handler in the same process. It does not end with the request's context: the handler
+// inProcess is a client's way to a handler in the same process. It does not return before the handler does, which so
 // must not take long.
 type inProcess struct{ http.Handler }
 
@@ -158,7 +158,7 @@ func (p inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: a.status, Header: a.header, Body: io.NopCloser(&a.body)}, nil
 }
 
-// answerInMemory is an answer of a handler that sets a status.
+// answerInMemory is the answer of a handler, which must set a status.
 type answerInMemory struct {
 	header http.Header
 	status int

@@ -1,4 +1,4 @@
-// Requests that get no stream: what the gateway itself refuses, and how a client is told. Whom the backend refuses is
+// Requests that get no stream: what the gateway itself refuses, and how clients are told. Whom the backend refuses is
 // in ask.go.
 
 package main
@@ -16,47 +16,47 @@ import (
 	"unicode/utf8"
 )
 
-// A refused browser is held for holdTime, as clients exist that come back at once whatever they were told. Beyond
-// maxHeld they are not.
+// A client that is refused for now is held for holdTime, as some come back at once whatever they are told. If there are
+// more than maxHeld, the others are not held.
 const (
 	holdTime = time.Second
 	maxHeld  = 1000
 )
 
-// maxReason is how many bytes of a backend's reason a client is told.
+// maxReason is the most bytes of the backend's reason that a client is told.
 const maxReason = 256
 
 // refusal is why a request gets no stream.
 type refusal struct {
 	status int
-	reason string // for the metrics; none if the client has left
+	reason string // for metrics; "" if the client has left
 	text   string // for the client
 }
 
-// isTransient reports whether it makes sense to try again.
-func (no *refusal) isTransient() bool {
-	return no.status >= 500 || no.status == http.StatusRequestTimeout ||
-		no.status == http.StatusTooEarly || no.status == http.StatusTooManyRequests
+// isTransient reports whether the client should try again.
+func (refused *refusal) isTransient() bool {
+	return refused.status >= 500 || refused.status == http.StatusRequestTimeout ||
+		refused.status == http.StatusTooEarly || refused.status == http.StatusTooManyRequests
 }
 
-// rejection is the refusal by the backend's answer to a connect callback. The client gets the backend's own reason if
-// that is {"error":"…"} and short.
+// rejection returns the refusal for the backend's answer to a connect callback. The client is told the backend's reason
+// if that is {"error":"…"} and short.
 func rejection(status int, body []byte) *refusal {
-	no := &refusal{status, refusedRejected, "connection rejected"}
-	if no.isTransient() {
-		no.reason = refusedBackend
+	refused := &refusal{status, refusedRejected, "connection rejected"}
+	if refused.isTransient() {
+		refused.reason = refusedBackend
 	}
 	var raw []byte
 	if pick(body, member{"error", &raw, nil}) == nil {
 		if text, err := parseString(raw); err == nil && text != "" && len(text) <= maxReason {
-			no.text = text
+			refused.text = text
 		}
 	}
-	return no
+	return refused
 }
 
-// checkRequest returns what callbacks say of a request for a stream, or why there is none for it.
-func (g *gateway) checkRequest(w http.ResponseWriter, r *http.Request) (request json.RawMessage, no *refusal) {
+// checkRequest returns what the callbacks say of a request, or why it gets no stream.
+func (g *gateway) checkRequest(w http.ResponseWriter, r *http.Request) (request json.RawMessage, refused *refusal) {
 	switch {
 	case r.Method != http.MethodGet:
 		w.Header().Set("Allow", http.MethodGet)
@@ -80,8 +80,8 @@ func (g *gateway) checkRequest(w http.ResponseWriter, r *http.Request) (request 
 	return request, nil
 }
 
-// hasBody reports whether there is a body. One in chunks may turn out to be empty; then it has been read to its end,
-// and the connection is free.
+// hasBody reports whether the request has a body. If one in chunks turns out to be empty, it has been read to its end,
+// and the connection can be taken over.
 func hasBody(r *http.Request) bool {
 	if r.ContentLength >= 0 {
 		return r.ContentLength > 0
@@ -90,8 +90,9 @@ func hasBody(r *http.Request) bool {
 	return err != io.EOF
 }
 
-// isForeign reports whether a browser says that the request comes from another site than this, and than the one that
-// may read streams. It would change something here, as a stream replaces another. What is no browser says nothing.
+// isForeign reports whether a browser says that the request comes from another site, unless that is CORS_ALLOW_ORIGIN.
+// It is refused although it is a GET, as a new stream replaces another. Clients that are no browsers send none of these
+// headers.
 func (g *gateway) isForeign(r *http.Request) bool {
 	origin := r.Header.Get("Origin")
 	allowed := g.cfg.CORSAllowOrigin
@@ -119,8 +120,7 @@ func (g *gateway) allowOrigin(h http.Header) {
 	}
 }
 
-// isPreflight reports whether a browser asks if a page of another origin may send what is more than an EventSource does
-// (Fetch section 3.3.2).
+// isPreflight reports whether the request is a CORS preflight (Fetch section 3.3.2).
 func (g *gateway) isPreflight(r *http.Request) bool {
 	return g.cfg.CORSAllowOrigin != "" && r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != ""
 }
@@ -134,27 +134,26 @@ func servePreflight(w http.ResponseWriter) {
 }
 
 // refuse answers a request that gets no stream. A browser's EventSource gives up for good on any status but 200 (WHATWG
-// HTML section 9.2.3), so transient trouble is told to it as a stream that ends: it comes back by itself.
-func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, no *refusal) {
-	if no.reason != "" {
-		g.met.refused.with(no.reason).Inc()
+// HTML section 9.2.3), so for now it is told by a stream that ends: the browser comes back by itself.
+func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, refused *refusal) {
+	if refused.reason != "" {
+		g.met.refused.with(refused.reason).Inc()
 	}
 	retry := g.retry()
-	if no.isTransient() && acceptsEventStream(r) {
+	if refused.isTransient() && acceptsEventStream(r) {
 		s := &stream{chunked: r.ProtoAtLeast(1, 1), limits: &g.limits}
-		if g.begin(w, s, appendComment(appendRetry(reserveChunk(nil), retry), no.text), false, 0) {
+		if g.begin(w, s, appendComment(appendRetry(reserveChunk(nil), retry), refused.text), false, 0) {
 			g.hold(s)
 		}
 		return
 	}
-	if no.status == http.StatusServiceUnavailable {
+	if refused.status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", strconv.Itoa((retry+999)/1000))
 	}
-	writeError(w, newError(no.status, "", no.text))
+	writeError(w, newError(refused.status, "", refused.text))
 }
 
-// hold ends the stream of a refused browser after a while. It has no goroutine and is not registered, so it takes
-// nobody's place.
+// hold ends the stream of a refused client after a while. The stream has no goroutine and is not registered.
 func (g *gateway) hold(s *stream) {
 	ctx, cancel := context.WithTimeout(g.holding, holdTime)
 	if g.held.Add(1) > maxHeld {
@@ -169,8 +168,8 @@ func (g *gateway) hold(s *stream) {
 	})
 }
 
-// retry is a reconnection time in milliseconds, different for each stream so that browsers that lost theirs together do
-// not return together.
+// retry returns a reconnection time in milliseconds. It differs from stream to stream, so that browsers that were cut
+// off together do not come back together.
 func (g *gateway) retry() int {
 	return int(jitter(g.cfg.Retry, 2*g.cfg.Retry).Milliseconds())
 }

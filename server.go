@@ -1,4 +1,5 @@
-// Listeners, servers with their timeouts, and an orderly stop. Routes are in main.go.
+// Listeners, servers with their timeouts, and an orderly stop; and what goroutines and logs of both roles need. Routes
+// are in main.go.
 
 package main
 
@@ -16,18 +17,18 @@ import (
 	"time"
 )
 
-// stopLimit bounds everything between the signal to stop and the exit. Parts of it are drainLimit, for events that are
-// on their way to a gateway, and finishLimit, for requests that are being answered at the end.
+// stopLimit bounds the time from the signal to stop to the exit. It includes drainLimit, for events on their way to a
+// gateway, and finishLimit, for requests that are being answered at the end.
 const (
 	stopLimit   = 4500 * time.Millisecond
 	drainLimit  = 2 * time.Second
 	finishLimit = 500 * time.Millisecond
 )
 
-// maxHeader is how many bytes the head of a request has at most.
+// maxHeader is the most bytes that the head of a request may have.
 const maxHeader = 16 << 10
 
-// openListeners listens on the addresses, but for those that are empty.
+// openListeners listens on the addresses that are not empty.
 func openListeners(addrs ...string) (listeners []net.Listener, err error) {
 	for _, addr := range addrs {
 		if addr == "" {
@@ -48,8 +49,8 @@ type server struct {
 	listeners []net.Listener
 }
 
-// newServer makes a server whose answers reg counts, and which nobody may keep unless h says otherwise: browsers and
-// caches give a kept 410 to whoever asks next.
+// newServer returns a server whose answers reg counts. Unless h says otherwise nobody may store them: browsers and
+// caches give a stored 410 to whoever asks next.
 func newServer(log *slog.Logger, reg *registry, h http.Handler, listeners ...net.Listener) *server {
 	return &server{
 		listeners: listeners,
@@ -60,17 +61,17 @@ func newServer(log *slog.Logger, reg *registry, h http.Handler, listeners ...net
 			}),
 			ReadHeaderTimeout: 10 * time.Second,
 			ReadTimeout:       30 * time.Second,
-			WriteTimeout:      30 * time.Second,  // streams leave the server before
-			IdleTimeout:       2 * time.Minute,   // longer than our clients keep theirs
-			MaxHeaderBytes:    maxHeader - 4<<10, // net/http allows so many more
+			WriteTimeout:      30 * time.Second,  // streams have left the server by then
+			IdleTimeout:       2 * time.Minute,   // longer than our own clients keep connections
+			MaxHeaderBytes:    maxHeader - 4<<10, // net/http adds 4 KiB
 			ErrorLog:          stdlog.New(&errorLog{log, throttle{interval: time.Second}}, "", 0),
 			ConnContext:       withConn,
 		},
 	}
 }
 
-// countedWriter counts an answer. It does not see one on a connection that was taken over, or that goes to the
-// uncounted writer.
+// countedWriter counts an answer, unless the connection was taken over, or the answer is written to the uncounted
+// writer.
 type countedWriter struct {
 	http.ResponseWriter
 	requests *family
@@ -99,7 +100,7 @@ func (w *countedWriter) Write(b []byte) (int, error) {
 // Unwrap is for http.ResponseController.
 func (w *countedWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// uncounted is w for answers that have metrics of their own.
+// uncounted returns w for answers that have metrics of their own.
 func uncounted(w http.ResponseWriter) http.ResponseWriter {
 	if c, ok := w.(*countedWriter); ok {
 		return c.ResponseWriter
@@ -131,7 +132,7 @@ func (t *throttle) log(log *slog.Logger, level slog.Level, msg string, args ...a
 	}
 }
 
-// errorLog takes the lines of an http.Server: when file descriptors run short it has many for connections that it cannot
+// errorLog takes what an http.Server logs: when file descriptors run short, a line for each connection that it cannot
 // accept.
 type errorLog struct {
 	log      *slog.Logger
@@ -143,8 +144,8 @@ func (l *errorLog) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// serve runs the servers and work until ctx ends or a server fails, and then stop, while the servers still answer, and
-// their shutdown. What comes from failed ends it at once. It returns the exit code.
+// serve runs the servers and work until ctx ends or a server fails. Then it calls stop, while the servers still answer,
+// and shuts them down. An error from failed ends it at once. It returns the exit code.
 func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop func(context.Context), failed <-chan error) int {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -184,7 +185,7 @@ func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop 
 	last, cancelLast = context.WithTimeout(last, finishLimit)
 	defer cancelLast()
 	for _, s := range servers {
-		s.Shutdown(last) // waits for connections that have brought no request yet, too
+		s.Shutdown(last) // waits also for connections that have not sent a request
 		s.Close()
 	}
 	return code
@@ -225,7 +226,7 @@ func every(ctx context.Context, interval time.Duration, f func()) {
 	}
 }
 
-// sleep waits for a time, or until ctx ends: then it returns the error.
+// sleep returns nil after d, or an error when ctx ends.
 func sleep(ctx context.Context, d time.Duration) error {
 	select {
 	case <-ctx.Done():
@@ -242,7 +243,7 @@ func withConn(ctx context.Context, conn net.Conn) context.Context {
 	return context.WithValue(ctx, connKey{}, conn)
 }
 
-// version is that of the build, as the go command recorded it.
+// buildVersion returns the version of the build, as recorded by the go command.
 func buildVersion() string {
 	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
 		return info.Main.Version

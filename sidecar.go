@@ -1,6 +1,6 @@
-// The gateway role: who may open a stream is asked of the backend here, who left is told to it, and all streams are
-// ended in order. The asking and telling is in ask.go, who gets no stream in refuse.go; one stream is in stream.go, how
-// events come is in send.go. Tasks, versions and identifiers are not known here.
+// The gateway role: it holds the browsers' streams, and ends them in order. What it asks the backend and tells it is in
+// ask.go, whom it refuses in refuse.go, one stream in stream.go, and how events come in send.go. Tasks, versions and
+// identifiers are not known here.
 
 package main
 
@@ -23,21 +23,22 @@ import (
 const (
 	maxTarget      = 8 << 10  // bytes of a stream's request target; beyond it 414
 	maxRequest     = 16 << 10 // bytes of what a stream keeps of its request, in JSON
-	maxAnswer      = 1 << 20  // bytes of a connect callback's answer that are looked at
+	maxAnswer      = 1 << 20  // bytes of the answer to a connect callback
 	callbackLimit  = 5 * time.Second
 	callbackBuffer = 2 << 10 // bytes that a connection to the backend buffers each way
 
-	// At most so many callbacks are under way. A connect callback waits for its turn within callbackLimit, a disconnect
-	// callback for disconnectLimit; then it is given up, and counted as a timeout.
+	// maxConnecting and maxDisconnecting bound the callbacks under way. A connect callback gives up after
+	// callbackLimit, with the wait for its turn; a disconnect callback waits for its turn for disconnectLimit. Then it
+	// counts as a timeout.
 	maxConnecting    = 256
 	maxDisconnecting = 32
 	disconnectLimit  = 30 * time.Second
 
-	// askingGrace is how long connect callbacks may still take in a shutdown; then their clients are told to come back.
+	// askingGrace is how long a shutdown waits for connect callbacks. Then their clients are told to come back.
 	askingGrace = 2 * time.Second
 
-	// Streams that end together do so one after the other, a millisecond apart but within endSpread in all, lest the
-	// browsers return in one wave.
+	// Streams that are ended together end a millisecond apart, but within endSpread in all, so that the browsers do not
+	// come back all at once.
 	endSpread = 3 * time.Second
 )
 
@@ -52,28 +53,29 @@ type gateway struct {
 
 	connecting    chan struct{} // a slot for each connect callback under way
 	disconnecting chan struct{}
-	asking        context.Context // of connect callbacks
+	asking        context.Context // ends the connect callbacks
 	stopAsking    context.CancelFunc
-	holding       context.Context // of refused clients that are held
+	holding       context.Context // ends the waiting of refused clients
 	stopHolding   context.CancelFunc
 	held          atomic.Int64
 
-	full, failed, misdirected throttle // of what the log says of each
+	full, failed, misdirected throttle // limit what is logged of each
 
 	returned *returnListener // connections that sendLoop gives back to net/http
 
-	name     string        // of this run of the gateway
-	requests atomic.Uint64 // for streams, so far
+	name     string        // of this run, in orderHeader
+	requests atomic.Uint64 // requests for streams, so far
 
-	shards  [16]shard    // by the token's last digit
+	shards  [16]shard    // by the last digit of the token
 	count   atomic.Int64 // registered streams
-	closing atomic.Bool  // shutting down: nothing new is taken
+	closing atomic.Bool  // shutting down: takes nothing new
 
-	// Stream requests until their answer, streams and held refusals until their end, disconnect callbacks, and resets.
+	// Counts requests for streams until their answer, streams and held refusals until their end, disconnect callbacks,
+	// and resets.
 	tracker
 }
 
-// shard is a part of the streams. A heartbeat visits one shard at a time, so that the writes spread over the whole
+// shard is a part of the streams. Heartbeats visit one shard at a time, so that the writes are spread over the
 // interval.
 type shard struct {
 	mu      sync.Mutex         // guards streams
@@ -97,7 +99,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 			DialContext:         dial,
 			TLSHandshakeTimeout: dialLimit,
 			MaxIdleConnsPerHost: maxConnecting + maxDisconnecting,
-			IdleConnTimeout:     10 * time.Second, // after a storm they would cost more than the streams
+			IdleConnTimeout:     10 * time.Second, // after many connects at once they would cost more than the streams
 			ReadBufferSize:      callbackBuffer,
 			WriteBufferSize:     callbackBuffer,
 			DisableCompression:  true,
@@ -120,8 +122,8 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 	return g
 }
 
-// serveStream answers every request that is not for one of the gateway's own paths: it opens a stream if the backend
-// accepts it.
+// serveStream answers every request that is not for one of the gateway's own paths. It opens a stream if the backend
+// accepts that.
 func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	w = uncounted(w)
 	g.allowOrigin(w.Header())
@@ -129,9 +131,9 @@ func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 		servePreflight(w)
 		return
 	}
-	request, no := g.checkRequest(w, r)
-	if no != nil {
-		g.refuse(w, r, no)
+	request, refused := g.checkRequest(w, r)
+	if refused != nil {
+		g.refuse(w, r, refused)
 		return
 	}
 	g.busy.Add(1)
@@ -141,19 +143,19 @@ func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 		g.refuse(w, r, &refusal{http.StatusServiceUnavailable, refusedCapacity, "no capacity"})
 		return
 	}
-	no, answer := g.connect(r, s)
-	if no != nil {
+	refused, answer := g.connect(r, s)
+	if refused != nil {
 		g.unregister(s)
-		if answer != nil { // the backend holds a connection that never was
+		if answer != nil { // the backend accepted, and must be told
 			g.spawn(func() { g.disconnect(s, streamError) })
 		}
-		g.refuse(w, r, no)
+		g.refuse(w, r, refused)
 		return
 	}
 	g.open(w, s, answer)
 }
 
-// register makes a stream for the request, or returns nil if there is no room or the gateway is shutting down.
+// register makes a stream for the request. It returns nil if there is no room or the gateway is shutting down.
 func (g *gateway) register(r *http.Request, request json.RawMessage) *stream {
 	if n := g.count.Add(1); g.cfg.MaxConnections > 0 && n > int64(g.cfg.MaxConnections) {
 		g.count.Add(-1)
@@ -165,7 +167,7 @@ func (g *gateway) register(r *http.Request, request json.RawMessage) *stream {
 	sh.mu.Lock()
 	sh.streams[s.token] = s
 	sh.mu.Unlock()
-	if g.closing.Load() { // after it is in the map, so that shutdown misses none
+	if g.closing.Load() { // looked at when it is in the map, so that shutdown misses none
 		g.unregister(s)
 		return nil
 	}
@@ -180,7 +182,7 @@ func (g *gateway) unregister(s *stream) {
 	g.count.Add(-1)
 }
 
-// shard returns the shard of the tokens with this last digit, which is hexadecimal. Any other byte will do as well.
+// shard returns the shard of the tokens with this last digit, a hexadecimal one. It takes any other byte, too.
 func (g *gateway) shard(digit byte) *shard {
 	n := digit - '0'
 	if digit >= 'a' {
@@ -220,8 +222,8 @@ func (g *gateway) open(w http.ResponseWriter, s *stream, a *callbackAnswer) {
 	g.spawn(func() { g.watch(s) })
 }
 
-// begin takes the connection over from net/http, whose buffers and goroutine would cost several times what the stream
-// itself does, and begins s with first, in a reserved buffer. It reports whether that was possible.
+// begin takes the connection over from net/http, whose buffers and goroutine cost several times what the stream does,
+// and begins s with first, which was begun by reserveChunk. It reports whether that was possible.
 func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool, lifetime time.Duration) bool {
 	header := w.Header()
 	setStreamHeader(header)
@@ -246,20 +248,20 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 	head.Write(s.chunk(&first))
 	s.open(conn, raw, head.Bytes(), end, lifetime)
 	if rw.Reader.Buffered() > 0 {
-		s.cut(clientClosed) // it sent more than its request
+		s.cut(clientClosed) // it has sent more than its request
 	}
 	return true
 }
 
-// watch waits for the end of an open stream. The parked Read returns when the client leaves or sends anything, or when
-// the gateway has closed conn.
+// watch waits for the end of an open stream. Read returns when the client leaves or sends anything, or when the gateway
+// has closed conn.
 func (g *gateway) watch(s *stream) {
 	s.conn.Read(make([]byte, 1))
 	s.cut(clientClosed)
 	g.ended(s)
 }
 
-// ended forgets a stream that was accepted, and tells the backend.
+// ended forgets a stream that was accepted, and tells the backend of its end.
 func (g *gateway) ended(s *stream) {
 	g.unregister(s)
 	g.met.closed.with(s.reason).Inc()
@@ -267,9 +269,9 @@ func (g *gateway) ended(s *stream) {
 	g.disconnect(s, s.reason)
 }
 
-// work starts what the gateway does besides answering, until ctx ends: it writes the heartbeats and cuts the clients
-// that are stuck. After a round of heartbeats in which streams were opened it also gives memory back: opening a stream
-// uses several times what the stream keeps.
+// work starts what the gateway does besides answering, until ctx ends: it writes heartbeats, and cuts clients that are
+// stuck. Opening a stream takes several times the memory that the stream keeps; after a round of heartbeats in which
+// streams were opened that is given back.
 func (g *gateway) work(ctx context.Context) {
 	go g.walk(ctx, g.cfg.WriteTimeout/4, (*stream).cutIfStuck, func() {})
 	before := g.met.opened.Load()
@@ -300,8 +302,8 @@ func (sh *shard) all() []*stream {
 	return slices.AppendSeq(make([]*stream, 0, len(sh.streams)), maps.Values(sh.streams))
 }
 
-// shutdown takes no new streams, ends those that are open, spread over time, and waits for their disconnect callbacks.
-// When ctx ends it gives up.
+// shutdown takes no new streams, ends those that are open, spread over time, and waits for their disconnect callbacks,
+// until ctx ends.
 func (g *gateway) shutdown(ctx context.Context) {
 	g.closing.Store(true)
 	g.stopHolding()
@@ -319,7 +321,7 @@ func (g *gateway) all() (streams []*stream) {
 	return streams
 }
 
-// endAll ends the streams, a few each millisecond.
+// endAll ends the streams, a few in each millisecond.
 func (g *gateway) endAll(ctx context.Context, streams []*stream) {
 	step := len(streams)/int(endSpread/(2*time.Millisecond)) + 1 // a timer may be late by as much again
 	for batch := range slices.Chunk(streams, step) {
@@ -330,20 +332,20 @@ func (g *gateway) endAll(ctx context.Context, streams []*stream) {
 	}
 }
 
-// serveReset is POST /internal/reset, by which a backend that has just begun says that it knows none of the streams.
-// They end, and the browsers come back. It shows the secret that CALLBACK_URL has, if it has one.
+// serveReset is POST /internal/reset, by which a backend that has just started says that it knows none of the streams.
+// They end, and the browsers come back. The secret in CALLBACK_URL, if there is one, must be the bearer token.
 func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	want := ""
 	if u, err := url.Parse(string(g.cfg.CallbackURL)); err == nil {
 		want = u.Query().Get("secret")
 	}
 	switch {
-	case !isJSON(r): // a form of another site has no such type
+	case !isJSON(r): // a form of another site cannot send this type
 		return 0, nil, errMediaType
 	case want != "" && !hasBearer(r, secret(want)):
 		return 0, nil, errWrongSecret
 	}
-	streams := g.all() // before the answer, after which there may be new ones
+	streams := g.all() // before the answer: after it there may be new ones
 	g.log.Info("ending the streams of an earlier backend", "streams", len(streams))
 	g.spawn(func() { g.endAll(context.Background(), streams) })
 	return http.StatusOK, map[string]string{"status": "ok"}, nil
