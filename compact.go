@@ -1,5 +1,5 @@
-// Compaction: a smaller journal takes the place of one that has grown. When that is done is in journal.go; what is live
-// is in restore.go.
+// Compaction: a smaller file takes the place of a journal that has grown. When that is due is in journal.go, what is
+// live in restore.go.
 
 package main
 
@@ -11,9 +11,9 @@ import (
 )
 
 const (
-	// compactSlack is how much larger than what is live the file may be before it is made smaller.
+	// compactSlack is how much larger than what is live a journal may get before it is made smaller.
 	compactSlack = 32 << 20
-	compactPause = 10 * time.Second // after a try that failed
+	compactPause = 10 * time.Second // after a failure
 	compactPart  = 1 << 20          // bytes that are written at once
 	compactRest  = 1 << 20          // bytes that are copied while nothing else is written
 )
@@ -45,10 +45,10 @@ func (c *compaction) copy(old journalFile, end int64) {
 	c.size, c.copied = c.size+n, c.copied+n
 }
 
-// compact writes a snapshot of what is live to a new file, and behind it what was appended to the old one since from. A
-// change that is made meanwhile may be in both; restore.go allows for that. The frames of the snapshot have a number
-// each, and all but the last say that their commit goes on. So one that is not good is never taken for what a crash has
-// left, if anything follows it.
+// compact writes a snapshot of what is live to a new file, and after it what has been appended to the old one since
+// from. A change that is made meanwhile may be in both; restore.go allows for that. Each frame of the snapshot has a
+// number of its own, and all but the last say that their commit goes on. So if one is damaged and anything follows it,
+// it is not taken for what a crash has left.
 func (j *journal) compact(old journalFile, from int64, number uint64) {
 	c := &compaction{copied: from}
 	if c.file, c.err = j.disk.open(j.path() + ".new"); c.err == nil {
@@ -76,12 +76,12 @@ func (j *journal) compact(old journalFile, from int64, number uint64) {
 		c.err = c.file.Sync()
 	}
 	if c.err != nil {
-		j.abandon(c) // at once: the room may be all that the journal lacks
+		j.abandon(c) // now, as the room may be what the journal lacks
 	}
 	j.compacted <- c
 }
 
-// abandon gives up a compaction that failed.
+// abandon removes the new file after a failure.
 func (j *journal) abandon(c *compaction) {
 	j.errors.Inc()
 	j.log.Warn("making the journal smaller", "err", c.err)
@@ -91,7 +91,7 @@ func (j *journal) abandon(c *compaction) {
 	}
 }
 
-// replace puts the new file in the journal's place, and reports whether it is there.
+// replace puts the new file in the place of the journal, and reports whether it is there.
 func (j *journal) replace(c *compaction) bool {
 	if c.err != nil {
 		return false

@@ -1,5 +1,6 @@
 // The journal: a file in DATA_DIR with a record for each change that a backend has promised to remember. Here it is
-// written, synced, checked and made smaller. What a record means is not known here; see restore.go.
+// written and synced. Its form is in journalfile.go, how it is made smaller in compact.go. What a record means is not
+// known here; see restore.go.
 
 package main
 
@@ -24,7 +25,7 @@ const noRoomPause = 250 * time.Millisecond
 
 var errCannotStore = newError(http.StatusServiceUnavailable, "cannot_store", "cannot store")
 
-// journal is the open journal of a backend with DATA_DIR. A nil journal keeps nothing: write calls then at once, wait
+// journal is the open journal of a backend with DATA_DIR. A nil journal stores nothing: write calls then at once, wait
 // and close return at once, and it is never full and never fails.
 type journal struct {
 	dir      string
@@ -32,49 +33,49 @@ type journal struct {
 	disk     disk
 	lock     *os.File
 	live     func() int                // about how many bytes a snapshot has
-	snapshot func(record func([]byte)) // gives the records that make again all that is remembered
+	snapshot func(record func([]byte)) // gives the records that make all again that is remembered
 	slack    int64                     // see compactSlack
 
 	syncs, errors, syncSeconds *series
 
-	wake      chan struct{}    // run is to store what is queued
+	wake      chan struct{}    // has run store what is queued
 	compacted chan *compaction // for run
-	broken    chan error       // for serve: a sync failed, so what is on disk is not known any more
+	broken    chan error       // gets the error of a sync, after which it is not known what is on disk
 	stopping  chan struct{}    // closed by close
 	stopped   chan struct{}    // closed by run
 
-	size   atomic.Int64 // bytes of whole records in the file; changed with writing held
-	noRoom atomic.Bool  // the last write failed, or the journal is broken
+	size   atomic.Int64 // bytes of whole records; changed with writing held
+	noRoom atomic.Bool  // the last write failed
 
-	// writing is held by who writes: run, or whoever waits for a record. It guards what is below.
+	// Whoever writes holds writing: run, or somebody who waits for a commit. It guards what follows.
 	writing sync.Mutex
 	file    journalFile
 	number  uint64  // of the last commit
-	dirty   bool    // the file may go on behind size
-	held    *commit // could not be written and is tried again; or nil
-	dead    bool    // the journal is broken
+	dirty   bool    // there may be more in the file behind size
+	held    *commit // could not be written, and is tried again; or nil
+	dead    bool    // a sync failed: nothing is written any more
 
 	mu    sync.Mutex // guards next and spare; taken after writing
-	next  *commit    // what is written next
-	spare []byte     // the frames of a commit before, for those of another
+	next  *commit    // gets what is written
+	spare []byte     // of an earlier commit, for the frames of a later one
 }
 
-// commit is the records that are written and synced together.
+// commit holds the records that are written and synced together.
 type commit struct {
 	journal *journal
 	number  uint64
 	frames  []byte
-	last    int           // where the last frame begins
-	then    []func()      // called in order when the commit is on disk
-	done    chan struct{} // closed when the commit is on disk, or has been refused
-	stored  atomic.Bool   // it is on disk; may become true after it has been refused
+	last    int           // where the last of them begins
+	then    []func()      // called in order once the commit is on disk
+	done    chan struct{} // closed once the commit is on disk or has been refused
+	stored  atomic.Bool   // it is on disk; may become true after it was refused
 }
 
 func (j *journal) newCommit(number uint64) *commit {
 	return &commit{journal: j, number: number, done: make(chan struct{})}
 }
 
-// journalFile is an open file, and disk what else is done with files: seams for tests.
+// journalFile is an open file, and disk what else is done with files. Tests have others.
 type journalFile interface {
 	io.ReaderAt
 	io.WriterAt
@@ -110,8 +111,8 @@ var realDisk = disk{
 	},
 }
 
-// openJournal opens the journal in dir, which it makes if it is missing, and gives its records to apply. The lock is
-// that of the process: another one is told who has it.
+// openJournal opens the journal in dir, which is made if it is missing, and gives its records to apply. If another
+// process has it, the error names that.
 func openJournal(dir string, d disk, reg *registry, log *slog.Logger, apply func(record []byte) error) (*journal, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -133,7 +134,7 @@ func openJournal(dir string, d disk, reg *registry, log *slog.Logger, apply func
 		lock.Close()
 		return nil, fmt.Errorf("%s: %w", j.path(), err)
 	}
-	d.remove(j.path() + ".new") // of a compaction that was cut off
+	d.remove(j.path() + ".new") // of a compaction that did not come to its end
 	if mounts, _ := os.ReadFile("/proc/self/mountinfo"); isVolatile(string(mounts), dir) {
 		log.Warn("a power cut may lose what was answered: DATA_DIR is on an overlay that does not sync", "dir", dir)
 	}
@@ -164,7 +165,7 @@ func (j *journal) register(reg *registry) {
 
 func (j *journal) path() string { return filepath.Join(j.dir, "journal") }
 
-// lockDir makes dir this process's own until it ends. The lock is on a file that is never renamed.
+// lockDir takes the lock of dir, which the process has until the file is closed. That file is never renamed.
 func lockDir(dir string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -180,8 +181,8 @@ func lockDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// isVolatile reports whether a sync in dir does nothing, as on an overlay that is mounted so (podman run --rm). The
-// mounts are as in proc_pid_mountinfo(5).
+// isVolatile reports whether a sync in dir does nothing, as on an overlay that is mounted "volatile" (podman run --rm).
+// The mounts are as in proc_pid_mountinfo(5).
 func isVolatile(mounts, dir string) (volatile bool) {
 	if abs, err := filepath.Abs(dir); err == nil {
 		dir, _ = filepath.EvalSymlinks(abs)
@@ -198,7 +199,7 @@ func isVolatile(mounts, dir string) (volatile bool) {
 }
 
 // write queues a record for the next commit; nil queues none. Once that commit is on disk, then is called, unless it is
-// nil. It may be called with writing held, and must not wait for a commit. The result is the commit to wait for.
+// nil. As writing may be held, it must not wait for a commit. The result is the commit to wait for.
 func (j *journal) write(record []byte, then func()) *commit {
 	if j == nil {
 		if then != nil {
@@ -230,8 +231,8 @@ func (j *journal) wakeRun() {
 	}
 }
 
-// wait waits until the commit is on disk. If nobody is writing it does so itself, which is faster by two changes of
-// goroutine. With an error the commit is not on disk, and may come to be there later.
+// wait waits until the commit is on disk. If nobody is writing it writes itself, which saves two changes of goroutine.
+// An error means that the commit is not on disk; it may come to be there later.
 func (c *commit) wait() error {
 	if c == nil {
 		return nil
@@ -246,7 +247,8 @@ func (c *commit) wait() error {
 	return nil
 }
 
-// failed returns a channel for the error of a sync. Then the process must end: what is on disk is not known any more.
+// failed returns a channel that gets the error of a sync. Then the process must end, as it is not known what is on
+// disk.
 func (j *journal) failed() <-chan error {
 	if j == nil {
 		return nil
@@ -254,13 +256,13 @@ func (j *journal) failed() <-chan error {
 	return j.broken
 }
 
-// full reports whether the last write failed. Then nothing new is to be taken.
+// full reports whether the last write failed. Then nothing new may be taken.
 func (j *journal) full() bool { return j != nil && j.noRoom.Load() }
 
-// run stores what nobody waits for, tries again while there is no room, and makes the file smaller, until close.
+// run stores what nobody waits for, tries again while there is no room, and has the file made smaller, until close.
 func (j *journal) run() {
 	defer close(j.stopped)
-	compacting, compactAt := false, time.Time{} // not before
+	compacting, compactAt := false, time.Time{} // zero, or when compaction may be tried again
 	var again <-chan time.Time                  // while there is no room
 	for {
 		if j.full() && again == nil {
@@ -298,7 +300,7 @@ func (j *journal) run() {
 	}
 }
 
-// tryStore stores what is queued, unless somebody is writing: they have run store what came meanwhile.
+// tryStore stores what is queued, unless somebody is writing, who then has run store it.
 func (j *journal) tryStore() {
 	if !j.writing.TryLock() {
 		return
@@ -333,7 +335,7 @@ func (j *journal) storeLocked() {
 		c.finish()
 		c.frames, c.then = nil, nil
 		j.mu.Lock()
-		again = j.next.finished() // it was refused with the one before: who writes now must not join it
+		again = j.next.finished() // refused with the one before: nobody must write to it any more
 		j.mu.Unlock()
 	}
 	if j.noRoom.Swap(false) {
@@ -341,7 +343,7 @@ func (j *journal) storeLocked() {
 	}
 }
 
-// takeLocked returns what is queued. What comes from now on is another commit.
+// takeLocked returns what is queued. What comes later is in another commit.
 func (j *journal) takeLocked() *commit {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -357,7 +359,7 @@ func (j *journal) takeLocked() *commit {
 	return c
 }
 
-// putLocked puts a commit on disk, and reports whether it is there.
+// putLocked writes and syncs a commit, and reports whether it is on disk.
 func (j *journal) putLocked(c *commit) bool {
 	if len(c.frames) == 0 {
 		return true
@@ -386,8 +388,8 @@ func (j *journal) putLocked(c *commit) bool {
 	return true
 }
 
-// appendLocked writes frames at the end of the file. What a write that failed has left there is cut off, now or before
-// the next one.
+// appendLocked writes frames at the end of the file. What a failed write has left there is cut off, now or before the
+// next one.
 func (j *journal) appendLocked(frames []byte) error {
 	if err := j.cleanLocked(); err != nil {
 		return err
@@ -410,7 +412,7 @@ func (j *journal) cleanLocked() error {
 	return err
 }
 
-// refuseLocked holds a commit that could not be written, and lets go those that wait for it or for the next one.
+// refuseLocked keeps a commit that could not be written, and releases those that wait for it or for the next one.
 func (j *journal) refuseLocked(c *commit) {
 	j.errors.Inc()
 	j.noRoom.Store(true)
@@ -422,14 +424,14 @@ func (j *journal) refuseLocked(c *commit) {
 	j.wakeRun() // which tries again
 }
 
-// breakLocked ends the journal: nothing is written from now on.
+// breakLocked ends the writing for good.
 func (j *journal) breakLocked(c *commit, err error) {
 	j.dead = true
 	j.refuseLocked(c)
 	j.broken <- err
 }
 
-// finish lets go those that wait.
+// finish releases those that wait.
 func (c *commit) finish() {
 	if !c.finished() {
 		close(c.done)
@@ -445,7 +447,7 @@ func (c *commit) finished() bool {
 	}
 }
 
-// close stores what is queued, if there is room, and unlocks the folder.
+// close stores what is queued, if there is room. Then another process may open the folder.
 func (j *journal) close() {
 	if j == nil {
 		return

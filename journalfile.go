@@ -1,5 +1,5 @@
 // The form of the journal's file, and how a start reads and checks it. What a record means is not known here; see
-// restore.go. How records come to be there is in journal.go.
+// restore.go. How records are written is in journal.go.
 
 package main
 
@@ -20,9 +20,9 @@ import (
 //	8 bytes  number of the commit
 //	         the record
 //
-// A commit is what one write and one sync put on disk, and none is begun before the one before is synced. So a crash
-// spoils nothing but the end of the last one. Their numbers are commitStep apart; those between are for the records that
-// compact writes. No text in UTF-8 has a byte that begins a frame.
+// A commit is what one write and one sync put on disk. None is begun before the one before has been synced, so a crash
+// spoils only the end of the last one. Their numbers are commitStep apart; those between are for the frames of a
+// snapshot. UTF-8 has no byte that begins a frame, which spares cutTail many checksums.
 const (
 	journalHeader = "sidecast journal 1\n"
 	frameMore     = 0xF5
@@ -52,12 +52,12 @@ func checksum(frame []byte) uint32 {
 	return crc32.Update(crc32.Checksum(frame[:1], castagnoli), castagnoli, frame[5:])
 }
 
-// frameReader reads the frames of a file, from any place in it.
+// frameReader reads frames from any place in a file.
 type frameReader struct {
 	file io.ReaderAt
-	buf  []byte // what is at base
+	buf  []byte // the bytes of the file at base
 	base int64
-	err  error // of reading, but for the end of the file
+	err  error // of reading; the end of the file is none
 }
 
 // view returns n bytes at off, or nil if the file ends before.
@@ -76,7 +76,7 @@ func (f *frameReader) view(off int64, n int) []byte {
 	return f.buf[off-f.base:][:n]
 }
 
-// frame returns the frame at off, until the next call, or nil if there is no good one.
+// frame returns the frame at off, or nil if there is no good one. It is valid until the next call.
 func (f *frameReader) frame(off int64) []byte {
 	head := f.view(off, frameHead)
 	if head == nil || head[0] != frameMore && head[0] != frameLast {
@@ -95,8 +95,8 @@ func (f *frameReader) frame(off int64) []byte {
 
 func commitOf(frame []byte) uint64 { return binary.LittleEndian.Uint64(frame[9:]) }
 
-// read gives the records of the file to apply, and cuts off what a crash has left at its end. Anything else that is not
-// good is an error.
+// read gives the records of the file to apply, and cuts off what a crash has left at the end. It is an error if
+// anything else is not good.
 func (j *journal) read(apply func(record []byte) error) error {
 	f := &frameReader{file: j.file}
 	if err := j.readHeader(f); err != nil {
@@ -135,7 +135,7 @@ func (j *journal) read(apply func(record []byte) error) error {
 	return j.disk.sync(j.dir)
 }
 
-// readHeader checks the header. It writes that of a new file, or of one that a crash has left with a part of it.
+// readHeader checks the header. If the file is new, or a crash has left only a part of it, the header is written.
 func (j *journal) readHeader(f *frameReader) error {
 	header := f.view(0, len(journalHeader))
 	isHeader := bytes.HasPrefix(header, []byte("sidecast journal ")) && bytes.HasSuffix(header, []byte("\n"))

@@ -46,8 +46,8 @@ func main() {
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr, os.Environ()...))
 }
 
-// run runs one command until it is done or ctx ends, and returns the exit code. Of environ, which is NAME=value, only
-// misspelt names are of interest.
+// run runs one command until it is done or ctx ends, and returns the exit code. environ is searched for misspelt names
+// of settings.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer, environ ...string) int {
 	command := ""
 	if len(args) > 0 {
@@ -141,9 +141,7 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 	return serve(ctx, log, servers, g.work, g.shutdown, nil)
 }
 
-// Routes
-
-// routes are those of the backend. The embedded gateway, if there is one, serves the streams.
+// routes returns the routes of the backend. An embedded gateway serves the streams.
 func (b *backend) routes(g *gateway) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /healthz", handler(serveHealth))
@@ -152,7 +150,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 	mux.Handle("POST /api/sse/callback", handler(b.callback.serve))
 	mux.Handle("POST /api/tasks", b.protect(b.tasks.serveStart))
 	list := handler(b.tasks.serveList)
-	if b.cfg.Production { // unlike a single task's ID, the list can be asked for by whoever knows nothing
+	if b.cfg.Production { // the list needs no knowledge of a task's ID
 		list = b.protect(list)
 	}
 	mux.Handle("GET /api/tasks", list)
@@ -178,7 +176,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 		case !b.cfg.servesHost(r.Host):
 			b.otherHosts.log(b.log, slog.LevelWarn, "refusing a request to another host: in development only this machine is served", "host", r.Host)
 			writeError(w, errOtherHost)
-		case isStream && g != nil: // not through mux, which would redirect to the clean path
+		case isStream && g != nil: // not through mux, which redirects to the clean path
 			g.serveStream(w, r)
 		default:
 			routes.ServeHTTP(w, r)
@@ -186,8 +184,8 @@ func (b *backend) routes(g *gateway) http.Handler {
 	})
 }
 
-// routes are those of the gateway on its public port. Every other path is that of a stream, also one that a ServeMux
-// would redirect to its clean form.
+// routes returns the routes of the gateway on its public port. Every other path is that of a stream, also one that a
+// ServeMux would redirect to its clean form.
 func (g *gateway) routes(reg *registry, internal bool) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /healthz", handler(serveHealth))
@@ -207,7 +205,7 @@ func (g *gateway) routes(reg *registry, internal bool) http.Handler {
 	})
 }
 
-// internalRoutes are those of INTERNAL_ADDR. The gateway, if it runs alone, takes events there.
+// internalRoutes returns the routes of INTERNAL_ADDR. A gateway that runs alone takes events there.
 func internalRoutes(g *gateway, reg *registry) http.Handler {
 	mux := http.NewServeMux()
 	if g != nil {
@@ -235,8 +233,7 @@ func servePage(w http.ResponseWriter, r *http.Request) {
 	w.Write(indexPage)
 }
 
-// The backend, put together
-
+// backend is the backend, put together.
 type backend struct {
 	cfg      backendConfig
 	log      *slog.Logger
@@ -247,7 +244,7 @@ type backend struct {
 	tasks    *TaskService
 	version  *VersionService
 	callback *callbackHandler
-	closing  atomic.Bool // shutting down: not ready, nothing new is taken
+	closing  atomic.Bool // shutting down: not ready, and takes nothing new
 
 	otherHosts, wrongTokens throttle
 }
@@ -300,8 +297,8 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 	return b
 }
 
-// embedGateway makes the gateway that runs in this process. It is the same as one that runs alone, but the two call each
-// other instead of posting.
+// embedGateway makes the gateway in this process. It is the same as one that runs alone, but the two call each other
+// instead of posting.
 func (b *backend) embedGateway() *gateway {
 	if b.callback.secret == "" {
 		b.callback.secret = secret(rand.Text())
@@ -313,7 +310,7 @@ func (b *backend) embedGateway() *gateway {
 	return g
 }
 
-// openJournal restores what DATA_DIR has, and keeps there what happens from now on.
+// openJournal restores what is in DATA_DIR, and stores there what happens from now on.
 func (b *backend) openJournal() error {
 	r := newRestoring(b.tasks, b.version)
 	j, err := openJournal(b.cfg.DataDir, realDisk, b.reg, b.log, r.apply)
@@ -330,7 +327,7 @@ func (b *backend) openJournal() error {
 	if err := r.finish(); err != nil {
 		return err
 	}
-	j.written().wait() // or there is no room: then what has ended with the restart is shown later
+	j.written().wait() // without room, what has ended with the restart is shown later
 	return nil
 }
 
@@ -343,10 +340,11 @@ func (b *backend) work(ctx context.Context) {
 	}
 }
 
-// stop fails the tasks that have not ended, lets their last events out, and ends the streams at a gateway that stays.
+// stop fails the tasks that run here, waits until their last events are out, and ends the streams at a gateway that
+// stays.
 func (b *backend) stop(ctx context.Context) {
 	b.closing.Store(true)
-	b.version.tidy() // notes what was received
+	b.version.tidy() // stores what has been received
 	b.tasks.Close()
 	drain, cancel := context.WithTimeout(ctx, drainLimit)
 	defer cancel()
@@ -361,7 +359,8 @@ func (b *backend) serveReady(w http.ResponseWriter, r *http.Request) (status int
 	return status, map[string]string{"status": said}, nil
 }
 
-// protect lets only those change something who have the API token, if there is one, and nobody during the shutdown.
+// protect refuses requests without the API token, if there is one, and all requests during a shutdown. While the
+// journal has no room it refuses those that change something.
 func (b *backend) protect(h handler) handler {
 	return func(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 		switch {
@@ -378,7 +377,7 @@ func (b *backend) protect(h handler) handler {
 	}
 }
 
-// healthcheck asks the readiness of the sidecast on this machine.
+// healthcheck asks the sidecast on this machine whether it is ready.
 func healthcheck(ctx context.Context, getenv func(string) string, stderr io.Writer) int {
 	target, err := healthcheckURL(getenv)
 	if err != nil {

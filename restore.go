@@ -1,4 +1,4 @@
-// What the records of the journal say, and what a start makes of them. How they get on disk is in journal.go.
+// What the records of the journal say, and what a start makes of them. How they are written is in journal.go.
 
 package main
 
@@ -14,20 +14,19 @@ import (
 	"time"
 )
 
-// The first byte of a record says what it is about. An event of a task has a form of its own, as there are many; the
-// rest of any other is a record in JSON. Compaction may repeat what a later record says again, so each is applied to
-// what is there.
+// The first byte of a record is its kind. The rest is JSON, but for the events of tasks, of which there are many. After
+// a compaction a change may be in the file twice, so applying a record again must change nothing.
 const (
 	recordEvent   = 'e' // the task's number, its own number, the task's seq, keep, and the data
-	recordTask    = 't' // is made
-	recordDelete  = 'd' // a task is forgotten before its time
+	recordTask    = 't' // a task is made
+	recordDelete  = 'd' // a task is deleted
 	recordVersion = 'v' // an event for one request_id
-	recordMark    = 'm' // a request_id has been given what comes before
+	recordMark    = 'm' // a request_id has received the events up to this one
 	recordDropID  = 'f' // a request_id is forgotten
 	recordLatest  = 'l' // an announcement to everybody
 )
 
-// record is a change. What it does not need is left out.
+// recordFields are the members of all records in JSON. Each kind has some of them.
 type recordFields struct {
 	Number  uint64          `json:"number,omitempty"` // of a task
 	ID      string          `json:"id,omitempty"`     // of a task, or a request_id
@@ -61,14 +60,14 @@ func (t *task) record() []byte {
 		Params: json.RawMessage(t.params)})
 }
 
-// restoring is a start that reads a journal.
+// restoring is a start that reads the journal.
 type restoring struct {
 	tasks   *TaskService
 	version *VersionService
 	numbers map[uint64]*restoredTask
 }
 
-// restoredTask is a task, and the data of those of its events that tell its state; "" for none.
+// restoredTask is a task with the data of the events that tell its state; "" for none.
 type restoredTask struct {
 	*task
 	first, report, newest string
@@ -78,7 +77,7 @@ func newRestoring(tasks *TaskService, version *VersionService) *restoring {
 	return &restoring{tasks: tasks, version: version, numbers: map[uint64]*restoredTask{}}
 }
 
-// apply does what a record says, unless a compaction has said it already.
+// apply applies a record.
 func (r *restoring) apply(text []byte) error {
 	if text[0] == recordEvent {
 		return r.event(text[1:])
@@ -93,7 +92,7 @@ func (r *restoring) apply(text []byte) error {
 			t := &task{number: rec.Number, id: rec.ID, kind: rec.Kind, title: rec.Title, params: string(rec.Params)}
 			t.events, t.status = newEventLog(r.tasks.policy), taskPending
 			t.events.epoch = rec.Epoch
-			if older := r.tasks.tasks[t.id]; older != nil { // that was forgotten
+			if older := r.tasks.tasks[t.id]; older != nil { // the older one was forgotten, of which there is no record
 				delete(r.numbers, older.number)
 			}
 			r.numbers[t.number], r.tasks.tasks[t.id] = &restoredTask{task: t}, t
@@ -139,7 +138,7 @@ func (r *restoring) event(text []byte) error {
 
 var errShortEvent = errors.New("an event is too short")
 
-// finish makes of what was read what goes on.
+// finish completes the tasks once all has been read, and continues those that have not ended.
 func (r *restoring) finish() error {
 	s := r.tasks
 	s.mu.Lock()
@@ -152,7 +151,7 @@ func (r *restoring) finish() error {
 		}
 		s.created = t.number
 		if t.status.finished() {
-			if time.Since(t.end) >= s.cfg.remember { // before it takes room from the others
+			if time.Since(t.end) >= s.cfg.remember { // first, so that it takes no room from the others
 				delete(s.tasks, t.id)
 				continue
 			}
@@ -177,10 +176,10 @@ func (r *restoring) finish() error {
 	return nil
 }
 
-// resumeLocked has a task go on, or ends it if it cannot.
+// resumeLocked continues a task that has not ended, or fails it if it cannot go on.
 func (s *TaskService) resumeLocked(t *task) {
 	switch {
-	case t.kind == externalTask && t.status == taskPending: // that it started was not stored any more
+	case t.kind == externalTask && t.status == taskPending: // its start was not stored
 		s.outside++
 		s.startLocked(t, "worker lost")
 	case t.kind == externalTask:
@@ -201,8 +200,8 @@ func (s *TaskService) resumeLocked(t *task) {
 	}
 }
 
-// displaceLocked has the largest tasks lose their oldest progress while there is more than memory may hold: what was
-// displaced before the restart is there again, and must not displace finished tasks now.
+// displaceLocked makes room for all tasks by dropping the oldest progress of the largest ones. What was dropped before
+// the restart is in the journal still, and must not cost finished tasks.
 func (s *TaskService) displaceLocked() {
 	for most := s.memory.limit; !s.memory.fits(0) && most > taskOverhead; most -= most / 8 {
 		for _, t := range s.tasks {
@@ -213,7 +212,7 @@ func (s *TaskService) displaceLocked() {
 	}
 }
 
-// restore sets the state of t from its events.
+// restore sets the state of t by its events.
 func (t *restoredTask) restore() error {
 	for _, text := range []string{t.first, t.report, t.newest} {
 		if text == "" {
@@ -258,7 +257,7 @@ func (s *TaskService) snapshot(record func([]byte)) {
 		s.mu.Lock()
 		known, made, seq, events := s.tasks[t.id] == t, t.record(), t.seq, t.events.All()
 		s.mu.Unlock()
-		if !known { // forgotten meanwhile, and perhaps its events with it
+		if !known { // forgotten since, perhaps with its events
 			continue
 		}
 		record(made)
@@ -268,7 +267,7 @@ func (s *TaskService) snapshot(record func([]byte)) {
 	}
 }
 
-// restore does what a record says of versions.
+// restore applies a record about versions. Nobody else uses s yet.
 func (s *VersionService) restore(kind byte, rec recordFields) {
 	st := s.streams[rec.ID]
 	switch {
@@ -297,7 +296,7 @@ func (s *VersionService) restore(kind byte, rec recordFields) {
 	}
 }
 
-// restored makes of what was read what goes on.
+// restored starts the clocks of the request IDs: none has a connection yet.
 func (s *VersionService) restored() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -309,7 +308,7 @@ func (s *VersionService) restored() {
 
 // snapshot gives the records that make the versions again.
 func (s *VersionService) snapshot(record func([]byte)) {
-	var before, after [][]byte // of those that lack the latest announcement to everybody, and of those that have it
+	var before, after [][]byte // of those that lack the last announcement to everybody, and of those that have it
 	s.mu.Lock()
 	for id, st := range s.streams {
 		switch {
@@ -334,7 +333,7 @@ func (a announcement) record() []byte {
 	return encodeRecord(recordLatest, recordFields{Version: a.version, Data: a.data})
 }
 
-// records are those of a request_id: the events that are kept, and which of them have been received.
+// records returns those of a request_id: the events that are kept, and how many of them have been received.
 func (st *versionStream) records(id string) (records [][]byte) {
 	for _, e := range st.events.All() {
 		e.shared = false
@@ -343,10 +342,10 @@ func (st *versionStream) records(id string) (records [][]byte) {
 	return append(records, encodeRecord(recordMark, recordFields{ID: id, Event: st.events.stats().start}))
 }
 
-// record is that of one event.
+// record returns the record of an event.
 func (st *versionStream) record(id string, e entry) []byte {
 	r := recordFields{ID: id, Epoch: st.events.epoch, Version: st.version, Event: e.n, Data: e.data, Shared: e.shared}
-	if e.shared { // that of the latest announcement to everybody
+	if e.shared { // it is that of the last announcement to everybody
 		r.Data = ""
 	}
 	return encodeRecord(recordVersion, r)
