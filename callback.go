@@ -107,9 +107,9 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 	case request.lastEventID == closeID:
 		return a, errStreamOver
 	case len(t.query["request_id"]) > 1:
-		return a, badRequest("duplicate_field", "request_id stands twice in the URL")
+		return a, badRequest("duplicate_field", "request_id is given twice in the URL")
 	case len(t.query["task_id"]) > 1 && name != servicePage:
-		return a, badRequest("duplicate_field", "task_id stands twice in the URL")
+		return a, badRequest("duplicate_field", "task_id is given twice in the URL")
 	}
 	id := lastValue(t.query[key])
 	err = errAskFirst

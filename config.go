@@ -28,9 +28,9 @@ const (
 	minSecretLength = 16                 // characters, in production
 )
 
-// gatewayConfig configures the gateway role. loadBackendConfig leaves out Addr and CallbackURL: the gateway embedded in
-// a backend is told by it where callbacks go. Here and below, seconds may have decimals and are from 0.001 to a year; a
-// count that has no other upper bound is at most 1<<30.
+// gatewayConfig configures the gateway role. loadBackendConfig leaves Addr and CallbackURL empty: the backend sets
+// where callbacks of its embedded gateway go. Here and below, seconds may have decimals and are from 0.001 to a year; a
+// count without another upper bound is at most 1<<30.
 type gatewayConfig struct {
 	// Addr is the public listen address: PORT (default 3000; 0 lets the system choose) at HOST (default "" = on every
 	// interface).
@@ -47,11 +47,11 @@ type gatewayConfig struct {
 	Heartbeat time.Duration
 	// MaxConnections (MAX_CONNECTIONS, default 0 = no limit) is how many streams may be open; one more must come again.
 	MaxConnections int
-	// StreamBuffer (STREAM_BUFFER_BYTES, default 1 MiB, 1 KiB to 1 GiB) is the bytes that may wait for one client; a
-	// single event may be larger. If more would wait, its stream takes nothing any more, and ends.
+	// StreamBuffer (STREAM_BUFFER_BYTES, default 1 MiB, 1 KiB to 1 GiB) is how many bytes may wait for one client; a
+	// single event may be larger. If more would wait, the stream takes nothing more, and ends.
 	StreamBuffer int
-	// WriteTimeout (WRITE_TIMEOUT_SECONDS, default 10) is how long a client may take no byte before it is cut. It is
-	// looked at four times in that time, so it may be up to half as much more.
+	// WriteTimeout (WRITE_TIMEOUT_SECONDS, default 10) is for how long a client may take nothing before it is cut. It
+	// is looked at four times in that time, so it may be up to half as long again.
 	WriteTimeout time.Duration
 	// MaxStream (MAX_STREAM_SECONDS, default 0 = no limit) ends each stream after 80 to 100 % of it. Without it,
 	// streams that a proxy left half open stay until a write fails.
@@ -80,15 +80,15 @@ type backendConfig struct {
 	// CallbackSecret (SSE_CALLBACK_SECRET, default "") must come with every callback. When empty, an embedded gateway
 	// gets a random one; with a separate gateway, anyone who reaches the callback can then register connections.
 	CallbackSecret secret
-	// APIToken (API_TOKEN, default "") is asked of whoever changes tasks or deployments, and in production of whoever
-	// lists the tasks. When empty, anyone may.
+	// APIToken (API_TOKEN, default "") is needed to change tasks or deployments, and in production to list the tasks.
+	// When empty, anyone may.
 	APIToken secret
 	// TaskWorkers (TASK_MAX_WORKERS, default 4, 1 to 10000) is how many tasks run at once; more wait as pending.
 	TaskWorkers int
 	// TaskQueueLimit (TASK_QUEUE_LIMIT, default 1000, at least 0) is how many tasks may wait; one more is answered 503.
 	TaskQueueLimit int
-	// TaskTimeout (TASK_TIMEOUT_SECONDS, default 300) fails a task that runs, or an external one that is silent,
-	// longer.
+	// TaskTimeout (TASK_TIMEOUT_SECONDS, default 300) is how long a task may run, or an external one be silent, before
+	// it fails.
 	TaskTimeout time.Duration
 	// TaskCleanup (TASK_CLEANUP_INTERVAL_SECONDS, default 600) is how long a finished task is remembered; then it is
 	// 404.
@@ -97,9 +97,9 @@ type backendConfig struct {
 	// progress goes; the first and the terminal event always stay, hence at least 2.
 	TaskEventLimit int
 	// TaskMemory (TASK_MEMORY_BYTES, default 256 MiB, at least 64 KiB) is what all tasks may hold: events, results and
-	// what else they take. Beyond it the tasks that finished first are forgotten; when there are none, new ones are
-	// answered 503, and a report makes its own task lose its oldest progress. An end is always taken, and the last
-	// report kept.
+	// what else they take. Beyond it finished tasks are forgotten, the first to finish first. If none is left, new
+	// tasks are answered 503, and a report makes its own task lose its oldest progress. An end is always taken, and the
+	// last report kept.
 	TaskMemory int
 	// VersionPendingLimit (VERSION_PENDING_LIMIT, default 100, 0 = unbounded) is how many undelivered events are kept
 	// per request_id; beyond it the oldest is dropped and counted. As many delivered ones are kept for browsers that
@@ -121,8 +121,8 @@ type backendConfig struct {
 	Gateway gatewayConfig
 }
 
-// loadBackendConfig reads the configuration of a backend. Here and below, an empty variable counts as unset, an error
-// has one line for each problem, and what is returned next to an error is of no use.
+// loadBackendConfig reads the configuration of a backend. Here and below, an empty variable counts as unset. An error
+// has a line for each problem; then the other result is of no use.
 func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 	r := envReader{getenv: getenv}
 	production := r.choice("APP_ENV", "development", "development production") == "production"
@@ -149,9 +149,9 @@ func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 	return c, errors.Join(r.errs...)
 }
 
-// servesHost reports whether a request with that Host is served. In development it must name this machine: to a
-// browser, a page whose name comes to point here (DNS rebinding) is of the same site. If every interface is listened
-// on, an address will do, as no name can stand for it.
+// servesHost reports whether requests to that Host are served. In development it must name this machine: a page under a
+// name that was made to point here (DNS rebinding) is of the same site to a browser. If every interface is listened on,
+// any address will do, as no name can stand for one.
 func (c backendConfig) servesHost(hostport string) bool {
 	host, own := hostOf(hostport), hostOf(c.Addr)
 	ip := net.ParseIP(host)
@@ -167,7 +167,7 @@ func hostOf(hostport string) string {
 	return strings.ToLower(strings.Trim(hostport, "[]"))
 }
 
-// open says what everybody on the network may do for want of a secret.
+// exposed says what everybody on the network may do because a secret is not set.
 func (c backendConfig) exposed() string {
 	host := hostOf(c.Addr)
 	switch {
@@ -190,7 +190,7 @@ func loadGatewayConfig(getenv func(string) string) (gatewayConfig, error) {
 	return c, errors.Join(r.errs...)
 }
 
-// newLogger makes the logger that LOG_LEVEL (default info) and LOG_FORMAT (default text) ask for.
+// newLogger returns the logger that LOG_LEVEL (default info) and LOG_FORMAT (default text) ask for.
 func newLogger(getenv func(string) string, w io.Writer) (*slog.Logger, error) {
 	r := envReader{getenv: getenv}
 	levels := map[string]slog.Level{
@@ -204,8 +204,8 @@ func newLogger(getenv func(string) string, w io.Writer) (*slog.Logger, error) {
 	return slog.New(h), errors.Join(r.errs...)
 }
 
-// healthcheckURL is where this machine's own readiness is asked: at ADDR, else at PORT, which only a gateway has, else
-// at the backend's default address.
+// healthcheckURL returns where this machine's readiness is asked: at ADDR, or else at PORT, which only a gateway has,
+// or else at the backend's default address.
 func healthcheckURL(getenv func(string) string) (string, error) {
 	r := envReader{getenv: getenv}
 	name, addr := "ADDR", r.addr("ADDR", defaultAddr)
@@ -223,8 +223,8 @@ func healthcheckURL(getenv func(string) string) (string, error) {
 	return u.String(), errors.Join(r.errs...)
 }
 
-// warnOfVariables warns of variables that begin like ours and that nothing reads: they may be misspelt. It never shows
-// a value.
+// warnOfVariables warns of variables with names like ours that nothing reads: they may be misspelt. It never shows a
+// value.
 func warnOfVariables(environ []string, log *slog.Logger) {
 	known := map[string]bool{}
 	note := func(name string) string { known[name] = true; return "" }
@@ -238,8 +238,8 @@ func warnOfVariables(environ []string, log *slog.Logger) {
 	}
 }
 
-// ourVariable has no prefix that other programs use as well, such as LOG_. serviceVariable is what Kubernetes sets for
-// each of its services.
+// ourVariable has no prefix that other programs use as well, such as LOG_. serviceVariable matches what Kubernetes sets
+// for each of its services.
 var (
 	ourVariable = regexp.MustCompile(`^(TASK|SSE|VERSION|FRONTEND|CONNECTION|CALLBACK|HEARTBEAT|INTERNAL|MAX|STREAM|WRITE|RETRY|` +
 		`CORS|DATA)_`)
@@ -252,7 +252,7 @@ type envReader struct {
 	errs   []error
 }
 
-// embeddedGateway reads what a gateway needs in either role.
+// gateway reads what both roles need of the configuration of a gateway.
 func (r *envReader) gateway() gatewayConfig {
 	return gatewayConfig{
 		InternalAddr:    r.addr("INTERNAL_ADDR", ""),
@@ -266,7 +266,7 @@ func (r *envReader) gateway() gatewayConfig {
 	}
 }
 
-// choice reads one of some words, which are separated by spaces.
+// choice reads one of the words.
 func (r *envReader) choice(name, unset, words string) string {
 	v := cmp.Or(r.getenv(name), unset)
 	if !slices.Contains(strings.Fields(words), v) {
@@ -284,7 +284,7 @@ func (r *envReader) number(name string, unset, low, high int) int {
 	return n
 }
 
-// seconds reads a time in seconds, which may have decimals. Where unset is "0", no limit, 0 may also be set.
+// seconds reads a time in seconds, which may have decimals. If unset is "0", which means no limit, it may be 0.
 func (r *envReader) seconds(name, unset string) time.Duration {
 	f, err := strconv.ParseFloat(cmp.Or(r.getenv(name), unset), 64)
 	must := fmt.Sprintf("a number of seconds from 0.001 to %d", maxSeconds)
@@ -299,8 +299,8 @@ func (r *envReader) seconds(name, unset string) time.Duration {
 	return time.Duration(math.Round(f * float64(time.Second)))
 }
 
-// addr reads host:port, where an empty host is every interface. It names localhost by its address, as a container that
-// holds nothing but the binary has no /etc/hosts.
+// addr reads host:port. An empty host means every interface. It replaces localhost by its address, as a container with
+// nothing but the binary has no /etc/hosts.
 func (r *envReader) addr(name, unset string) string {
 	v := cmp.Or(r.getenv(name), unset)
 	host, port, err := net.SplitHostPort(v)
@@ -327,8 +327,7 @@ func (r *envReader) portAddr() string {
 	return net.JoinHostPort(host, strconv.Itoa(r.number("PORT", 3000, 0, 65535)))
 }
 
-// url reads an absolute http or https URL that has none of some characters: '#' would cut off the rest of a secret that
-// was not escaped.
+// url reads an absolute http or https URL without certain characters: a '#' would cut off the rest of a secret.
 func (r *envReader) url(name, without string) string {
 	v := r.getenv(name)
 	u := parseURL(v)
@@ -339,8 +338,7 @@ func (r *envReader) url(name, without string) string {
 	return v
 }
 
-// baseURL reads a URL to which paths are added. It has none of its own, or one that a gateway would not serve, and
-// returns no slash at its end.
+// baseURL reads a URL to which paths are added, without a path of its own. It returns it without a slash at its end.
 func (r *envReader) baseURL(name string) string {
 	v := strings.TrimRight(r.url(name, " #?"), "/")
 	if u := parseURL(v); u != nil && u.Path != "" {
@@ -361,7 +359,7 @@ func (r *envReader) origin(name string) string {
 	return v
 }
 
-// secret reads a value that must be sendable in a header. In production it must be long, if it is set.
+// secret reads a value that can be sent in a header. In production it must be long, if it is set.
 func (r *envReader) secret(name string, production, required bool) secret {
 	v := r.getenv(name)
 	switch {
@@ -375,8 +373,8 @@ func (r *envReader) secret(name string, production, required bool) secret {
 	return secret(v)
 }
 
-// fail notes what a variable must be and is not. It shows the value unless that is a secret, or may carry one in the
-// user info or the query of a URL.
+// fail notes what a variable must be. It shows the value, unless that is a secret or may have one in the user info or
+// the query of a URL.
 func (r *envReader) fail(name, must string) {
 	v := r.getenv(name)
 	isSecret := name == "API_TOKEN" || name == "SSE_CALLBACK_SECRET" || name == "CALLBACK_URL"
@@ -386,7 +384,7 @@ func (r *envReader) fail(name, must string) {
 	r.errs = append(r.errs, fmt.Errorf("%s must be %s", name, must))
 }
 
-// parseURL returns nil unless v is an absolute URL with a host, with no port or a valid one, and without user info. It
+// parseURL returns nil unless v is an absolute URL with a host, with a valid port or none, and without user info. It
 // drops the error of url.Parse, which quotes the URL.
 func parseURL(v string) *url.URL {
 	u, err := url.Parse(v)

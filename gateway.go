@@ -209,7 +209,7 @@ func (c *gatewayClient) statusError(status int) error {
 	if status == http.StatusNotFound || status == http.StatusMethodNotAllowed {
 		return fmt.Errorf("the gateway at %s does not serve /internal/send: is INTERNAL_ADDR set there?", strings.TrimSuffix(c.url, "/internal/"))
 	}
-	return fmt.Errorf("gateway answered %d", status)
+	return fmt.Errorf("posting to the gateway: status %d", status)
 }
 
 // takeLocked returns s and the sends that may go out with it.
@@ -284,7 +284,7 @@ func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 	}
 	lines := bytes.Split(bytes.TrimSpace(answer), []byte("\n"))
 	if len(lines) != want {
-		return fmt.Errorf("gateway answered %d results to a batch of %d", len(lines), want)
+		return fmt.Errorf("reading the answer: %d results to a batch of %d", len(lines), want)
 	}
 	for _, s := range batch {
 		s.sendResult = readResult(lines[:s.lines], s.skips)
@@ -308,7 +308,7 @@ func readResult(lines [][]byte, skips bool) (r sendResult) {
 		case refused && skips:
 			r.refused++
 		default:
-			r.err = fmt.Errorf("gateway answered %q", line)
+			r.err = fmt.Errorf("reading the answer: %q", line)
 			return r
 		}
 		r.taken++

@@ -79,11 +79,11 @@ func TestGatewayClientAnswers(t *testing.T) {
 		{200, `{"status":"buffered"}`, true, ""},
 		{200, "", false, ""},
 		{404, `{"error":"unknown token"}`, false, "unknown token"},
-		{302, "", false, "gateway answered 302"},
-		{307, "", false, "gateway answered 307"}, // with this a client would POST again
-		{400, `{"status":"buffered"}`, false, "gateway answered 400"},
-		{500, strings.Repeat("x", 1<<20), false, "gateway answered 500"},
-		{503, "", false, "gateway answered 503"},
+		{302, "", false, "posting to the gateway: status 302"},
+		{307, "", false, "posting to the gateway: status 307"}, // with this a client would POST again
+		{400, `{"status":"buffered"}`, false, "posting to the gateway: status 400"},
+		{500, strings.Repeat("x", 1<<20), false, "posting to the gateway: status 500"},
+		{503, "", false, "posting to the gateway: status 503"},
 	} {
 		status, body, requests = test.status, test.body, 0
 		r := c.send("t", nil, false)
@@ -498,7 +498,7 @@ func TestGatewayClientBatches(t *testing.T) {
 		t.wantResult(results["c"], "1 false <nil>")
 		t.wantResult(results["d"], "1 true <nil>")
 		t.wantResult(results["e"], "0 false unknown token")
-		t.wantResult(results["f"], `0 false gateway answered "{\"status\":400,\"error\":\"no\"}"`)
+		t.wantResult(results["f"], `0 false reading the answer: "{\"status\":400,\"error\":\"no\"}"`)
 		t.reply(t.next(single("g")), 200, `{"status":"buffered"}`)
 		t.wantResult(g, "1 true <nil>")
 		for _, p := range busy[1:] {
@@ -564,10 +564,10 @@ func TestGatewayClientBatchFailures(t *testing.T) {
 		want   string
 	}{
 		"no answer":        {steppedPostAnswer{err: errNoAnswer}, "0 false no answer"},
-		"another gateway":  {steppedPostAnswer{status: 415}, "0 false gateway answered 415"},
+		"another gateway":  {steppedPostAnswer{status: 415}, "0 false posting to the gateway: status 415"},
 		"no such path":     {steppedPostAnswer{status: 404}, "0 false the gateway at http://hush does not serve /internal/send: is INTERNAL_ADDR set there?"},
-		"too few results":  {steppedPostAnswer{status: 200, body: "1\n"}, "0 false gateway answered 1 results to a batch of 2"},
-		"too many results": {steppedPostAnswer{status: 200, body: "1\n2\n3\n"}, "0 false gateway answered 3 results to a batch of 2"},
+		"too few results":  {steppedPostAnswer{status: 200, body: "1\n"}, "0 false reading the answer: 1 results to a batch of 2"},
+		"too many results": {steppedPostAnswer{status: 200, body: "1\n2\n3\n"}, "0 false reading the answer: 3 results to a batch of 2"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			testPosts(t, func(t *postTest) {
@@ -654,10 +654,10 @@ func TestGatewayClientForeignAnswers(t *testing.T) {
 		{another, 404, "Cannot POST", "0 0 unknown token"},
 		{ours, 413, `{"error":"request body too large"}`, "1 1 <nil>"},
 		{ours, 400, `{"error":"event data is missing"}`, "1 1 <nil>"},
-		{ours, 413, "<h1>413</h1>", "0 0 gateway answered 413"},
+		{ours, 413, "<h1>413</h1>", "0 0 posting to the gateway: status 413"},
 		{another, 413, "PayloadTooLargeError", "1 1 <nil>"},
 		{another, 400, "", "1 1 <nil>"},
-		{another, 500, "", "0 0 gateway answered 500"},
+		{another, 500, "", "0 0 posting to the gateway: status 500"},
 	} {
 		c.heard(parseFeatures(test.features))
 		status, body = test.status, test.body

@@ -47,7 +47,7 @@ type journal struct {
 	size   atomic.Int64 // bytes of whole records; changed with writing held
 	noRoom atomic.Bool  // the last write failed
 
-	// Whoever writes holds writing: run, or somebody who waits for a commit. It guards what follows.
+	// writing is held by the one who writes: run, or somebody who waits for a commit. It guards what follows.
 	writing sync.Mutex
 	file    journalFile
 	number  uint64  // of the last commit

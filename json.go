@@ -18,7 +18,7 @@ import (
 var (
 	errNotJSON      = badRequest("not_json", "body must be one JSON object")
 	errFieldType    = badRequest("field_type", "a field has the wrong type")
-	errDuplicate    = badRequest("duplicate_field", "a field stands twice")
+	errDuplicate    = badRequest("duplicate_field", "a field is given twice")
 	errMissingField = badRequest("missing_field", "a field is missing or empty")
 )
 
@@ -38,7 +38,10 @@ func parseObject(text []byte) (object, error) {
 		}
 		return end
 	})
-	return o, objectError(valid, duplicate)
+	if err := objectError(valid, duplicate); err != nil {
+		return nil, err
+	}
+	return o, nil
 }
 
 func objectError(valid, duplicate bool) error {

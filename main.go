@@ -81,7 +81,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	}
 	warnOfVariables(environ, log)
 	if open := cfg.exposed(); open != "" {
-		log.Warn("whoever reaches ADDR may do so, too: set APP_ENV=production", "addr", cfg.Addr, "open", open)
+		log.Warn("everybody who reaches ADDR may do so: set APP_ENV=production", "addr", cfg.Addr, "open", open)
 	}
 	reg := newRegistry(buildVersion())
 	b := newBackend(cfg, cfg.GatewayURL, reg, log)

@@ -275,7 +275,7 @@ func requestBuckets() []float64 {
 	return []float64{.0001, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5}
 }
 
-// backendMetrics are the backend's families, but for the gauges, which main registers with their owners.
+// backendMetrics are the backend's families, but for gauges, which those register who know their values.
 type backendMetrics struct {
 	connections *family // by service, action
 	events      *family // by service, status
@@ -304,7 +304,7 @@ func newBackendMetrics(r *registry, taskTypes []string) *backendMetrics {
 	}
 }
 
-// Why a request got no stream, as the metrics say it.
+// Why a request got no stream, in metrics.
 const (
 	refusedCapacity = "capacity" // MAX_CONNECTIONS or a shutdown
 	refusedRejected = "rejected" // the backend's final answer
@@ -312,7 +312,7 @@ const (
 	refusedRequest  = "request"
 )
 
-// gatewayMetrics are the gateway's families, but for the gauge of open streams, which main registers with its owner.
+// gatewayMetrics are the gateway's families, but for its gauge.
 type gatewayMetrics struct {
 	opened          *series
 	closed          *family // by reason
@@ -327,7 +327,7 @@ func newGatewayMetrics(r *registry) *gatewayMetrics {
 	return &gatewayMetrics{
 		opened: r.counters("gateway_streams_opened_total", "Streams opened.").with(),
 		closed: r.counters("gateway_streams_closed_total", "Streams ended, by reason.",
-			label{"reason", []string{"client_closed", "server_closed", "error"}}),
+			label{"reason", []string{clientClosed, serverClosed, streamError}}),
 		refused: r.counters("gateway_refused_total", "Requests that got no stream: no room or a shutdown, the backend's "+
 			"final answer, its trouble, or the request itself.",
 			label{"reason", []string{refusedCapacity, refusedRejected, refusedBackend, refusedRequest}}),

@@ -247,7 +247,7 @@ func TestPageTargets(t *testing.T) {
 		"?request_id=r":                       "200 ",
 		"?request_id=r" + many:                "200 ", // one that is named twice counts once
 		"?request_id=r" + many + "&task_id=x": `400 {"error":"a page stream follows at most 50 tasks","code":"too_many_tasks"}`,
-		"?request_id=r&request_id=r":          `400 {"error":"request_id stands twice in the URL","code":"duplicate_field"}`,
+		"?request_id=r&request_id=r":          `400 {"error":"request_id is given twice in the URL","code":"duplicate_field"}`,
 		"?task_id=a":                          `400 {"error":"` + errBadID.Error() + `","code":"bad_id"}`,
 		"?request_id=r&task_id=a:b":           `400 {"error":"` + errBadID.Error() + `","code":"bad_id"}`,
 		"?request_id=r&task_id=":              `400 {"error":"` + errBadID.Error() + `","code":"bad_id"}`,

@@ -90,8 +90,8 @@ func gatewayProcess(t testing.TB, env []string, command ...string) *process {
 	return p
 }
 
-// newProcess starts nothing yet. The process sees only what any program needs of our own environment, lest a
-// developer's API_TOKEN or PORT decide how a test ends.
+// newProcess starts nothing yet. The process sees only what any program needs of our own environment: no
+// API_TOKEN or PORT of a developer decides how a test ends.
 func newProcess(t testing.TB, url string, env []string, command ...string) *process {
 	out, err := os.CreateTemp(t.TempDir(), "output")
 	if err != nil {

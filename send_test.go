@@ -28,7 +28,7 @@ func TestSendAnswers(t *testing.T) {
 	const (
 		invalid  = `400 {"error":"body must be one JSON object"}`
 		badType  = `400 {"error":"a field has the wrong type"}`
-		twice    = `400 {"error":"a field stands twice"}`
+		twice    = `400 {"error":"a field is given twice"}`
 		noToken  = `400 {"error":"token is missing or empty"}`
 		noData   = `400 {"error":"event data is missing"}`
 		badField = `400 {"error":"event name and id must not contain CR, LF or NUL"}`

@@ -6,7 +6,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -385,9 +384,9 @@ func fetchVersion(ctx context.Context, client *http.Client, target string) (a an
 	case err != nil:
 		return a, err
 	case resp.StatusCode != http.StatusOK:
-		return a, fmt.Errorf("the server of the version answered %d", resp.StatusCode)
+		return a, fmt.Errorf("fetching the version: status %d", resp.StatusCode)
 	case len(body) > maxVersionBody:
-		return a, errors.New("the version is too large")
+		return a, fmt.Errorf("fetching the version: more than %d bytes", maxVersionBody)
 	}
 	o, err := parseObject(bytes.TrimPrefix(body, []byte("\ufeff")))
 	if err == nil {
