@@ -1,10 +1,12 @@
-// What a user writes for each client: a function that opens a URL, calls got(name, id, data) for each event, and returns
-// what closes it. A name's first word is the folder in node_modules. Each stream has a thread, so globals of its own.
+// What a user writes for each client: a function that opens a URL, calls got(name, id, data) for each event, and
+// returns what closes it. A name's first word is the folder in node_modules. Each stream has a thread, so globals of
+// its own.
 import { spawn } from 'node:child_process';
 
 const names = ['connection_open', 'task_event', 'version', 'error', 'connection_close'];
 const standard = (EventSource, options) => (url, got) => {
   const source = new EventSource(url, options);
+  // An "error" without data is the client's own.
   for (const name of names) source.addEventListener(name, (e) => e.data && got(name, e.lastEventId, e.data));
   return () => source.close();
 };

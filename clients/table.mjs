@@ -30,6 +30,7 @@ async function main() {
   const backend = sidecast([], { ADDR: `127.0.0.1:${BACKEND}`, SSE_GATEWAY_URL: `http://127.0.0.1:${GATEWAY}`,
     SSE_CALLBACK_SECRET: 'clients', TASK_MAX_WORKERS: '200' });
   let gateway = startGateway();
+  process.on('exit', () => { backend.kill(); gateway.kill(); });
   const post = async (path, body) => {
     const answer = await fetch(`http://127.0.0.1:${BACKEND}/api/tasks${path}`,
       { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body) });
@@ -52,7 +53,7 @@ async function main() {
     events = [];
     requests = 0;
     constructor(client) {
-      this.worker = new Worker(new URL(import.meta.url), { workerData: client });
+      this.worker = new Worker(new URL(import.meta.url), { workerData: client, stdout: true, stderr: true });
       this.worker.on('error', (err) => console.log(`${client}: ${err}`));
       this.ready = once(this.worker, 'message');
     }
@@ -132,7 +133,5 @@ async function main() {
     console.log([name, version, task.eachOnce(one), results, two.map((task) => page.eachOnce(task)),
       ended(task) ? task.requests : '-', ended(large) ? large.requests + page.requests : '-'].join(' | '));
   }
-  backend.kill();
-  gateway.kill();
   process.exit();
 }
