@@ -831,6 +831,52 @@ func TestFollowerOfVersionAsksNoForeignGateway(t *testing.T) {
 	})
 }
 
+// What is not on disk yet is shown to nobody, also behind what is.
+func TestFollowerGetsWhatIsPublished(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
+		t.follow(connectRequest{token: "a"})
+		first := t.events.Add(entry{data: "one"})
+		t.events.Add(entry{data: "two"})
+		t.events.End("task_completed")
+		t.events.Publish(first)
+		t.rest()
+		t.delivers("a x-1 one")
+		if got := t.events.After("", 9); len(got) != 1 {
+			t.Errorf("got %d events to show, want 1", len(got))
+		}
+		t.events.Publish(first + 1)
+		t.rest()
+		t.delivers("a x-2 two", closing("a", "task_completed"))
+	})
+}
+
+// What a connection that has been replaced was given proves nothing to an announcement that waits.
+func TestFollowerThatIsReplacedGivesNothing(t *testing.T) {
+	testLog(t, versionLike(), func(t *logTest) {
+		t.follow(connectRequest{token: "a"})
+		t.append("one")
+		t.follow(connectRequest{token: "b"})
+		t.connTest.ok("a x-1 one")
+		if t.events.given != 0 {
+			t.Error("a replaced connection was given an event")
+		}
+	})
+}
+
+// A connection that ends while its logs are looked up follows none of them.
+func TestFollowerThatEndsBeforeItBegins(t *testing.T) {
+	testLog(t, taskLike(), func(t *logTest) {
+		f := &follower{identifier: "task:1"}
+		_, _, err := f.connect(t.conns, connectRequest{token: "a"}, func() []*eventLog {
+			t.conns.OnDisconnect("a")
+			return []*eventLog{t.events}
+		})
+		if n := t.events.stats().followers; n != 0 || err != nil {
+			t.Errorf("got %d followers and %v, want none", n, err)
+		}
+	})
+}
+
 // An event that the gateway refuses for good would be ended, replayed and refused again without end.
 func TestFollowerSkipsWhatIsRefused(t *testing.T) {
 	testLog(t, taskLike(), func(t *logTest) {

@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Spoils the program in one place after the other, and runs the tests that must notice: python3 mutants/run.py [WORD]
+
+It needs Go, takes some minutes, and is no part of CI. With a WORD it takes only the places whose file or tests have it.
+"""
+import pathlib, shutil, subprocess, sys, tempfile
+
+MUTANTS = [  # file, what is there, what is there instead, tests
+    # delivery
+    ("connmgr.go", "case old != nil && c.order.before(old.order):", "case false:", "TestConnectOrder|TestDeliveryModel"),
+    ("connmgr.go", "c.probes && old.token != c.replaces", "false", "TestDeliveryModel"),
+    ("connmgr.go", "if c == nil || c.token != token {", "if c == nil {", "TestEveryInterleaving|TestOnDisconnect"),
+    ("connmgr.go", "c.suspect.Store(true)", "", "TestDeliveryModel|TestFollower|TestSend"),
+    ("connmgr.go", "m.replaced[token] = identifier", "", "TestSweep"),
+    ("eventlog.go", "if !c.detached { // a replaced", "if true { // a replaced", "TestFollower"),
+    ("eventlog.go", "l.visible = max(l.visible, n)", "l.visible = l.last", "TestFollower|TestRest"),
+    ("eventlog.go", "case c.detached, len(run) == 0 && l.visible < l.last:", "case c.detached:", "TestFollower"),
+    ("eventlog.go", "return len(l.entries) > 0 && l.loseLocked", "return l.loseLocked", "TestRestoreMemory"),
+    ("follower.go", "if f.buffered || at.Sub(f.since) < settleTime {", "if f.buffered {", "TestFollower|TestDeliveryModel"),
+    ("follower.go", "if f.stopped {\n\t\tf.detachLocked()", "if false {\n\t\tf.detachLocked()", "TestFollower|TestDeliveryModel"),
+    ("follower.go", "f.closed = end && r.err == nil", "f.closed = false", "TestFollower|TestDeliveryModel"),
+    ("page.go", "|| len(s.watched[id]) >= maxFollowers", "", "TestPage"),
+    ("version.go", "s.followAgain(id, log)}", "log}", "TestVersion|TestRace|TestConnect|TestAnnounce"),
+    ("version.go", "a.version == seen && a.version != s.Latest()", "a.version != s.Latest()", "TestPoll"),
+    # tasks
+    ("external.go", "t == nil || s.tasks[t.id] != t", "t == nil", "TestReportsOfAnEarlierTask"),
+    ("external.go", "r.seq != 0 && r.seq <= t.seq", "false", "TestReports|TestExternal|TestRestoreTasks"),
+    ("external.go", "t.deadline.Reset(s.cfg.timeout)", "", "TestExternal|TestReports"),
+    ("tasks.go", "if time.Since(t.lastReport) >= s.cfg.timeout {", "if true {", "TestTask|TestExternal"),
+    ("tasks.go", "t.number == number {", "true {", "TestTask|TestExternal"),
+    ("taskapi.go", "t == nil || t.shown.Load() == nil", "t == nil", "TestTask|TestRestoreNoRoom"),
+    # journal
+    ("journal.go", "if err := j.file.Sync(); err != nil {", "if false {\n\t\tvar err error", "TestJournal"),
+    ("journal.go", "j.dirty = true\n", "", "TestJournal|TestRestoreNoRoom"),
+    ("journal.go", "j.wakeRun() // which tries again", "", "TestRestoreNoRoom|TestJournal"),
+    ("journal.go", "c.finish()\n\tj.next.finish()", "c.finish()", "TestJournal|TestRestoreNoRoom"),
+    ("journal.go", "j.number, j.held = c.number, nil", "j.number = c.number", "TestJournal|TestRestoreNoRoom"),
+    ("compact.go", "j.abandon(c) // now", "// now", "TestJournalCompactionWithoutRoom"),
+    ("compact.go", "c.copy(j.file, j.size.Load())", "", "TestJournalCrashes"),
+    ("compact.go", "if err := j.disk.sync(j.dir); err != nil {", "if err := error(nil); err != nil {", "TestJournalCrashes"),
+    ("journalfile.go", "ended && commitOf(frame) == j.next.number", "commitOf(frame) == j.next.number", "TestJournal"),
+    ("journalfile.go", "commitOf(frame) == j.number ||", "", "TestJournalCrashes"),
+    ("journalfile.go", "f.err = err", "", "TestJournalUnreadable"),
+    ("journalfile.go", "seal(tail[last-begin:])", "", "TestJournal"),
+    ("restore.go", "if !known {", "if false {", "TestSnapshotForgets"),
+    ("restore.go", "t == nil || head[1] <= t.lastEvent", "t == nil", "TestRestoreSnapshot"),
+    ("restore.go", "if rec.Event > st.events.stats().last {", "if true {", "TestRestoreSnapshot"),
+    # gateway
+    ("stream.go", "return min(s.limits.writeTimeout, overflowTimeout)", "return s.limits.writeTimeout", "Overflow|Buffer|Slow"),
+    ("stream.go", "case s.draining+need <= s.limits.buffer,", "case need <= s.limits.buffer,", "Overflow|Buffer|Slow"),
+    ("stream.go", "s.draining+len(s.pending) == 0: //", "false: //", "Overflow|Buffer|Slow"),
+    ("stream.go", "stuck || !errors.Is(err, os.ErrDeadlineExceeded)", "true", "Slow|Stream|Write"),
+    ("stream.go", "tcp.SetLinger(0)", "", "Slow|Stream|Write|Linger|Memory"),
+    ("send.go", "b.events == 0 || len(*b.buf)+maxGrowth*size", "b.events == 0 || len(*b.buf)+size", "Batch"),
+    ("send.go", "f.s.token != string(m.token) ||", "", "Batch"),
+    ("ask.go", "if hasLeft(r) {", "if false {", "Left|Connect|Sidecar"),
+    ("refuse.go", "if g.held.Add(1) > maxHeld {", "if false {", "Refus|Held|Hold"),
+    ("refuse.go", 'case "cross-site", "same-site":', 'case "cross-site":', "Foreign|Cross|Site|CORS"),
+    ("sidecar.go", "if g.closing.Load() { //", "if false { //", "Shutdown|Closing|Stop|Sidecar"),
+    ("gateway.go", "err = c.tryReset(ctx, sendLimit,", "err = c.tryReset(ctx, resetLimit,", "Reset"),
+    ("gateway.go", "if f := c.features.Load(); f != nil && !f.known {", "if false {", "Reset"),
+    ("gateway.go", "next.turn.Done()", "", "Gateway"),
+    ("callback.go", "a.Close = a.Close || h.closing.Load()", "_ = 0", "Callback|Closing"),
+    ("sendloop.go", 'case strings.EqualFold(name, "connection"):', 'case false:', "SendConnection"),
+    ("sendloop.go", "ok = err == nil && length < 0", "ok = err == nil", "SendConnection"),
+    ("client.go", 'net.JoinHostPort("::1", port)', 'net.JoinHostPort("127.0.0.1", port)', "Dial|Localhost"),
+    ("config.go", 'host == "localhost" || ip.IsLoopback() ||', 'host == "localhost" ||', "Host"),
+]
+
+
+def main():
+    here = pathlib.Path(__file__).resolve().parent.parent
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    survivors = 0
+    with tempfile.TemporaryDirectory() as top:
+        tree = pathlib.Path(top) / "tree"
+        shutil.copytree(here, tree, ignore=shutil.ignore_patterns(".git"))
+        for file, old, new, tests in MUTANTS:
+            if word not in file + tests:
+                continue
+            path = tree / file
+            good = path.read_text()
+            if good.count(old) != 1:
+                sys.exit(f"{file} has {old!r} {good.count(old)} times, want once")
+            path.write_text(good.replace(old, new))
+            command = ["go", "test", "-vet=off", "-failfast", "-timeout", "120s", "-run", tests, "."]
+            run = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+            path.write_text(good)
+            if "build failed" in run.stdout:
+                sys.exit(f"{file}: {old!r} does not build\n{run.stdout}{run.stderr}")
+            failed = [line.split()[2] for line in run.stdout.splitlines() if line.startswith("--- FAIL")]
+            killed = run.returncode != 0
+            survivors += not killed
+            print("killed by" if killed else "SURVIVES", ", ".join(failed) or ("a hang or panic" if killed else ""), "|", file, repr(old), flush=True)
+    sys.exit(survivors > 0)
+
+
+main()
