@@ -259,6 +259,34 @@ func TestPageTargets(t *testing.T) {
 	}
 }
 
+// The pages that follow one task are bounded, be it known or not.
+func TestPageFollowersAreBounded(t *testing.T) {
+	t.Parallel()
+	for _, known := range []bool{true, false} {
+		api := newAPI(t, "LOG_LEVEL=error")
+		api.conns.gateway = takeAll().gateway
+		if known {
+			api.external("a")
+		}
+		pages := &PageService{api.conns, api.tasks, api.version}
+		connect := func(request, task string) error {
+			_, _, err := pages.OnConnect(request, connectRequest{token: newToken(), taskIDs: []string{task}})
+			return err
+		}
+		for n := range maxFollowers {
+			if err := connect(fmt.Sprint(n), "a"); err != nil {
+				t.Fatal(n, err)
+			}
+		}
+		if err := connect("one more", "a"); err != errNoRoom {
+			t.Errorf("known %v: got %v, want %v", known, err, errNoRoom)
+		}
+		if err := connect("one more", "b"); err != nil {
+			t.Errorf("another task: %v", err)
+		}
+	}
+}
+
 // takeAll is a gateway that takes everything.
 func takeAll() *ConnectionManager {
 	gateway := senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
