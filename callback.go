@@ -213,18 +213,17 @@ func parseCallback(body []byte) (c callback, err error) {
 		}
 	}
 	c.lastEventID, _, _ = all.str("last-event-id")
-	for _, part := range []struct {
-		raw  []byte
-		into *string
-	}{{action, &c.action}, {token, &c.token}, {reason, new(string)}, {target, &c.url}} {
-		if part.raw == nil {
-			continue
+	read := func(raw []byte) (s string) {
+		if raw != nil && err == nil {
+			s, err = parseString(raw)
 		}
-		if *part.into, err = parseString(part.raw); err != nil {
-			return c, err
-		}
+		return s
 	}
+	c.action, c.token, c.url = read(action), read(token), read(target)
+	read(reason)
 	switch {
+	case err != nil:
+		return c, err
 	case request != nil && request[0] != '{':
 		return c, errFieldType
 	case c.action == "" || c.token == "" || c.action == "connect" && c.url == "":

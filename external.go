@@ -55,7 +55,7 @@ func (s *TaskService) startExternal(params object) (t *task, known bool, err err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if t = s.tasks[id]; t != nil && !s.closing {
+	if t = s.tasks[id]; t != nil && s.life.Err() == nil {
 		if t.kind != externalTask || t.title != title || t.status.finished() {
 			return nil, false, t.conflict(errTaskIDTaken)
 		}
@@ -296,7 +296,7 @@ func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, stored
 		}
 	}
 	switch err := lines.Err(); {
-	case s.isClosing():
+	case s.life.Err() != nil:
 		e := *errClosing
 		e.Reports = all.Reports
 		return all, stored, &e

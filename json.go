@@ -164,37 +164,30 @@ func skipValue(text []byte, i, depth int) int {
 }
 
 func skipObject(text []byte, i, depth int, visit memberFunc) int {
-	i = skipSpace(text, i+1)
-	if byteAt(text, i) == '}' {
-		return i + 1
-	}
-	for {
+	return skipList(text, i, '}', func(i int) int {
 		nameEnd := skipString(text, i)
 		colon := skipSpace(text, nameEnd)
 		if byteAt(text, colon) != ':' {
 			return -1
 		}
-		i = skipSpace(text, visit(text[i:nameEnd], skipSpace(text, colon+1)))
-		switch byteAt(text, i) {
-		case '}':
-			return i + 1
-		case ',':
-			i = skipSpace(text, i+1)
-		default:
-			return -1
-		}
-	}
+		return visit(text[i:nameEnd], skipSpace(text, colon+1))
+	})
 }
 
 func skipArray(text []byte, i, depth int) int {
+	return skipList(text, i, ']', func(i int) int { return skipValue(text, i, depth+1) })
+}
+
+// skipList skips items between commas, up to the byte that ends the list.
+func skipList(text []byte, i int, end byte, item func(i int) int) int {
 	i = skipSpace(text, i+1)
-	if byteAt(text, i) == ']' {
+	if byteAt(text, i) == end {
 		return i + 1
 	}
 	for {
-		i = skipSpace(text, skipValue(text, i, depth+1))
+		i = skipSpace(text, item(i))
 		switch byteAt(text, i) {
-		case ']':
+		case end:
 			return i + 1
 		case ',':
 			i = skipSpace(text, i+1)
@@ -364,9 +357,6 @@ func hexRune(digits []byte) rune {
 
 // parseNumber decodes a JSON number. For any other value the error is errFieldType.
 func parseNumber(raw []byte) (n float64, err error) {
-	if c := byteAt(raw, 0); c != '-' && (c < '0' || c > '9') {
-		return 0, errFieldType
-	}
 	if n, err = strconv.ParseFloat(string(raw), 64); err != nil {
 		return 0, errFieldType
 	}

@@ -76,9 +76,8 @@ type TaskService struct {
 	outside  int                    // external tasks that have not ended, at most maxExternal
 	created  uint64                 // tasks ever made
 	watched  map[string][]*follower // pages that follow an unknown task, by its ID
-	closing  bool                   // takes no new tasks
 
-	life    context.Context // ends with Close
+	life    context.Context // ends with Close: no new tasks
 	endLife context.CancelFunc
 }
 
@@ -230,7 +229,7 @@ func (s *TaskService) await(t *task) error {
 
 // addLocked makes t a pending task.
 func (s *TaskService) addLocked(t *task) error {
-	if s.closing {
+	if s.life.Err() != nil {
 		return errClosing
 	}
 	t.events = newEventLog(s.policy)
@@ -477,7 +476,7 @@ func (s *TaskService) forgetLocked(t *task) {
 // process: the next start continues the others. It returns when all that is on disk, or cannot be.
 func (s *TaskService) Close() {
 	s.mu.Lock()
-	s.closing = true
+	s.endLife()
 	s.queue = nil // all at once, not one by one
 	for _, t := range s.tasks {
 		if s.journal == nil || t.status == taskRunning && t.kind != externalTask {
@@ -486,12 +485,5 @@ func (s *TaskService) Close() {
 	}
 	stored := s.journal.written()
 	s.mu.Unlock()
-	s.endLife()
 	stored.wait()
-}
-
-func (s *TaskService) isClosing() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.closing
 }
