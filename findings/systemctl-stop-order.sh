@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# systemd 252 (Debian 12): "systemctl stop a b" stops a first or both at once, although b says After=a, by which b has to
-# stop first. systemctl asks for one job after the other, and a has stopped, or has begun to, before there is a job of b
-# that it would have to wait for. "systemctl stop b a", and the end of the whole manager, keep the order.
+# systemd 252 (Debian 12): "systemctl stop a b" stops a first or both at once, although b says After=a, by which b has
+# to stop first. systemctl asks for one job after the other, and a has stopped, or has begun to, before there is a job
+# of b that it would have to wait for. "systemctl stop b a", and the end of the whole manager, keep the order.
 #
 # Seen: of 10 times "stop a b" 9 were in the wrong order, of 10 times "stop b a" none; at another time 10 and none.
 # Fails if that changes. Needs root, bash, unshare, cgroup2, apt-get, dpkg.
