@@ -9,7 +9,7 @@
 set -euo pipefail
 version="2.42.0*"
 dir=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$dir"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; wait; rm -rf "$dir"' EXIT
 cd "$dir"
 apt-get download -qq "prometheus=$version" 2>/dev/null
 dpkg -x prometheus_*.deb .

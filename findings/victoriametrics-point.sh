@@ -8,7 +8,7 @@
 set -euo pipefail
 version="1.79.5*"
 dir=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$dir"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; wait; rm -rf "$dir"' EXIT
 cd "$dir"
 apt-get download -qq "victoria-metrics=$version" 2>/dev/null
 dpkg -x victoria-metrics_*.deb .
