@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Gives kubernetes.yaml to a Kubernetes 1.36 without nodes: the API server takes it all without a warning, in a namespace
-# that enforces the restricted Pod Security Standard, and the controllers make its pods and their claims. No pod runs.
+# Gives kubernetes.yaml to a Kubernetes 1.36 without nodes: the API server takes it all without a warning, in a
+# namespace that enforces the restricted Pod Security Standard, and the controllers make its pods and their claims. No
+# pod runs.
 #
 # Needs root, apt-get, openssl, Go and half an hour, for Kubernetes is built here. Not part of .ci/run.
 set -euo pipefail
@@ -16,11 +17,11 @@ mkdir "$dir/build"
   # Kubernetes' own go.mod replaces its libraries by folders that no module has.
   go mod init build 2>/dev/null
   go mod download -json k8s.io/kubernetes@v1.$version >module
-  go mod edit -require k8s.io/kubernetes@v1.$version $(
+  go mod edit $(
     sed -n "s|^\t\(k8s.io/.*\) => ./staging/.*|-replace \1=\1@v0.$version|p" "$(sed -n 's/.*"GoMod": "\(.*\)".*/\1/p' module)"
   )
   for command in kube-apiserver kube-controller-manager kubectl; do
-    go get k8s.io/kubernetes/cmd/$command 2>/dev/null
+    go get k8s.io/kubernetes/cmd/$command@v1.$version 2>/dev/null
     go build -trimpath -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=v1.$version" -o "$dir" k8s.io/kubernetes/cmd/$command
   done
 )

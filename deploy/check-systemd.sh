@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Boots Debian 12 with its systemd in a container of systemd-nspawn(1), and runs both units there as their file says. The
-# backend is started until it has its secrets. A task outlives its death by SIGKILL and a reboot.
+# Boots Debian 12 with its systemd in a container of systemd-nspawn(1), and runs both units there as their file says.
+# The backend is started until it has its secrets. A task outlives its death by SIGKILL and a reboot.
 #
 # Needs root, apt-get, curl, Go, and for a few minutes the package archive. Not part of .ci/run.
 set -euo pipefail
