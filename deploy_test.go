@@ -820,7 +820,7 @@ func TestMonitoring(t *testing.T) {
 	}
 }
 
-// Files that cannot be run here
+// Files that run outside of CI, in deploy/check-systemd.sh and deploy/check-kubernetes.sh
 
 func TestSystemdUnit(t *testing.T) {
 	needs(t, "systemd-analyze")

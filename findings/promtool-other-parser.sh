@@ -2,7 +2,8 @@
 # "promtool check metrics" does not read a page as Prometheus does: in 2.42.0 (Debian 12) each accepts what the other
 # one refuses, from the same package and for the same format. Of the three lines here, all of which the format's
 # description allows, promtool refuses a blank at the end of one, which Prometheus scrapes, and has no objection to a
-# blank at its start and a time before 1970, for each of which Prometheus drops the whole page, with up 0.
+# blank at its start and a time before 1970, for each of which Prometheus drops the whole page, with up 0. (3.16 takes
+# the blank at the start; the other two are the same.)
 #
 # Seen: promtool 1 0 0, for which 0 is all right; Prometheus 1 0 0, for which 1 is up.
 # Fails if that changes. Needs bash, python3, apt-get, dpkg.
