@@ -93,8 +93,16 @@ func (g *gateway) disconnect(s *stream, reason string) {
 
 // call makes one callback and counts it. The status is set if the backend sent one, also when its body then failed.
 func (g *gateway) call(ctx context.Context, action, reason string, s *stream, order string) (status int, body []byte, err error) {
+	header := http.Header{"Content-Type": {jsonType}, featuresHeader: {gatewayFeatures}}
+	if order != "" {
+		header.Set(orderHeader, order)
+	}
 	start := time.Now()
-	status, body, err = g.post(ctx, encodeCallback(action, reason, s.token, s.request), order)
+	payload := encodeCallback(action, reason, s.token, s.request)
+	status, body, err = postTo(ctx, g.transport, string(g.cfg.CallbackURL), header, payload, maxAnswer+1)
+	if status >= 300 {
+		err = nil // the body is not needed
+	}
 	g.met.callbackSeconds.with(action).observe(time.Since(start).Seconds())
 	g.met.callbacks.with(action, outcome(status, err)).Inc()
 	switch {
@@ -119,18 +127,6 @@ func outcome(status int, err error) string {
 		return "rejected"
 	}
 	return "accepted"
-}
-
-func (g *gateway) post(ctx context.Context, payload []byte, order string) (status int, body []byte, err error) {
-	header := http.Header{"Content-Type": {jsonType}, featuresHeader: {gatewayFeatures}}
-	if order != "" {
-		header.Set(orderHeader, order)
-	}
-	status, body, err = postTo(ctx, g.transport, string(g.cfg.CallbackURL), header, payload, maxAnswer+1)
-	if status >= 300 {
-		err = nil // the body is not needed
-	}
-	return status, body, err
 }
 
 // parseAnswer reads {"event":{…},"close":true,"heartbeat":"event"}, the answer to a connect callback. It leaves out

@@ -126,15 +126,7 @@ func parsePositions(id string) map[string]uint64 {
 	return positions
 }
 
-// Append adds an event that everybody may see, and returns its number, or 0 after End. It does not wait for its
-// delivery.
-func (l *eventLog) Append(data string, keep bool) (n uint64) {
-	n = l.Add(entry{data: data, keep: keep})
-	l.Publish(n)
-	return n
-}
-
-// Add is Append for an event that nobody sees before Publish.
+// Add adds an event, which nobody sees before Publish, and returns its number, or 0 after End.
 func (l *eventLog) Add(e entry) (n uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

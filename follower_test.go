@@ -46,6 +46,14 @@ func newLogTest(t *connTest, policy logPolicy) *logTest {
 	return o
 }
 
+// Append adds an event that everybody may see, and returns its number, or 0 after End. It does not wait for its
+// delivery.
+func (l *eventLog) Append(data string, keep bool) (n uint64) {
+	n = l.Add(entry{data: data, keep: keep})
+	l.Publish(n)
+	return n
+}
+
 func (t *logTest) dropped() int { return int(t.events.policy.dropped.Load()) }
 
 func (t *logTest) append(data ...string) {

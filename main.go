@@ -60,7 +60,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	case command == "gateway":
 		return runGateway(ctx, getenv, stderr, environ)
 	case command == "healthcheck":
-		return healthcheck(ctx, getenv, stderr)
+		return healthcheck(getenv, stderr)
 	case command == "version":
 		fmt.Fprintln(stdout, "sidecast", buildVersion())
 		return 0
@@ -378,25 +378,25 @@ func (b *backend) protect(h handler) handler {
 }
 
 // healthcheck asks the sidecast on this machine whether it is ready.
-func healthcheck(ctx context.Context, getenv func(string) string, stderr io.Writer) int {
+func healthcheck(getenv func(string) string, stderr io.Writer) int {
 	target, err := healthcheckURL(getenv)
 	if err != nil {
 		fmt.Fprintln(stderr, err)
 		return 1
 	}
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
-	if err == nil {
-		var resp *http.Response
-		if resp, err = new(http.Transport).RoundTrip(req); err == nil { // no proxy, no redirects
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return 0
-			}
-			err = errors.New("answered " + resp.Status)
-		}
+	client := &http.Client{
+		Timeout:       3 * time.Second,
+		Transport:     new(http.Transport), // no proxy
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
-	fmt.Fprintln(stderr, "asking "+target+":", err)
+	resp, err := client.Get(target)
+	if err == nil {
+		resp.Body.Close()
+		if resp.StatusCode == http.StatusOK {
+			return 0
+		}
+		err = errors.New("answered " + resp.Status)
+	}
+	fmt.Fprintln(stderr, "asking "+target+":", withoutSecrets(err))
 	return 1
 }

@@ -73,7 +73,7 @@ func (s *TaskService) watch(ids []string, page *follower) []*eventLog {
 			logs = append(logs, t.events)
 			continue
 		}
-		unknown.Append(taskNotFound(id), true)
+		unknown.Publish(unknown.Add(entry{data: taskNotFound(id), keep: true}))
 		s.watched[id] = append(s.watched[id], page)
 	}
 	return logs

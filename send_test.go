@@ -429,7 +429,7 @@ func TestSendBufferGrowsWithTheRequest(t *testing.T) {
 			if buf = growBuffer(buf, size); len(buf) == cap(buf) {
 				t.Fatalf("%d bytes of %d: no room for more", len(buf), size)
 			}
-			if most := max(sendBufferMax, 2*len(buf)); cap(buf) > most {
+			if most := max(sendBufferMax, 3*len(buf)); cap(buf) > most {
 				t.Fatalf("%d bytes of %d: room for %d, want at most %d", len(buf), size, cap(buf), most)
 			}
 			more := bytes.Repeat([]byte{byte(len(sent) >> 10)}, min(cap(buf), size)-len(buf)) // as far as one read may go

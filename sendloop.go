@@ -97,15 +97,10 @@ func (g *gateway) sendLoop(conn net.Conn, buf []byte) {
 // growBuffer returns buf with room for more of a request of size bytes; 0 means not known yet. The room grows with what
 // has come: a head that announces megabytes must not be enough to take them.
 func growBuffer(buf []byte, size int) []byte {
-	switch {
-	case len(buf) < cap(buf) && (size <= cap(buf) || cap(buf) >= sendBufferMax):
+	if len(buf) < cap(buf) && (size <= cap(buf) || cap(buf) >= sendBufferMax) {
 		return buf
-	case size == 0:
-		size = max(sendBuffer, 2*cap(buf))
-	default:
-		size = min(size, max(sendBufferMax, 2*cap(buf)))
 	}
-	return append(make([]byte, 0, size), buf...)
+	return slices.Grow(buf, min(max(size-len(buf), sendBuffer), sendBufferMax))
 }
 
 const plainSend = "POST /internal/send HTTP/1.1\r\n"

@@ -199,12 +199,6 @@ func (g *gateway) lookup(token []byte) *stream {
 	return sh.streams[string(token)]
 }
 
-func setStreamHeader(h http.Header) {
-	h.Set("Content-Type", "text/event-stream")
-	h.Set("Cache-Control", "no-cache, no-transform")
-	h.Set("X-Accel-Buffering", "no") // nginx
-}
-
 // open begins a stream that the backend has accepted.
 func (g *gateway) open(w http.ResponseWriter, s *stream, a *callbackAnswer) {
 	first := appendRetry(reserveChunk(nil), g.retry())
@@ -226,7 +220,9 @@ func (g *gateway) open(w http.ResponseWriter, s *stream, a *callbackAnswer) {
 // and begins s with first, which was begun by reserveChunk. It reports whether that was possible.
 func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool, lifetime time.Duration) bool {
 	header := w.Header()
-	setStreamHeader(header)
+	header.Set("Content-Type", "text/event-stream")
+	header.Set("Cache-Control", "no-cache, no-transform")
+	header.Set("X-Accel-Buffering", "no") // nginx
 	header.Set("Date", time.Now().UTC().Format(http.TimeFormat))
 	header.Set("Connection", "close")
 	if s.chunked {

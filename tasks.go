@@ -164,12 +164,13 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 	if err != nil {
 		return event{}, false, err
 	}
-	if t := s.task(id); t != nil {
-		return follow(s.conns, identifier, c, t.events)
-	}
 	log := newEventLog(s.unknown)
-	log.Append(taskNotFound(id), true)
-	log.End("task_not_found")
+	if t := s.task(id); t != nil {
+		log = t.events
+	} else {
+		log.Publish(log.Add(entry{data: taskNotFound(id), keep: true}))
+		log.End("task_not_found")
+	}
 	return follow(s.conns, identifier, c, log)
 }
 
