@@ -16,5 +16,6 @@ go build -o table .
 if [ $# -gt 0 ]; then
   ./table "$@"
 else
-  for name in go shell "browser chromium" "browser firefox" "browser webkitgtk"; do ./table "$name"; done
+  for name in go shell "browser chromium" "browser chromium, service worker" "browser firefox" \
+    "browser firefox, service worker" "browser webkitgtk"; do ./table "$name"; done
 fi
