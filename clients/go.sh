@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tables of CLIENTS.md that are not of npm again: bash clients/go.sh [NAME...]
-# A name is a row's, such as "go r3labs", or "go", "shell" or "browser" for all of a kind. Needs Go; for some rows curl,
-# wget, chromium, firefox-esr, webkit2gtk-driver and xvfb. The program is a module of its own, in a folder that goes away.
+# A name is a row's, such as "go r3labs", or "go" or "shell" for all of a kind. Needs Go; for some rows curl, wget,
+# chromium, firefox-esr, webkit2gtk-driver and xvfb. The program is a module of its own, in a folder that goes away.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 dir=$(mktemp -d)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Chromium 156 (Debian 12) keeps an open EventSource of a page that the user has left, for a minute: the page waits in the
-# back/forward cache, its connection stays and takes events, and the server learns nothing. It counts among the six
+# Chromium 156 (Debian 12) keeps an open EventSource of a page that the user has left, for a minute: the page waits in
+# the back/forward cache, its connection stays and takes events, and the server learns nothing. It counts among the six
 # connections that there are to a host over HTTP/1.1, so a user who follows links through six pages with one EventSource
 # each waits for the seventh until the first page's minute is over. Firefox 153 ends the connection with the page. In
 # Chromium the page has to: addEventListener("pagehide", () => source.close()), and open it again on a "pageshow" whose

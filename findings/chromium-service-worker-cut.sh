@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# In Chromium 156 (Debian 12) an EventSource whose connection breaks comes again, but not when a service worker answers it
-# with respondWith(fetch(event.request)): then it is closed for good, readyState 2, as if the server had refused it. An
-# answer that the server ends in order is followed by another one even then, so it shows only when a server dies or a
-# proxy cuts. A worker that does not call respondWith changes nothing. Firefox 153 comes again in each case.
+# In Chromium 156 (Debian 12) an EventSource whose connection breaks comes again, but not when a service worker answers
+# it with respondWith(fetch(event.request)): then it is closed for good, readyState 2, as if the server had refused it.
+# An answer that the server ends in order is followed by another one even then, so it shows only when a server dies or a
+# proxy cuts. Firefox 153 comes again in each case.
 #
-# Seen: a chunked answer that ends without its last chunk (cut) or with it (end), in 4 s, with retry: 300. Chromium: with
-# a worker the cut one is closed after one request, the other one is not, and neither is without a worker.
+# Seen: a chunked answer that ends without its last chunk (cut) or with it (end), in 4 s, with retry: 300. Chromium:
+# with a worker the cut one is closed, the other one is not, and the cut one without a worker is not, either.
 # Fails if that changes. Needs bash, python3, chromium, firefox-esr.
 set -euo pipefail
 dir=$(mktemp -d)

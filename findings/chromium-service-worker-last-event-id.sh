@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Chromium 156 (Debian 12) tells no service worker an EventSource's last event id. On a page whose worker answers with
-# respondWith(fetch(event.request)), as many do for every GET, each connection after the first is made without the header
-# Last-Event-ID, so the server cannot resume: events come again or are lost. The page itself sees nothing of it.
-# A worker that does not call respondWith for the stream leaves the header as it is. Firefox 153 hands the
-# header on.
+# respondWith(fetch(event.request)), as many do for every GET, each connection after the first is made without the
+# header Last-Event-ID, so the server cannot resume: events come again or are lost. The page itself sees nothing of it.
+# A worker that does not call respondWith for the stream leaves the header as it is. Firefox 153 hands the header on.
 #
 # Seen: a server that ends each stream after an event with id 5: Last-Event-ID of the second request is 5 without a
 # worker and past a worker that leaves it alone, and none through a worker. Firefox through a worker: 5.

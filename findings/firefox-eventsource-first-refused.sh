@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # An EventSource of Firefox 153 (firefox-esr of Debian 12) gives up for good when its very first connection is refused:
-# readyState is 2 at once. When a connection was there before, the same refusal is one of many, and it comes again for as
-# long as it takes. So a page that is loaded while the server of its events restarts gets none, and one that was there
-# before does. Chromium 156 comes again in both cases.
+# readyState is 2 at once. When a connection was there before, the same refusal is one of many, and it comes again for
+# as long as it takes. So a page that is loaded while the server of its events restarts gets none, and one that was
+# there before does. Chromium 156 comes again in both cases.
 #
 # Seen: a server that begins 4 s after the page was loaded, and goes away for 4 s later: Firefox is closed, and with a
 # connection before it is open again. Chromium is open both times.

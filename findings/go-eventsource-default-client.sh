@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Subscribe of github.com/donovanhide/eventsource v0.0.0-20210830082556-c59027999da0 (Go) changes http.DefaultClient, and
-# for good: it gives it a CheckRedirect that adds the first request's headers to the next one, which Go's client has had
-# by itself since 1.8. From then on every request of the whole process that goes over http.DefaultClient, whoever makes
-# it, has each of its headers twice behind a redirect. SubscribeWith changes the client that it is given instead.
+# Subscribe of github.com/donovanhide/eventsource v0.0.0-20210830082556-c59027999da0 (Go) changes http.DefaultClient,
+# and for good: it gives it a CheckRedirect that adds the first request's headers to the next one, which Go's client has
+# had by itself since 1.8. From then on every request of the whole process that goes over http.DefaultClient, whoever
+# makes it, has each of its headers twice behind a redirect. SubscribeWith changes the client that it is given instead.
 #
 # Seen: a request with one X-Request-Id and one redirect arrives with one before Subscribe, and with two after it.
 # Fails if that changes. Needs bash, Go, python3.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Stream.Close of github.com/donovanhide/eventsource v0.0.0-20210830082556-c59027999da0 (Go) closes the channels, but not
-# the connection. The goroutine that reads from it looks whether it is closed when the next event has come: on a quiet
-# stream the server keeps a client that is not there, comments (heartbeats) reach it and do not end it, either. Who wants
-# the connection to end makes the request with a context and cancels that.
+# Stream.Close of github.com/donovanhide/eventsource v0.0.0-20210830082556-c59027999da0 (Go) closes the channels, but
+# not the connection. The goroutine that reads from it looks whether it is closed when the next event has come: on a
+# quiet stream the server keeps a client that is not there, comments (heartbeats) reach it and do not end it, either.
+# Who wants the connection to end makes the request with a context and cancels that.
 #
 # Seen: 6 s of comments after Close the connection is open; a request whose context is cancelled is gone at once.
 # Fails if that changes. Needs bash, Go, python3.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# SSESource of resty.dev/v3 v3.0.0-rc.4 (Go) hands on no event of a stream whose lines end in CR LF, as the HTML standard
-# allows and some servers send: it looks for two LF in a row. Nothing comes, and no error, until the server ends
-# the stream: then all events come as one, with the name of the last and the data of all, each line with its CR.
+# SSESource of resty.dev/v3 v3.0.0-rc.4 (Go) hands on no event of a stream whose lines end in CR LF, as the HTML
+# standard allows and some servers send: it looks for two LF in a row. Nothing comes, and no error, until the server
+# ends the stream: then all events come as one, with the name of the last and the data of all, each line with its CR.
 #
 # Seen: of three events, 0.5 s apart, none in 3 s, and at the end of the stream one, named "c\r", with data
 # "1\r\n2\r\n3\r". With LF alone: three, as they come.

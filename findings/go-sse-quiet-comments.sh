@@ -5,8 +5,8 @@
 # bytes: the stream ends with "token too long", although no event was longer than a few bytes.
 # github.com/launchdarkly/eventsource v1.11.0 reads by line, and goes on.
 #
-# Seen: a stream of 40,000 comment lines of 15 bytes (a week, at one in 15 s) and then one short event: go-sse and r3labs
-# have asked again before the event came, launchdarkly gets it on its first request.
+# Seen: a stream of 40,000 comment lines of 15 bytes (a week, at one in 15 s) and then one short event: go-sse and
+# r3labs have asked again before the event came, launchdarkly gets it on its first request.
 # Fails if that changes. Needs bash, Go, python3.
 set -euo pipefail
 dir=$(mktemp -d)

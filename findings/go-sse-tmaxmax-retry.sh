@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# github.com/tmaxmax/go-sse v0.12.0 (Go) takes "retry: 4000" for the mean of a random wait, and only until it is connected
-# again: the first wait is any time between 2 and 6 s, and when a connection is made, the client is back at its own 0.5 s,
-# unless the server says retry again on each connection. In the HTML standard the time holds for as long as the
-# EventSource lives, and a client may wait longer, but not come earlier. (Jitter: -1 is documented for "no randomization",
-# and is taken for unset.)
+# github.com/tmaxmax/go-sse v0.12.0 (Go) takes "retry: 4000" for the mean of a random wait, and only until it is
+# connected again: the first wait is any time between 2 and 6 s, and when a connection is made, the client is back at
+# its own 0.5 s, unless the server says retry again on each connection. In the HTML standard the time holds for as long
+# as the EventSource lives, and a client may wait longer, but not come earlier. (Jitter: -1 is documented for "no
+# randomization", and is taken for unset.)
 #
 # Seen: retry: 4000 on the first of the connections, which the server ends one after the other: in ten runs the first
 # waits were between 2 and 6 s, and every later one under 0.8 s. The same with Jitter: -1.

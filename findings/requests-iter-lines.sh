@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# iter_lines() of python-requests 2.28.1 (Debian 12), with which scripts read Server-Sent Events, makes one line more when
-# the CR and the LF of a line's end come in two pieces. An empty line is what ends an event, so an event of two lines
-# falls apart, at places that depend on the network.
+# iter_lines() of python-requests 2.28.1 (Debian 12), with which scripts read Server-Sent Events, makes one line more
+# when the CR and the LF of a line's end come in two pieces. An empty line is what ends an event, so an event of two
+# lines falls apart, at places that depend on the network.
 #
 # Seen: "event: move CR LF data: 7 CR LF CR LF" in two pieces, the first of which ends in the first CR: the lines are
 # "event: move", "", "data: 7", "". In one piece: "event: move", "data: 7", "".

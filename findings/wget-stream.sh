@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # wget -qO- (GNU Wget 1.21.3, Debian 12) follows a stream of Server-Sent Events, and connects again when it breaks. But
 # it takes the new stream for the rest of a file: it asks for "Range: bytes=N-", and when the server answers 200, as one
-# that knows no ranges does, it drops the first N bytes of what comes. Events are missing, or begin in the middle, without a
-# word and with exit status 0. With --tries=1 it ends at the cut, with status 4.
+# that knows no ranges does, it drops the first N bytes of what comes. Events are missing, or begin in the middle,
+# without a word and with exit status 0. With --tries=1 it ends at the cut, with status 4.
 #
 # Seen: 3 events, a cut, 6 more events, the orderly end: wget prints the events 1, 2, 3, 7, 8 and 9, status 0.
 # Fails if that changes. Needs bash, apt-get, dpkg, python3.
