@@ -100,8 +100,10 @@ func (f *crashFile) WriteAt(b []byte, off int64) (n int, err error) {
 	for _, other := range f.disk.now {
 		used += len(other.data)
 	}
-	if f.disk.room > 0 && used > f.disk.room {
-		return 0, syscall.ENOSPC
+	if over := used - f.disk.room; f.disk.room > 0 && over > 0 {
+		b = b[:max(0, len(b)-over)]
+		f.data = append(f.data[:min(len(f.data), int(off))], b...)
+		return len(b), syscall.ENOSPC
 	}
 	if !works {
 		if f.disk.left < -1 {
@@ -320,6 +322,11 @@ func TestJournalCompactionWithoutRoom(t *testing.T) {
 		if err := <-full; err != errCannotStore || !j.full() {
 			t.Errorf("got %v, want no room", err)
 		}
+		d.mu.Lock()
+		if size := len(d.now[j.path()].data); int64(size) != j.size.Load() {
+			t.Errorf("a write that failed has left %d bytes, want it cut back to %d", size, j.size.Load())
+		}
+		d.mu.Unlock()
 		time.Sleep(2 * noRoomPause)
 		if held.wait() != nil || j.full() || d.now[j.path()+".new"] != nil {
 			t.Errorf("got %v and %d files, want it to go on", held.wait(), len(d.now))

@@ -658,6 +658,37 @@ func TestRestoreNoRoom(t *testing.T) {
 	}
 }
 
+// What could not be stored is shown to nobody, and only once it is.
+func TestRestoreShowsWhatIsStored(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		d := &crashDisk{left: 1 << 30, room: 100, now: map[string]*crashFile{}}
+		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		api := newAPI(t, "")
+		api.settle = synctest.Wait
+		api.journal, api.tasks.journal, api.version.journal = j, j, j
+		j.live = func() int { return 0 }
+		go j.run()
+		t.Cleanup(api.crash)
+		const task = `{"type":"external","params":{"task_id":"a"}}`
+		cannotStore := `503 {"error":"cannot store","code":"cannot_store"}`
+		api.check("POST", "/api/tasks", task, cannotStore)
+		api.check("GET", "/api/tasks/a/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		api.check("GET", "/api/tasks", "", `200 {"tasks":[]}`)
+		d.mu.Lock()
+		d.room = 0
+		d.mu.Unlock()
+		time.Sleep(2 * noRoomPause)
+		if got := api.do("GET", "/api/tasks/a/status", ""); !strings.Contains(got, `"status":"running"`) {
+			t.Errorf("with room again: got %s", got)
+		}
+	})
+}
+
 // A folder has one owner, and a start says what is wrong with it.
 func TestRestoreRefuses(t *testing.T) {
 	t.Parallel()
