@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"slices"
 	"strconv"
 	"strings"
@@ -352,5 +353,22 @@ func TestUptake(t *testing.T) {
 		if got := u.stuck(step.taken, step.lacks, began.Add(time.Duration(step.seconds)*time.Second), 10*time.Second); got != step.want {
 			t.Errorf("%+v: got %v", step, got)
 		}
+	}
+}
+
+// What drain is writing still waits for the client, and counts.
+func TestStreamBufferCountsWhatIsBeingWritten(t *testing.T) {
+	t.Parallel()
+	conn, other := net.Pipe()
+	defer conn.Close()
+	defer other.Close()
+	s := &stream{limits: &streamLimits{buffer: 1000, writeTimeout: time.Second}, state: streamOpen, conn: conn, drains: true, draining: 600}
+	for _, want := range []sendStatus{sendWritten, sendUnknown, sendUnknown} {
+		if got := s.send(make([]byte, 300), false); got != want {
+			t.Errorf("got %v, want %v", got, want)
+		}
+	}
+	if len(s.pending) != 300 || !s.overflowed {
+		t.Errorf("%d bytes wait, want 300", len(s.pending))
 	}
 }
