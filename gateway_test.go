@@ -457,6 +457,24 @@ func TestGatewayClientResetsASlowGateway(t *testing.T) {
 	})
 }
 
+// A gateway that announces nothing knows of no reset, and so is not asked again.
+func TestGatewayClientResetsNoForeignGateway(t *testing.T) {
+	testPosts(t, func(t *postTest) {
+		tried := 0
+		t.client.transport = slowGateway(func(context.Context) error {
+			tried++
+			return errors.New("404")
+		})
+		t.client.reset(t.Context(), "", slog.New(slog.DiscardHandler))
+		time.Sleep(resetPause * 3 / 2)
+		t.client.heard(features{})
+		time.Sleep(time.Minute)
+		if tried != 2 {
+			t.Errorf("tried %d times, want 2", tried)
+		}
+	})
+}
+
 // A slowGateway answers 200 to what it returns nil for.
 type slowGateway func(context.Context) error
 

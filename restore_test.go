@@ -390,6 +390,9 @@ func TestRestoreSnapshot(t *testing.T) {
 					}
 				}
 				again.check("POST", "/api/tasks/a/progress", `{"text":"x","seq":8}`, `200 {"event_id":"e-9","repeated":true}`)
+				if got := again.version.Events(); got != 5 {
+					t.Errorf("got %d events, want 5", got)
+				}
 				wantVersions(t, again, "both", "", "v1 v2")
 				wantVersions(t, again, "received", "", "")
 				wantVersions(t, again, "new", "", "v2 v3")

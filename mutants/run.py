@@ -50,7 +50,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("stream.go", "case s.draining+need <= s.limits.buffer,", "case need <= s.limits.buffer,", "TestStream"),
     ("stream.go", "s.draining+len(s.pending) == 0: //", "false: //", "Overflow|Buffer|Slow"),
     ("stream.go", "stuck || !errors.Is(err, os.ErrDeadlineExceeded)", "stuck || !errors.Is(err, os.ErrDeadlineExceeded) || true", "Slow|Stream|Write"),
-    ("stream.go", "tcp.SetLinger(0)", "", "Slow|Stream|Write|Linger|Memory"),
+    ("stream.go", "tcp.SetLinger(0)", "_ = tcp", "Slow|Stream|Write|Linger|Memory"),
     ("send.go", "b.events == 0 || len(*b.buf)+maxGrowth*size", "b.events == 0 || len(*b.buf)+size", "Batch"),
     ("send.go", "f.s.token != string(m.token) ||", "", "Batch"),
     ("ask.go", "if hasLeft(r) {", "if hasLeft(r) && false {", "Left|Connect|Sidecar"),
@@ -59,12 +59,12 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("sidecar.go", "if g.closing.Load() { //", "if g.closing.Load() && false { //", "Shutdown|Closing|Stop|Sidecar"),
     ("gateway.go", "err = c.tryReset(ctx, sendLimit,", "err = c.tryReset(ctx, resetLimit,", "Reset"),
     ("gateway.go", "if f := c.features.Load(); f != nil && !f.known {", "if f := c.features.Load(); f != nil && !f.known && false {", "Reset"),
-    ("gateway.go", "next.turn.Done()", "", "Gateway"),
+    ("gateway.go", "next.turn.Done()", "_ = next", "Gateway"),
     ("callback.go", "a.Close = a.Close || h.closing.Load()", "_ = 0", "Callback|Closing"),
-    ("sendloop.go", 'case strings.EqualFold(name, "connection"):', 'case false:', "SendConnection"),
+    ("sendloop.go", 'strings.EqualFold(string(value), "keep-alive")', 'true', "SendConnection"),
     ("sendloop.go", "ok = err == nil && length < 0", "ok = err == nil", "SendConnection"),
     ("client.go", 'net.JoinHostPort("::1", port)', 'net.JoinHostPort("127.0.0.1", port)', "Dial|Localhost"),
-    ("config.go", 'host == "localhost" || ip.IsLoopback() ||', 'host == "localhost" ||', "Host"),
+    ("config.go", 'host == "localhost" || ip.IsLoopback() ||', 'host == "localhost" ||', "TestDevelopment"),
 ]
 
 
