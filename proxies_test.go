@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,16 +12,17 @@ import (
 
 // A proxyFile is one of the files in deploy and the program that it is for.
 type proxyFile struct {
-	file    string
-	command func(conf, dir string) []string
-	oldNew  func(site string) []string // what puts it at the address of a test
+	file      string
+	command   func(conf, dir string) []string
+	oldNew    func(site, dir string) []string // what puts it at the address and in the folder of a test
+	heartbeat time.Duration                   // of the gateway, whose next but one tells who left; 0: it is told at once
 }
 
 var proxyFiles = []proxyFile{
 	{
 		file:    "haproxy.cfg",
 		command: func(conf, _ string) []string { return []string{"haproxy", "-db", "-f", conf} },
-		oldNew: func(site string) []string {
+		oldNew: func(site, _ string) []string {
 			return []string{"bind :80", "bind " + site, "maxconn 32768", "maxconn 1000"}
 		},
 	},
@@ -29,7 +31,16 @@ var proxyFiles = []proxyFile{
 		command: func(conf, _ string) []string {
 			return []string{"caddy", "run", "--adapter", "caddyfile", "--config", conf}
 		},
-		oldNew: func(site string) []string { return []string{"\n:80 {", "\nhttp://" + site + " {"} },
+		oldNew: func(site, _ string) []string { return []string{"\n:80 {", "\nhttp://" + site + " {"} },
+	},
+	{
+		file:    "apache.conf",
+		command: func(conf, _ string) []string { return []string{"apache2", "-DFOREGROUND", "-f", conf} },
+		oldNew: func(site, dir string) []string {
+			return []string{"Listen 80", "Listen " + site, "/etc/sidecast", dir, "/run/", dir + "/",
+				"/var/log/apache2/error.log", "/dev/stderr"}
+		},
+		heartbeat: time.Second,
 	},
 }
 
@@ -50,7 +61,15 @@ func (proxy proxyFile) test(t *testing.T) {
 	command := proxy.command(conf, dir)
 	needs(t, command[0], "root")
 	host := startHost(t)
-	writeFile(t, conf, edited(t, "deploy/"+proxy.file, append(proxy.oldNew(addr),
+	if proxy.heartbeat > 0 {
+		host.gateway.env = append(host.gateway.env, fmt.Sprintf("HEARTBEAT_INTERVAL_SECONDS=%v", proxy.heartbeat.Seconds()))
+		host.gateway.restart(t)
+	}
+	// Apache reads the file beside its own as another user.
+	if err := errors.Join(os.CopyFS(dir, os.DirFS("deploy")), os.Chmod(filepath.Dir(dir), 0o711)); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, conf, edited(t, "deploy/"+proxy.file, append(proxy.oldNew(addr, dir),
 		"127.0.0.1:8080", address(host.backend), "127.0.0.1:3000", address(host.gateway))...))
 	site := newProcess(t, "http://"+addr, []string{"XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}, command...).mustStart(t).URL
 
@@ -91,7 +110,7 @@ func (proxy proxyFile) test(t *testing.T) {
 	for _, page := range pages[:3] {
 		page.close()
 	}
-	eventually(t, time.Second, "the backend knows who left", func() bool { return active() == 3 })
+	eventually(t, time.Second+2*proxy.heartbeat, "the backend knows who left", func() bool { return active() == 3 })
 	pages = pages[3:]
 
 	// No page gives up while the gateway is away, and each gets what it has missed.
