@@ -6,41 +6,41 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
 
-// A proxyFile is one of the files in deploy and the program that it is for.
+// A proxyFile is one of the files in deploy and the program that it is for. SITE stands for the address of the test, and
+// DIR for its folder, which has a copy of deploy.
 type proxyFile struct {
 	file      string
-	command   func(conf, dir string) []string
-	oldNew    func(site, dir string) []string // what puts it at the address and in the folder of a test
-	heartbeat time.Duration                   // of the gateway, whose next but one tells who left; 0: it is told at once
+	command   string
+	oldNew    []string      // what puts it there
+	heartbeat time.Duration // of the gateway, whose next but one tells who left; 0: it is told at once
 }
 
 var proxyFiles = []proxyFile{
 	{
 		file:    "haproxy.cfg",
-		command: func(conf, _ string) []string { return []string{"haproxy", "-db", "-f", conf} },
-		oldNew: func(site, _ string) []string {
-			return []string{"bind :80", "bind " + site, "maxconn 32768", "maxconn 1000"}
-		},
+		command: "haproxy -db -f DIR/haproxy.cfg",
+		oldNew:  []string{"bind :80", "bind SITE", "maxconn 32768", "maxconn 1000"},
 	},
 	{
-		file: "Caddyfile",
-		command: func(conf, _ string) []string {
-			return []string{"caddy", "run", "--adapter", "caddyfile", "--config", conf}
-		},
-		oldNew: func(site, _ string) []string { return []string{"\n:80 {", "\nhttp://" + site + " {"} },
+		file:    "Caddyfile",
+		command: "caddy run --adapter caddyfile --config DIR/Caddyfile",
+		oldNew:  []string{"\n:80 {", "\nhttp://SITE {"},
 	},
 	{
 		file:    "apache.conf",
-		command: func(conf, _ string) []string { return []string{"apache2", "-DFOREGROUND", "-f", conf} },
-		oldNew: func(site, dir string) []string {
-			return []string{"Listen 80", "Listen " + site, "/etc/sidecast", dir, "/run/", dir + "/",
-				"/var/log/apache2/error.log", "/dev/stderr"}
-		},
+		command: "apache2 -DFOREGROUND -f DIR/apache.conf",
+		oldNew: []string{"Listen 80", "Listen SITE", "/etc/sidecast", "DIR", "/run/", "DIR/",
+			"/var/log/apache2/error.log", "/dev/stderr"},
 		heartbeat: time.Second,
+	},
+	{
+		file:    "varnish.vcl",
+		command: "varnishd -F -n DIR/varnish -a SITE -f DIR/varnish.vcl",
 	},
 }
 
@@ -48,7 +48,7 @@ var proxyFiles = []proxyFile{
 // left, and keeps every page while the gateway is away.
 func TestProxies(t *testing.T) {
 	if os.Getenv("SIDECAST_PROXIES") == "" {
-		t.Skip("this takes half a minute: .ci/run runs it in a step of its own, with SIDECAST_PROXIES=1")
+		t.Skip("this takes a minute: .ci/run runs it in a step of its own, with SIDECAST_PROXIES=1")
 	}
 	for _, proxy := range proxyFiles {
 		t.Run(proxy.file, proxy.test)
@@ -56,22 +56,13 @@ func TestProxies(t *testing.T) {
 }
 
 func (proxy proxyFile) test(t *testing.T) {
-	dir, addr := t.TempDir(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	conf := filepath.Join(dir, proxy.file)
-	command := proxy.command(conf, dir)
-	needs(t, command[0], "root")
+	needs(t, strings.Fields(proxy.command)[0], "root")
 	host := startHost(t)
 	if proxy.heartbeat > 0 {
 		host.gateway.env = append(host.gateway.env, fmt.Sprintf("HEARTBEAT_INTERVAL_SECONDS=%v", proxy.heartbeat.Seconds()))
 		host.gateway.restart(t)
 	}
-	// Apache reads the file beside its own as another user.
-	if err := errors.Join(os.CopyFS(dir, os.DirFS("deploy")), os.Chmod(filepath.Dir(dir), 0o711)); err != nil {
-		t.Fatal(err)
-	}
-	writeFile(t, conf, edited(t, "deploy/"+proxy.file, append(proxy.oldNew(addr, dir),
-		"127.0.0.1:8080", address(host.backend), "127.0.0.1:3000", address(host.gateway))...))
-	site := newProcess(t, "http://"+addr, []string{"XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}, command...).mustStart(t).URL
+	site := proxy.start(t, host).URL
 
 	// A whole task.
 	path := startTask(t, site, "", `{"type":"demo","params":{"steps":1}}`)
@@ -136,4 +127,20 @@ func (proxy proxyFile) test(t *testing.T) {
 	if got := told(es.events()); len(got) != 13 {
 		t.Errorf("the task's page was told %q, want each of 12 events once, and the end", got)
 	}
+}
+
+// start starts the proxy in front of a host.
+func (proxy proxyFile) start(t *testing.T, host host) *process {
+	t.Helper()
+	dir, site := t.TempDir(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	// Apache and Varnish give up being root before they have opened all that they use.
+	if err := errors.Join(os.CopyFS(dir, os.DirFS("deploy")), os.Chmod(filepath.Dir(dir), 0o711)); err != nil {
+		t.Fatal(err)
+	}
+	conf := edited(t, "deploy/"+proxy.file, append(proxy.oldNew,
+		"127.0.0.1:8080", address(host.backend), "127.0.0.1:3000", address(host.gateway))...)
+	here := strings.NewReplacer("DIR", dir, "SITE", site)
+	writeFile(t, filepath.Join(dir, proxy.file), here.Replace(conf))
+	return newProcess(t, "http://"+site, []string{"XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir},
+		strings.Fields(here.Replace(proxy.command))...).mustStart(t)
 }
