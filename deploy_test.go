@@ -94,7 +94,7 @@ func ask(t testing.TB, method, target, body string) (status int, answer string) 
 		t.Fatal(err)
 	}
 	req.Header.Set("Authorization", "Bearer "+deployToken)
-	req.Header.Set("Origin", "http://"+req.URL.Host)
+	req.Header.Set("Origin", req.URL.Scheme+"://"+req.URL.Host)
 	if body != "" {
 		req.Header.Set("Content-Type", "application/json")
 	}

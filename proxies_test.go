@@ -11,31 +11,44 @@ import (
 	"time"
 )
 
-// A proxyFile is one of the files in deploy and the program that it is for. SITE stands for the address of the test, and
-// DIR for its folder, which has a copy of deploy.
+// A proxyFile is one of the files in deploy and the program that it is for. SITE stands for the address of the test and
+// DIR for its folder, which has a copy of deploy and the certificate tls.pem.
 type proxyFile struct {
-	file      string
-	command   string
-	oldNew    []string      // what puts it there
-	heartbeat time.Duration // of the gateway, whose next but one tells who left; 0: it is told at once
+	file        string
+	command     string
+	oldNew      []string      // what a test needs in any case
+	http, https []string      // what makes it serve one of the two there
+	heartbeat   time.Duration // of the gateway, whose next but one tells who left; 0: it is told at once
 }
 
 var proxyFiles = []proxyFile{
 	{
+		file:    "nginx.conf",
+		command: "nginx -e stderr -c DIR/nginx.conf",
+		oldNew:  []string{"worker_processes auto;", "daemon off; pid DIR/pid;", "/etc/sidecast/", "DIR/", "http {", "http {\naccess_log off;"},
+		http:    []string{"listen 80;", "listen SITE;"},
+		https:   []string{"listen 80;", "", "# listen 443 ", "listen SITE ", "# ssl_", "ssl_", "tls.crt", "tls.pem", "tls.key", "tls.pem"},
+	},
+	{
 		file:    "haproxy.cfg",
 		command: "haproxy -db -f DIR/haproxy.cfg",
-		oldNew:  []string{"bind :80", "bind SITE", "maxconn 32768", "maxconn 1000"},
+		oldNew:  []string{"maxconn 32768", "maxconn 1000"},
+		http:    []string{"bind :80", "bind SITE"},
+		https:   []string{"bind :80", "", "# bind :443", "bind SITE", "/etc/sidecast/", "DIR/"},
 	},
 	{
 		file:    "Caddyfile",
 		command: "caddy run --adapter caddyfile --config DIR/Caddyfile",
-		oldNew:  []string{"\n:80 {", "\nhttp://SITE {"},
+		http:    []string{"\n:80 {", "\nhttp://SITE {"},
+		https:   []string{"\n:80 {", "\nhttps://SITE {\ntls DIR/tls.pem DIR/tls.pem", "admin off", "admin off\nauto_https off"},
 	},
 	{
 		file:    "apache.conf",
 		command: "apache2 -DFOREGROUND -f DIR/apache.conf",
-		oldNew: []string{"Listen 80", "Listen SITE", "/etc/sidecast", "DIR", "/run/", "DIR/",
-			"/var/log/apache2/error.log", "/dev/stderr"},
+		oldNew:  []string{"/run/", "DIR/", "/var/log/apache2/error.log", "/dev/stderr", "/etc/sidecast", "DIR"},
+		http:    []string{"Listen 80", "Listen SITE"},
+		https: []string{"Listen 80", "", "# Listen 443", "Listen SITE", "*:443", "SITE", "\n# LoadModule", "\nLoadModule",
+			"# <", "<", "\n#     ", "\n"},
 		heartbeat: time.Second,
 	},
 	{
@@ -44,25 +57,35 @@ var proxyFiles = []proxyFile{
 	},
 }
 
-// Each proxy does what nginx does (TestNginx): it serves, hides what is not for browsers, holds nothing back, tells who
-// left, and keeps every page while the gateway is away.
+// Over both versions of HTTP each proxy serves, hides what is not for browsers, holds nothing back, tells who left, and
+// keeps every page while the gateway is away.
 func TestProxies(t *testing.T) {
 	if os.Getenv("SIDECAST_PROXIES") == "" {
-		t.Skip("this takes a minute: .ci/run runs it in a step of its own, with SIDECAST_PROXIES=1")
+		t.Skip("this takes twenty seconds: .ci/run runs it in a step of its own, with SIDECAST_PROXIES=1")
 	}
+	t.Setenv("SSL_CERT_FILE", writeCertificate(t)) // what Go's clients trust
 	for _, proxy := range proxyFiles {
-		t.Run(proxy.file, proxy.test)
+		t.Run(proxy.file, func(t *testing.T) {
+			t.Parallel()
+			proxy.test(t, 1)
+		})
+		if proxy.https != nil {
+			t.Run(proxy.file+", HTTP/2", func(t *testing.T) {
+				t.Parallel()
+				proxy.test(t, 2)
+			})
+		}
 	}
 }
 
-func (proxy proxyFile) test(t *testing.T) {
+func (proxy proxyFile) test(t *testing.T, version int) {
 	needs(t, strings.Fields(proxy.command)[0], "root")
 	host := startHost(t)
 	if proxy.heartbeat > 0 {
 		host.gateway.env = append(host.gateway.env, fmt.Sprintf("HEARTBEAT_INTERVAL_SECONDS=%v", proxy.heartbeat.Seconds()))
 		host.gateway.restart(t)
 	}
-	site := proxy.start(t, host).URL
+	site := proxy.start(t, host, version).URL
 
 	// A whole task.
 	path := startTask(t, site, "", `{"type":"demo","params":{"steps":1}}`)
@@ -77,6 +100,9 @@ func (proxy proxyFile) test(t *testing.T) {
 	startTask(t, site, "", `{"type":"external","params":{"task_id":"t"}}`)
 	es = openEventSource(t, site+"/api/sse/tasks?task_id=t", retryScale(0.05))
 	waitTold(t, es, "1 task_started")
+	if got := es.look().http; got != version {
+		t.Errorf("the stream came over HTTP/%d, want %d", got, version)
+	}
 	var took []time.Duration
 	for i := range 9 {
 		began := time.Now()
@@ -130,17 +156,22 @@ func (proxy proxyFile) test(t *testing.T) {
 }
 
 // start starts the proxy in front of a host.
-func (proxy proxyFile) start(t *testing.T, host host) *process {
+func (proxy proxyFile) start(t *testing.T, host host, version int) *process {
 	t.Helper()
 	dir, site := t.TempDir(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	scheme, edits := "http://", proxy.http
+	if version == 2 {
+		scheme, edits = "https://", proxy.https
+	}
+	conf := edited(t, "deploy/"+proxy.file, slices.Concat(proxy.oldNew, edits, []string{
+		"127.0.0.1:8080", address(host.backend), "127.0.0.1:3000", address(host.gateway)})...)
+	here := strings.NewReplacer("DIR", dir, "SITE", site)
 	// Apache and Varnish give up being root before they have opened all that they use.
 	if err := errors.Join(os.CopyFS(dir, os.DirFS("deploy")), os.Chmod(filepath.Dir(dir), 0o711)); err != nil {
 		t.Fatal(err)
 	}
-	conf := edited(t, "deploy/"+proxy.file, append(proxy.oldNew,
-		"127.0.0.1:8080", address(host.backend), "127.0.0.1:3000", address(host.gateway))...)
-	here := strings.NewReplacer("DIR", dir, "SITE", site)
 	writeFile(t, filepath.Join(dir, proxy.file), here.Replace(conf))
-	return newProcess(t, "http://"+site, []string{"XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir},
+	writeFile(t, dir+"/tls.pem", edited(t, os.Getenv("SSL_CERT_FILE")))
+	return newProcess(t, scheme+site, []string{"XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir},
 		strings.Fields(here.Replace(proxy.command))...).mustStart(t)
 }
