@@ -138,8 +138,12 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 		eventually(t, deployPatience, "the page has a stream", func() bool { return page.state() == "open" })
 	}
 	host.gateway.kill(t)
+	killed := time.Now()
 	mustAsk(t, "POST", site+"/api/tasks/t/progress", `{"text":"away"}`)
-	time.Sleep(4500 * time.Millisecond)
+	eventually(t, deployPatience, "the proxy answers in the gateway's place, also to pages of another site", func() bool {
+		return askForStreams(t, site+"/api/sse/x", 1) == 1
+	})
+	time.Sleep(time.Until(killed.Add(4500 * time.Millisecond)))
 	host.gateway.restart(t)
 	mustAsk(t, "POST", site+"/api/deployments/version", `{"version":"2.0"}`)
 	for _, page := range pages {
