@@ -72,6 +72,6 @@ sleep 2
 fresh=$(node client.mjs 0)
 one=$(node client.mjs 1)
 used=$(node client.mjs 100)
-echo "$(usr/sbin/apache2 -v | head -1)"
+echo "$(usr/sbin/apache2 -v | sed -n 1p)"
 echo "announced, streams of 40, short requests after them: fresh $fresh, after 1 request $one, after 100 $used"
 [ "$fresh" = "100 6 0" ] && [ "$one" = "100 6 0" ] && [ "${used% *}" != "100 6" ] && [ "${used##* }" = 0 ]

@@ -49,6 +49,6 @@ for _ in $(seq 50); do
 done
 pass=$(python3 client.py pass)
 pipe=$(python3 client.py pipe)
-usr/sbin/varnishd -V 2>&1 | head -1
+usr/sbin/varnishd -V 2>&1 | sed -n 1p
 echo "pass: $pass; pipe: $pipe"
 [ "$pass" = "599 from vcl_backend_error" ] && [ "$pipe" = "0 " ]
