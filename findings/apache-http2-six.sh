@@ -10,7 +10,7 @@
 # Fails if that changes. Needs bash, node, python3, apt-get, dpkg.
 set -euo pipefail
 dir=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$dir"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$dir"' EXIT
 cd "$dir"
 chmod 755 .
 apt-get download -qq "apache2-bin=2.4.71-1~deb12u1" libapr1 libaprutil1 libnghttp2-14 2>/dev/null

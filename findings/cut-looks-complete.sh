@@ -9,7 +9,7 @@
 # Fails if that changes. Needs bash, curl with HTTP/2, python3, apt-get, dpkg.
 set -euo pipefail
 dir=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; wait; rm -rf "$dir"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; wait; rm -rf "$dir"' EXIT
 cd "$dir"
 apt-get download -qq "caddy=2.6.2*" "h2o=2.2.5*" 2>/dev/null
 for deb in *.deb; do dpkg -x "$deb" .; done

@@ -12,7 +12,7 @@
 # Fails if that changes. Needs bash, curl with HTTP/2, python3, gcc (for Varnish), apt-get, dpkg.
 set -euo pipefail
 dir=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; wait; rm -rf "$dir"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; wait; rm -rf "$dir"' EXIT
 cd "$dir"
 chmod 755 .
 apt-get download -qq "nginx-light=1.22.1-9*" "haproxy=2.6.12-1*" liblua5.3-0 \

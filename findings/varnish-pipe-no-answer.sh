@@ -8,7 +8,7 @@
 # Fails if that changes. Needs bash, python3, gcc (for Varnish), apt-get, dpkg.
 set -euo pipefail
 dir=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; wait; rm -rf "$dir"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; wait; rm -rf "$dir"' EXIT
 cd "$dir"
 chmod 755 .
 apt-get download -qq "varnish=7.1.1-2+deb12u1" "libvarnishapi3=7.1.1-2+deb12u1" libedit2 libbsd0 libjemalloc2 2>/dev/null
