@@ -3,6 +3,8 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -143,7 +145,14 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	eventually(t, deployPatience, "the proxy answers in the gateway's place, also to pages of another site", func() bool {
 		return askForStreams(t, site+"/api/sse/x", 1) == 1
 	})
+	// Nor is a gateway that ends before it has answered a reason to give up.
+	listener, err := net.Listen("tcp", address(host.gateway))
+	if err != nil {
+		t.Fatal(err)
+	}
+	go http.Serve(listener, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }))
 	time.Sleep(time.Until(killed.Add(4500 * time.Millisecond)))
+	listener.Close()
 	host.gateway.restart(t)
 	mustAsk(t, "POST", site+"/api/deployments/version", `{"version":"2.0"}`)
 	for _, page := range pages {
