@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Caddy 2.6.2 (Debian 12) with "encode gzip": whether Server-Sent Events come as they are sent or are held back depends on
-# the length of the first piece alone. If the first that the server writes has 512 bytes or more, nothing reaches the
-# client until the answer ends or gzip's buffers are full, however many small events follow; if it is shorter, such
-# as a comment of two bytes, the stream is never compressed and each event, also a long one, comes at once. Without
-# "encode" the long piece comes at once, too.
+# Caddy 2.6.2 (Debian 12) with "encode gzip": whether Server-Sent Events come as they are sent or are held back
+# depends on the length of the first piece alone. If the first that the server writes has 512 bytes or more, nothing
+# reaches the client until the answer ends or gzip's buffers are full, however many small events follow; if it is
+# shorter, such as a comment of two bytes, the stream is never compressed and each event, also a long one, comes at
+# once. Without "encode" the long piece comes at once, too.
 #
-# Seen: first piece of 500 bytes: the first byte after 0.0 s, and all 30 events as they were sent; 600 bytes: after 3.0 s,
-# at the end; a comment and then 600 bytes: 0.0 s; 600 bytes without encode: 0.0 s.
+# Seen: first piece of 500 bytes: the first byte after 0.0 s, and all 30 events as they were sent; 600 bytes: after
+# 3.0 s, at the end; a comment and then 600 bytes: 0.0 s; 600 bytes without encode: 0.0 s.
 # Fails if that changes. Needs bash, python3, apt-get, dpkg.
 set -euo pipefail
 dir=$(mktemp -d)

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# A server may send "103 Early Hints" before its answer (RFC 8297); Node.js has response.writeEarlyHints for it. Behind
-# two proxies of Debian 12 that breaks the answer:
-# - nginx 1.22.1 takes the 103 for the whole head of the answer, and the real status line and headers for its body. Over
-#   HTTP/1.1 a browser sees nothing of that, as the same bytes arrive in the same order, although nginx logs a 103 and
-#   its own headers are on the wrong part. Over HTTP/2 there is no answer: the real head comes as data, and the request fails.
+# A server may send "103 Early Hints" before its answer (RFC 8297); Node.js has response.writeEarlyHints for it.
+# Behind two proxies of Debian 12 that breaks the answer:
+# - nginx 1.22.1 takes the 103 for the whole head of the answer, and the real status line and headers for its body.
+#   Over HTTP/1.1 a browser sees nothing of that, as the same bytes arrive in the same order, although nginx logs a
+#   103 and its own headers are on the wrong part. Over HTTP/2 there is no answer: the real head comes as data, and
+#   the request fails.
 # - Varnish 7.1.1 answers 503 in place of an answer that was fine.
 # HAProxy 2.6.12 passes both on.
 #
-# Seen: nginx over HTTP/1.1: 200 with the server's header, but without that of add_header; over HTTP/2: 103 and an error.
-# Varnish: 503. HAProxy: 200, and its own header is on it.
+# Seen: nginx over HTTP/1.1: 200 with the server's header, but without that of add_header; over HTTP/2: 103 and an
+# error. Varnish: 503. HAProxy: 200, and its own header is on it.
 # Fails if that changes. Needs bash, curl with HTTP/2, python3, gcc (for Varnish), apt-get, dpkg.
 set -euo pipefail
 dir=$(mktemp -d)

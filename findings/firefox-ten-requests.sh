@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Firefox 153.8.0esr (Debian 12) makes ten requests of one when a server or a proxy accepts an EventSource's connection and
-# closes it without an answer, as a proxy does whose server is away: all ten within a fraction of a second, each on a new
-# connection, and only then the page gets its one error event and the reconnection time counts. So pages come back ten
-# times as often as they should, while the service is in trouble. And it then depends on whose stream it is: one of the
-# page's own site is tried again, one of another site is given up for good (readyState 2), although the network failed
-# and nothing was refused.
+# Firefox 153.8.0esr (Debian 12) makes ten requests of one when a server or a proxy accepts an EventSource's
+# connection and closes it without an answer, as a proxy does whose server is away: all ten within a fraction of a
+# second, each on a new connection, and only then the page gets its one error event and the reconnection time counts.
+# So pages come back ten times as often as they should, while the service is in trouble. And it then depends on whose
+# stream it is: one of the page's own site is tried again, one of another site is given up for good (readyState 2),
+# although the network failed and nothing was refused.
 #
-# Seen: the stream ended once, then 40 connections were closed: own site 4 errors, each after 10 requests, and the stream
-# came back with the 41st; another site 1 error with readyState 2, after 10 requests, and no more.
+# Seen: the stream ended once, then 40 connections were closed: own site 4 errors, each after 10 requests, and the
+# stream came back with the 41st; another site 1 error with readyState 2, after 10 requests, and no more.
 # Fails if that changes. Needs bash, python3, apt-get, dpkg, and the libraries that firefox-esr depends on.
 set -euo pipefail
 dir=$(mktemp -d)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# HAProxy 2.6.12 (Debian 12) knows the request in some of its own error answers and not in others, and says nothing of it.
-# With "http-error status N ... hdr X-From %[req.hdr(Origin)]" a 503 for a server that cannot be reached has the header,
-# a 502 for one that closed the connection and a 504 for one that was slow have none: by then the request is gone, and
-# an empty value means no header. The configuration is valid and checked without a warning, and who tries it by stopping
-# the server sees it work. With "http-request set-var(txn.origin) req.hdr(Origin)" and %[var(txn.origin)] all three have it.
+# HAProxy 2.6.12 (Debian 12) knows the request in some of its own error answers and not in others, and says nothing of
+# it. With "http-error status N ... hdr X-From %[req.hdr(Origin)]" a 503 for a server that cannot be reached has the
+# header, a 502 for one that closed the connection and a 504 for one that was slow have none: by then the request is
+# gone, and an empty value means no header. The configuration is valid and checked without a warning, and who tries it
+# by stopping the server sees it work. With "http-request set-var(txn.origin) req.hdr(Origin)" and %[var(txn.origin)]
+# all three have it.
 #
 # Seen: 503 has both headers, 502 and 504 the one from the variable alone.
 # Fails if that changes. Needs bash, curl, python3, apt-get, dpkg.

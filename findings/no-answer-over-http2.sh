@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What a client is told of a server that closes the connection without an answer depends on the client's version of HTTP,
-# with two proxies of Debian 12 that say 502 over HTTP/1.1:
-# - Apache 2.4.71 says 500 over HTTP/2, and not by the ErrorDocument 500 (or 502) of the request's Location, but by that
-#   of the whole server, although both hold over HTTP/1.1.
-# - HAProxy 2.6.12 says nothing over HTTP/2: it resets the request with REFUSED_STREAM, by which HTTP/2 means that a request
-#   has not been processed and may be sent again. But the server did get it, whole. So Go's client sends a POST again and
-#   again, until its context ends.
+# What a client is told of a server that closes the connection without an answer depends on the client's version of
+# HTTP, with two proxies of Debian 12 that say 502 over HTTP/1.1:
+# - Apache 2.4.71 says 500 over HTTP/2, and not by the ErrorDocument 500 (or 502) of the request's Location, but by
+#   that of the whole server, although both hold over HTTP/1.1.
+# - HAProxy 2.6.12 says nothing over HTTP/2: it resets the request with REFUSED_STREAM, by which HTTP/2 means that a
+#   request has not been processed and may be sent again. But the server did get it, whole. So Go's client sends a
+#   POST again and again, until its context ends.
 #
-# Seen: Apache: 502 with the Location's page, then 500 with the server's page; HAProxy: 502, then REFUSED_STREAM (7), and
-# in 5 s the server gets one POST 4 times.
+# Seen: Apache: 502 with the Location's page, then 500 with the server's page; HAProxy: 502, then REFUSED_STREAM (7),
+# and in 5 s the server gets one POST 4 times.
 # Fails if that changes. Needs bash, curl, node, python3, Go 1.24 or later, apt-get, dpkg.
 set -euo pipefail
 dir=$(mktemp -d)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Two ways to write the same rule of Vite's server.proxy send different requests. With "/api": "http://server:1" the server
-# gets its own name as Host, with "/api": { target: "http://server:1" } it gets the one that the browser asked for: the
-# short form switches changeOrigin on, the long one leaves it off. So who makes the rule longer, to add any other option,
-# changes cookies, redirects and virtual hosts; and with the short form a server that compares Origin with Host, against
-# requests from other sites, refuses each POST of the page that Vite serves, but no GET.
+# Two ways to write the same rule of Vite's server.proxy send different requests. With "/api": "http://server:1" the
+# server gets its own name as Host, with "/api": { target: "http://server:1" } it gets the one that the browser asked
+# for: the short form switches changeOrigin on, the long one leaves it off. So who makes the rule longer, to add any
+# other option, changes cookies, redirects and virtual hosts; and with the short form a server that compares Origin
+# with Host, against requests from other sites, refuses each POST of the page that Vite serves, but no GET.
 #
-# Seen in 7.3.8 and 8.3.8: Host 127.0.0.1:18691 (the server) with the short form, localhost:5191 and :5192 with the long one.
+# Seen in 7.3.8 and 8.3.8: Host 127.0.0.1:18691 (the server) with the short form, localhost:5191 and :5192 with the
+# long one.
 # Fails if that changes. Needs bash, node 20.19 or later, npm.
 set -euo pipefail
 dir=$(mktemp -d)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The proxies of front-end development do not pass on that the server broke off: Vite 7.3.8 and 8.3.8 (server.proxy) and
-# http-proxy-middleware 3.0.11. When the server process is killed in the middle of an answer, its connection ends at once,
-# but that to the browser stays open, and nothing more is ever said on it. An EventSource waits for ever then, and fetch()
-# with it. http-proxy-middleware 4.2.2, which has another proxy inside, ends the answer.
+# The proxies of front-end development do not pass on that the server broke off: Vite 7.3.8 and 8.3.8 (server.proxy)
+# and http-proxy-middleware 3.0.11. When the server process is killed in the middle of an answer, its connection ends
+# at once, but that to the browser stays open, and nothing more is ever said on it. An EventSource waits for ever
+# then, and fetch() with it. http-proxy-middleware 4.2.2, which has another proxy inside, ends the answer.
 #
-# Seen: straight from the server and through http-proxy-middleware 4.2.2 the answer ended 0.0 s after the kill; through
-# the others it was open 8 s later.
+# Seen: straight from the server and through http-proxy-middleware 4.2.2 the answer ended 0.0 s after the kill;
+# through the others it was open 8 s later.
 # Fails if that changes. Needs bash, node 20.19 or later, npm.
 set -euo pipefail
 dir=$(mktemp -d)
