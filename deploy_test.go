@@ -94,7 +94,7 @@ func ask(t testing.TB, method, target, body string) (status int, answer string) 
 		t.Fatal(err)
 	}
 	req.Header.Set("Authorization", "Bearer "+deployToken)
-	req.Header.Set("Origin", "http://"+req.URL.Host)
+	req.Header.Set("Origin", req.URL.Scheme+"://"+req.URL.Host)
 	if body != "" {
 		req.Header.Set("Content-Type", "application/json")
 	}
@@ -462,8 +462,8 @@ func TestNginxErrors(t *testing.T) {
 	}
 }
 
-// askForStreams opens n streams at once, as pages of another site would, and returns how many nginx told to come back.
-// All the others must have a stream; some may have to wait for nginx, or for a network error.
+// askForStreams opens n streams at once, as pages of another site would, and returns how many the proxy told to come back.
+// All the others must have a stream; some may have to wait for the proxy, or for a network error.
 func askForStreams(t testing.TB, target string, n int) (away int) {
 	t.Helper()
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
@@ -501,7 +501,7 @@ func askForStreams(t testing.TB, target string, n int) (away int) {
 			switch answer {
 			case "200 text/event-stream, no-store, https://other.example, true, retry: 3000":
 				away++
-				patience = time.Second // the rest may wait for nginx
+				patience = time.Second // the rest may wait for the proxy
 			case "200 Text/Event-Stream ;charset=utf-8; odd, , , , : stream":
 				streams++
 			case "network error":

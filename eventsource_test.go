@@ -114,6 +114,7 @@ type sourceState struct {
 	readyState string    // connecting, open or closed
 	attempts   int       // connections tried; a redirect is part of its attempt
 	opens      int       // attempts that were answered with an event stream
+	http       int       // version of HTTP of the latest of these, 1 or 2
 	failure    int       // status of the answer for which it gave up, 0 if it did not
 	events     []message // of all connections
 }
@@ -202,6 +203,7 @@ func (s *eventSource) connect(ctx context.Context, p *parser) (failure int) {
 	}
 	s.update(func(now *sourceState) {
 		now.opens++
+		now.http = resp.ProtoMajor
 		if ctx.Err() == nil { // not cut meanwhile
 			now.readyState = "open"
 		}

@@ -1,58 +1,93 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
 
-// A proxyFile is one of the files in deploy and the program that it is for.
+// A proxyFile is one of the files in deploy and the program that it is for. SITE stands for the address of the test and
+// DIR for its folder, which has a copy of deploy and the certificate tls.pem.
 type proxyFile struct {
-	file    string
-	command func(conf, dir string) []string
-	oldNew  func(site string) []string // what puts it at the address of a test
+	file        string
+	command     string
+	oldNew      []string      // what a test needs in any case
+	http, https []string      // what makes it serve one of the two there
+	heartbeat   time.Duration // of the gateway, whose next but one tells who left; 0: it is told at once
 }
 
 var proxyFiles = []proxyFile{
 	{
-		file:    "haproxy.cfg",
-		command: func(conf, _ string) []string { return []string{"haproxy", "-db", "-f", conf} },
-		oldNew: func(site string) []string {
-			return []string{"bind :80", "bind " + site, "maxconn 32768", "maxconn 1000"}
-		},
+		file:    "nginx.conf",
+		command: "nginx -e stderr -c DIR/nginx.conf",
+		oldNew:  []string{"worker_processes auto;", "daemon off; pid DIR/pid;", "/etc/sidecast/", "DIR/", "http {", "http {\naccess_log off;"},
+		http:    []string{"listen 80;", "listen SITE;"},
+		https:   []string{"listen 80;", "", "# listen 443 ", "listen SITE ", "# ssl_", "ssl_", "tls.crt", "tls.pem", "tls.key", "tls.pem"},
 	},
 	{
-		file: "Caddyfile",
-		command: func(conf, _ string) []string {
-			return []string{"caddy", "run", "--adapter", "caddyfile", "--config", conf}
-		},
-		oldNew: func(site string) []string { return []string{"\n:80 {", "\nhttp://" + site + " {"} },
+		file:    "haproxy.cfg",
+		command: "haproxy -db -f DIR/haproxy.cfg",
+		oldNew:  []string{"maxconn 32768", "maxconn 1000"},
+		http:    []string{"bind :80", "bind SITE"},
+		https:   []string{"bind :80", "", "# bind :443", "bind SITE", "/etc/sidecast/", "DIR/"},
+	},
+	{
+		file:    "Caddyfile",
+		command: "caddy run --adapter caddyfile --config DIR/Caddyfile",
+		http:    []string{"\n:80 {", "\nhttp://SITE {"},
+		https:   []string{"\n:80 {", "\nhttps://SITE {\ntls DIR/tls.pem DIR/tls.pem", "admin off", "admin off\nauto_https off"},
+	},
+	{
+		file:    "apache.conf",
+		command: "apache2 -DFOREGROUND -f DIR/apache.conf",
+		oldNew:  []string{"/run/", "DIR/", "/var/log/apache2/error.log", "/dev/stderr", "/etc/sidecast", "DIR"},
+		http:    []string{"Listen 80", "Listen SITE"},
+		https: []string{"Listen 80", "", "# Listen 443", "Listen SITE", "*:443", "SITE", "\n# LoadModule", "\nLoadModule",
+			"# <", "<", "\n#     ", "\n"},
+		heartbeat: time.Second,
+	},
+	{
+		file:    "varnish.vcl",
+		command: "varnishd -F -n DIR/varnish -a SITE -f DIR/varnish.vcl",
 	},
 }
 
-// Each proxy does what nginx does (TestNginx): it serves, hides what is not for browsers, holds nothing back, tells who
-// left, and keeps every page while the gateway is away.
+// Over both versions of HTTP each proxy serves, hides what is not for browsers, holds nothing back, tells who left, and
+// keeps every page while the gateway is away.
 func TestProxies(t *testing.T) {
 	if os.Getenv("SIDECAST_PROXIES") == "" {
-		t.Skip("this takes half a minute: .ci/run runs it in a step of its own, with SIDECAST_PROXIES=1")
+		t.Skip("this takes twenty seconds: .ci/run runs it in a step of its own, with SIDECAST_PROXIES=1")
 	}
+	t.Setenv("SSL_CERT_FILE", writeCertificate(t)) // what Go's clients trust
 	for _, proxy := range proxyFiles {
-		t.Run(proxy.file, proxy.test)
+		t.Run(proxy.file, func(t *testing.T) {
+			t.Parallel()
+			proxy.test(t, 1)
+		})
+		if proxy.https != nil {
+			t.Run(proxy.file+", HTTP/2", func(t *testing.T) {
+				t.Parallel()
+				proxy.test(t, 2)
+			})
+		}
 	}
 }
 
-func (proxy proxyFile) test(t *testing.T) {
-	dir, addr := t.TempDir(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	conf := filepath.Join(dir, proxy.file)
-	command := proxy.command(conf, dir)
-	needs(t, command[0], "root")
+func (proxy proxyFile) test(t *testing.T, version int) {
+	needs(t, strings.Fields(proxy.command)[0], "root")
 	host := startHost(t)
-	writeFile(t, conf, edited(t, "deploy/"+proxy.file, append(proxy.oldNew(addr),
-		"127.0.0.1:8080", address(host.backend), "127.0.0.1:3000", address(host.gateway))...))
-	site := newProcess(t, "http://"+addr, []string{"XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir}, command...).mustStart(t).URL
+	if proxy.heartbeat > 0 {
+		host.gateway.env = append(host.gateway.env, fmt.Sprintf("HEARTBEAT_INTERVAL_SECONDS=%v", proxy.heartbeat.Seconds()))
+		host.gateway.restart(t)
+	}
+	site := proxy.start(t, host, version).URL
 
 	// A whole task.
 	path := startTask(t, site, "", `{"type":"demo","params":{"steps":1}}`)
@@ -67,6 +102,9 @@ func (proxy proxyFile) test(t *testing.T) {
 	startTask(t, site, "", `{"type":"external","params":{"task_id":"t"}}`)
 	es = openEventSource(t, site+"/api/sse/tasks?task_id=t", retryScale(0.05))
 	waitTold(t, es, "1 task_started")
+	if got := es.look().http; got != version {
+		t.Errorf("the stream came over HTTP/%d, want %d", got, version)
+	}
 	var took []time.Duration
 	for i := range 9 {
 		began := time.Now()
@@ -91,7 +129,7 @@ func (proxy proxyFile) test(t *testing.T) {
 	for _, page := range pages[:3] {
 		page.close()
 	}
-	eventually(t, time.Second, "the backend knows who left", func() bool { return active() == 3 })
+	eventually(t, time.Second+2*proxy.heartbeat, "the backend knows who left", func() bool { return active() == 3 })
 	pages = pages[3:]
 
 	// No page gives up while the gateway is away, and each gets what it has missed.
@@ -102,8 +140,19 @@ func (proxy proxyFile) test(t *testing.T) {
 		eventually(t, deployPatience, "the page has a stream", func() bool { return page.state() == "open" })
 	}
 	host.gateway.kill(t)
+	killed := time.Now()
 	mustAsk(t, "POST", site+"/api/tasks/t/progress", `{"text":"away"}`)
-	time.Sleep(4500 * time.Millisecond)
+	eventually(t, deployPatience, "the proxy answers in the gateway's place, also to pages of another site", func() bool {
+		return askForStreams(t, site+"/api/sse/x", 1) == 1
+	})
+	// Nor is a gateway that ends before it has answered a reason to give up.
+	listener, err := net.Listen("tcp", address(host.gateway))
+	if err != nil {
+		t.Fatal(err)
+	}
+	go http.Serve(listener, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }))
+	time.Sleep(time.Until(killed.Add(4500 * time.Millisecond)))
+	listener.Close()
 	host.gateway.restart(t)
 	mustAsk(t, "POST", site+"/api/deployments/version", `{"version":"2.0"}`)
 	for _, page := range pages {
@@ -117,4 +166,25 @@ func (proxy proxyFile) test(t *testing.T) {
 	if got := told(es.events()); len(got) != 13 {
 		t.Errorf("the task's page was told %q, want each of 12 events once, and the end", got)
 	}
+}
+
+// start starts the proxy in front of a host.
+func (proxy proxyFile) start(t *testing.T, host host, version int) *process {
+	t.Helper()
+	dir, site := t.TempDir(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	scheme, edits := "http://", proxy.http
+	if version == 2 {
+		scheme, edits = "https://", proxy.https
+	}
+	conf := edited(t, "deploy/"+proxy.file, slices.Concat(proxy.oldNew, edits, []string{
+		"127.0.0.1:8080", address(host.backend), "127.0.0.1:3000", address(host.gateway)})...)
+	here := strings.NewReplacer("DIR", dir, "SITE", site)
+	// Apache and Varnish give up being root before they have opened all that they use.
+	if err := errors.Join(os.CopyFS(dir, os.DirFS("deploy")), os.Chmod(filepath.Dir(dir), 0o711)); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, filepath.Join(dir, proxy.file), here.Replace(conf))
+	writeFile(t, dir+"/tls.pem", edited(t, os.Getenv("SSL_CERT_FILE")))
+	return newProcess(t, scheme+site, []string{"XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir},
+		strings.Fields(here.Replace(proxy.command))...).mustStart(t)
 }
