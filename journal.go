@@ -65,6 +65,7 @@ type commit struct {
 	journal *journal
 	number  uint64
 	frames  []byte
+	queued  bool          // somebody wants it stored, perhaps without a record of its own
 	last    int           // where the last of them begins
 	then    []func()      // called in order once the commit is on disk
 	done    chan struct{} // closed once the commit is on disk or has been refused
@@ -210,6 +211,7 @@ func (j *journal) write(record []byte, then func()) *commit {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	c := j.next
+	c.queued = true
 	if record != nil {
 		c.last = len(c.frames)
 		c.frames = appendFrame(c.frames, frameMore, c.number, record)
@@ -310,7 +312,7 @@ func (j *journal) tryStore() {
 	j.writing.Unlock()
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if len(j.next.frames)+len(j.next.then) > 0 && !j.full() {
+	if j.next.queued && !j.full() {
 		j.wakeRun()
 	}
 }

@@ -394,6 +394,50 @@ func TestJournalSyncFails(t *testing.T) {
 	})
 }
 
+// slowFile takes a second for each sync.
+type slowFile struct{ *crashFile }
+
+func (f slowFile) Sync() error {
+	time.Sleep(time.Second)
+	return f.crashFile.Sync()
+}
+
+// Who comes while another writes is stored afterwards, also without a record.
+func TestJournalWaitsBehindAnother(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
+		disk := d.disk()
+		disk.open = func(path string) (journalFile, error) { return slowFile{&crashFile{disk: d}}, nil }
+		j, err := openTestJournal(t, dir, disk, func([]byte) error { return nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		j.live = func() int { return 0 }
+		go j.run()
+		began := time.Now()
+		var waiting sync.WaitGroup
+		for n := range 6 {
+			waiting.Go(func() {
+				time.Sleep(time.Duration(n) * 300 * time.Millisecond)
+				record := []byte("record")
+				if n%2 == 1 {
+					record = nil
+				}
+				if err := j.write(record, nil).wait(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		waiting.Wait()
+		if took := time.Since(began); took > 4*time.Second {
+			t.Errorf("took %v", took)
+		}
+		j.close()
+	})
+}
+
 // journalOf returns the bytes of a journal of some records, in commits of one to three, and where each record begins.
 func journalOf(t *testing.T, records []string) (file []byte, begins []int) {
 	d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
