@@ -6,8 +6,8 @@
 # stream it is: one of the page's own site is tried again, one of another site is given up for good (readyState 2),
 # although the network failed and nothing was refused.
 #
-# Seen: the stream ended once, then 40 connections were closed: own site 4 errors, each after 10 requests, and the
-# stream came back with the 41st; another site 1 error with readyState 2, after 10 requests, and no more.
+# Seen: the stream ended once, then 40 connections were closed: own site an error after each 10 of them, and the stream
+# came back with the 42nd request; another site an error with readyState 2 after the first 10, and no more requests.
 # Fails if that changes. Needs bash, python3, apt-get, dpkg, and the libraries that firefox-esr depends on.
 set -euo pipefail
 dir=$(mktemp -d)
