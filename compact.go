@@ -96,8 +96,6 @@ func (j *journal) replace(c *compaction) bool {
 	if c.err != nil {
 		return false
 	}
-	j.writing.Lock()
-	defer j.writing.Unlock()
 	c.copy(j.file, j.size.Load())
 	if c.err == nil {
 		c.err = c.file.Sync()
@@ -110,7 +108,7 @@ func (j *journal) replace(c *compaction) bool {
 		return false
 	}
 	if err := j.disk.sync(j.dir); err != nil { // either file may be there after a crash
-		j.breakLocked(j.newCommit(0), fmt.Errorf("syncing the folder of the journal: %w", err))
+		j.giveUp(newCommit(0), fmt.Errorf("syncing the folder of the journal: %w", err))
 		return false
 	}
 	go j.file.Close() // frees its blocks, which may take long

@@ -44,37 +44,32 @@ type journal struct {
 	stopping  chan struct{}    // closed by close
 	stopped   chan struct{}    // closed by run
 
-	size   atomic.Int64 // bytes of whole records; changed with writing held
+	size   atomic.Int64 // bytes of whole records; changed by run alone
 	noRoom atomic.Bool  // the last write failed
 
-	// writing is held by the one who writes: run, or somebody who waits for a commit. It guards what follows.
-	writing sync.Mutex
-	file    journalFile
-	number  uint64  // of the last commit
-	dirty   bool    // there may be more in the file behind size
-	held    *commit // could not be written, and is tried again; or nil
-	dead    bool    // a sync failed: nothing is written any more
+	// Of run alone.
+	file   journalFile
+	number uint64  // of the last commit
+	dirty  bool    // there may be more in the file behind size
+	held   *commit // could not be written, and is tried again; or nil
+	dead   bool    // a sync failed: nothing is written any more
 
-	mu    sync.Mutex // guards next and spare; taken after writing
+	mu    sync.Mutex // guards next and spare
 	next  *commit    // gets what is written
 	spare []byte     // of an earlier commit, for the frames of a later one
 }
 
 // commit holds the records that are written and synced together.
 type commit struct {
-	journal *journal
-	number  uint64
-	frames  []byte
-	queued  bool          // somebody wants it stored, perhaps without a record of its own
-	last    int           // where the last of them begins
-	then    []func()      // called in order once the commit is on disk
-	done    chan struct{} // closed once the commit is on disk or has been refused
-	stored  atomic.Bool   // it is on disk; may become true after it was refused
+	number uint64
+	frames []byte
+	last   int           // where the last of them begins
+	then   []func()      // called in order once the commit is on disk
+	done   chan struct{} // closed once the commit is on disk or has been refused
+	stored atomic.Bool   // it is on disk; may become true after it was refused
 }
 
-func (j *journal) newCommit(number uint64) *commit {
-	return &commit{journal: j, number: number, done: make(chan struct{})}
-}
+func newCommit(number uint64) *commit { return &commit{number: number, done: make(chan struct{})} }
 
 // journalFile is an open file, and disk what else is done with files. Tests have others.
 type journalFile interface {
@@ -199,8 +194,8 @@ func isVolatile(mounts, dir string) (volatile bool) {
 	return volatile
 }
 
-// write queues a record for the next commit; nil queues none. Once that commit is on disk, then is called, unless it is
-// nil. As writing may be held, it must not wait for a commit. The result is the commit to wait for.
+// write queues a record for the next commit; nil queues none. Once that commit is on disk, run calls then, unless it is
+// nil; so then must not wait for a commit. The result is the commit to wait for.
 func (j *journal) write(record []byte, then func()) *commit {
 	if j == nil {
 		if then != nil {
@@ -211,7 +206,6 @@ func (j *journal) write(record []byte, then func()) *commit {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	c := j.next
-	c.queued = true
 	if record != nil {
 		c.last = len(c.frames)
 		c.frames = appendFrame(c.frames, frameMore, c.number, record)
@@ -219,28 +213,20 @@ func (j *journal) write(record []byte, then func()) *commit {
 	if then != nil {
 		c.then = append(c.then, then)
 	}
-	j.wakeRun()
+	select {
+	case j.wake <- struct{}{}:
+	default:
+	}
 	return c
 }
 
 // written returns the commit after which all that was queued so far is on disk.
 func (j *journal) written() *commit { return j.write(nil, nil) }
 
-func (j *journal) wakeRun() {
-	select {
-	case j.wake <- struct{}{}:
-	default:
-	}
-}
-
-// wait waits until the commit is on disk. If nobody is writing it writes itself, which saves two changes of goroutine.
-// An error means that the commit is not on disk; it may come to be there later.
+// wait waits until the commit is on disk. An error means that it is not; it may come to be there later.
 func (c *commit) wait() error {
 	if c == nil {
 		return nil
-	}
-	if !c.finished() && !c.journal.full() {
-		c.journal.tryStore()
 	}
 	<-c.done
 	if !c.stored.Load() {
@@ -261,7 +247,7 @@ func (j *journal) failed() <-chan error {
 // full reports whether the last write failed. Then nothing new may be taken.
 func (j *journal) full() bool { return j != nil && j.noRoom.Load() }
 
-// run stores what nobody waits for, tries again while there is no room, and has the file made smaller, until close.
+// run stores what is queued, tries again while there is no room, and has the file made smaller, until close.
 func (j *journal) run() {
 	defer close(j.stopped)
 	compacting, compactAt := false, time.Time{} // zero, or when compaction may be tried again
@@ -272,22 +258,20 @@ func (j *journal) run() {
 		}
 		select {
 		case <-j.wake:
+			runtime.Gosched() // lets others that are about to write join the commit
 			if !j.full() {
-				j.tryStore()
+				j.store()
 			}
 		case <-again:
 			again = nil
-			j.tryStore()
+			j.store()
 		case c := <-j.compacted:
 			compacting = false
 			if !j.replace(c) {
 				compactAt = time.Now().Add(compactPause)
 			}
 		case <-j.stopping:
-			j.writing.Lock()
-			defer j.writing.Unlock()
-			j.storeLocked()
-			if j.full() {
+			if j.store(); j.full() {
 				j.log.Error("ending with changes that could not be stored")
 			}
 			return
@@ -295,39 +279,22 @@ func (j *journal) run() {
 		size := j.size.Load()
 		if !compacting && size > j.slack && size > int64(j.live())+j.slack && time.Now().After(compactAt) {
 			compacting = true
-			j.writing.Lock()
-			go j.compact(j.file, j.size.Load(), j.number)
-			j.writing.Unlock()
+			go j.compact(j.file, size, j.number)
 		}
 	}
 }
 
-// tryStore stores what is queued, unless somebody is writing, who then has run store it.
-func (j *journal) tryStore() {
-	if !j.writing.TryLock() {
-		return
-	}
-	runtime.Gosched() // lets others that are about to write join the commit
-	j.storeLocked()
-	j.writing.Unlock()
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.next.queued && !j.full() {
-		j.wakeRun()
-	}
-}
-
-// storeLocked stores what had no room before, or else what is queued.
-func (j *journal) storeLocked() {
+// store stores what had no room before, or else what is queued.
+func (j *journal) store() {
 	if j.dead {
 		return
 	}
 	for again := true; again; {
 		c := j.held
 		if c == nil {
-			c = j.takeLocked()
+			c = j.take()
 		}
-		if !j.putLocked(c) {
+		if !j.put(c) {
 			return
 		}
 		for _, then := range c.then {
@@ -345,37 +312,37 @@ func (j *journal) storeLocked() {
 	}
 }
 
-// takeLocked returns what is queued. What comes later is in another commit.
-func (j *journal) takeLocked() *commit {
+// take returns what is queued. What comes later is in another commit.
+func (j *journal) take() *commit {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	c := j.next
 	if len(c.frames) == 0 {
-		j.next = j.newCommit(c.number)
+		j.next = newCommit(c.number)
 		return c
 	}
-	j.next = j.newCommit(c.number + commitStep)
+	j.next = newCommit(c.number + commitStep)
 	j.next.frames, j.spare = j.spare, nil
 	c.frames[c.last] = frameLast
 	seal(c.frames[c.last:])
 	return c
 }
 
-// putLocked writes and syncs a commit, and reports whether it is on disk.
-func (j *journal) putLocked(c *commit) bool {
+// put writes and syncs a commit, and reports whether it is on disk.
+func (j *journal) put(c *commit) bool {
 	if len(c.frames) == 0 {
 		return true
 	}
 	start := time.Now()
-	if err := j.appendLocked(c.frames); err != nil {
+	if err := j.append(c.frames); err != nil {
 		if !j.full() {
 			j.log.Error("cannot write the journal: nothing new is taken until there is room", "err", err)
 		}
-		j.refuseLocked(c)
+		j.refuse(c)
 		return false
 	}
 	if err := j.file.Sync(); err != nil {
-		j.breakLocked(c, fmt.Errorf("syncing the journal: %w", err))
+		j.giveUp(c, fmt.Errorf("syncing the journal: %w", err))
 		return false
 	}
 	j.syncs.Inc()
@@ -390,22 +357,22 @@ func (j *journal) putLocked(c *commit) bool {
 	return true
 }
 
-// appendLocked writes frames at the end of the file. What a failed write has left there is cut off, now or before the
+// append writes frames at the end of the file. What a failed write has left there is cut off, now or before the
 // next one.
-func (j *journal) appendLocked(frames []byte) error {
-	if err := j.cleanLocked(); err != nil {
+func (j *journal) append(frames []byte) error {
+	if err := j.clean(); err != nil {
 		return err
 	}
 	_, err := j.file.WriteAt(frames, j.size.Load())
 	if err != nil {
 		j.dirty = true
-		j.cleanLocked()
+		j.clean()
 	}
 	return err
 }
 
-// cleanLocked cuts off what is behind the last whole record.
-func (j *journal) cleanLocked() error {
+// clean cuts off what is behind the last whole record.
+func (j *journal) clean() error {
 	if !j.dirty {
 		return nil
 	}
@@ -414,8 +381,8 @@ func (j *journal) cleanLocked() error {
 	return err
 }
 
-// refuseLocked keeps a commit that could not be written, and releases those that wait for it or for the next one.
-func (j *journal) refuseLocked(c *commit) {
+// refuse keeps a commit that could not be written, and releases those that wait for it or for the next one.
+func (j *journal) refuse(c *commit) {
 	j.errors.Inc()
 	j.noRoom.Store(true)
 	j.held = c
@@ -423,13 +390,12 @@ func (j *journal) refuseLocked(c *commit) {
 	defer j.mu.Unlock()
 	c.finish()
 	j.next.finish()
-	j.wakeRun() // which tries again
 }
 
-// breakLocked ends the writing for good.
-func (j *journal) breakLocked(c *commit, err error) {
+// giveUp ends the writing for good.
+func (j *journal) giveUp(c *commit, err error) {
 	j.dead = true
-	j.refuseLocked(c)
+	j.refuse(c)
 	j.broken <- err
 }
 

@@ -115,7 +115,7 @@ func (j *journal) read(apply func(record []byte) error) error {
 		last, off = off, off+int64(len(frame))
 	}
 	j.size.Store(off)
-	j.next = j.newCommit(j.number/commitStep*commitStep + commitStep) // the last frame may be one of a snapshot
+	j.next = newCommit(j.number/commitStep*commitStep + commitStep) // the last frame may be one of a snapshot
 	if err := j.cutTail(f, ended); err != nil {
 		return err
 	}
@@ -177,6 +177,6 @@ func (j *journal) cutTail(f *frameReader, ended bool) error {
 	}
 	j.log.Warn("cutting off what a crash has left of the last change", "file", j.path(), "offset", begin, "bytes", end-begin)
 	j.dirty = true
-	j.cleanLocked() // or before the next write
+	j.clean() // or before the next write
 	return nil
 }
