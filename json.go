@@ -151,7 +151,7 @@ func skipValue(text []byte, i, depth int) int {
 	case c == '{':
 		return skipObject(text, i, depth, func(_ []byte, i int) int { return skipValue(text, i, depth+1) })
 	case c == '[':
-		return skipArray(text, i, depth)
+		return skipList(text, i, depth, ']', nil)
 	case c == '-' || '0' <= c && c <= '9':
 		return skipNumber(text, i)
 	}
@@ -164,28 +164,22 @@ func skipValue(text []byte, i, depth int) int {
 }
 
 func skipObject(text []byte, i, depth int, visit memberFunc) int {
-	return skipList(text, i, '}', func(i int) int {
-		nameEnd := skipString(text, i)
-		colon := skipSpace(text, nameEnd)
-		if byteAt(text, colon) != ':' {
-			return -1
-		}
-		return visit(text[i:nameEnd], skipSpace(text, colon+1))
-	})
+	return skipList(text, i, depth, '}', visit)
 }
 
-func skipArray(text []byte, i, depth int) int {
-	return skipList(text, i, ']', func(i int) int { return skipValue(text, i, depth+1) })
-}
-
-// skipList skips items between commas, up to the byte that ends the list.
-func skipList(text []byte, i int, end byte, item func(i int) int) int {
+// skipList skips an array, or an object whose members are visited. end is the byte that ends it.
+func skipList(text []byte, i, depth int, end byte, visit memberFunc) int {
 	i = skipSpace(text, i+1)
 	if byteAt(text, i) == end {
 		return i + 1
 	}
 	for {
-		i = skipSpace(text, item(i))
+		if end == '}' {
+			i = skipMember(text, i, visit)
+		} else {
+			i = skipValue(text, i, depth+1)
+		}
+		i = skipSpace(text, i)
 		switch byteAt(text, i) {
 		case end:
 			return i + 1
@@ -195,6 +189,15 @@ func skipList(text []byte, i int, end byte, item func(i int) int) int {
 			return -1
 		}
 	}
+}
+
+func skipMember(text []byte, i int, visit memberFunc) int {
+	nameEnd := skipString(text, i)
+	colon := skipSpace(text, nameEnd)
+	if byteAt(text, colon) != ':' {
+		return -1
+	}
+	return visit(text[i:nameEnd], skipSpace(text, colon+1))
 }
 
 func skipString(text []byte, i int) int {
