@@ -16,6 +16,7 @@ const (
 	compactPause = 10 * time.Second // after a failure
 	compactPart  = 1 << 20          // bytes that are written at once
 	compactRest  = 1 << 20          // bytes that are copied while nothing else is written
+	compactGroup = 4 << 10          // bytes of a snapshot that have one number, and so are a commit
 )
 
 // compaction is a smaller file that is to take the journal's place.
@@ -46,9 +47,9 @@ func (c *compaction) copy(old journalFile, end int64) {
 }
 
 // compact writes a snapshot of what is live to a new file, and after it what has been appended to the old one since
-// from. A change that is made meanwhile may be in both; restore.go allows for that. Each frame of the snapshot has a
-// number of its own, and all but the last say that their commit goes on. So if one is damaged and anything follows it,
-// it is not taken for what a crash has left.
+// from. A change that is made meanwhile may be in both; restore.go allows for that. The snapshot has many
+// commits, and all frames but the last say that theirs goes on. So if one is damaged and any but a few follow, it is
+// not taken for what a crash has left.
 func (j *journal) compact(old journalFile, from int64, number uint64) {
 	c := &compaction{copied: from}
 	if c.file, c.err = j.disk.open(j.path() + ".new"); c.err == nil {
@@ -56,11 +57,11 @@ func (j *journal) compact(old journalFile, from int64, number uint64) {
 	}
 	if c.err == nil {
 		w := bufio.NewWriterSize(c, compactPart)
-		frame := []byte(journalHeader)
+		frame, written := []byte(journalHeader), uint64(0)
 		j.snapshot(func(record []byte) {
 			w.Write(frame)
-			number++
-			frame = appendFrame(frame[:0], frameMore, number, record)
+			written += uint64(len(frame))
+			frame = appendFrame(frame[:0], frameMore, number+min(1+written/compactGroup, commitStep-1), record)
 		})
 		if frame[0] == frameMore {
 			frame[0] = frameLast

@@ -277,7 +277,11 @@ func (j *journal) run() {
 			return
 		}
 		size := j.size.Load()
-		if !compacting && size > j.slack && size > int64(j.live())+j.slack && time.Now().After(compactAt) {
+		if compacting || j.dead || size <= j.slack && !j.full() || time.Now().Before(compactAt) {
+			continue
+		}
+		live := int64(j.live())
+		if size > live+j.slack || j.full() && size > 2*live { // the room may be that of what is forgotten
 			compacting = true
 			go j.compact(j.file, size, j.number)
 		}

@@ -394,6 +394,35 @@ func TestJournalSyncFails(t *testing.T) {
 	})
 }
 
+// A disk that is full of what is forgotten has room again without anybody's help.
+func TestJournalCompactsForRoom(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		d := &crashDisk{left: 1 << 30, room: 10_000, now: map[string]*crashFile{}}
+		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		j.live = func() int { return 1000 }
+		j.snapshot = func(record func([]byte)) { record(make([]byte, 700)) }
+		go j.run()
+		for range 9 {
+			if err := j.write(make([]byte, 1000), nil).wait(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := j.write(make([]byte, 1000), nil).wait(); err != errCannotStore {
+			t.Errorf("got %v, want no room", err)
+		}
+		time.Sleep(2 * noRoomPause)
+		if err := j.write(make([]byte, 1000), nil).wait(); err != nil || j.full() {
+			t.Errorf("got %v, want room", err)
+		}
+		j.close()
+	})
+}
+
 // slowFile takes a second for each sync.
 type slowFile struct{ *crashFile }
 

@@ -28,7 +28,7 @@ const (
 	frameMore     = 0xF5
 	frameLast     = 0xF6
 	frameHead     = 1 + 4 + 4 + 8
-	commitStep    = 1 << 32
+	commitStep    = 1 << 20
 
 	maxRecord = 1 << 20 // bytes
 )

@@ -77,7 +77,7 @@ func pickMember(text, name []byte, i, depth int, wanted []member, duplicate *boo
 			continue
 		}
 		if f.inside != nil && byteAt(text, i) == '{' {
-			end = skipObject(text, i, depth, func(name []byte, i int) int {
+			end = skipList(text, i, depth, '}', func(name []byte, i int) int {
 				return pickMember(text, name, i, depth+1, f.inside, duplicate)
 			})
 		} else {
@@ -118,7 +118,7 @@ type memberFunc func(name []byte, i int) (end int)
 // reading of an event.
 func scanObject(text []byte, visit memberFunc) bool {
 	i := skipSpace(text, 0)
-	return byteAt(text, i) == '{' && skipSpace(text, skipObject(text, i, 0, visit)) == len(text)
+	return byteAt(text, i) == '{' && skipSpace(text, skipList(text, i, 0, '}', visit)) == len(text)
 }
 
 // The skip functions return the index after what begins at i, or -1 if it is not what they skip. They return -1 if i
@@ -149,7 +149,7 @@ func skipValue(text []byte, i, depth int) int {
 	case c == '"':
 		return skipString(text, i)
 	case c == '{':
-		return skipObject(text, i, depth, func(_ []byte, i int) int { return skipValue(text, i, depth+1) })
+		return skipList(text, i, depth, '}', func(_ []byte, i int) int { return skipValue(text, i, depth+1) })
 	case c == '[':
 		return skipList(text, i, depth, ']', nil)
 	case c == '-' || '0' <= c && c <= '9':
@@ -161,10 +161,6 @@ func skipValue(text []byte, i, depth int) int {
 		}
 	}
 	return -1
-}
-
-func skipObject(text []byte, i, depth int, visit memberFunc) int {
-	return skipList(text, i, depth, '}', visit)
 }
 
 // skipList skips an array, or an object whose members are visited. end is the byte that ends it.

@@ -674,7 +674,7 @@ func TestRestoreShowsWhatIsStored(t *testing.T) {
 		api := newAPI(t, "")
 		api.settle = synctest.Wait
 		api.journal, api.tasks.journal, api.version.journal = j, j, j
-		j.live = func() int { return 0 }
+		j.live = func() int { return 1 << 20 }
 		go j.run()
 		t.Cleanup(api.crash)
 		const task = `{"type":"external","params":{"task_id":"a"}}`

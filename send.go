@@ -252,6 +252,7 @@ func (d directSender) send(token string, events []event, end bool) (r sendResult
 		n := f.events
 		status := f.flush(end)
 		if status == sendUnknown {
+			f.g.met.events.with(status.String()).Add(len(events) - r.taken - n)
 			r.err = errUnknownToken
 			return r
 		}
