@@ -469,6 +469,7 @@ func TestGatewayClientResetsNoForeignGateway(t *testing.T) {
 		time.Sleep(resetPause * 3 / 2)
 		t.client.heard(features{})
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		if tried != 2 {
 			t.Errorf("tried %d times, want 2", tried)
 		}
