@@ -369,8 +369,9 @@ func TestEventSourceResumes(t *testing.T) {
 		}
 	}
 	es.close()
-	if es.state() != "closed" || es.attempts() != 5 || es.opens() != 4 || es.failure() != 0 {
-		t.Errorf("got %+v, want closed, 5 attempts, 4 opens, no failure", es.look())
+	// There is one attempt more when a connection that was kept turns out to have been closed.
+	if n := es.attempts(); es.state() != "closed" || n < 5 || n > 6 || es.opens() != 4 || es.failure() != 0 {
+		t.Errorf("got %+v, want closed, 5 or 6 attempts, 4 opens, no failure", es.look())
 	}
 }
 

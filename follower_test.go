@@ -1710,7 +1710,7 @@ func TestDeliveryModel(t *testing.T) {
 	t.Parallel()
 	worlds := uint64(2000)
 	if underRace {
-		worlds = 500
+		worlds = 200
 	}
 	if n, err := strconv.ParseUint(os.Getenv("SIDECAST_SEEDS"), 10, 64); err == nil {
 		worlds = n

@@ -207,7 +207,7 @@ func TestJournalCrashes(t *testing.T) {
 	dir := t.TempDir()
 	seeds := uint64(200)
 	if underRace {
-		seeds = 40
+		seeds = 20
 	}
 	if n, err := strconv.ParseUint(os.Getenv("SIDECAST_SEEDS"), 10, 64); err == nil {
 		seeds = n
