@@ -29,7 +29,7 @@ const usage = `usage: sidecast [command]
 
   (no command)  run the backend, with the gateway inside unless SSE_GATEWAY_URL is set
   gateway       run the gateway alone
-  healthcheck   ask this machine's own /readyz and exit 0 or 1
+  healthcheck   ask the /readyz of the process with this environment, and exit 0 or 1
   version       print the version
   help          print this
 
