@@ -1261,3 +1261,20 @@ func TestExternalConcurrentReporters(t *testing.T) {
 		}
 	})
 }
+
+// A timer that is about a task does nothing to a later one with its task_id.
+func TestTaskTimerMeansItsTask(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.external("a")
+		called := false
+		api.tasks.afterwards(api.tasks.task("a"), time.Minute, func(*task) { called = true })
+		api.do("POST", "/api/tasks/a/cancel", "")
+		api.do("DELETE", "/api/tasks/a", "")
+		api.external("a")
+		time.Sleep(2 * time.Minute)
+		api.settle()
+		if called {
+			t.Error("the later task was meant")
+		}
+	})
+}
