@@ -129,7 +129,7 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 	if lastValue(t.query["heartbeat"]) == "event" {
 		a.Heartbeat = "event"
 	}
-	a.Close = a.Close || h.closing.Load() // it may be closing since the look above, and EndAll not have seen this stream
+	a.Close = a.Close || h.closing.Load() // since the look above; EndAll may not have seen it
 	return a, err
 }
 

@@ -47,9 +47,9 @@ func (c *compaction) copy(old journalFile, end int64) {
 }
 
 // compact writes a snapshot of what is live to a new file, and after it what has been appended to the old one since
-// from. A change that is made meanwhile may be in both; restore.go allows for that. The snapshot has many
-// commits, and all frames but the last say that theirs goes on. So if one is damaged and any but a few follow, it is
-// not taken for what a crash has left.
+// from. A change that is made meanwhile may be in both; restore.go allows for that. The numbers of the frames grow with
+// each compactGroup, and all frames but the last say that their commit goes on. So damage in the snapshot is not taken
+// for what a crash has left, unless nothing of another group follows it.
 func (j *journal) compact(old journalFile, from int64, number uint64) {
 	c := &compaction{copied: from}
 	if c.file, c.err = j.disk.open(j.path() + ".new"); c.err == nil {
@@ -87,9 +87,7 @@ func (j *journal) abandon(c *compaction) {
 	j.errors.Inc()
 	j.log.Warn("making the journal smaller", "err", c.err)
 	j.disk.remove(j.path() + ".new")
-	if c.file != nil {
-		c.file.Close()
-	}
+	c.file.Close() // a nil *os.File takes that, too
 }
 
 // replace puts the new file in the place of the journal, and reports whether it is there.

@@ -221,7 +221,6 @@ type logStats struct {
 	kept      int    // events
 	waiting   int    // those of them that a fresh connection would get
 	bytes     int    // of data that is not shared
-	held      int    // of the heap, without shared data
 	start     uint64 // the number after which a fresh connection begins
 	last      uint64 // the number of the newest event
 	followers int
@@ -234,11 +233,17 @@ func (l *eventLog) stats() logStats {
 		kept:      len(l.entries),
 		waiting:   len(l.entries) - l.indexLocked(l.start),
 		bytes:     l.bytes,
-		held:      l.bytes + cap(l.entries)*entrySize,
 		start:     l.start,
 		last:      l.last,
 		followers: len(l.cursors),
 	}
+}
+
+// Held returns how many bytes of the heap the events take, without shared data.
+func (l *eventLog) Held() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.bytes + cap(l.entries)*entrySize
 }
 
 // After returns up to most of the events that follow the one with this ID, or that are kept if it is no event of this

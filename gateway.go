@@ -179,7 +179,8 @@ func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *s
 			if f := c.features.Load(); f != nil && !f.known {
 				return
 			}
-			err = c.tryReset(ctx, sendLimit, callbackSecret, log) // longer than before, or a slow gateway would be reset again and again
+			// For longer than before, or a slow gateway would be reset again and again.
+			err = c.tryReset(ctx, sendLimit, callbackSecret, log)
 		}
 		log.Info("the gateway answers now")
 	}()

@@ -88,13 +88,7 @@ type disk struct {
 }
 
 var realDisk = disk{
-	open: func(path string) (journalFile, error) {
-		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-		if err != nil {
-			return nil, err
-		}
-		return f, nil
-	},
+	open:   func(path string) (journalFile, error) { return os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600) },
 	rename: os.Rename,
 	remove: os.Remove,
 	sync: func(dir string) error {
@@ -235,8 +229,7 @@ func (c *commit) wait() error {
 	return nil
 }
 
-// failed returns a channel that gets the error of a sync. Then the process must end, as it is not known what is on
-// disk.
+// failed returns a channel that gets the error of a sync. Then the process must end, as nobody knows what is on disk.
 func (j *journal) failed() <-chan error {
 	if j == nil {
 		return nil
@@ -267,7 +260,7 @@ func (j *journal) run() {
 			j.store()
 		case c := <-j.compacted:
 			compacting = false
-			if !j.replace(c) {
+			if !j.replace(c) || j.due() { // then it would be as large again
 				compactAt = time.Now().Add(compactPause)
 			}
 		case <-j.stopping:
@@ -276,16 +269,22 @@ func (j *journal) run() {
 			}
 			return
 		}
-		size := j.size.Load()
-		if compacting || j.dead || size <= j.slack && !j.full() || time.Now().Before(compactAt) {
-			continue
-		}
-		live := int64(j.live())
-		if size > live+j.slack || j.full() && size > 2*live { // the room may be that of what is forgotten
+		if !compacting && !j.dead && time.Now().After(compactAt) && j.due() {
 			compacting = true
-			go j.compact(j.file, size, j.number)
+			go j.compact(j.file, j.size.Load(), j.number)
 		}
 	}
+}
+
+// due reports whether the file should be made smaller: it is much larger than what is live, or what it has of the
+// forgotten may be the room that it lacks.
+func (j *journal) due() bool {
+	size := j.size.Load()
+	if size <= j.slack && !j.full() {
+		return false
+	}
+	live := int64(j.live())
+	return size > live+j.slack || j.full() && size > 2*live
 }
 
 // store stores what had no room before, or else what is queued.
@@ -361,8 +360,7 @@ func (j *journal) put(c *commit) bool {
 	return true
 }
 
-// append writes frames at the end of the file. What a failed write has left there is cut off, now or before the
-// next one.
+// append writes frames at the end of the file. What a failed write has left there is cut off, now or before the next.
 func (j *journal) append(frames []byte) error {
 	if err := j.clean(); err != nil {
 		return err

@@ -423,6 +423,36 @@ func TestJournalCompactsForRoom(t *testing.T) {
 	})
 }
 
+// A snapshot that is larger than what it is thought to be is not made again and again.
+func TestJournalRestsAfterCompaction(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
+		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		snapshots := 0
+		j.slack, j.live = 500, func() int { return 0 }
+		j.snapshot = func(record func([]byte)) {
+			snapshots++
+			record(make([]byte, 1000))
+		}
+		go j.run()
+		for range 50 {
+			if err := j.write(make([]byte, 100), nil).wait(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(compactPause / 10)
+		}
+		j.close()
+		if snapshots < 4 || snapshots > 6 {
+			t.Errorf("%d snapshots in 5 times compactPause", snapshots)
+		}
+	})
+}
+
 // slowFile takes a second for each sync.
 type slowFile struct{ *crashFile }
 

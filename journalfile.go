@@ -103,7 +103,7 @@ func (j *journal) read(apply func(record []byte) error) error {
 		return err
 	}
 	off := int64(len(journalHeader))
-	begin, last, ended := off, off, true // of the last commit: where it and its last frame begin, and whether that says so
+	begin, last, ended := off, off, true // where the last commit and its last frame begin, and whether it has its end
 	for frame := f.frame(off); frame != nil; frame = f.frame(off) {
 		if commitOf(frame) != j.number {
 			j.number, begin = commitOf(frame), off
@@ -158,10 +158,10 @@ func (j *journal) readHeader(f *frameReader) error {
 	return err
 }
 
-// cutTail cuts off what is behind the good records, if a crash can have left it. That is so if every good frame in it is
-// of the last commit, or, when that is whole, of the next one. A start that completes a commit and crashes leaves frames
-// of the same commit behind its end. A good frame of a later commit proves that those before it were synced, and so that
-// the file has been damaged since.
+// cutTail cuts off what is behind the good records, if a crash can have left it. That is so if every good frame in it
+// is of the last commit, or, when that is whole, of the next one. A start that completes a commit and crashes leaves
+// frames of the same commit behind its end. A good frame of a later commit proves that those before it were synced, and
+// so that the file has been damaged since.
 func (j *journal) cutTail(f *frameReader, ended bool) error {
 	begin := j.size.Load()
 	end := begin

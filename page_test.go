@@ -203,11 +203,11 @@ func TestPageLetsForgottenTasksGo(t *testing.T) {
 		if got := len(page.taskStory("a")); got != 102 {
 			t.Errorf("got %d events, want 102", got)
 		}
-		if log.stats().held < 100*len(text) {
+		if log.Held() < 100*len(text) {
 			t.Error("what a page lacks is not kept")
 		}
 		slow.leave()
-		if got := log.stats().held; got > 0 {
+		if got := log.Held(); got > 0 {
 			t.Errorf("a forgotten task holds %d bytes", got)
 		}
 	})

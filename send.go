@@ -166,11 +166,11 @@ func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, [
 // answerBatch carries out the lines of a batch, and appends a line about each to text. Events in a row for the same
 // stream are written at once.
 func (g *gateway) answerBatch(text, body []byte) []byte {
-	f := burst{g: g, buf: chunkBuffers.Get().(*[]byte)}
-	defer chunkBuffers.Put(f.buf)
+	b := burst{g: g, buf: chunkBuffers.Get().(*[]byte)}
+	defer chunkBuffers.Put(b.buf)
 	write := func() {
-		if n := f.events; n > 0 {
-			line := f.flush(false).answer().line
+		if n := b.events; n > 0 {
+			line := b.flush(false).answer().line
 			for range n {
 				text = append(append(text, line...), '\n')
 			}
@@ -186,11 +186,11 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 			text = append(append(text, g.take(m, err).line...), '\n')
 			continue
 		}
-		if f.s == nil || f.s.token != string(m.token) || !f.fits(len(line)) {
+		if b.s == nil || b.s.token != string(m.token) || !b.fits(len(line)) {
 			write()
-			f.s = g.lookup(m.token)
+			b.s = g.lookup(m.token)
 		}
-		f.add(m.event)
+		b.add(m.event)
 	}
 	write()
 	return text
@@ -227,12 +227,12 @@ func (s sendStatus) answer() sendAnswer {
 
 // deliver gives the event of m to its stream.
 func (g *gateway) deliver(m sendRequest) sendStatus {
-	f := burst{g: g, s: g.lookup(m.token), buf: chunkBuffers.Get().(*[]byte)}
-	defer chunkBuffers.Put(f.buf)
+	b := burst{g: g, s: g.lookup(m.token), buf: chunkBuffers.Get().(*[]byte)}
+	defer chunkBuffers.Put(b.buf)
 	if m.event.data != nil {
-		f.add(m.event)
+		b.add(m.event)
 	}
-	return f.flush(m.end)
+	return b.flush(m.end)
 }
 
 // directSender is the way to a gateway in the same process.
@@ -240,19 +240,19 @@ type directSender struct{ *gateway }
 
 // send gives the events to the stream of token. See gatewayClient.send.
 func (d directSender) send(token string, events []event, end bool) (r sendResult) {
-	f := burst{g: d.gateway, s: d.lookup([]byte(token)), buf: chunkBuffers.Get().(*[]byte)}
-	defer chunkBuffers.Put(f.buf)
+	b := burst{g: d.gateway, s: d.lookup([]byte(token)), buf: chunkBuffers.Get().(*[]byte)}
+	defer chunkBuffers.Put(b.buf)
 	for {
 		for _, e := range events[r.taken:] {
-			if !f.fits(len(e.Data)) {
+			if !b.fits(len(e.Data)) {
 				break
 			}
-			f.add(sentEvent{id: []byte(e.ID), name: []byte(e.Name), data: []byte(e.Data), retry: e.Retry})
+			b.add(sentEvent{id: []byte(e.ID), name: []byte(e.Name), data: []byte(e.Data), retry: e.Retry})
 		}
-		n := f.events
-		status := f.flush(end)
+		n := b.events
+		status := b.flush(end)
 		if status == sendUnknown {
-			f.g.met.events.with(status.String()).Add(len(events) - r.taken - n)
+			b.g.met.events.with(status.String()).Add(len(events) - r.taken - n)
 			r.err = errUnknownToken
 			return r
 		}
@@ -263,8 +263,8 @@ func (d directSender) send(token string, events []event, end bool) (r sendResult
 	}
 }
 
-// maxFrame is the most bytes that several events written at once may have.
-const maxFrame = 64 << 10
+// maxBurst is the most bytes that several events written at once may have.
+const maxBurst = 64 << 10
 
 // maxGrowth bounds how much longer an event is than its line: an escaped line end becomes a line end and "data: ".
 const maxGrowth = 4
@@ -280,7 +280,7 @@ type burst struct {
 // fits reports whether one more event may be written with the others, if its line or its data has this size. The
 // stream's buffer must have room for what the socket may leave of them.
 func (b *burst) fits(size int) bool {
-	return b.events == 0 || len(*b.buf)+maxGrowth*size <= min(maxFrame, b.g.limits.buffer)
+	return b.events == 0 || len(*b.buf)+maxGrowth*size <= min(maxBurst, b.g.limits.buffer)
 }
 
 func (b *burst) add(e sentEvent) {

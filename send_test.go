@@ -377,7 +377,7 @@ func TestBatchWritesARowAtOnce(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
 	a, b := g.open("/a"), g.open("/b")
-	large := strings.Repeat("x", maxFrame/8)
+	large := strings.Repeat("x", maxBurst/8)
 	line := func(c *streamClient, data string) string {
 		return string(appendSend(nil, c.callback.Token, &event{Data: data}, data == "end")) + "\n"
 	}

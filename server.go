@@ -108,8 +108,8 @@ func uncounted(w http.ResponseWriter) http.ResponseWriter {
 	return w
 }
 
-// throttle limits similar lines of the log to one in each interval. Those that are left out are counted by the next one.
-// The interval must be set.
+// throttle limits similar lines of the log to one in each interval. The next line counts those that are left out. The
+// interval must be set.
 type throttle struct {
 	interval time.Duration
 

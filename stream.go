@@ -291,7 +291,7 @@ func (s *stream) startDrainLocked() {
 func (s *stream) enqueueLocked(chunk []byte) {
 	need := len(s.pending) + len(chunk)
 	switch {
-	case s.draining+need <= s.limits.buffer, s.draining+len(s.pending) == 0: // a single event may be larger than the buffer
+	case s.draining+need <= s.limits.buffer, s.draining+len(s.pending) == 0: // one event may be larger
 		if need > cap(s.pending) { // append would grow it in small steps, and leave megabytes to the garbage collector
 			s.pending = append(make([]byte, 0, max(need, min(2*cap(s.pending), s.limits.buffer))), s.pending...)
 		}

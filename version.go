@@ -161,7 +161,7 @@ func (s *VersionService) streamLocked(id string, n int) (*versionStream, error) 
 
 // countLocked counts what st holds now.
 func (s *VersionService) countLocked(id string, st *versionStream) {
-	n := versionOverhead + 2*len(id) + len(st.version) + st.events.stats().held
+	n := versionOverhead + 2*len(id) + len(st.version) + st.events.Held()
 	if st.alone.IsZero() {
 		n += connectedOverhead
 	}
@@ -289,7 +289,7 @@ func (s *VersionService) tidy() {
 			st.events.Shed()
 		}
 		stats := st.events.stats()
-		if st.stored && st.storedStart != stats.start { // late is good enough: what a crash makes forgotten is given again
+		if st.stored && st.storedStart != stats.start { // late is good enough: it is given again
 			st.storedStart = stats.start
 			s.journal.write(encodeRecord(recordMark, recordFields{ID: id, Event: stats.start}), nil)
 		}
