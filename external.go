@@ -38,7 +38,7 @@ func externalParams(params object) (id, title string, err error) {
 	}
 	if !given {
 		id = newToken()
-	} else if len(id) > maxID || strings.Trim(id, plainChars) != "" || id == "" || id == "." || id == ".." {
+	} else if !isTaskID(id) {
 		return "", "", errBadTaskID
 	}
 	title, _, err = params.str("title")
@@ -46,6 +46,10 @@ func externalParams(params object) (id, title string, err error) {
 		return "", "", badParam("title must be a string of at most %d bytes", maxTaskText)
 	}
 	return id, title, nil
+}
+
+func isTaskID(id string) bool {
+	return len(id) <= maxID && strings.Trim(id, plainChars) == "" && id != "" && id != "." && id != ".."
 }
 
 func (s *TaskService) startExternal(params object) (t *task, known bool, err error) {
@@ -196,12 +200,27 @@ func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) (sta
 	if err != nil {
 		return 0, nil, err
 	}
+	return s.report(r.PathValue("task_id"), body)
+}
+
+// report carries out the body of a single report.
+func (s *TaskService) report(id string, body []byte) (status int, answer any, err error) {
 	said, err := parseReport(body)
 	if err != nil {
 		return 0, nil, err
 	}
-	answer, err = s.Progress(r.PathValue("task_id"), said)
+	answer, err = s.Progress(id, said)
 	return http.StatusOK, answer, err
+}
+
+// reportedTask returns the ID in the plain path of a report, or "" if the path is another.
+func reportedTask(path []byte) string {
+	rest, isTask := bytes.CutPrefix(path, []byte("/api/tasks/"))
+	id, isReport := bytes.CutSuffix(rest, []byte("/progress"))
+	if !isTask || !isReport || !isTaskID(string(id)) {
+		return ""
+	}
+	return string(id)
 }
 
 // lineReader reads a body that may go on for as long as its task does.

@@ -104,13 +104,18 @@ func (g *gatewayFixture) check() {
 // dial opens a connection and sends text on it.
 func (g *gatewayFixture) dial(text string) *streamClient {
 	g.t.Helper()
-	conn, err := (&net.Dialer{Control: smallSocket}).Dial("tcp", g.addr)
+	return dialTo(g.t, g.addr, text)
+}
+
+func dialTo(t testing.TB, addr, text string) *streamClient {
+	t.Helper()
+	conn, err := (&net.Dialer{Control: smallSocket}).Dial("tcp", addr)
 	if err != nil {
-		g.t.Fatal(err)
+		t.Fatal(err)
 	}
-	g.t.Cleanup(func() { conn.Close() })
+	t.Cleanup(func() { conn.Close() })
 	method, _, _ := strings.Cut(text, " ")
-	c := &streamClient{TCPConn: conn.(*net.TCPConn), t: g.t, wire: bufio.NewReader(conn), method: method}
+	c := &streamClient{TCPConn: conn.(*net.TCPConn), t: t, wire: bufio.NewReader(conn), method: method}
 	c.write(text)
 	return c
 }

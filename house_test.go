@@ -60,7 +60,7 @@ func (noImports) Import(path string) (*types.Package, error) {
 func TestGraph(t *testing.T) {
 	uses := fileGraph(t)
 	allowed := []string{
-		"ask.go refuse.go send.go sendloop.go sidecar.go",                        // gateway
+		"ask.go refuse.go send.go sidecar.go",                                    // gateway
 		"external.go kinds.go page.go restore.go taskapi.go tasks.go version.go", // TaskService; restore.go also makes versions again
 		"compact.go journal.go journalfile.go",                                   // journal
 	}

@@ -68,16 +68,28 @@ var (
 
 // writeError answers {"error":"…","code":"…"}. An error that is no apiError becomes a 500 without its text.
 func writeError(w http.ResponseWriter, err error) {
-	e := newError(http.StatusInternalServerError, "internal", "internal error")
-	errors.As(err, &e)
-	writeJSON(w, e.status, e)
+	status, body := encodeAnswer(0, nil, err)
+	writeBody(w, jsonType, status, body)
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {
-	body := append(marshal(v), '\n')
-	w.Header().Set("Content-Type", jsonType)
+	writeBody(w, jsonType, status, append(marshal(v), '\n'))
+}
+
+func writeBody(w http.ResponseWriter, mediaType string, status int, body []byte) {
+	w.Header().Set("Content-Type", mediaType)
 	w.WriteHeader(status)
 	w.Write(body)
+}
+
+// encodeAnswer returns what is written for the answer of a handler.
+func encodeAnswer(status int, v any, err error) (int, []byte) {
+	if err != nil {
+		e := newError(http.StatusInternalServerError, "internal", "internal error")
+		errors.As(err, &e)
+		status, v = e.status, e
+	}
+	return status, append(marshal(v), '\n')
 }
 
 // refusedBody is for how long the rest of a refused body is read: closing the connection while the client sends may
@@ -90,14 +102,19 @@ type handler func(w http.ResponseWriter, r *http.Request) (status int, answer an
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	status, answer, err := h(w, r)
 	if err != nil {
-		if hasMediaType(r, ndjson) { // the body may go on, and net/http reads it before it answers
-			w.Header().Set("Connection", "close")
-			http.NewResponseController(w).SetReadDeadline(time.Now().Add(refusedBody))
-		}
-		writeError(w, err)
+		writeRefusal(w, r, err)
 		return
 	}
 	writeJSON(w, status, answer)
+}
+
+// writeRefusal is writeError for a request whose body may go on: net/http reads it before it answers.
+func writeRefusal(w http.ResponseWriter, r *http.Request, err error) {
+	if hasMediaType(r, ndjson) {
+		w.Header().Set("Connection", "close")
+		http.NewResponseController(w).SetReadDeadline(time.Now().Add(refusedBody))
+	}
+	writeError(w, err)
 }
 
 // readiness returns the answer of /readyz.
@@ -108,9 +125,9 @@ func readiness(ready bool) (status int, said string) {
 	return http.StatusOK, "ready"
 }
 
-// hasBearer reports whether the request has that bearer token (RFC 6750).
-func hasBearer(r *http.Request, want secret) bool {
-	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+// hasBearer reports whether an Authorization header has that bearer token (RFC 6750).
+func hasBearer(authorization string, want secret) bool {
+	scheme, token, _ := strings.Cut(authorization, " ")
 	return strings.EqualFold(scheme, "Bearer") && sameSecret(token, want)
 }
 

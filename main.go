@@ -18,6 +18,7 @@ import (
 	"os"
 	"os/signal"
 	"path"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -106,7 +107,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	} else {
 		b.gateway.reset(ctx, cfg.CallbackSecret, log) // the first try comes before there are streams of its own
 	}
-	servers := []*server{newServer(log, reg, b.routes(g), listeners[0])}
+	servers := []*server{newServer(log, reg, b.routes(g), listeners[0], b.reports)}
 	if len(listeners) > 1 {
 		servers = append(servers, newServer(log, reg, internalRoutes(nil, reg), listeners[1]))
 	}
@@ -134,7 +135,7 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 		servers = append(servers, newServer(log, reg, internalRoutes(g, reg), listeners[1]))
 	}
 	sends := servers[len(servers)-1]
-	sends.listeners = append(sends.listeners, g.returned)
+	sends.listeners = append(sends.listeners, g.posts)
 	if cfg.CallbackURL == "" {
 		log.Warn("CALLBACK_URL is not set: streams are refused")
 	}
@@ -158,7 +159,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 	mux.HandleFunc("GET /api/tasks/{task_id}/events", b.tasks.serveEvents)
 	mux.Handle("POST /api/tasks/{task_id}/cancel", b.protect(b.tasks.serveCancel))
 	mux.Handle("DELETE /api/tasks/{task_id}", b.protect(b.tasks.serveDelete))
-	mux.Handle("POST /api/tasks/{task_id}/progress", b.protect(b.tasks.serveProgress))
+	mux.HandleFunc("POST /api/tasks/{task_id}/progress", b.serveReport)
 	mux.Handle("POST /api/tasks/{task_id}/complete", b.protect(b.tasks.serveComplete))
 	mux.Handle("POST /api/tasks/{task_id}/fail", b.protect(b.tasks.serveFail))
 	mux.Handle("POST /api/deployments/version", b.protect(b.version.serveAnnounce))
@@ -244,6 +245,7 @@ type backend struct {
 	tasks    *TaskService
 	version  *VersionService
 	callback *callbackHandler
+	reports  *postLoop   // serves the reports of workers whose connections stay open
 	closing  atomic.Bool // shutting down: not ready, and takes nothing new
 
 	otherHosts, wrongTokens throttle
@@ -287,6 +289,7 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		wrongSecrets: throttle{interval: time.Second},
 		badIDs:       throttle{interval: time.Second},
 	}
+	b.reports = newPostLoop(b, reg.requests)
 	services := label{"service", []string{serviceTask, serviceVersion, servicePage}}
 	reg.gauge("sse_gateway_active_connections", "Current connections.", b.conns.Active, services)
 	reg.gauge("sse_outbox_events", "Events kept for delivery and resumption.", func() map[string]float64 {
@@ -348,6 +351,7 @@ func (b *backend) stop(ctx context.Context) {
 	b.tasks.Close()
 	drain, cancel := context.WithTimeout(ctx, drainLimit)
 	defer cancel()
+	b.reports.wait(drain)
 	b.conns.Drain(drain)
 	if b.cfg.GatewayURL != "" {
 		b.conns.EndAll(ctx)
@@ -359,22 +363,61 @@ func (b *backend) serveReady(w http.ResponseWriter, r *http.Request) (status int
 	return status, map[string]string{"status": said}, nil
 }
 
-// protect refuses requests without the API token, if there is one, and all requests during a shutdown. While the
-// journal has no room it refuses those that change something.
+// refusal is why nothing is done for a request: it lacks the API token, or the backend is shutting down, or the journal
+// has no room for what it would change.
+func (b *backend) refusal(authorization string, changes bool) error {
+	switch {
+	case b.cfg.APIToken != "" && !hasBearer(authorization, b.cfg.APIToken):
+		return errWrongToken
+	case b.closing.Load():
+		return errClosing
+	case changes && b.journal.full():
+		return errCannotStore
+	}
+	return nil
+}
+
+// protect calls h for the requests that are not refused.
 func (b *backend) protect(h handler) handler {
 	return func(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
-		switch {
-		case b.cfg.APIToken != "" && !hasBearer(r, b.cfg.APIToken):
+		if err := b.refusal(r.Header.Get("Authorization"), r.Method != http.MethodGet); err == errWrongToken {
 			b.wrongTokens.log(b.log, slog.LevelWarn, "missing or wrong API token", "remote", r.RemoteAddr, "path", r.URL.Path)
 			w.Header().Set("WWW-Authenticate", `Bearer realm="sidecast"`)
-			return 0, nil, errWrongToken
-		case b.closing.Load():
-			return 0, nil, errClosing
-		case r.Method != http.MethodGet && b.journal.full():
-			return 0, nil, errCannotStore
+			return 0, nil, err
+		} else if err != nil {
+			return 0, nil, err
 		}
 		return h(w, r)
 	}
+}
+
+// serveReport is POST /api/tasks/{task_id}/progress.
+func (b *backend) serveReport(w http.ResponseWriter, r *http.Request) {
+	status, answer, err := b.protect(b.tasks.serveProgress)(w, r)
+	if err != nil {
+		writeRefusal(w, r, err)
+		return
+	}
+	_, body := encodeAnswer(status, answer, nil)
+	b.reports.respond(w, r, jsonType, status, body)
+}
+
+// plainLimit is for plainPoster.
+func (b *backend) plainLimit(p plainPost) int64 {
+	if reportedTask(p.path) == "" || p.mediaType != jsonType || !b.cfg.servesHost(string(p.host)) {
+		return -1
+	}
+	return maxTaskBody
+}
+
+// answerPlain is for plainPoster.
+func (b *backend) answerPlain(text []byte, p plainPost, body []byte) (status int, answer []byte) {
+	if b.refusal(string(p.authorization), true) != nil {
+		return 0, text
+	}
+	status, said := encodeAnswer(b.tasks.report(reportedTask(p.path), body))
+	runtime.Gosched() // so that the event leaves before the answer
+	return status, append(text, said...)
 }
 
 // healthcheck asks the sidecast on this machine whether it is ready.

@@ -9,7 +9,6 @@ import (
 	"math"
 	"net/http"
 	"sync"
-	"time"
 )
 
 const (
@@ -120,8 +119,7 @@ func parseBool(raw []byte) (bool, error) {
 // bodies are buffers for the bodies of /internal/send.
 var bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
-// serveSend is POST /internal/send. If it can, it takes over the connection, for the requests that will follow: see
-// sendLoop.
+// serveSend is POST /internal/send.
 func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	w = uncounted(w)
 	mediaType, limit := jsonType, int64(maxSend)
@@ -141,16 +139,24 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	status, text := g.answerSend(nil, mediaType, body)
-	bodies.Put(buf) // not deferred: keepSending lasts as long as the connection
-	if r.ProtoAtLeast(1, 1) && !r.Close {
-		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
-			g.keepSending(conn, rw.Reader, appendAnswer(nil, time.Now(), mediaType, status, text))
-			return
-		}
+	bodies.Put(buf) // not deferred: respond may last as long as the connection
+	g.posts.respond(w, r, mediaType, status, text)
+}
+
+// plainLimit is for plainPoster.
+func (g *gateway) plainLimit(p plainPost) int64 {
+	switch {
+	case string(p.path) != "/internal/send":
+		return -1
+	case p.mediaType == ndjson:
+		return maxBatch
 	}
-	w.Header().Set("Content-Type", mediaType)
-	w.WriteHeader(status)
-	w.Write(text)
+	return maxSend
+}
+
+// answerPlain is for plainPoster.
+func (g *gateway) answerPlain(text []byte, p plainPost, body []byte) (status int, answer []byte) {
+	return g.answerSend(text, p.mediaType, body)
 }
 
 // answerSend carries out the body of POST /internal/send. It returns the status of the answer, and text with its body

@@ -1,23 +1,18 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"reflect"
 	"slices"
-	"strconv"
 	"strings"
-	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -160,172 +155,6 @@ func TestMalformedBodies(t *testing.T) {
 	c.wantData("live")
 }
 
-// The gateway serves a connection that has brought one send by code of its own. Nobody must see where that code knows
-// no further and gives the connection back to net/http, so every request is answered as on a fresh connection.
-func TestSendConnection(t *testing.T) {
-	t.Parallel()
-	g := newGatewayFixture(t, "", nil)
-	body := `{"token":"` + g.open("/x").callback.Token + `"}`
-	length := fmt.Sprintf("Content-Length: %d\r\n", len(body))
-	const post, jsonType = "POST /internal/send HTTP/1.1\r\nHost: h\r\n", "Content-Type: application/json\r\n"
-	plain := post + jsonType + length + "\r\n" + body
-	for _, request := range []string{
-		plain,
-		post + strings.ToLower(jsonType+length) + "\r\n" + body,
-		post + "content-LENGTH:" + strconv.Itoa(len(body)) + "\t\r\nCONTENT-type:\tApplication/Json \t;charset=utf-8\r\n\r\n" + body,
-		post + jsonType + length + "Connection: Keep-Alive\r\nUser-Agent: a:b\r\nX-Empty:\r\n\r\n" + body,
-		post + jsonType + length + "Connection: close\r\n\r\n" + body,
-		post + jsonType + length + "Expect: 100-continue\r\n\r\n" + body,
-		post + jsonType + length + length + "\r\n" + body,
-		post + jsonType + length + "Content-Length: 1\r\n\r\n" + body,
-		post + jsonType + "Content-Length: -1\r\n\r\n" + body,
-		post + jsonType + "Content-Length: 0\r\n\r\n",
-		post + jsonType + "Content-Length: 99999999999999999999\r\n\r\n",
-		post + jsonType + "Content-Length : 1\r\n\r\n" + body,
-		post + jsonType + "\r\n",
-		post + jsonType + fmt.Sprintf("Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", len(body), body),
-		post + jsonType + "Transfer-Encoding: chunked\r\n\r\nz\r\n",
-		post + jsonType + " folded: x\r\n" + length + "\r\n" + body,
-		post + jsonType + length + "no colon\r\n\r\n" + body,
-		post + jsonType + length + "X: " + strings.Repeat("x", 32<<10) + "\r\n\r\n" + body,
-		post + length + "\r\n" + body,
-		post + "Content-Type: text/plain\r\n" + length + "\r\n" + body,
-		post + "Content-Type: application/x-ndjson\r\n" + length + "\r\n" + body,
-		post + jsonType + "Content-Length: 1048577\r\n\r\n" + strings.Repeat(" ", 1<<20+1),
-		post + jsonType + "Content-Type: text/plain\r\n" + length + "\r\n" + body,
-		post + "Content-Type: text/plain\r\n" + jsonType + length + "\r\n" + body,
-		post + "Content-Type: application/json;;\r\n" + length + "\r\n" + body,
-		post + "Content-Type: application/json; a=b; a=c\r\n" + length + "\r\n" + body,
-		post + "Content-Type: Application/X-NDJSON; a=b\r\n" + length + "\r\n" + body,
-		post + jsonType + length + "Host: h\r\n\r\n" + body,
-		post + jsonType + length + ": x\r\n\r\n" + body,
-		post + jsonType + length + "a(b: x\r\n\r\n" + body,
-		post + jsonType + length + "User-Agent: a\x00b\r\n\r\n" + body,
-		post + jsonType + length + "User-Agent: a\rb\r\n\r\n" + body,
-		strings.Replace(plain, "Host: h\r\n", "", 1),
-		strings.Replace(plain, "Host: h\r\n", "Host: a b\r\n", 1),
-		strings.Replace(plain, "Host: h\r\n", "Host: [::1]:80\r\n", 1),
-		strings.ReplaceAll(plain, "\r\n", "\n"),
-		strings.Replace(plain, "HTTP/1.1", "HTTP/1.0", 1),
-		strings.Replace(plain, "/internal/send", "/internal/send?x=1", 1),
-		strings.Replace(plain, "/internal/send", "http://h/internal/send", 1),
-		strings.Replace(plain, "POST", "PUT", 1),
-		strings.Replace(plain, "POST", "post", 1),
-		"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n",
-		"POST /healthz HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx",
-		"GET /a%zz HTTP/1.1\r\nHost: h\r\n\r\n",
-		"POST\r\n\r\n",
-	} {
-		fresh, used := g.dial(request), g.dial(plain)
-		if got := used.reply(); got != sentOK {
-			t.Fatalf("got %s, want %s", got, sentOK)
-		}
-		used.write(request)
-		want, got := fresh.answer(), used.answer()
-		wantText, _ := fresh.rest()
-		gotText, _ := used.rest()
-		gotType, wantType := got.Header.Get("Content-Type"), want.Header.Get("Content-Type")
-		if got := got.Header.Get("Cache-Control"); wantType == "application/json" && got != "no-store" {
-			t.Errorf("%.300q: got Cache-Control %q, want no-store", request, got)
-		}
-		if got.StatusCode != want.StatusCode || gotType != wantType || gotText != wantText || got.Close != want.Close {
-			t.Errorf("%.300q: got %s %s %q, to be closed: %v; want %s %s %q, %v",
-				request, got.Status, gotType, gotText, got.Close, want.Status, wantType, wantText, want.Close)
-		}
-	}
-}
-
-// A request has its time from its first byte on, as with net/http, however it drips; a silent connection has longer.
-func TestSendConnectionTimes(t *testing.T) {
-	t.Parallel()
-	const pause = 9 * time.Second
-	plain := sendText("application/json", []byte(`{"token":"x"}`))
-	for _, tt := range []struct {
-		name  string
-		begun string // of the next request, with the one before
-		next  string // of it, a byte each pause
-		least time.Duration
-		most  time.Duration
-	}{
-		{"silent", "", "", sendIdle - sendIdleSlack, sendIdle},
-		{"dripping", "", plain, pause + sendDue, pause + sendDue},
-		{"begun, then dripping", plain[:60], plain[60:], sendDue, sendDue},
-		{"begun, then silent", plain[:60], "", sendDue, sendDue},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
-			ours, theirs := net.Pipe()
-			go g.sendLoop(ours, nil)
-			answers := bufio.NewReader(theirs)
-			ask := func(text string) {
-				io.WriteString(theirs, text)
-				if resp, err := http.ReadResponse(answers, nil); err != nil || resp.StatusCode != 404 {
-					t.Fatalf("%s: got %v, %v, want an answer", tt.name, resp, err)
-				} else {
-					io.Copy(io.Discard, resp.Body)
-				}
-			}
-			ask(plain)
-			time.Sleep(sendIdle - sendIdleSlack - time.Second)
-			io.WriteString(theirs, plain[:60])
-			time.Sleep(sendDue - time.Second)
-			ask(plain[60:] + tt.begun)
-			began := time.Now()
-			var drip sync.WaitGroup
-			drip.Go(func() {
-				for _, c := range []byte(tt.next) {
-					time.Sleep(pause)
-					if _, err := theirs.Write([]byte{c}); err != nil {
-						return
-					}
-				}
-			})
-			_, err := answers.ReadByte()
-			if took := time.Since(began); err != io.EOF || took < tt.least || took > tt.most {
-				t.Errorf("%s: got %v after %v, want the end after %v to %v", tt.name, err, took, tt.least, tt.most)
-			}
-			drip.Wait()
-		})
-	}
-}
-
-// Requests need not come one at a time, nor whole; and a stream may follow them.
-func TestSendConnectionPipelined(t *testing.T) {
-	t.Parallel()
-	const events = 200
-	g := newGatewayFixture(t, "", nil)
-	c := g.open("/x")
-	var requests strings.Builder
-	var want []string
-	for i := range events {
-		want = append(want, strconv.Itoa(i)+strings.Repeat("x", i*i%5000))
-		requests.WriteString(sendText("application/json", appendSend(nil, c.callback.Token, &event{Data: want[i]}, false)))
-	}
-	requests.WriteString("GET /behind HTTP/1.1\r\nHost: h\r\n\r\n")
-	var writer sync.WaitGroup
-	t.Cleanup(writer.Wait)
-	conn := g.dial("")
-	writer.Go(func() {
-		random := rand.New(rand.NewPCG(3, 4))
-		for text := requests.String(); text != ""; {
-			n := min(len(text), 1+random.IntN(1<<random.IntN(15)))
-			conn.write(text[:n])
-			text = text[n:]
-		}
-	})
-	for i := range events {
-		if got := conn.reply(); got != sentOK {
-			t.Fatalf("answer %d: got %s, want %s", i, got, sentOK)
-		}
-	}
-	writer.Wait()
-	c.wantData(want...)
-	conn.callback = receive(t, g.connects)
-	conn.begin()
-	g.send(conn.callback.Token, "live")
-	conn.wantData("live")
-}
-
 func TestBatch(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
@@ -418,26 +247,6 @@ func TestBatchRefusesWholeRows(t *testing.T) {
 	text, _ := c.rest()
 	if got := strings.Count(text, "x\n\n"); got != taken {
 		t.Errorf("the client got %d whole events, of which %d were taken", got, taken)
-	}
-}
-
-// A head that claims much, and then nothing, must not take the memory for it.
-func TestSendBufferGrowsWithTheRequest(t *testing.T) {
-	for _, size := range []int{1, sendBuffer, 64<<10 + 1, sendBufferMax, sendBufferMax + 1, maxBatch + 200} {
-		var sent, buf []byte
-		for len(buf) < size {
-			if buf = growBuffer(buf, size); len(buf) == cap(buf) {
-				t.Fatalf("%d bytes of %d: no room for more", len(buf), size)
-			}
-			if most := max(sendBufferMax, 3*len(buf)); cap(buf) > most {
-				t.Fatalf("%d bytes of %d: room for %d, want at most %d", len(buf), size, cap(buf), most)
-			}
-			more := bytes.Repeat([]byte{byte(len(sent) >> 10)}, min(cap(buf), size)-len(buf)) // as far as one read may go
-			buf, sent = append(buf, more...), append(sent, more...)
-		}
-		if !bytes.Equal(buf, sent) {
-			t.Errorf("%d bytes are not what was sent", size)
-		}
 	}
 }
 

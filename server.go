@@ -81,13 +81,17 @@ type countedWriter struct {
 func (w *countedWriter) WriteHeader(status int) {
 	if !w.counted && status >= 200 {
 		w.counted = true
-		code := strconv.Itoa(status/100) + "xx"
-		if status == http.StatusUnauthorized {
-			code = "401"
-		}
-		w.requests.with(code).Inc()
+		countAnswer(w.requests, status)
 	}
 	w.ResponseWriter.WriteHeader(status)
+}
+
+func countAnswer(requests *family, status int) {
+	code := strconv.Itoa(status/100) + "xx"
+	if status == http.StatusUnauthorized {
+		code = "401"
+	}
+	requests.with(code).Inc()
 }
 
 func (w *countedWriter) Write(b []byte) (int, error) {

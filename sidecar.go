@@ -61,7 +61,7 @@ type gateway struct {
 
 	full, failed, misdirected throttle // limit what is logged of each
 
-	returned *returnListener // connections that sendLoop gives back to net/http
+	posts *postLoop // serves /internal/send on connections that stay open
 
 	name     string        // of this run, in orderHeader
 	requests atomic.Uint64 // requests for streams, so far
@@ -113,12 +113,12 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 		full:          throttle{interval: time.Minute},
 		failed:        throttle{interval: time.Minute},
 		misdirected:   throttle{interval: time.Minute},
-		returned:      newReturnListener(),
 		name:          newEpoch(),
 	}
 	for i := range g.shards {
 		g.shards[i].streams = map[string]*stream{}
 	}
+	g.posts = newPostLoop(g, nil)
 	return g
 }
 
@@ -338,7 +338,7 @@ func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) (status int
 	switch {
 	case !isJSON(r): // a form of another site cannot send this type
 		return 0, nil, errMediaType
-	case want != "" && !hasBearer(r, secret(want)):
+	case want != "" && !hasBearer(r.Header.Get("Authorization"), secret(want)):
 		return 0, nil, errWrongSecret
 	}
 	streams := g.all() // before the answer: after it there may be new ones

@@ -1,0 +1,325 @@
+// A hand-written HTTP server for the POSTs that come one after the other on a connection that stays open: a backend's
+// events for a gateway, and a worker's reports. net/http takes longer for such a request than its event takes to the
+// browser. Only the plainest form of a request is known here (RFC 9112); for any other the connection goes back to
+// net/http, with what has been read of it. TestPlainPosts checks that both give the same answers.
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	postIdle      = 2 * time.Minute  // a silent connection is closed
+	postDue       = 30 * time.Second // for a request, from its first byte, as in newServer
+	postIdleSlack = 10 * time.Second
+	postBuffer    = 4 << 10   // what a connection's buffer begins with
+	postBufferMax = 256 << 10 // a larger buffer is not kept
+)
+
+// plainPoster carries out the requests of a postLoop.
+type plainPoster interface {
+	// plainLimit returns the most bytes that the body of a request may have. It is negative if the request is none that
+	// answerPlain knows.
+	plainLimit(p plainPost) int64
+	// answerPlain carries out a request. It returns the status of the answer, and text with its body appended. A status
+	// of 0 says that net/http must answer; then nothing has been done.
+	answerPlain(text []byte, p plainPost, body []byte) (status int, answer []byte)
+}
+
+// postLoop serves connections with such requests. To net/http it is the listener from which those come that go back.
+type postLoop struct {
+	poster   plainPoster
+	requests *family       // counts the answers; nil if they are not counted
+	conns    chan net.Conn // on their way back
+	accepted atomic.Bool   // net/http does accept them
+	closed   chan struct{}
+	close    sync.Once
+
+	tracker // counts requests that are being answered
+}
+
+func newPostLoop(poster plainPoster, requests *family) *postLoop {
+	return &postLoop{poster: poster, requests: requests, conns: make(chan net.Conn), closed: make(chan struct{})}
+}
+
+// respond answers a request that net/http has read. If it was a plain one, its connection is served here from then on.
+func (l *postLoop) respond(w http.ResponseWriter, r *http.Request, mediaType string, status int, body []byte) {
+	if l.accepted.Load() && isPlain(r, mediaType) {
+		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
+			l.keep(conn, rw.Reader, l.appendAnswer(nil, time.Now(), mediaType, status, body))
+			return
+		}
+	}
+	writeBody(w, mediaType, status, body)
+}
+
+// keep writes the answer to a connection that was taken over from net/http, and serves it from then on.
+func (l *postLoop) keep(conn net.Conn, read *bufio.Reader, answer []byte) {
+	ahead, _ := read.Peek(read.Buffered())
+	if r, ok := conn.(*returnedConn); ok {
+		more, _ := io.ReadAll(r.first)
+		ahead = append(ahead, more...)
+		conn = r.TCPConn
+	}
+	conn.SetDeadline(time.Now().Add(postIdle))
+	if _, err := conn.Write(answer); err != nil {
+		conn.Close()
+		return
+	}
+	l.serve(conn, ahead)
+}
+
+// serve serves conn. buf is what has been read from it.
+func (l *postLoop) serve(conn net.Conn, buf []byte) {
+	var out replyBuffers
+	var deadline time.Time
+	begun := false // a request has begun, and must be there by deadline
+	now := time.Now()
+	for {
+		p, plain := l.parse(buf)
+		if plain && p.size > 0 && len(buf) >= p.size {
+			var err error
+			if plain, err = l.reply(conn, p, buf, now, &out); err != nil {
+				conn.Close()
+				return
+			}
+			if plain {
+				rest := buf[p.size:]
+				if cap(buf) > postBufferMax {
+					buf = nil
+				}
+				buf = append(buf[:0], rest...)
+				begun = false
+				continue
+			}
+		}
+		if !plain {
+			conn.SetDeadline(time.Time{})
+			l.giveBack(&returnedConn{conn.(*net.TCPConn), bytes.NewReader(buf)})
+			return
+		}
+		switch {
+		case len(buf) > 0 && !begun:
+			begun = true
+			deadline = now.Add(postDue)
+			conn.SetDeadline(deadline)
+		case len(buf) == 0 && deadline.Sub(now) < postIdle-postIdleSlack: // not each time, as it costs a timer
+			deadline = now.Add(postIdle)
+			conn.SetDeadline(deadline)
+		}
+		buf = growBuffer(buf, p.size)
+		n, err := conn.Read(buf[len(buf):cap(buf)])
+		now = time.Now()
+		buf = buf[:len(buf)+n]
+		if err != nil {
+			conn.Close()
+			return
+		}
+	}
+}
+
+// parse is parsePlain, but for the poster's limit.
+func (l *postLoop) parse(buf []byte) (p plainPost, plain bool) {
+	if p, plain = parsePlain(buf); plain && p.size > 0 {
+		plain = int64(p.size-p.head) <= l.poster.plainLimit(p)
+	}
+	return p, plain
+}
+
+// replyBuffers are kept from one request to the next: the body of the answer, and the whole.
+type replyBuffers struct{ body, answer []byte }
+
+// reply answers a request, which buf begins with. It reports whether it could.
+func (l *postLoop) reply(conn net.Conn, p plainPost, buf []byte, now time.Time, out *replyBuffers) (plain bool, err error) {
+	l.busy.Add(1)
+	defer l.busy.Add(-1)
+	var status int
+	status, out.body = l.poster.answerPlain(out.body[:0], p, buf[p.head:p.size])
+	if status == 0 {
+		return false, nil
+	}
+	out.answer = l.appendAnswer(out.answer[:0], now, p.mediaType, status, out.body)
+	_, err = conn.Write(out.answer)
+	if cap(out.body) > postBufferMax {
+		*out = replyBuffers{}
+	}
+	return true, err
+}
+
+// growBuffer returns buf with room for more of a request of size bytes; 0 means not known yet. The room grows with what
+// has come: a head that announces megabytes must not be enough to take them.
+func growBuffer(buf []byte, size int) []byte {
+	if len(buf) < cap(buf) && (size <= cap(buf) || cap(buf) >= postBufferMax) {
+		return buf
+	}
+	return slices.Grow(buf, min(max(size-len(buf), postBuffer), postBufferMax))
+}
+
+// plainPost is the head of a request. Its slices are parts of what has been read.
+type plainPost struct {
+	path, host, authorization []byte
+	mediaType                 string // jsonType or ndjson
+	head, size                int    // bytes of the head, and of the whole request; size is 0 while the head is incomplete
+}
+
+// hostBytes are the bytes of a host with a port. harmless are the headers that clients add by themselves, and that mean
+// nothing here.
+const hostBytes = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-_:[]"
+
+var harmless = []string{"user-agent", "accept-encoding", "accept", "accept-language", "sec-fetch-mode", "traceparent", "tracestate"}
+
+func isHarmless(name string) bool {
+	return slices.ContainsFunc(harmless, func(known string) bool { return strings.EqualFold(name, known) })
+}
+
+// parsePlain looks at the head of a request. plain is false if it is anything but a POST to a plain path with a
+// Content-Length and one of the media types.
+func parsePlain(buf []byte) (p plainPost, plain bool) {
+	const method, version = "POST /", " HTTP/1.1"
+	if n := min(len(buf), len(method)); string(buf[:n]) != method[:n] {
+		return p, false
+	}
+	head := bytes.Index(buf, []byte("\r\n\r\n"))
+	if head < 0 { // incomplete; net/http takes lines that end in LF alone
+		return p, len(buf) <= maxHeader && bytes.Count(buf, []byte("\n")) == bytes.Count(buf, []byte("\r\n"))
+	}
+	line, rest, _ := bytes.Cut(buf[:head+2], []byte("\r\n"))
+	target, ok := bytes.CutSuffix(line[len("POST "):], []byte(version))
+	if !ok || len(bytes.Trim(target, plainChars+"/")) > 0 {
+		return p, false
+	}
+	p.path, p.head = target, head+len("\r\n\r\n")
+	length := -1
+	for len(rest) > 0 {
+		line, rest, _ = bytes.Cut(rest, []byte("\r\n"))
+		field, value, ok := bytes.Cut(line, []byte(":"))
+		value = bytes.Trim(value, " \t")
+		if !ok || !isVisible(field) || !isVisible(value) {
+			return p, false
+		}
+		switch name := string(field); {
+		case strings.EqualFold(name, "host"):
+			ok = p.host == nil && len(value) > 0 && len(bytes.Trim(value, hostBytes)) == 0
+			p.host = value
+		case strings.EqualFold(name, "authorization"):
+			ok = p.authorization == nil && len(value) > 0
+			p.authorization = value
+		case strings.EqualFold(name, "content-length"):
+			n, err := strconv.ParseUint(string(value), 10, 31)
+			ok = err == nil && length < 0
+			length = int(n)
+		case strings.EqualFold(name, "content-type"):
+			ok = p.mediaType == "" && (string(value) == jsonType || string(value) == ndjson)
+			p.mediaType = jsonType
+			if string(value) == ndjson {
+				p.mediaType = ndjson
+			}
+		case strings.EqualFold(name, "connection"):
+			ok = strings.EqualFold(string(value), "keep-alive")
+		default: // others might change what the request means
+			ok = isHarmless(name)
+		}
+		if !ok {
+			return p, false
+		}
+	}
+	p.size = p.head + length
+	return p, length >= 0 && p.host != nil && p.mediaType != ""
+}
+
+// isVisible reports whether a part of a header has only visible ASCII and spaces.
+func isVisible(part []byte) bool {
+	for _, c := range part {
+		if c < ' ' || c > '~' {
+			return false
+		}
+	}
+	return true
+}
+
+// isPlain reports whether a request was one that parsePlain knows, with a body of that media type. Others of its client
+// will have the same form, and going to and fro would cost more than it saves.
+func isPlain(r *http.Request, mediaType string) bool {
+	for name := range r.Header {
+		switch name {
+		case "Authorization", "Connection", "Content-Length":
+		case "Content-Type":
+			if r.Header.Get(name) != mediaType {
+				return false
+			}
+		default:
+			if !isHarmless(name) {
+				return false
+			}
+		}
+	}
+	return r.ProtoAtLeast(1, 1) && !r.Close && r.ContentLength >= 0 && r.Header["Content-Type"] != nil
+}
+
+// appendAnswer appends a response, and counts it.
+func (l *postLoop) appendAnswer(b []byte, now time.Time, mediaType string, status int, body []byte) []byte {
+	if l.requests != nil {
+		countAnswer(l.requests, status)
+	}
+	b = append(b, "HTTP/1.1 "...)
+	b = strconv.AppendInt(b, int64(status), 10)
+	b = append(b, ' ')
+	b = append(b, http.StatusText(status)...)
+	b = append(b, "\r\nContent-Type: "...)
+	b = append(b, mediaType...)
+	b = append(b, "\r\nCache-Control: no-store\r\nDate: "...)
+	b = now.UTC().AppendFormat(b, http.TimeFormat)
+	b = append(b, "\r\nContent-Length: "...)
+	b = strconv.AppendInt(b, int64(len(body)), 10)
+	b = append(b, "\r\n\r\n"...)
+	return append(b, body...)
+}
+
+// returnedConn is a connection whose first bytes have been read already.
+type returnedConn struct {
+	*net.TCPConn
+	first *bytes.Reader
+}
+
+func (c *returnedConn) Read(b []byte) (int, error) {
+	if c.first.Len() > 0 {
+		return c.first.Read(b)
+	}
+	return c.TCPConn.Read(b)
+}
+
+func (l *postLoop) giveBack(c net.Conn) {
+	select {
+	case l.conns <- c:
+	case <-l.closed:
+		c.Close()
+	}
+}
+
+func (l *postLoop) Accept() (net.Conn, error) {
+	l.accepted.Store(true)
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *postLoop) Close() error {
+	l.close.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *postLoop) Addr() net.Addr { return &net.TCPAddr{} }

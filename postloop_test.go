@@ -1,0 +1,363 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// The gateway serves a connection that has brought one send by code of its own. Nobody must see where that code knows
+// no further and gives the connection back to net/http, so every request is answered as on a fresh connection.
+func TestSendConnection(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	body := `{"token":"` + g.open("/x").callback.Token + `"}`
+	sameAnswers(t, g.addr, "/internal/send", body, sentOK, func(text string) string { return text })
+}
+
+// So it is with a connection that has brought a worker's report.
+func TestReportConnection(t *testing.T) {
+	t.Parallel()
+	backend := startBackend(t, "API_TOKEN=k")
+	addr := strings.TrimPrefix(backend.URL, "http://")
+	const report = `{"text":"x","seq":1}`
+	first := func(path, body, want string) {
+		text := fmt.Sprintf("POST %s HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\nContent-Length: %d\r\n\r\n%s", path, len(body), body)
+		if got := dialTo(t, addr, text).reply(); !strings.HasPrefix(got, want) {
+			t.Fatalf("got %s, want %s", got, want)
+		}
+	}
+	first("/api/tasks", `{"type":"external","params":{"task_id":"a"}}`, "202 ")
+	first("/api/tasks/a/progress", report, "200 ") // from now on it is repeated
+	epochs := regexp.MustCompile(`"[0-9a-z]{8}-`)
+	sameAnswers(t, addr, "/api/tasks/a/progress", report, `200 {"event_id":"-2","repeated":true}`, func(text string) string {
+		return epochs.ReplaceAllString(text, `"-`)
+	})
+
+	v := newVisitor(t, backend.URL, backend.URL)
+	counted := func() float64 { return scrapeValue(v.getText("/metrics"), `http_requests_total{code="2xx"}`) }
+	before := counted()
+	conn := dialTo(t, addr, "")
+	for range 3 {
+		conn.write(fmt.Sprintf("POST /api/tasks/a/progress HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n"+
+			"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(report), report))
+		conn.reply()
+	}
+	if got := counted() - before; got != 4 {
+		t.Errorf("three reports and /metrics: counted %v answers, want 4", got)
+	}
+}
+
+// sameAnswers compares the answers to requests on fresh connections with those on connections that have brought a plain
+// one. normal takes from an answer what differs by chance.
+func sameAnswers(t *testing.T, addr, path, body, plainAnswer string, normal func(string) string) {
+	t.Helper()
+	length := fmt.Sprintf("Content-Length: %d\r\n", len(body))
+	post := "POST " + path + " HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n"
+	const jsonType = "Content-Type: application/json\r\n"
+	plain := post + jsonType + length + "\r\n" + body
+	for _, request := range []string{
+		plain,
+		post + strings.ToLower(jsonType+length) + "\r\n" + body,
+		post + "content-LENGTH:" + strconv.Itoa(len(body)) + "\t\r\nCONTENT-type:\tApplication/Json \t;charset=utf-8\r\n\r\n" + body,
+		post + jsonType + length + "Connection: Keep-Alive\r\nUser-Agent: a:b\r\nX-Empty:\r\n\r\n" + body,
+		post + jsonType + length + "Connection: close\r\n\r\n" + body,
+		post + jsonType + length + "Expect: 100-continue\r\n\r\n" + body,
+		post + jsonType + length + length + "\r\n" + body,
+		post + jsonType + length + "Content-Length: 1\r\n\r\n" + body,
+		post + jsonType + "Content-Length: -1\r\n\r\n" + body,
+		post + jsonType + "Content-Length: 0\r\n\r\n",
+		post + jsonType + "Content-Length: 99999999999999999999\r\n\r\n",
+		post + jsonType + "Content-Length : 1\r\n\r\n" + body,
+		post + jsonType + "\r\n",
+		post + jsonType + fmt.Sprintf("Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", len(body), body),
+		post + jsonType + "Transfer-Encoding: chunked\r\n\r\nz\r\n",
+		post + jsonType + " folded: x\r\n" + length + "\r\n" + body,
+		post + jsonType + length + "no colon\r\n\r\n" + body,
+		post + jsonType + length + "X: " + strings.Repeat("x", 32<<10) + "\r\n\r\n" + body,
+		post + length + "\r\n" + body,
+		post + "Content-Type: text/plain\r\n" + length + "\r\n" + body,
+		post + "Content-Type: application/x-ndjson\r\n" + length + "\r\n" + body,
+		post + jsonType + "Content-Length: 1048577\r\n\r\n" + strings.Repeat(" ", 1<<20+1),
+		post + jsonType + "Content-Type: text/plain\r\n" + length + "\r\n" + body,
+		post + "Content-Type: text/plain\r\n" + jsonType + length + "\r\n" + body,
+		post + "Content-Type: application/json;;\r\n" + length + "\r\n" + body,
+		post + "Content-Type: application/json; a=b; a=c\r\n" + length + "\r\n" + body,
+		post + "Content-Type: Application/X-NDJSON; a=b\r\n" + length + "\r\n" + body,
+		post + jsonType + length + "Host: localhost\r\n\r\n" + body,
+		post + jsonType + length + ": x\r\n\r\n" + body,
+		post + jsonType + length + "a(b: x\r\n\r\n" + body,
+		post + jsonType + length + "User-Agent: a\x00b\r\n\r\n" + body,
+		post + jsonType + length + "User-Agent: a\rb\r\n\r\n" + body,
+		strings.Replace(plain, "Host: localhost\r\n", "", 1),
+		strings.Replace(plain, "Host: localhost\r\n", "Host: a b\r\n", 1),
+		strings.Replace(plain, "Host: localhost\r\n", "Host: [::1]:80\r\n", 1),
+		strings.ReplaceAll(plain, "\r\n", "\n"),
+		strings.Replace(plain, "HTTP/1.1", "HTTP/1.0", 1),
+		strings.Replace(plain, path, path+"?x=1", 1),
+		strings.Replace(plain, path, "http://h"+path, 1),
+		strings.Replace(plain, "POST", "PUT", 1),
+		strings.Replace(plain, "POST", "post", 1),
+		strings.Replace(plain, path, path+"/", 1),
+		strings.Replace(plain, path, "/"+path, 1),
+		strings.Replace(plain, path, "/."+path, 1),
+		strings.Replace(plain, path, strings.Replace(path, "s", "%73", 1), 1),
+		strings.Replace(plain, path, strings.Replace(path, "/a/", "/./", 1), 1),
+		strings.Replace(plain, path, strings.Replace(path, "/a/", "/../", 1), 1),
+		strings.Replace(plain, path, strings.Replace(path, "/a/", "//", 1), 1),
+		strings.Replace(plain, path, strings.Replace(path, "/a/", "/unknown/", 1), 1),
+		strings.Replace(plain, path, strings.Replace(path, "/a/", "/"+strings.Repeat("a", 129)+"/", 1), 1),
+		strings.Replace(plain, "Host: localhost", "Host: elsewhere", 1),
+		strings.Replace(plain, "Authorization: Bearer k\r\n", "", 1),
+		strings.Replace(plain, "Bearer k", "bearer k", 1),
+		strings.Replace(plain, "Bearer k", "Bearer K", 1),
+		strings.Replace(plain, "Bearer k", "Basic k", 1),
+		strings.Replace(plain, "Bearer k", "Bearer k\r\nAuthorization: Bearer K", 1),
+		strings.Replace(plain, "Bearer k", "Bearer K\r\nAuthorization: Bearer k", 1),
+		post + jsonType + length + "Origin: https://elsewhere.test\r\n\r\n" + body,
+		post + jsonType + length + "Sec-Fetch-Site: cross-site\r\n\r\n" + body,
+		post + jsonType + length + "Cookie: a=b\r\n\r\n" + body,
+		post + jsonType + "Content-Length: 2\r\n\r\n{}",
+		post + jsonType + "Content-Length: 262145\r\n\r\n" + strings.Repeat(" ", 256<<10+1),
+		"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+		"POST /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx",
+		"GET /a%zz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+		"POST\r\n\r\n",
+	} {
+		fresh, used := dialTo(t, addr, request), dialTo(t, addr, plain)
+		if got := normal(used.reply()); got != plainAnswer {
+			t.Fatalf("got %s, want %s", got, plainAnswer)
+		}
+		used.write(request)
+		want, got := fresh.answer(), used.answer()
+		wantText, _ := fresh.rest()
+		gotText, _ := used.rest()
+		gotType, wantType := got.Header.Get("Content-Type"), want.Header.Get("Content-Type")
+		if got := got.Header.Get("Cache-Control"); wantType == "application/json" && got != "no-store" {
+			t.Errorf("%.300q: got Cache-Control %q, want no-store", request, got)
+		}
+		if got.StatusCode != want.StatusCode || gotType != wantType || normal(gotText) != normal(wantText) || got.Close != want.Close {
+			t.Errorf("%.300q: got %s %s %q, to be closed: %v; want %s %s %q, %v",
+				request, got.Status, gotType, gotText, got.Close, want.Status, wantType, wantText, want.Close)
+		}
+	}
+}
+
+// A request has its time from its first byte on, as with net/http, however it drips; a silent connection has longer.
+func TestSendConnectionTimes(t *testing.T) {
+	t.Parallel()
+	const pause = 9 * time.Second
+	plain := sendText("application/json", []byte(`{"token":"x"}`))
+	for _, tt := range []struct {
+		name  string
+		begun string // of the next request, with the one before
+		next  string // of it, a byte each pause
+		least time.Duration
+		most  time.Duration
+	}{
+		{"silent", "", "", postIdle - postIdleSlack, postIdle},
+		{"dripping", "", plain, pause + postDue, pause + postDue},
+		{"begun, then dripping", plain[:60], plain[60:], postDue, postDue},
+		{"begun, then silent", plain[:60], "", postDue, postDue},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+			ours, theirs := net.Pipe()
+			go g.posts.serve(ours, nil)
+			answers := bufio.NewReader(theirs)
+			ask := func(text string) {
+				io.WriteString(theirs, text)
+				if resp, err := http.ReadResponse(answers, nil); err != nil || resp.StatusCode != 404 {
+					t.Fatalf("%s: got %v, %v, want an answer", tt.name, resp, err)
+				} else {
+					io.Copy(io.Discard, resp.Body)
+				}
+			}
+			ask(plain)
+			time.Sleep(postIdle - postIdleSlack - time.Second)
+			io.WriteString(theirs, plain[:60])
+			time.Sleep(postDue - time.Second)
+			ask(plain[60:] + tt.begun)
+			began := time.Now()
+			var drip sync.WaitGroup
+			drip.Go(func() {
+				for _, c := range []byte(tt.next) {
+					time.Sleep(pause)
+					if _, err := theirs.Write([]byte{c}); err != nil {
+						return
+					}
+				}
+			})
+			_, err := answers.ReadByte()
+			if took := time.Since(began); err != io.EOF || took < tt.least || took > tt.most {
+				t.Errorf("%s: got %v after %v, want the end after %v to %v", tt.name, err, took, tt.least, tt.most)
+			}
+			drip.Wait()
+		})
+	}
+}
+
+// Requests need not come one at a time, nor whole; and a stream may follow them.
+func TestSendConnectionPipelined(t *testing.T) {
+	t.Parallel()
+	const events = 200
+	g := newGatewayFixture(t, "", nil)
+	c := g.open("/x")
+	var requests strings.Builder
+	var want []string
+	for i := range events {
+		want = append(want, strconv.Itoa(i)+strings.Repeat("x", i*i%5000))
+		requests.WriteString(sendText("application/json", appendSend(nil, c.callback.Token, &event{Data: want[i]}, false)))
+	}
+	requests.WriteString("GET /behind HTTP/1.1\r\nHost: h\r\n\r\n")
+	var writer sync.WaitGroup
+	t.Cleanup(writer.Wait)
+	conn := g.dial("")
+	writer.Go(func() {
+		random := rand.New(rand.NewPCG(3, 4))
+		for text := requests.String(); text != ""; {
+			n := min(len(text), 1+random.IntN(1<<random.IntN(15)))
+			conn.write(text[:n])
+			text = text[n:]
+		}
+	})
+	for i := range events {
+		if got := conn.reply(); got != sentOK {
+			t.Fatalf("answer %d: got %s, want %s", i, got, sentOK)
+		}
+	}
+	writer.Wait()
+	c.wantData(want...)
+	conn.callback = receive(t, g.connects)
+	conn.begin()
+	g.send(conn.callback.Token, "live")
+	conn.wantData("live")
+}
+
+// A head that claims much, and then nothing, must not take the memory for it.
+func TestSendBufferGrowsWithTheRequest(t *testing.T) {
+	for _, size := range []int{1, postBuffer, 64<<10 + 1, postBufferMax, postBufferMax + 1, maxBatch + 200} {
+		var sent, buf []byte
+		for len(buf) < size {
+			if buf = growBuffer(buf, size); len(buf) == cap(buf) {
+				t.Fatalf("%d bytes of %d: no room for more", len(buf), size)
+			}
+			if most := max(postBufferMax, 3*len(buf)); cap(buf) > most {
+				t.Fatalf("%d bytes of %d: room for %d, want at most %d", len(buf), size, cap(buf), most)
+			}
+			more := bytes.Repeat([]byte{byte(len(sent) >> 10)}, min(cap(buf), size)-len(buf)) // as far as one read may go
+			buf, sent = append(buf, more...), append(sent, more...)
+		}
+		if !bytes.Equal(buf, sent) {
+			t.Errorf("%d bytes are not what was sent", size)
+		}
+	}
+}
+
+// What is taken for plain means to net/http what it means here, so that nothing in front of the two can tell them apart.
+func FuzzPlainPost(f *testing.F) {
+	head := "POST /api/tasks/a/progress HTTP/1.1\r\nHost: h:1\r\nAuthorization: Bearer k\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
+	f.Add([]byte(head + "\r\n{}"))
+	f.Add([]byte(head + "User-Agent: \t a \t \r\nconnection: Keep-Alive\r\n\r\n{}POST"))
+	f.Add([]byte(head + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"))
+	f.Add([]byte(strings.Replace(head, "json", "x-ndjson", 1) + " folded: x\r\n\r\n{}"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		p, plain := parsePlain(text)
+		if !plain || p.size == 0 || len(text) < p.size {
+			return
+		}
+		r, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(text)))
+		if err != nil {
+			t.Fatalf("%q: %v", text, err)
+		}
+		body, err := io.ReadAll(r.Body)
+		if err != nil || !bytes.Equal(body, text[p.head:p.size]) {
+			t.Errorf("%q: got body %q, want %q, %v", text, text[p.head:p.size], body, err)
+		}
+		got := []string{string(p.path), string(p.host), string(p.authorization), p.mediaType}
+		want := []string{r.URL.EscapedPath(), r.Host, r.Header.Get("Authorization"), r.Header.Get("Content-Type")}
+		if !slices.Equal(got, want) || !isPlain(r, p.mediaType) {
+			t.Errorf("%q: got %q, want %q, which net/http takes for plain: %v", text, got, want, isPlain(r, p.mediaType))
+		}
+	})
+}
+
+// A shutdown is for net/http to tell of, and waits for the answers that are under way.
+func TestReportConnectionsDuringShutdown(t *testing.T) {
+	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+		api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
+		p := plainPost{path: []byte("/api/tasks/a/progress"), host: []byte("localhost"), mediaType: jsonType}
+		report := func() int {
+			status, _ := api.answerPlain(nil, p, []byte(`{"text":"x"}`))
+			return status
+		}
+		if got := report(); got != http.StatusOK {
+			t.Errorf("got %d, want 200", got)
+		}
+		api.reports.busy.Add(1)
+		stopped := make(chan struct{})
+		go func() {
+			api.stop(t.Context())
+			close(stopped)
+		}()
+		time.Sleep(drainLimit / 2)
+		synctest.Wait()
+		select {
+		case <-stopped:
+			t.Error("stopped while a report was being answered")
+		default:
+		}
+		if got := report(); got != 0 {
+			t.Errorf("in a shutdown: got %d, want 0", got)
+		}
+		api.reports.busy.Add(-1)
+		<-stopped
+	})
+}
+
+// heldPoster answers when the test lets it.
+type heldPoster struct{ asked, answered chan struct{} }
+
+func (heldPoster) plainLimit(plainPost) int64 { return maxSend }
+
+func (h heldPoster) answerPlain(text []byte, _ plainPost, _ []byte) (int, []byte) {
+	h.asked <- struct{}{}
+	<-h.answered
+	return http.StatusOK, text
+}
+
+// What is being answered counts until the answer has been written.
+func TestPlainPostsAreTracked(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		poster := heldPoster{make(chan struct{}), make(chan struct{})}
+		l := newPostLoop(poster, nil)
+		ours, theirs := net.Pipe()
+		defer theirs.Close()
+		go l.serve(ours, []byte(sendText(jsonType, nil)))
+		<-poster.asked
+		poster.answered <- struct{}{}
+		synctest.Wait() // it writes
+		if got := l.busy.Load(); got != 1 {
+			t.Errorf("got %d under way, want 1", got)
+		}
+		theirs.Read(make([]byte, 1<<10))
+		synctest.Wait()
+		if got := l.busy.Load(); got != 0 {
+			t.Errorf("after the answer: got %d under way, want 0", got)
+		}
+	})
+}
