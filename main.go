@@ -262,18 +262,8 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 	b.otherHosts.interval, b.wrongTokens.interval = time.Minute, time.Second
 	b.gateway = newGatewayClient(gatewayURL)
 	b.conns = newConnectionManager(b.gateway, log, met)
-	b.tasks = newTaskService(taskConfig{
-		workers:    cfg.TaskWorkers,
-		queueLimit: cfg.TaskQueueLimit,
-		timeout:    cfg.TaskTimeout,
-		remember:   cfg.TaskCleanup,
-		eventLimit: cfg.TaskEventLimit,
-		memory:     cfg.TaskMemory,
-	}, b.conns, log, met)
-	b.version = newVersionService(versionConfig{
-		pendingLimit: cfg.VersionPendingLimit,
-		pendingTTL:   cfg.VersionPendingTTL,
-	}, b.conns, log, met)
+	b.tasks = newTaskService(cfg.Tasks, b.conns, log, met)
+	b.version = newVersionService(cfg.Version, b.conns, log, met)
 	b.callback = &callbackHandler{
 		secret:  cfg.CallbackSecret,
 		tasks:   b.tasks,

@@ -44,16 +44,6 @@ const (
 
 func (s taskStatus) finished() bool { return s != taskPending && s != taskRunning }
 
-// taskConfig are the limits of a TaskService.
-type taskConfig struct {
-	workers    int           // tasks that run at once
-	queueLimit int           // tasks that wait for a worker
-	timeout    time.Duration // how long a task may run, or an external one be silent
-	remember   time.Duration // how long a finished task is kept
-	eventLimit int           // events kept for each task
-	memory     int           // bytes that all tasks may hold
-}
-
 // TaskService runs tasks, or follows those that others run, and tells their followers.
 //
 // Lock order: mu, then that of an event log.

@@ -33,12 +33,6 @@ const (
 	announceLimit = 10 * time.Second
 )
 
-// versionConfig are the limits of a VersionService.
-type versionConfig struct {
-	pendingLimit int           // undelivered events kept for each request_id, and as many delivered ones; 0 = no limit
-	pendingTTL   time.Duration // how long a log without a connection is kept
-}
-
 // VersionService tells browsers about new versions of the frontend: the one with a request_id, which may connect later,
 // or all of them.
 //
