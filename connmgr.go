@@ -71,7 +71,6 @@ func newConnectionManager(g sender, log *slog.Logger, met *backendMetrics) *Conn
 		gateway:     g,
 		log:         log,
 		met:         met,
-		failures:    throttle{interval: time.Minute},
 		connections: map[string]*connection{},
 		tokens:      map[string]string{},
 		replaced:    map[string]string{},

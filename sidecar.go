@@ -110,9 +110,6 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 		stopAsking:    stopAsking,
 		holding:       holding,
 		stopHolding:   stopHolding,
-		full:          throttle{interval: time.Minute},
-		failed:        throttle{interval: time.Minute},
-		misdirected:   throttle{interval: time.Minute},
 		returned:      newReturnListener(),
 		name:          newEpoch(),
 	}
