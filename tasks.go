@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"container/list"
 	"context"
 	"encoding/json"
@@ -406,13 +407,9 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, outcome string) b
 		t.cancel()
 		t.cancel, t.worker = nil, nil
 	}
-	var seconds float64
-	if !t.start.IsZero() {
-		seconds = t.end.Sub(t.start).Seconds()
-	}
 	if t.kind == externalTask || s.kinds[t.kind] != nil { // not if it was of a kind that only an earlier build had
 		s.met.tasks.with(t.kind, string(status)).Inc()
-		s.met.taskSeconds.with(t.kind).observe(seconds)
+		s.met.taskSeconds.with(t.kind).observe(t.end.Sub(cmp.Or(t.start, t.end)).Seconds()) // 0 if it never ran
 	}
 	t.place = s.finished.PushBack(t)
 	t.deadline = s.afterwards(t, s.cfg.remember, s.forgetLocked)
