@@ -83,8 +83,6 @@ type shard struct {
 }
 
 func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gateway {
-	asking, stopAsking := context.WithCancel(context.Background())
-	holding, stopHolding := context.WithCancel(context.Background())
 	seconds := formatFloat(cfg.Heartbeat.Seconds())
 	g := &gateway{
 		cfg: cfg,
@@ -106,13 +104,11 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 		},
 		connecting:    make(chan struct{}, maxConnecting),
 		disconnecting: make(chan struct{}, maxDisconnecting),
-		asking:        asking,
-		stopAsking:    stopAsking,
-		holding:       holding,
-		stopHolding:   stopHolding,
 		returned:      newReturnListener(),
 		name:          newEpoch(),
 	}
+	g.asking, g.stopAsking = context.WithCancel(context.Background())
+	g.holding, g.stopHolding = context.WithCancel(context.Background())
 	for i := range g.shards {
 		g.shards[i].streams = map[string]*stream{}
 	}
