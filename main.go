@@ -261,10 +261,12 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 	b.tasks = newTaskService(cfg.Tasks, b.conns, log, met)
 	b.version = newVersionService(cfg.Version, b.conns, log, met)
 	b.callback = &callbackHandler{
-		secret:  cfg.CallbackSecret,
-		tasks:   b.tasks,
-		version: b.version,
-		pages:   &PageService{b.conns, b.tasks, b.version},
+		secret: cfg.CallbackSecret,
+		services: map[string]streamService{
+			serviceTask:    b.tasks,
+			serviceVersion: b.version,
+			servicePage:    &PageService{b.conns, b.tasks, b.version},
+		},
 		conns:   b.conns,
 		heard:   b.gateway.heard,
 		log:     log,

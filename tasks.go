@@ -151,10 +151,6 @@ func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, 
 // OnConnect makes a stream follow the task with this ID. For an unknown task the stream carries one error event and
 // ends.
 func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
-	identifier, err := newIdentifier(serviceTask, id)
-	if err != nil {
-		return event{}, false, err
-	}
 	log := newEventLog(s.unknown)
 	if t := s.task(id); t != nil {
 		log = t.events
@@ -162,7 +158,7 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 		log.Publish(log.Add(entry{data: taskNotFound(id), keep: true}))
 		log.End("task_not_found")
 	}
-	return follow(s.conns, identifier, c, log)
+	return follow(s.conns, serviceTask+":"+id, c, log)
 }
 
 // Start makes a task of the given kind. It waits for a worker; an external one has started. If an external task with
