@@ -208,10 +208,9 @@ func loadGatewayConfig(getenv func(string) string) (gatewayConfig, error) {
 // newLogger returns the logger that LOG_LEVEL (default info) and LOG_FORMAT (default text) ask for.
 func newLogger(getenv func(string) string, w io.Writer) (*slog.Logger, error) {
 	r := envReader{getenv: getenv}
-	levels := map[string]slog.Level{
-		"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
-	}
-	options := &slog.HandlerOptions{Level: levels[r.choice("LOG_LEVEL", "info", "debug info warn error")]}
+	var level slog.Level
+	level.UnmarshalText([]byte(r.choice("LOG_LEVEL", "info", "debug info warn error")))
+	options := &slog.HandlerOptions{Level: level}
 	var h slog.Handler = slog.NewTextHandler(w, options)
 	if r.choice("LOG_FORMAT", "text", "text json") == "json" {
 		h = slog.NewJSONHandler(w, options)
