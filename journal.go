@@ -65,8 +65,9 @@ type commit struct {
 	frames []byte
 	last   int           // where the last of them begins
 	then   []func()      // called in order once the commit is on disk
-	done   chan struct{} // closed once the commit is on disk or has been refused
-	stored atomic.Bool   // it is on disk; may become true after it was refused
+	done   chan struct{} // closed by finish once the commit is on disk or has been refused
+	once   sync.Once     // it may be on disk after it was refused
+	stored atomic.Bool   // it is on disk
 }
 
 func newCommit(number uint64) *commit { return &commit{number: number, done: make(chan struct{})} }
@@ -294,6 +295,7 @@ func (j *journal) store() {
 	}
 	for again := true; again; {
 		c := j.held
+		again = c != nil // the next one was refused with it: nobody must write to that any more
 		if c == nil {
 			c = j.take()
 		}
@@ -306,9 +308,6 @@ func (j *journal) store() {
 		c.stored.Store(true)
 		c.finish()
 		c.frames, c.then = nil, nil
-		j.mu.Lock()
-		again = j.next.finished() // refused with the one before: nobody must write to it any more
-		j.mu.Unlock()
 	}
 	if j.noRoom.Swap(false) {
 		j.log.Info("the journal has room again")
@@ -402,20 +401,7 @@ func (j *journal) giveUp(c *commit, err error) {
 }
 
 // finish releases those that wait.
-func (c *commit) finish() {
-	if !c.finished() {
-		close(c.done)
-	}
-}
-
-func (c *commit) finished() bool {
-	select {
-	case <-c.done:
-		return true
-	default:
-		return false
-	}
-}
+func (c *commit) finish() { c.once.Do(func() { close(c.done) }) }
 
 // close stores what is queued, if there is room. Then another process may open the folder.
 func (j *journal) close() {
