@@ -26,7 +26,7 @@ const noRoomPause = 250 * time.Millisecond
 var errCannotStore = newError(http.StatusServiceUnavailable, "cannot_store", "cannot store")
 
 // journal is the open journal of a backend with DATA_DIR. A nil journal stores nothing: write calls then at once, wait
-// and close return at once, and it is never full and never fails.
+// returns at once, and it is never full and never fails.
 type journal struct {
 	dir      string
 	log      *slog.Logger
@@ -405,9 +405,6 @@ func (c *commit) finish() { c.once.Do(func() { close(c.done) }) }
 
 // close stores what is queued, if there is room. Then another process may open the folder.
 func (j *journal) close() {
-	if j == nil {
-		return
-	}
 	close(j.stopping)
 	<-j.stopped
 	j.file.Close()
