@@ -91,15 +91,6 @@ func (o object) str(name string) (value string, ok bool, err error) {
 	return value, err == nil, err
 }
 
-// required returns a string member that must be there, and not empty.
-func (o object) required(name string) (string, error) {
-	value, _, err := o.str(name)
-	if err == nil && value == "" {
-		err = errMissingField
-	}
-	return value, err
-}
-
 // memberFunc is called for each member of an object, in order. Its value begins at i. The result is that of skipValue.
 type memberFunc func(name []byte, i int) (end int)
 

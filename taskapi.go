@@ -125,9 +125,12 @@ func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) (status
 	if err != nil {
 		return 0, nil, err
 	}
-	kind, err := body.required("type")
-	if err != nil {
+	kind, _, err := body.str("type")
+	switch {
+	case err != nil:
 		return 0, nil, err
+	case kind == "":
+		return 0, nil, errMissingField
 	}
 	params := object{}
 	if raw, ok := body["params"]; ok {
