@@ -95,13 +95,11 @@ func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o own
 	old := m.connections[identifier]
 	switch {
 	case old != nil && c.order.before(old.order):
-		err = errOutdated
-	case old != nil && old.token != c.token && c.probes && old.token != c.replaces:
-		err = errAskFirst
-	}
-	if err != nil {
 		m.mu.Unlock()
-		return "", err
+		return "", errOutdated
+	case old != nil && old.token != c.token && c.probes && old.token != c.replaces:
+		m.mu.Unlock()
+		return "", errAskFirst
 	}
 	if old != nil && old.token != c.token {
 		replaced = old.token
