@@ -98,7 +98,7 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 		order:       order,
 		probes:      can.known,
 	}
-	service, key := route(t.path)
+	service, key := t.route()
 	switch {
 	case !plain || service == "":
 		h.log.Debug("refusing a stream whose URL leads nowhere", "url", c.url)
@@ -134,19 +134,6 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 	return a, err
 }
 
-// route returns the service that the path of a stream is for, or "", and the key of its ID in the query.
-func route(path string) (service, key string) {
-	switch {
-	case underPath(path, "/api/sse/tasks"):
-		return serviceTask, "task_id"
-	case underPath(path, "/api/sse/utils/version"):
-		return serviceVersion, "request_id"
-	case underPath(path, "/api/sse/stream"):
-		return servicePage, "request_id"
-	}
-	return "", ""
-}
-
 // underPath reports whether path is prefix or below it.
 func underPath(path, prefix string) bool {
 	rest, ok := strings.CutPrefix(path, prefix)
@@ -157,6 +144,19 @@ func underPath(path, prefix string) bool {
 type streamTarget struct {
 	path  string
 	query map[string][]string
+}
+
+// route returns the service that the stream is for, or "", and the key of its ID in the query.
+func (t streamTarget) route() (service, key string) {
+	switch {
+	case underPath(t.path, "/api/sse/tasks"):
+		return serviceTask, "task_id"
+	case underPath(t.path, "/api/sse/utils/version"):
+		return serviceVersion, "request_id"
+	case underPath(t.path, "/api/sse/stream"):
+		return servicePage, "request_id"
+	}
+	return "", ""
 }
 
 // parseTarget splits a request target. It is plain if its path is clean and without escapes, and our keys in its query
