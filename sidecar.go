@@ -324,10 +324,8 @@ func (g *gateway) endAll(ctx context.Context, streams []*stream) {
 // serveReset is POST /internal/reset, by which a backend that has just started says that it knows none of the streams.
 // They end, and the browsers come back. The secret in CALLBACK_URL, if there is one, must be the bearer token.
 func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
-	want := ""
-	if u, err := url.Parse(string(g.cfg.CallbackURL)); err == nil {
-		want = u.Query().Get("secret")
-	}
+	u, _ := url.Parse(string(g.cfg.CallbackURL)) // which config.go has parsed before
+	want := u.Query().Get("secret")
 	switch {
 	case !isJSON(r): // a form of another site cannot send this type
 		return 0, nil, errMediaType
