@@ -136,7 +136,7 @@ func (j *journal) register(reg *registry) {
 	j.syncs = reg.counters("sidecast_journal_syncs_total", "Syncs of the journal.").with()
 	j.errors = reg.counters("sidecast_journal_errors_total", "Failures to write the journal or to make it smaller.").with()
 	j.syncSeconds = reg.histograms("sidecast_journal_sync_seconds", "Duration of a write to the journal and its sync in seconds.",
-		requestBuckets()).with()
+		requestBuckets).with()
 	reg.value("sidecast_journal_bytes", "Bytes of the files in DATA_DIR.", func() (size float64) {
 		files, _ := os.ReadDir(j.dir)
 		for _, f := range files {
