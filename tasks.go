@@ -433,10 +433,9 @@ func (s *TaskService) Delete(id string) error {
 	s.mu.Lock()
 	t := s.tasks[id]
 	finished := t != nil && t.status.finished()
-	var deleted *commit
 	if finished {
 		s.forgetLocked(t)
-		deleted = s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), nil)
+		t.lastStored = s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), nil)
 	}
 	s.mu.Unlock()
 	switch {
@@ -445,7 +444,7 @@ func (s *TaskService) Delete(id string) error {
 	case !finished:
 		return errCannotDelete
 	}
-	return deleted.wait()
+	return s.await(t)
 }
 
 func (s *TaskService) forgetLocked(t *task) {
