@@ -265,7 +265,7 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		services: map[string]streamService{
 			serviceTask:    b.tasks,
 			serviceVersion: b.version,
-			servicePage:    &PageService{b.conns, b.tasks, b.version},
+			servicePage:    &PageService{b.tasks, b.version},
 		},
 		conns:   b.conns,
 		heard:   b.gateway.heard,

@@ -10,7 +10,6 @@ const maxPageTasks = 50
 
 // PageService lets pages follow tasks and versions.
 type PageService struct {
-	conns   *ConnectionManager
 	tasks   *TaskService
 	version *VersionService
 }
@@ -38,7 +37,7 @@ func (p *PageService) OnConnect(id string, c connectRequest) (open event, end bo
 	}
 	f := &follower{identifier: servicePage + ":" + id, page: true}
 	f.onEnd = func() { p.tasks.unwatch(taskIDs, f) }
-	return f.connect(p.conns, c, func() []*eventLog {
+	return f.connect(p.tasks.conns, c, func() []*eventLog {
 		return append(p.tasks.watch(taskIDs, f), p.version.followAgain(id, versions))
 	})
 }
