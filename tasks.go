@@ -125,15 +125,12 @@ var (
 )
 
 func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, met *backendMetrics) *TaskService {
-	life, endLife := context.WithCancel(context.Background())
-	return &TaskService{
-		life:    life,
-		endLife: endLife,
-		cfg:     cfg,
-		conns:   conns,
-		log:     log,
-		met:     met,
-		kinds:   taskKinds(),
+	s := &TaskService{
+		cfg:   cfg,
+		conns: conns,
+		log:   log,
+		met:   met,
+		kinds: taskKinds(),
 		policy: &logPolicy{
 			event:   "task_event",
 			epoch:   newEpoch,
@@ -146,6 +143,8 @@ func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, 
 		watched: map[string][]*follower{},
 		memory:  budget{limit: cfg.memory},
 	}
+	s.life, s.endLife = context.WithCancel(context.Background())
+	return s
 }
 
 // OnConnect makes a stream follow the task with this ID. For an unknown task the stream carries one error event and
@@ -320,14 +319,13 @@ func (s *TaskService) run(ctx context.Context, t *task, work taskFunc) {
 		s.dispatchLocked()
 	}()
 	value, err := work(ctx, &reporter{s, t})
-	var result string
 	if err == nil {
-		result, err = encodeResult(value)
+		outcome, err = encodeResult(value)
 	}
 	if err != nil {
 		outcome = usableFailure(err.Error())
 	} else {
-		status, outcome = taskCompleted, result
+		status = taskCompleted
 	}
 }
 
