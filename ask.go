@@ -53,11 +53,8 @@ func hasLeft(r *http.Request) (left bool) {
 	if !ok {
 		return false
 	}
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return true
-	}
-	err = raw.Control(func(fd uintptr) { // not raw.Read, as net/http is reading
+	raw, _ := conn.SyscallConn()          // fails for a nil connection alone
+	err := raw.Control(func(fd uintptr) { // not raw.Read, as net/http is reading
 		n, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
 		left = n == 0 || err != nil && err != syscall.EAGAIN && err != syscall.EINTR
 	})

@@ -21,21 +21,20 @@ const maxCallback = 256 << 10
 
 // streamService is a service that a connect is routed to.
 type streamService interface {
-	// OnConnect makes the stream the connection of the service's id. It returns the event that begins the stream, and
-	// whether it ends after that. The error is errBadID, errNoRoom, errTooManyTasks or errAskFirst.
+	// OnConnect makes the stream the connection of the service's id, which is a good one. It returns the event that
+	// begins the stream, and whether it ends after that. The error is errBadID (of a task on a page stream), errNoRoom,
+	// errTooManyTasks or errAskFirst.
 	OnConnect(id string, c connectRequest) (open event, end bool, err error)
 }
 
 // callbackHandler is POST /api/sse/callback, by which a gateway asks who may connect and tells who left.
 type callbackHandler struct {
-	secret  secret // "" accepts every callback
-	tasks   streamService
-	version streamService
-	pages   streamService
-	conns   *ConnectionManager
-	heard   func(features) // told what the gateway says it can do
-	log     *slog.Logger
-	closing *atomic.Bool
+	secret   secret                   // "" accepts every callback
+	services map[string]streamService // by name
+	conns    *ConnectionManager
+	heard    func(features) // told what the gateway says it can do
+	log      *slog.Logger
+	closing  *atomic.Bool
 
 	wrongSecrets, badIDs throttle
 }
@@ -99,25 +98,27 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 		order:       order,
 		probes:      can.known,
 	}
-	service, name, key := h.route(t)
+	service, key := t.route()
 	switch {
-	case !plain || service == nil:
+	case !plain || service == "":
 		h.log.Debug("refusing a stream whose URL leads nowhere", "url", c.url)
 		return a, badRequest("cannot_route", "Cannot route URL: "+c.url)
 	case request.lastEventID == closeID:
 		return a, errStreamOver
 	case len(t.query["request_id"]) > 1:
 		return a, badRequest("duplicate_field", "request_id is given twice in the URL")
-	case len(t.query["task_id"]) > 1 && name != servicePage:
+	case len(t.query["task_id"]) > 1 && service != servicePage:
 		return a, badRequest("duplicate_field", "task_id is given twice in the URL")
 	}
 	id := lastValue(t.query[key])
-	err = errAskFirst
+	if err = checkID(id); err == nil {
+		err = errAskFirst
+	}
 	for tries := 0; err == errAskFirst; tries++ { // again if another connection has come since
-		if tries > 0 && (tries > 3 || !h.conns.Ask(name+":"+id, &request)) {
+		if tries > 0 && (tries > 3 || !h.conns.Ask(service+":"+id, &request)) {
 			return a, errGatewayGone
 		}
-		a.Event, a.Close, err = service.OnConnect(id, request)
+		a.Event, a.Close, err = h.services[service].OnConnect(id, request)
 	}
 	if err == errBadID {
 		ids := strings.Join(slices.Concat(t.query["request_id"], request.taskIDs), " ")
@@ -133,19 +134,6 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 	return a, err
 }
 
-// route returns the service that the path of a stream names, and the key of its ID in the query.
-func (h *callbackHandler) route(t streamTarget) (s streamService, name, key string) {
-	switch {
-	case underPath(t.path, "/api/sse/tasks"):
-		return h.tasks, serviceTask, "task_id"
-	case underPath(t.path, "/api/sse/utils/version"):
-		return h.version, serviceVersion, "request_id"
-	case underPath(t.path, "/api/sse/stream"):
-		return h.pages, servicePage, "request_id"
-	}
-	return nil, "", ""
-}
-
 // underPath reports whether path is prefix or below it.
 func underPath(path, prefix string) bool {
 	rest, ok := strings.CutPrefix(path, prefix)
@@ -156,6 +144,19 @@ func underPath(path, prefix string) bool {
 type streamTarget struct {
 	path  string
 	query map[string][]string
+}
+
+// route returns the service that the stream is for, or "", and the key of its ID in the query.
+func (t streamTarget) route() (service, key string) {
+	switch {
+	case underPath(t.path, "/api/sse/tasks"):
+		return serviceTask, "task_id"
+	case underPath(t.path, "/api/sse/utils/version"):
+		return serviceVersion, "request_id"
+	case underPath(t.path, "/api/sse/stream"):
+		return servicePage, "request_id"
+	}
+	return "", ""
 }
 
 // parseTarget splits a request target. It is plain if its path is clean and without escapes, and our keys in its query

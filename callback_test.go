@@ -232,7 +232,7 @@ func (s stoppingService) OnConnect(id string, c connectRequest) (event, bool, er
 // Who is let in just after all streams were ended would stay connected to nobody.
 func TestCallbackOvertakenByTheStop(t *testing.T) {
 	apiTest(t, "SSE_GATEWAY_URL=http://gateway.invalid", func(t *testing.T, api *apiFixture) {
-		api.backend.callback.version = stoppingService{api.version, func() { api.stop(t.Context()) }}
+		api.backend.callback.services[serviceVersion] = stoppingService{api.version, func() { api.stop(t.Context()) }}
 		got := api.callback(apiConnect("t", "/api/sse/utils/version?request_id=r"))
 		if want := strings.TrimSuffix(callbackAccepted, "}") + `,"close":true}`; got != want {
 			t.Errorf("got %s, want %s", got, want)

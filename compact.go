@@ -38,9 +38,6 @@ func (c *compaction) Write(b []byte) (n int, err error) {
 
 // copy copies what the old file has up to end.
 func (c *compaction) copy(old journalFile, end int64) {
-	if c.err != nil {
-		return
-	}
 	var n int64
 	n, c.err = io.Copy(io.NewOffsetWriter(c.file, c.size), io.NewSectionReader(old, c.copied, end-c.copied))
 	c.size, c.copied = c.size+n, c.copied+n

@@ -83,31 +83,9 @@ type backendConfig struct {
 	// APIToken (API_TOKEN, default "") is needed to change tasks or deployments, and in production to list the tasks.
 	// When empty, anyone may.
 	APIToken secret
-	// TaskWorkers (TASK_MAX_WORKERS, default 4, 1 to 10000) is how many tasks run at once; more wait as pending.
-	TaskWorkers int
-	// TaskQueueLimit (TASK_QUEUE_LIMIT, default 1000, at least 0) is how many tasks may wait; one more is answered 503.
-	TaskQueueLimit int
-	// TaskTimeout (TASK_TIMEOUT_SECONDS, default 300) is how long a task may run, or an external one be silent, before
-	// it fails.
-	TaskTimeout time.Duration
-	// TaskCleanup (TASK_CLEANUP_INTERVAL_SECONDS, default 600) is how long a finished task is remembered; then it is
-	// 404.
-	TaskCleanup time.Duration
-	// TaskEventLimit (TASK_EVENT_LIMIT, default 1000) is how many events are kept per task. Beyond it the oldest
-	// progress goes; the first and the terminal event always stay, hence at least 2.
-	TaskEventLimit int
-	// TaskMemory (TASK_MEMORY_BYTES, default 256 MiB, at least 64 KiB) is what all tasks may hold: events, results and
-	// what else they take. Beyond it finished tasks are forgotten, the first to finish first. If none is left, new
-	// tasks are answered 503, and a report makes its own task lose its oldest progress. An end is always taken, and the
-	// last report kept.
-	TaskMemory int
-	// VersionPendingLimit (VERSION_PENDING_LIMIT, default 100, 0 = unbounded) is how many undelivered events are kept
-	// per request_id; beyond it the oldest is dropped and counted. As many delivered ones are kept for browsers that
-	// come back.
-	VersionPendingLimit int
-	// VersionPendingTTL (VERSION_PENDING_SECONDS, default 3600) is how long a log is kept without a connection.
-	// Then its events are dropped and counted.
-	VersionPendingTTL time.Duration
+	// Tasks and Version are the limits of the services.
+	Tasks   taskConfig
+	Version versionConfig
 	// FrontendVersionURL (FRONTEND_VERSION_URL, default "" = no polling) is a version.json that is polled in full. A
 	// version that was seen twice in a row, and is not the current one, is announced to all.
 	FrontendVersionURL string
@@ -121,26 +99,63 @@ type backendConfig struct {
 	Gateway gatewayConfig
 }
 
+// taskConfig are the limits of a TaskService.
+type taskConfig struct {
+	// workers (TASK_MAX_WORKERS, default 4, 1 to 10000) is how many tasks run at once; more wait as pending.
+	workers int
+	// queueLimit (TASK_QUEUE_LIMIT, default 1000, at least 0) is how many tasks may wait; one more is answered 503.
+	queueLimit int
+	// timeout (TASK_TIMEOUT_SECONDS, default 300) is how long a task may run, or an external one be silent, before
+	// it fails.
+	timeout time.Duration
+	// remember (TASK_CLEANUP_INTERVAL_SECONDS, default 600) is how long a finished task is remembered; then it is
+	// 404.
+	remember time.Duration
+	// eventLimit (TASK_EVENT_LIMIT, default 1000) is how many events are kept per task. Beyond it the oldest
+	// progress goes; the first and the terminal event always stay, hence at least 2.
+	eventLimit int
+	// memory (TASK_MEMORY_BYTES, default 256 MiB, at least 64 KiB) is what all tasks may hold: events, results and
+	// what else they take. Beyond it finished tasks are forgotten, the first to finish first. If none is left, new
+	// tasks are answered 503, and a report makes its own task lose its oldest progress. An end is always taken, and the
+	// last report kept.
+	memory int
+}
+
+// versionConfig are the limits of a VersionService.
+type versionConfig struct {
+	// pendingLimit (VERSION_PENDING_LIMIT, default 100, 0 = unbounded) is how many undelivered events are kept
+	// per request_id; beyond it the oldest is dropped and counted. As many delivered ones are kept for browsers that
+	// come back.
+	pendingLimit int
+	// pendingTTL (VERSION_PENDING_SECONDS, default 3600) is how long a log is kept without a connection.
+	// Then its events are dropped and counted.
+	pendingTTL time.Duration
+}
+
 // loadBackendConfig reads the configuration of a backend. Here and below, an empty variable counts as unset. An error
 // has a line for each problem; then the other result is of no use.
 func loadBackendConfig(getenv func(string) string) (backendConfig, error) {
 	r := envReader{getenv: getenv}
 	production := r.choice("APP_ENV", "development", "development production") == "production"
 	c := backendConfig{
-		Production:          production,
-		Addr:                r.addr("ADDR", defaultAddr),
-		GatewayURL:          r.baseURL("SSE_GATEWAY_URL"),
-		DataDir:             getenv("DATA_DIR"),
-		CallbackSecret:      r.secret("SSE_CALLBACK_SECRET", production, production && getenv("SSE_GATEWAY_URL") != ""),
-		APIToken:            r.secret("API_TOKEN", production, production),
-		TaskWorkers:         r.number("TASK_MAX_WORKERS", 4, 1, 10000),
-		TaskQueueLimit:      r.number("TASK_QUEUE_LIMIT", 1000, 0, maxCount),
-		TaskTimeout:         r.seconds("TASK_TIMEOUT_SECONDS", "300"),
-		TaskCleanup:         r.seconds("TASK_CLEANUP_INTERVAL_SECONDS", "600"),
-		TaskEventLimit:      r.number("TASK_EVENT_LIMIT", 1000, 2, maxCount),
-		TaskMemory:          r.number("TASK_MEMORY_BYTES", 256<<20, 64<<10, math.MaxInt),
-		VersionPendingLimit: r.number("VERSION_PENDING_LIMIT", 100, 0, maxCount),
-		VersionPendingTTL:   r.seconds("VERSION_PENDING_SECONDS", "3600"),
+		Production:     production,
+		Addr:           r.addr("ADDR", defaultAddr),
+		GatewayURL:     r.baseURL("SSE_GATEWAY_URL"),
+		DataDir:        getenv("DATA_DIR"),
+		CallbackSecret: r.secret("SSE_CALLBACK_SECRET", production, production && getenv("SSE_GATEWAY_URL") != ""),
+		APIToken:       r.secret("API_TOKEN", production, production),
+		Tasks: taskConfig{
+			workers:    r.number("TASK_MAX_WORKERS", 4, 1, 10000),
+			queueLimit: r.number("TASK_QUEUE_LIMIT", 1000, 0, maxCount),
+			timeout:    r.seconds("TASK_TIMEOUT_SECONDS", "300"),
+			remember:   r.seconds("TASK_CLEANUP_INTERVAL_SECONDS", "600"),
+			eventLimit: r.number("TASK_EVENT_LIMIT", 1000, 2, maxCount),
+			memory:     r.number("TASK_MEMORY_BYTES", 256<<20, 64<<10, math.MaxInt),
+		},
+		Version: versionConfig{
+			pendingLimit: r.number("VERSION_PENDING_LIMIT", 100, 0, maxCount),
+			pendingTTL:   r.seconds("VERSION_PENDING_SECONDS", "3600"),
+		},
 		FrontendVersionURL:  r.url("FRONTEND_VERSION_URL", " #"),
 		FrontendVersionPoll: r.seconds("FRONTEND_VERSION_POLL_SECONDS", "30"),
 		Sweep:               r.seconds("CONNECTION_SWEEP_SECONDS", "60"),
@@ -193,10 +208,9 @@ func loadGatewayConfig(getenv func(string) string) (gatewayConfig, error) {
 // newLogger returns the logger that LOG_LEVEL (default info) and LOG_FORMAT (default text) ask for.
 func newLogger(getenv func(string) string, w io.Writer) (*slog.Logger, error) {
 	r := envReader{getenv: getenv}
-	levels := map[string]slog.Level{
-		"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
-	}
-	options := &slog.HandlerOptions{Level: levels[r.choice("LOG_LEVEL", "info", "debug info warn error")]}
+	var level slog.Level
+	level.UnmarshalText([]byte(r.choice("LOG_LEVEL", "info", "debug info warn error")))
+	options := &slog.HandlerOptions{Level: level}
 	var h slog.Handler = slog.NewTextHandler(w, options)
 	if r.choice("LOG_FORMAT", "text", "text json") == "json" {
 		h = slog.NewJSONHandler(w, options)

@@ -71,7 +71,6 @@ func newConnectionManager(g sender, log *slog.Logger, met *backendMetrics) *Conn
 		gateway:     g,
 		log:         log,
 		met:         met,
-		failures:    throttle{interval: time.Minute},
 		connections: map[string]*connection{},
 		tokens:      map[string]string{},
 		replaced:    map[string]string{},
@@ -96,13 +95,11 @@ func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o own
 	old := m.connections[identifier]
 	switch {
 	case old != nil && c.order.before(old.order):
-		err = errOutdated
-	case old != nil && old.token != c.token && c.probes && old.token != c.replaces:
-		err = errAskFirst
-	}
-	if err != nil {
 		m.mu.Unlock()
-		return "", err
+		return "", errOutdated
+	case old != nil && old.token != c.token && c.probes && old.token != c.replaces:
+		m.mu.Unlock()
+		return "", errAskFirst
 	}
 	if old != nil && old.token != c.token {
 		replaced = old.token

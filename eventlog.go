@@ -92,15 +92,8 @@ func newEventLog(policy *logPolicy) *eventLog {
 	return l
 }
 
-// id is the event ID of number n.
-func (l *eventLog) id(n uint64) string {
-	if l.epoch == "" {
-		return ""
-	}
-	var b strings.Builder
-	l.writeID(&b, n)
-	return b.String()
-}
+// id is the event ID of number n. The log has an epoch.
+func (l *eventLog) id(n uint64) string { return l.epoch + "-" + strconv.FormatUint(n, 10) }
 
 // maxPosition is more bytes than the ID of an event in a single log has.
 const maxPosition = 32

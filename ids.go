@@ -23,13 +23,13 @@ const maxID = 128
 // errBadID says that an ID cannot be part of an identifier.
 var errBadID = badRequest("bad_id", "id must be 1 to 128 bytes of UTF-8 without colon and control characters")
 
-// newIdentifier joins a service and a browser's ID to "service:id".
-func newIdentifier(service, id string) (string, error) {
+// checkID returns errBadID unless a browser's ID can be part of an identifier "service:id".
+func checkID(id string) error {
 	bad := func(r rune) bool { return r == ':' || unicode.IsControl(r) }
 	if id == "" || len(id) > maxID || !utf8.ValidString(id) || strings.ContainsFunc(id, bad) {
-		return "", errBadID
+		return errBadID
 	}
-	return service + ":" + id, nil
+	return nil
 }
 
 // serviceOf returns the service of an identifier "service:id".

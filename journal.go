@@ -26,7 +26,7 @@ const noRoomPause = 250 * time.Millisecond
 var errCannotStore = newError(http.StatusServiceUnavailable, "cannot_store", "cannot store")
 
 // journal is the open journal of a backend with DATA_DIR. A nil journal stores nothing: write calls then at once, wait
-// and close return at once, and it is never full and never fails.
+// returns at once, and it is never full and never fails.
 type journal struct {
 	dir      string
 	log      *slog.Logger
@@ -65,8 +65,9 @@ type commit struct {
 	frames []byte
 	last   int           // where the last of them begins
 	then   []func()      // called in order once the commit is on disk
-	done   chan struct{} // closed once the commit is on disk or has been refused
-	stored atomic.Bool   // it is on disk; may become true after it was refused
+	done   chan struct{} // closed by finish once the commit is on disk or has been refused
+	once   sync.Once     // it may be on disk after it was refused
+	stored atomic.Bool   // it is on disk
 }
 
 func newCommit(number uint64) *commit { return &commit{number: number, done: make(chan struct{})} }
@@ -135,7 +136,7 @@ func (j *journal) register(reg *registry) {
 	j.syncs = reg.counters("sidecast_journal_syncs_total", "Syncs of the journal.").with()
 	j.errors = reg.counters("sidecast_journal_errors_total", "Failures to write the journal or to make it smaller.").with()
 	j.syncSeconds = reg.histograms("sidecast_journal_sync_seconds", "Duration of a write to the journal and its sync in seconds.",
-		requestBuckets()).with()
+		requestBuckets).with()
 	reg.value("sidecast_journal_bytes", "Bytes of the files in DATA_DIR.", func() (size float64) {
 		files, _ := os.ReadDir(j.dir)
 		for _, f := range files {
@@ -294,6 +295,7 @@ func (j *journal) store() {
 	}
 	for again := true; again; {
 		c := j.held
+		again = c != nil // the next one was refused with it: nobody must write to that any more
 		if c == nil {
 			c = j.take()
 		}
@@ -306,9 +308,6 @@ func (j *journal) store() {
 		c.stored.Store(true)
 		c.finish()
 		c.frames, c.then = nil, nil
-		j.mu.Lock()
-		again = j.next.finished() // refused with the one before: nobody must write to it any more
-		j.mu.Unlock()
 	}
 	if j.noRoom.Swap(false) {
 		j.log.Info("the journal has room again")
@@ -402,26 +401,10 @@ func (j *journal) giveUp(c *commit, err error) {
 }
 
 // finish releases those that wait.
-func (c *commit) finish() {
-	if !c.finished() {
-		close(c.done)
-	}
-}
-
-func (c *commit) finished() bool {
-	select {
-	case <-c.done:
-		return true
-	default:
-		return false
-	}
-}
+func (c *commit) finish() { c.once.Do(func() { close(c.done) }) }
 
 // close stores what is queued, if there is room. Then another process may open the folder.
 func (j *journal) close() {
-	if j == nil {
-		return
-	}
 	close(j.stopping)
 	<-j.stopped
 	j.file.Close()

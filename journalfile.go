@@ -138,18 +138,15 @@ func (j *journal) read(apply func(record []byte) error) error {
 // readHeader checks the header. If the file is new, or a crash has left only a part of it, the header is written.
 func (j *journal) readHeader(f *frameReader) error {
 	header := f.view(0, len(journalHeader))
+	size := len(f.buf) // of the file, if it has no more than that
 	isHeader := bytes.HasPrefix(header, []byte("sidecast journal ")) && bytes.HasSuffix(header, []byte("\n"))
 	switch {
 	case f.err != nil:
 		return f.err
 	case string(header) == journalHeader:
 		return nil
-	case isHeader || f.view(int64(len(journalHeader)), 1) != nil:
+	case isHeader || size > len(journalHeader):
 		return errors.New("not a journal, or that of a newer version")
-	}
-	size := 0
-	for f.view(0, size+1) != nil {
-		size++
 	}
 	if size > 0 {
 		j.log.Warn("beginning a new journal: a crash has left a part of its header", "file", j.path(), "bytes", size)

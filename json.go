@@ -28,7 +28,7 @@ type object map[string]json.RawMessage
 func parseObject(text []byte) (object, error) {
 	o := object{}
 	duplicate := false
-	valid := scanObject(text, func(name []byte, i int) int {
+	err := scanObject(text, &duplicate, func(name []byte, i int) int {
 		end := skipValue(text, i, 1)
 		if end >= 0 {
 			key, _ := parseString(name)
@@ -38,20 +38,10 @@ func parseObject(text []byte) (object, error) {
 		}
 		return end
 	})
-	if err := objectError(valid, duplicate); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	return o, nil
-}
-
-func objectError(valid, duplicate bool) error {
-	switch {
-	case !valid:
-		return errNotJSON
-	case duplicate:
-		return errDuplicate
-	}
-	return nil
 }
 
 // member is a member that pick looks for: where its value goes and, if that is an object, what is looked for inside it.
@@ -64,10 +54,9 @@ type member struct {
 // pick is parseObject for a few members, which it finds without a map. The value of an absent one stays nil.
 func pick(text []byte, wanted ...member) error {
 	duplicate := false
-	valid := scanObject(text, func(name []byte, i int) int {
+	return scanObject(text, &duplicate, func(name []byte, i int) int {
 		return pickMember(text, name, i, 1, wanted, &duplicate)
 	})
-	return objectError(valid, duplicate)
 }
 
 // pickMember is skipValue for the value of a member, and keeps it if it is wanted.
@@ -102,23 +91,20 @@ func (o object) str(name string) (value string, ok bool, err error) {
 	return value, err == nil, err
 }
 
-// required returns a string member that must be there, and not empty.
-func (o object) required(name string) (string, error) {
-	value, _, err := o.str(name)
-	if err == nil && value == "" {
-		err = errMissingField
-	}
-	return value, err
-}
-
 // memberFunc is called for each member of an object, in order. Its value begins at i. The result is that of skipValue.
 type memberFunc func(name []byte, i int) (end int)
 
-// scanObject reports whether text is one JSON object in UTF-8 (RFC 8259). json.Valid alone takes longer than all the
-// reading of an event.
-func scanObject(text []byte, visit memberFunc) bool {
+// scanObject checks that text is one JSON object in UTF-8 (RFC 8259), of which visit finds no member to be a duplicate.
+// json.Valid alone takes longer than all the reading of an event.
+func scanObject(text []byte, duplicate *bool, visit memberFunc) error {
 	i := skipSpace(text, 0)
-	return byteAt(text, i) == '{' && skipSpace(text, skipList(text, i, 0, '}', visit)) == len(text)
+	switch {
+	case byteAt(text, i) != '{' || skipSpace(text, skipList(text, i, 0, '}', visit)) != len(text):
+		return errNotJSON
+	case *duplicate:
+		return errDuplicate
+	}
+	return nil
 }
 
 // The skip functions return the index after what begins at i, or -1 if it is not what they skip. They return -1 if i

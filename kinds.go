@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -40,12 +41,9 @@ func demoTask(params object) (taskFunc, error) {
 	if err != nil || steps != math.Trunc(steps) {
 		return nil, badParam("steps must be a whole number from 1 to 10000")
 	}
-	delay, err := numberParam(params, "delay", 0.1, 0, 3600)
-	if err != nil {
-		return nil, err
-	}
-	message, err := textParam(params, "message", "demo finished")
-	if err != nil {
+	delay, badDelay := numberParam(params, "delay", 0.1, 0, 3600)
+	message, badMessage := textParam(params, "message", "demo finished")
+	if err := cmp.Or(badDelay, badMessage); err != nil {
 		return nil, err
 	}
 	return func(ctx context.Context, p *reporter) (any, error) {
@@ -61,12 +59,9 @@ func demoTask(params object) (taskFunc, error) {
 
 // failingTask fails after a pause.
 func failingTask(params object) (taskFunc, error) {
-	delay, err := numberParam(params, "delay", 0.1, 0, 3600)
-	if err != nil {
-		return nil, err
-	}
-	message, err := textParam(params, "error_message", "task failed")
-	if err != nil {
+	delay, badDelay := numberParam(params, "delay", 0.1, 0, 3600)
+	message, badMessage := textParam(params, "error_message", "task failed")
+	if err := cmp.Or(badDelay, badMessage); err != nil {
 		return nil, err
 	}
 	return func(ctx context.Context, p *reporter) (any, error) {

@@ -50,22 +50,18 @@ func main() {
 // run runs one command until it is done or ctx ends, and returns the exit code. environ is searched for misspelt names
 // of settings.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer, environ ...string) int {
-	command := ""
-	if len(args) > 0 {
-		command = args[0]
-	}
-	switch {
-	case len(args) == 0:
+	if len(args) == 0 {
 		return runBackend(ctx, getenv, stderr, environ)
-	case len(args) > 1:
-	case command == "gateway":
+	}
+	switch strings.Join(args, " ") {
+	case "gateway":
 		return runGateway(ctx, getenv, stderr, environ)
-	case command == "healthcheck":
+	case "healthcheck":
 		return healthcheck(getenv, stderr)
-	case command == "version":
+	case "version":
 		fmt.Fprintln(stdout, "sidecast", buildVersion())
 		return 0
-	case command == "help", command == "-h", command == "-help", command == "--help":
+	case "help", "-h", "-help", "--help":
 		fmt.Fprint(stdout, usage)
 		return 0
 	}
@@ -261,26 +257,18 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 	kinds := append(slices.Sorted(maps.Keys(taskKinds())), externalTask)
 	met := newBackendMetrics(reg, kinds)
 	b := &backend{cfg: cfg, log: log, reg: reg}
-	b.otherHosts.interval, b.wrongTokens.interval = time.Minute, time.Second
+	b.wrongTokens.interval = time.Second
 	b.gateway = newGatewayClient(gatewayURL)
 	b.conns = newConnectionManager(b.gateway, log, met)
-	b.tasks = newTaskService(taskConfig{
-		workers:    cfg.TaskWorkers,
-		queueLimit: cfg.TaskQueueLimit,
-		timeout:    cfg.TaskTimeout,
-		remember:   cfg.TaskCleanup,
-		eventLimit: cfg.TaskEventLimit,
-		memory:     cfg.TaskMemory,
-	}, b.conns, log, met)
-	b.version = newVersionService(versionConfig{
-		pendingLimit: cfg.VersionPendingLimit,
-		pendingTTL:   cfg.VersionPendingTTL,
-	}, b.conns, log, met)
+	b.tasks = newTaskService(cfg.Tasks, b.conns, log, met)
+	b.version = newVersionService(cfg.Version, b.conns, log, met)
 	b.callback = &callbackHandler{
-		secret:  cfg.CallbackSecret,
-		tasks:   b.tasks,
-		version: b.version,
-		pages:   &PageService{b.conns, b.tasks, b.version},
+		secret: cfg.CallbackSecret,
+		services: map[string]streamService{
+			serviceTask:    b.tasks,
+			serviceVersion: b.version,
+			servicePage:    &PageService{b.tasks, b.version},
+		},
 		conns:   b.conns,
 		heard:   b.gateway.heard,
 		log:     log,

@@ -271,9 +271,7 @@ func formatFloat(f float64) string { return strconv.FormatFloat(f, 'f', -1, 64) 
 
 // requestBuckets are for calls between backend and gateway: from one inside the process to the limit of 5 s. What is
 // above the last bound is a timeout, or has waited for its turn.
-func requestBuckets() []float64 {
-	return []float64{.0001, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5}
-}
+var requestBuckets = []float64{.0001, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5}
 
 // backendMetrics are the backend's families, but for gauges, which those register who know their values.
 type backendMetrics struct {
@@ -295,7 +293,7 @@ func newBackendMetrics(r *registry, taskTypes []string) *backendMetrics {
 		events: r.counters("sse_gateway_events_sent_total", "Events sent to the gateway, by outcome.",
 			service, label{"status", []string{"success", "error"}}),
 		sendSeconds: r.histograms("sse_gateway_send_duration_seconds", "Duration of a send to the gateway in seconds.",
-			requestBuckets(), service),
+			requestBuckets, service),
 		dropped: r.counters("sse_outbox_dropped_total", "Events dropped before delivery, by reason.",
 			service, label{"reason", []string{"limit", "expired"}}),
 		tasks: r.counters("task_executions_total", "Tasks that ended, by final status.",
@@ -336,6 +334,6 @@ func newGatewayMetrics(r *registry) *gatewayMetrics {
 		callbacks: r.counters("gateway_callbacks_total", "Callbacks to the backend, by outcome.",
 			action, label{"status", []string{"accepted", "rejected", "timeout", "error"}}),
 		callbackSeconds: r.histograms("gateway_callback_duration_seconds", "Duration of a callback in seconds.",
-			requestBuckets(), action),
+			requestBuckets, action),
 	}
 }

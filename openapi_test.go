@@ -131,7 +131,7 @@ func testAPIRoutes(t *testing.T, operations map[string]*apiOperation) {
 	for _, pattern := range literalArgs(t, "main.go", "*backend", "routes", "mux.Handle", "mux.HandleFunc") {
 		want = append(want, strings.TrimSuffix(pattern, "{$}"))
 	}
-	for _, path := range literalArgs(t, "callback.go", "*callbackHandler", "route", "underPath") {
+	for _, path := range literalArgs(t, "callback.go", "streamTarget", "route", "underPath") {
 		want = append(want, "GET "+path) // below /api/sse/ the callback decides which paths are streams
 	}
 	slices.Sort(want)

@@ -10,7 +10,6 @@ const maxPageTasks = 50
 
 // PageService lets pages follow tasks and versions.
 type PageService struct {
-	conns   *ConnectionManager
 	tasks   *TaskService
 	version *VersionService
 }
@@ -20,13 +19,9 @@ var errTooManyTasks = badRequest("too_many_tasks", "a page stream follows at mos
 // OnConnect makes a stream follow the versions for a request_id, and tasks. An unknown task is told to the page as an
 // error event; its events follow if it is made while the page is connected.
 func (p *PageService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
-	identifier, err := newIdentifier(servicePage, id)
-	if err != nil {
-		return event{}, false, err
-	}
 	taskIDs := slices.Compact(slices.Sorted(slices.Values(c.taskIDs)))
 	for _, taskID := range taskIDs {
-		if _, err := newIdentifier(serviceTask, taskID); err != nil {
+		if err := checkID(taskID); err != nil {
 			return event{}, false, err
 		}
 	}
@@ -40,9 +35,9 @@ func (p *PageService) OnConnect(id string, c connectRequest) (open event, end bo
 	if err != nil {
 		return event{}, false, err
 	}
-	f := &follower{identifier: identifier, page: true}
+	f := &follower{identifier: servicePage + ":" + id, page: true}
 	f.onEnd = func() { p.tasks.unwatch(taskIDs, f) }
-	return f.connect(p.conns, c, func() []*eventLog {
+	return f.connect(p.tasks.conns, c, func() []*eventLog {
 		return append(p.tasks.watch(taskIDs, f), p.version.followAgain(id, versions))
 	})
 }

@@ -166,7 +166,7 @@ func TestPageIsToldOfUnknownTasksFirst(t *testing.T) {
 		gateway := &steppedGateway{}
 		defer gateway.close()
 		api.conns.gateway = gateway
-		page := &PageService{api.conns, api.tasks, api.version}
+		page := &PageService{api.tasks, api.version}
 		if _, _, err := page.OnConnect("r", connectRequest{token: "p", taskIDs: []string{"x", "y"}}); err != nil {
 			t.Fatal(err)
 		}
@@ -271,7 +271,7 @@ func TestPageFollowersAreBounded(t *testing.T) {
 		if known {
 			api.external("a")
 		}
-		pages := &PageService{api.conns, api.tasks, api.version}
+		pages := &PageService{api.tasks, api.version}
 		connect := func(request, task string) error {
 			_, _, err := pages.OnConnect(request, connectRequest{token: newToken(), taskIDs: []string{task}})
 			return err

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	stdlog "log"
 	"log/slog"
@@ -112,10 +113,9 @@ func uncounted(w http.ResponseWriter) http.ResponseWriter {
 	return w
 }
 
-// throttle limits similar lines of the log to one in each interval. The next line counts those that are left out. The
-// interval must be set.
+// throttle limits similar lines of the log to one in each interval. The next line counts those that are left out.
 type throttle struct {
-	interval time.Duration
+	interval time.Duration // 0 means a minute
 
 	mu    sync.Mutex // guards the rest
 	count int        // lines since the last one that was written
@@ -128,7 +128,7 @@ func (t *throttle) log(log *slog.Logger, level slog.Level, msg string, args ...a
 	t.count++
 	count, due := t.count, !now.Before(t.next)
 	if due {
-		t.count, t.next = 0, now.Add(t.interval)
+		t.count, t.next = 0, now.Add(cmp.Or(t.interval, time.Minute))
 	}
 	t.mu.Unlock()
 	if due {

@@ -83,8 +83,6 @@ type shard struct {
 }
 
 func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gateway {
-	asking, stopAsking := context.WithCancel(context.Background())
-	holding, stopHolding := context.WithCancel(context.Background())
 	seconds := formatFloat(cfg.Heartbeat.Seconds())
 	g := &gateway{
 		cfg: cfg,
@@ -106,15 +104,10 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 		},
 		connecting:    make(chan struct{}, maxConnecting),
 		disconnecting: make(chan struct{}, maxDisconnecting),
-		asking:        asking,
-		stopAsking:    stopAsking,
-		holding:       holding,
-		stopHolding:   stopHolding,
-		full:          throttle{interval: time.Minute},
-		failed:        throttle{interval: time.Minute},
-		misdirected:   throttle{interval: time.Minute},
 		name:          newEpoch(),
 	}
+	g.asking, g.stopAsking = context.WithCancel(context.Background())
+	g.holding, g.stopHolding = context.WithCancel(context.Background())
 	for i := range g.shards {
 		g.shards[i].streams = map[string]*stream{}
 	}
@@ -331,10 +324,8 @@ func (g *gateway) endAll(ctx context.Context, streams []*stream) {
 // serveReset is POST /internal/reset, by which a backend that has just started says that it knows none of the streams.
 // They end, and the browsers come back. The secret in CALLBACK_URL, if there is one, must be the bearer token.
 func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
-	want := ""
-	if u, err := url.Parse(string(g.cfg.CallbackURL)); err == nil {
-		want = u.Query().Get("secret")
-	}
+	u, _ := url.Parse(string(g.cfg.CallbackURL)) // which config.go has parsed before
+	want := u.Query().Get("secret")
 	switch {
 	case !isJSON(r): // a form of another site cannot send this type
 		return 0, nil, errMediaType

@@ -58,22 +58,6 @@ func orNull[T any](value T, there bool) *T {
 	return &value
 }
 
-// Status returns one task.
-func (s *TaskService) Status(id string) (taskView, error) {
-	return s.task(id).view()
-}
-
-// History returns the status of a task, and up to maxHistory of the events that follow the one with the ID after. If
-// after is no event of the task, they are those from the first one on.
-func (s *TaskService) History(id, after string) (events []event, status taskStatus, err error) {
-	t := s.task(id)
-	view, err := t.view() // first, so that events that fit in one answer are all if it is a finished task
-	if err != nil {
-		return nil, "", err
-	}
-	return t.events.After(after, maxHistory), view.Status, nil
-}
-
 // List returns the newest tasks, newest first.
 func (s *TaskService) List() []taskView {
 	s.mu.Lock()
@@ -141,9 +125,12 @@ func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) (status
 	if err != nil {
 		return 0, nil, err
 	}
-	kind, err := body.required("type")
-	if err != nil {
+	kind, _, err := body.str("type")
+	switch {
+	case err != nil:
 		return 0, nil, err
+	case kind == "":
+		return 0, nil, errMissingField
 	}
 	params := object{}
 	if raw, ok := body["params"]; ok {
@@ -179,13 +166,14 @@ func (s *TaskService) serveList(w http.ResponseWriter, r *http.Request) (status 
 
 // serveStatus is GET /api/tasks/{task_id}/status.
 func (s *TaskService) serveStatus(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
-	answer, err = s.Status(r.PathValue("task_id"))
+	answer, err = s.task(r.PathValue("task_id")).view()
 	return http.StatusOK, answer, err
 }
 
 // serveEvents is GET /api/tasks/{task_id}/events. It writes one event after the other, as all of them may be large.
 func (s *TaskService) serveEvents(w http.ResponseWriter, r *http.Request) {
-	events, status, err := s.History(r.PathValue("task_id"), r.URL.Query().Get("after"))
+	t := s.task(r.PathValue("task_id"))
+	view, err := t.view() // first, so that events that fit in one answer are all if it is a finished task
 	if err != nil {
 		writeError(w, err)
 		return
@@ -193,11 +181,11 @@ func (s *TaskService) serveEvents(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", jsonType)
 	comma := ""
 	fmt.Fprint(w, `{"events":[`)
-	for _, e := range events {
+	for _, e := range t.events.After(r.URL.Query().Get("after"), maxHistory) {
 		fmt.Fprintf(w, `%s{"id":%q,"data":%s}`, comma, e.ID, e.Data)
 		comma = ","
 	}
-	fmt.Fprintf(w, "],\"status\":%q}\n", status)
+	fmt.Fprintf(w, "],\"status\":%q}\n", view.Status)
 }
 
 // serveCancel is POST /api/tasks/{task_id}/cancel.

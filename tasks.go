@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"container/list"
 	"context"
 	"encoding/json"
@@ -43,16 +44,6 @@ const (
 )
 
 func (s taskStatus) finished() bool { return s != taskPending && s != taskRunning }
-
-// taskConfig are the limits of a TaskService.
-type taskConfig struct {
-	workers    int           // tasks that run at once
-	queueLimit int           // tasks that wait for a worker
-	timeout    time.Duration // how long a task may run, or an external one be silent
-	remember   time.Duration // how long a finished task is kept
-	eventLimit int           // events kept for each task
-	memory     int           // bytes that all tasks may hold
-}
 
 // TaskService runs tasks, or follows those that others run, and tells their followers.
 //
@@ -134,15 +125,12 @@ var (
 )
 
 func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, met *backendMetrics) *TaskService {
-	life, endLife := context.WithCancel(context.Background())
-	return &TaskService{
-		life:    life,
-		endLife: endLife,
-		cfg:     cfg,
-		conns:   conns,
-		log:     log,
-		met:     met,
-		kinds:   taskKinds(),
+	s := &TaskService{
+		cfg:   cfg,
+		conns: conns,
+		log:   log,
+		met:   met,
+		kinds: taskKinds(),
 		policy: &logPolicy{
 			event:   "task_event",
 			epoch:   newEpoch,
@@ -155,15 +143,13 @@ func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, 
 		watched: map[string][]*follower{},
 		memory:  budget{limit: cfg.memory},
 	}
+	s.life, s.endLife = context.WithCancel(context.Background())
+	return s
 }
 
 // OnConnect makes a stream follow the task with this ID. For an unknown task the stream carries one error event and
 // ends.
 func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
-	identifier, err := newIdentifier(serviceTask, id)
-	if err != nil {
-		return event{}, false, err
-	}
 	log := newEventLog(s.unknown)
 	if t := s.task(id); t != nil {
 		log = t.events
@@ -171,7 +157,7 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 		log.Publish(log.Add(entry{data: taskNotFound(id), keep: true}))
 		log.End("task_not_found")
 	}
-	return follow(s.conns, identifier, c, log)
+	return follow(s.conns, serviceTask+":"+id, c, log)
 }
 
 // Start makes a task of the given kind. It waits for a worker; an external one has started. If an external task with
@@ -333,14 +319,13 @@ func (s *TaskService) run(ctx context.Context, t *task, work taskFunc) {
 		s.dispatchLocked()
 	}()
 	value, err := work(ctx, &reporter{s, t})
-	var result string
 	if err == nil {
-		result, err = encodeResult(value)
+		outcome, err = encodeResult(value)
 	}
 	if err != nil {
 		outcome = usableFailure(err.Error())
 	} else {
-		status, outcome = taskCompleted, result
+		status = taskCompleted
 	}
 }
 
@@ -416,13 +401,9 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, outcome string) b
 		t.cancel()
 		t.cancel, t.worker = nil, nil
 	}
-	var seconds float64
-	if !t.start.IsZero() {
-		seconds = t.end.Sub(t.start).Seconds()
-	}
 	if t.kind == externalTask || s.kinds[t.kind] != nil { // not if it was of a kind that only an earlier build had
 		s.met.tasks.with(t.kind, string(status)).Inc()
-		s.met.taskSeconds.with(t.kind).observe(seconds)
+		s.met.taskSeconds.with(t.kind).observe(t.end.Sub(cmp.Or(t.start, t.end)).Seconds()) // 0 if it never ran
 	}
 	t.place = s.finished.PushBack(t)
 	t.deadline = s.afterwards(t, s.cfg.remember, s.forgetLocked)
@@ -450,10 +431,9 @@ func (s *TaskService) Delete(id string) error {
 	s.mu.Lock()
 	t := s.tasks[id]
 	finished := t != nil && t.status.finished()
-	var deleted *commit
 	if finished {
 		s.forgetLocked(t)
-		deleted = s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), nil)
+		t.lastStored = s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), nil)
 	}
 	s.mu.Unlock()
 	switch {
@@ -462,7 +442,7 @@ func (s *TaskService) Delete(id string) error {
 	case !finished:
 		return errCannotDelete
 	}
-	return deleted.wait()
+	return s.await(t)
 }
 
 func (s *TaskService) forgetLocked(t *task) {

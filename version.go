@@ -33,12 +33,6 @@ const (
 	announceLimit = 10 * time.Second
 )
 
-// versionConfig are the limits of a VersionService.
-type versionConfig struct {
-	pendingLimit int           // undelivered events kept for each request_id, and as many delivered ones; 0 = no limit
-	pendingTTL   time.Duration // how long a log without a connection is kept
-}
-
 // VersionService tells browsers about new versions of the frontend: the one with a request_id, which may connect later,
 // or all of them.
 //
@@ -101,15 +95,11 @@ func newVersionService(cfg versionConfig, conns *ConnectionManager, log *slog.Lo
 // OnConnect makes a stream follow the versions for a request_id: first those that are pending for it, then the last one
 // announced to everybody, if that is missing.
 func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
-	identifier, err := newIdentifier(serviceVersion, id)
-	if err != nil {
-		return event{}, false, err
-	}
 	log, err := s.follow(id)
 	if err != nil {
 		return event{}, false, err
 	}
-	f := &follower{identifier: identifier}
+	f := &follower{identifier: serviceVersion + ":" + id}
 	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{s.followAgain(id, log)} })
 }
 
@@ -208,7 +198,7 @@ func (s *VersionService) storeLocked(id string, st *versionStream) {
 // Announce announces a version to one request_id, which gets it when it connects if it is not connected. It reports
 // whether an open stream was given the event before ctx ended.
 func (s *VersionService) Announce(ctx context.Context, id string, a announcement) (delivered bool, err error) {
-	if _, err := newIdentifier(serviceVersion, id); err != nil {
+	if err := checkID(id); err != nil {
 		return false, err
 	}
 	s.mu.Lock()

@@ -398,7 +398,7 @@ func raceConnect(t *testing.T, meanwhile func(api *apiFixture, i int), check fun
 	t.Parallel()
 	api := newAPI(t, "LOG_LEVEL=error")
 	api.conns.gateway = takeAll().gateway
-	pages := &PageService{api.conns, api.tasks, api.version}
+	pages := &PageService{api.tasks, api.version}
 	tries := 100_000
 	if underRace {
 		tries /= 10
