@@ -155,9 +155,7 @@ func TestAlerts(t *testing.T) {
 		}
 	}
 	text, err := json.Marshal(object{"rule_files": []string{"alerts.yml"}, "evaluation_interval": "1m", "tests": tests}) // JSON is YAML
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	writeFile(t, dir+"/test.yml", string(text))
 	tool(t, "", "promtool", "test", "rules", dir+"/test.yml")
 }

@@ -68,9 +68,7 @@ func startSite(t *testing.T, env ...string) *site {
 func (s *site) post(t *testing.T, path, body string) (answer map[string]any) {
 	t.Helper()
 	resp, err := http.Post(s.backend.URL+path, "application/json", strings.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer resp.Body.Close()
 	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || resp.StatusCode/100 != 2 {
 		t.Fatalf("POST %s: got %s, %v", path, resp.Status, err)
@@ -287,9 +285,7 @@ func TestBrowserTable(t *testing.T) {
 	tab.run(row("b") + `.querySelector(".act").click()`)
 	req, _ := http.NewRequest("DELETE", site.backend.URL+"/api/tasks/c", nil)
 	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	resp.Body.Close()
 	looked()
 	tab.wait(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId).join() == "d,a"`)
@@ -667,18 +663,14 @@ func startChromium(t testing.TB) *chromium {
 	fromTest, toBrowser, err1 := os.Pipe()
 	fromBrowser, toTest, err2 := os.Pipe()
 	profile, err3 := os.MkdirTemp("", "chromium")
-	if err := errors.Join(err1, err2, err3); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(err1, err2, err3))
 	cmd := exec.Command("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 		"--disable-background-timer-throttling", "--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows",
 		"--host-resolver-rules=MAP rebound.test 127.0.0.1", "--user-data-dir="+profile, "--remote-debugging-pipe")
 	cmd.ExtraFiles = []*os.File{fromTest, toTest}         // descriptors 3 and 4
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // its children write to the folder, too
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
 	fromTest.Close()
 	toTest.Close()
 	c := &chromium{cmd: cmd, profile: profile, pipes: [2]*os.File{toBrowser, fromBrowser}, answers: map[int]chan json.RawMessage{}}

@@ -120,9 +120,7 @@ func TestChaos(t *testing.T) {
 	var reporters sync.WaitGroup
 	for range 20 {
 		task, _, err := c.tasks.Start(externalTask, object{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		j := &job{task: task, clients: []*eventSource{c.follow(task.id)}}
 		c.jobs = append(c.jobs, j)
 		reporters.Go(func() {
@@ -276,9 +274,7 @@ func TestChaosPages(t *testing.T) {
 	var reporters sync.WaitGroup
 	for range 30 {
 		task, _, err := c.tasks.Start(externalTask, object{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		j := &job{task: task}
 		c.jobs = append(c.jobs, j)
 		reporters.Go(func() {
@@ -386,9 +382,7 @@ func TestIntegrationReporters(t *testing.T) {
 	t.Parallel()
 	s := newSystem(t, startGateway, "TASK_EVENT_LIMIT=1000000000")
 	task, _, err := s.tasks.Start(externalTask, object{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	es := s.follow(task.id)
 	var (
 		reporters sync.WaitGroup

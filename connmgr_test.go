@@ -192,9 +192,7 @@ func newConnTest(t *testing.T) *connTest {
 func (t *connTest) rest() {
 	t.Helper()
 	synctest.Wait()
-	if err := checkConsistency(t.conns); err != nil {
-		t.Fatal(err)
-	}
+	must(t, checkConsistency(t.conns))
 }
 
 func (t *connTest) onConnect(identifier, token string) (replaced string) {

@@ -48,9 +48,7 @@ func needs(t testing.TB, tools ...string) {
 func edited(t testing.TB, file string, oldNew ...string) string {
 	t.Helper()
 	content, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	text := string(content)
 	for pair := range slices.Chunk(oldNew, 2) {
 		if !strings.Contains(text, pair[0]) {
@@ -63,9 +61,7 @@ func edited(t testing.TB, file string, oldNew ...string) string {
 
 func writeFile(t testing.TB, file, text string) {
 	t.Helper()
-	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, []byte(text), 0o644))
 }
 
 // tool runs a command that ends by itself and must succeed, and returns what it printed.
@@ -90,9 +86,7 @@ const (
 func ask(t testing.TB, method, target, body string) (status int, answer string) {
 	t.Helper()
 	req, err := http.NewRequest(method, target, strings.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	req.Header.Set("Authorization", "Bearer "+deployToken)
 	req.Header.Set("Origin", req.URL.Scheme+"://"+req.URL.Host)
 	if body != "" {
@@ -100,14 +94,10 @@ func ask(t testing.TB, method, target, body string) (status int, answer string) 
 	}
 	client := http.Client{Timeout: deployPatience}
 	resp, err := client.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer resp.Body.Close()
 	content, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return resp.StatusCode, string(content)
 }
 
@@ -127,9 +117,7 @@ func startTask(t testing.TB, base, query, body string) (streamPath string) {
 	var answer struct {
 		StreamURL string `json:"stream_url"`
 	}
-	if err := json.Unmarshal([]byte(mustAsk(t, "POST", base+"/api/tasks"+query, body)), &answer); err != nil {
-		t.Fatal(err)
-	}
+	must(t, json.Unmarshal([]byte(mustAsk(t, "POST", base+"/api/tasks"+query, body)), &answer))
 	return answer.StreamURL
 }
 
@@ -283,9 +271,7 @@ func TestContainer(t *testing.T) {
 			t.Errorf("%s: not healthy", p.URL)
 		}
 		info, err := os.Stat(fmt.Sprintf("/proc/%d", p.pid()))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		owner := info.Sys().(*syscall.Stat_t)
 		if got := fmt.Sprintf("%d:%d", owner.Uid, owner.Gid); got != img.user || owner.Uid == 0 {
 			t.Errorf("%s: runs as %s, want %s, which must not be root", p.URL, got, img.user)
@@ -523,9 +509,7 @@ func writeCertificate(t testing.TB) (file string) {
 	defer server.Close()
 	cert := server.TLS.Certificates[0]
 	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	file = filepath.Join(t.TempDir(), "certificate.pem")
 	writeFile(t, file, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]}))+
 		string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
@@ -544,9 +528,7 @@ func TestNginxLimitsClients(t *testing.T) {
 				req, _ := http.NewRequestWithContext(t.Context(), "GET", nginx.URL+"/api/sse/utils/version?request_id="+client, nil)
 				req.Header.Set("X-Forwarded-For", "192.0.2.7, "+client)
 				resp, err := new(http.Transport).RoundTrip(req)
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				t.Cleanup(func() { resp.Body.Close() })
 				body := make([]byte, 200)
 				n, _ := resp.Body.Read(body)
@@ -760,9 +742,7 @@ func TestMonitoring(t *testing.T) {
 	api := func(path string, data any) {
 		t.Helper()
 		answer := struct{ Data any }{data}
-		if err := json.Unmarshal([]byte(mustAsk(t, "GET", prometheus.URL+"/api/v1"+path, "")), &answer); err != nil {
-			t.Fatal(err)
-		}
+		must(t, json.Unmarshal([]byte(mustAsk(t, "GET", prometheus.URL+"/api/v1"+path, "")), &answer))
 	}
 	// series counts what Prometheus finds for an expression.
 	series := func(expr string) int {
@@ -782,9 +762,7 @@ func TestMonitoring(t *testing.T) {
 			Targets []struct{ Expr string }
 		}
 	}
-	if err := json.Unmarshal([]byte(edited(t, "deploy/grafana.json", "$__rate_interval", "1m")), &dashboard); err != nil {
-		t.Fatal(err)
-	}
+	must(t, json.Unmarshal([]byte(edited(t, "deploy/grafana.json", "$__rate_interval", "1m")), &dashboard))
 	shown := map[string]bool{}
 	for _, panel := range dashboard.Panels {
 		for _, target := range panel.Targets {

@@ -216,9 +216,7 @@ func TestGatewayClientConnectLimit(t *testing.T) {
 	t.Run("dial", func(t *testing.T) {
 		t.Parallel()
 		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer syscall.Close(fd)
 		if err = syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err == nil {
 			err = syscall.Listen(fd, 0)

@@ -105,9 +105,7 @@ func (g *gatewayFixture) check() {
 func (g *gatewayFixture) dial(text string) *streamClient {
 	g.t.Helper()
 	conn, err := (&net.Dialer{Control: smallSocket}).Dial("tcp", g.addr)
-	if err != nil {
-		g.t.Fatal(err)
-	}
+	must(g.t, err)
 	g.t.Cleanup(func() { conn.Close() })
 	method, _, _ := strings.Cut(text, " ")
 	c := &streamClient{TCPConn: conn.(*net.TCPConn), t: g.t, wire: bufio.NewReader(conn), method: method}
@@ -187,9 +185,7 @@ func (g *gatewayFixture) end(token string) string {
 // metric returns the value of one series of /metrics.
 func (g *gatewayFixture) metric(series string) float64 {
 	resp, err := g.client.Get(g.internal + "/metrics")
-	if err != nil {
-		g.t.Fatal(err)
-	}
+	must(g.t, err)
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(resp.Body)
 	return scrapeValue(string(text), series)

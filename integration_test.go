@@ -66,9 +66,7 @@ func (v visitor) wantPost(path, body, want string) {
 func (v visitor) status(target string) int {
 	v.t.Helper()
 	resp, err := v.client.Get(target)
-	if err != nil {
-		v.t.Fatal(err)
-	}
+	must(v.t, err)
 	resp.Body.Close()
 	return resp.StatusCode
 }
@@ -77,9 +75,7 @@ func (v visitor) status(target string) int {
 func (v visitor) getText(path string) string {
 	v.t.Helper()
 	resp, err := v.client.Get(v.api + path)
-	if err != nil {
-		v.t.Fatal(err)
-	}
+	must(v.t, err)
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(resp.Body)
 	return string(text)
@@ -212,13 +208,9 @@ func newSystem(t testing.TB, start func(testing.TB, ...string) *process, env ...
 		"RETRY_MILLISECONDS=50", // tests need less patience than browsers
 	}, env...)
 	cfg, err := loadBackendConfig(func(key string) string { return envValue(env, key) })
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	out, err := os.CreateTemp(t.TempDir(), "log")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	gateway := start(t, env...)
 	log := slog.New(slog.NewTextHandler(out, nil))
 	s := &system{
@@ -545,9 +537,7 @@ func TestIntegrationOutOfDescriptors(t *testing.T) {
 	var conns []net.Conn
 	for range 100 {
 		conn, err := net.Dial("tcp", strings.TrimPrefix(p.URL, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer conn.Close()
 		fmt.Fprint(conn, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
 		conns = append(conns, conn)
@@ -593,9 +583,7 @@ func TestIntegrationSilentConnection(t *testing.T) {
 	t.Parallel()
 	gateway := startOwnGateway(t)
 	conn, err := net.Dial("tcp", strings.TrimPrefix(gateway.URL, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer conn.Close()
 	began := time.Now()
 	if code := gateway.stop(t); code != 0 || time.Since(began) > 3*time.Second {
@@ -611,9 +599,7 @@ func TestIntegrationGatewayStops(t *testing.T) {
 	ended := make(chan error, streams)
 	for i := range streams {
 		resp, err := s.client.Get(s.streams + versionPath(fmt.Sprint(i)))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		go func() {
 			defer resp.Body.Close()
 			_, err := io.Copy(io.Discard, resp.Body)
@@ -717,9 +703,7 @@ func TestIntegrationUnaskedAnswerIsNotPrinted(t *testing.T) {
 	t.Parallel()
 	const answer = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { l.Close() })
 	callbacks := make(chan struct{}, 2)
 	go func() {
@@ -743,9 +727,7 @@ func TestIntegrationUnaskedAnswerIsNotPrinted(t *testing.T) {
 	}()
 	p := startOwnGateway(t, "CALLBACK_URL=http://"+l.Addr().String()+"/")
 	resp, err := http.Get(p.URL + "/x")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	receive(t, callbacks)
 	resp.Body.Close()
 	receive(t, callbacks) // the end of the stream
@@ -804,9 +786,7 @@ func BenchmarkReplay(b *testing.B) {
 	s.complete(id)
 	for b.Loop() {
 		resp, err := s.client.Get(s.streams + taskPath(id))
-		if err != nil {
-			b.Fatal(err)
-		}
+		must(b, err)
 		body, err := io.ReadAll(resp.Body)
 		resp.Body.Close()
 		if got := bytes.Count(body, []byte("event: task_event\n")); got != events || err != nil {
@@ -822,9 +802,7 @@ func BenchmarkBroadcast(b *testing.B) {
 	clients := make(quietClients, atMost(b, 5000))
 	for i := range clients {
 		conn, err := net.Dial("tcp", strings.TrimPrefix(s.streams, "http://"))
-		if err != nil {
-			b.Fatal(err)
-		}
+		must(b, err)
 		fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: h\r\n\r\n", versionPath(fmt.Sprint(i)))
 		clients[i] = quiet(b, conn.(*net.TCPConn))
 	}

@@ -294,9 +294,7 @@ func TestJournalCompactionWithoutRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := &crashDisk{left: 1 << 30, room: compactPart + 2500, now: map[string]*crashFile{}}
 		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		full := make(chan error, 1)
 		var held *commit
 		j.slack, j.live = 500, func() int { return 0 }
@@ -315,9 +313,7 @@ func TestJournalCompactionWithoutRoom(t *testing.T) {
 		}
 		go j.run()
 		for range 2 { // at the second the first is seen to be there
-			if err := j.write(make([]byte, 600), nil).wait(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, j.write(make([]byte, 600), nil).wait())
 		}
 		if err := <-full; err != errCannotStore || !j.full() {
 			t.Errorf("got %v, want no room", err)
@@ -376,9 +372,7 @@ func TestJournalSyncFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := &crashDisk{rand: rand.New(rand.NewPCG(1, 1)), left: 1 << 30, now: map[string]*crashFile{}}
 		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		j.live = func() int { return 0 }
 		go j.run()
 		d.left = 1 // the write
@@ -401,16 +395,12 @@ func TestJournalCompactsForRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := &crashDisk{left: 1 << 30, room: 10_000, now: map[string]*crashFile{}}
 		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		j.live = func() int { return 1000 }
 		j.snapshot = func(record func([]byte)) { record(make([]byte, 700)) }
 		go j.run()
 		for range 9 {
-			if err := j.write(make([]byte, 1000), nil).wait(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, j.write(make([]byte, 1000), nil).wait())
 		}
 		if err := j.write(make([]byte, 1000), nil).wait(); err != errCannotStore {
 			t.Errorf("got %v, want no room", err)
@@ -430,9 +420,7 @@ func TestJournalRestsAfterCompaction(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		snapshots := 0
 		j.slack, j.live = 500, func() int { return 0 }
 		j.snapshot = func(record func([]byte)) {
@@ -441,9 +429,7 @@ func TestJournalRestsAfterCompaction(t *testing.T) {
 		}
 		go j.run()
 		for range 50 {
-			if err := j.write(make([]byte, 100), nil).wait(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, j.write(make([]byte, 100), nil).wait())
 			time.Sleep(compactPause / 10)
 		}
 		j.close()
@@ -470,9 +456,7 @@ func TestJournalWaitsBehindAnother(t *testing.T) {
 		disk := d.disk()
 		disk.open = func(path string) (journalFile, error) { return slowFile{&crashFile{disk: d}}, nil }
 		j, err := openTestJournal(t, dir, disk, func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		j.live = func() int { return 0 }
 		go j.run()
 		began := time.Now()
@@ -497,9 +481,7 @@ func TestJournalWaitsBehindAnother(t *testing.T) {
 func journalOf(t *testing.T, records []string) (file []byte, begins []int) {
 	d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 	j, err := openTestJournal(t, t.TempDir(), d.disk(), func([]byte) error { return nil })
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for i := 0; i < len(records); {
 		for range 1 + i%3 {
 			if i < len(records) {
@@ -614,9 +596,7 @@ func FuzzJournal(f *testing.F) {
 
 func TestJournalVolatile(t *testing.T) {
 	dir, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	const root = "22 1 0:20 / / rw,relatime shared:1 - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w,volatile\n"
 	data := "30 22 8:1 / " + dir + " rw - ext4 /dev/sda1 rw\n"
 	for mounts, want := range map[string]bool{

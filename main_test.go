@@ -44,14 +44,10 @@ func newAPI(t testing.TB, settings string) *apiFixture {
 		env[name] = value
 	}
 	cfg, err := loadBackendConfig(getenvFrom(env))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	api := &apiFixture{t: t, gateway: &apiGateway{streams: map[string]*apiStream{}}, logged: &apiLog{}, settle: func() {}}
 	log, err := newLogger(getenvFrom(env), api.logged)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	api.backend = newBackend(cfg, "http://gateway.invalid", newRegistry("test"), log)
 	api.conns.gateway = api.gateway
 	epoch := func() string { return "e" }
@@ -266,9 +262,7 @@ func (l *apiLog) String() string {
 func apiRoutes(t *testing.T, methods string) (routes [][2]string) {
 	t.Helper()
 	source, err := os.ReadFile("main.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, m := range regexp.MustCompile(`"(`+methods+`) (/api/[^"]*)"`).FindAllStringSubmatch(string(source), -1) {
 		routes = append(routes, [2]string{m[1], m[2]})
 	}
@@ -557,9 +551,7 @@ func TestBadConfigurationStartsNothing(t *testing.T) {
 func TestTakenAddress(t *testing.T) {
 	t.Parallel()
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer taken.Close()
 	env := getenvFrom(map[string]string{"ADDR": taken.Addr().String(), "INTERNAL_ADDR": taken.Addr().String(), "PORT": "0"})
 	for _, args := range [][]string{nil, {"gateway"}} {
@@ -611,9 +603,7 @@ func TestRunUntilStopped(t *testing.T) {
 func TestStartBesideASilentGateway(t *testing.T) {
 	t.Parallel()
 	silent, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer silent.Close()
 	ctx, stop := context.WithCancel(t.Context())
 	stderr, exited := &apiLog{}, make(chan int, 1)
@@ -662,9 +652,7 @@ func TestNoDependencies(t *testing.T) {
 	}
 	for _, name := range files {
 		file, err := goparser.ParseFile(token.NewFileSet(), name, nil, goparser.ImportsOnly)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		for _, spec := range file.Imports {
 			// Only the standard library has paths whose first element has no dot.
 			path, _ := strconv.Unquote(spec.Path.Value)

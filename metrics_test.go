@@ -46,9 +46,7 @@ func scrapeValue(text, series string) float64 {
 // program has, with the gauges of their owners.
 func bothRoles(t testing.TB) (*registry, *backendMetrics, *gatewayMetrics) {
 	cfg, err := loadBackendConfig(getenvFrom(nil))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	r, log := newRegistry("1.2.3"), slog.New(slog.DiscardHandler)
 	b := newBackend(cfg, "http://gateway.invalid", r, log)
 	g := newGateway(cfg.Gateway, log, newGatewayMetrics(r))
@@ -308,12 +306,8 @@ func TestMetricsProcFiles(t *testing.T) {
 		r.proc = t.TempDir()
 		write := func(path, text string) {
 			path = filepath.Join(r.proc, "self", path)
-			if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.MkdirAll(filepath.Dir(path), 0o700))
+			must(t, os.WriteFile(path, []byte(text), 0o600))
 		}
 		if test.statm != "" {
 			write("statm", test.statm)
@@ -349,9 +343,7 @@ func TestMetricsProcLinux(t *testing.T) {
 	const files = 100
 	for range files {
 		f, err := os.Open(os.DevNull)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer f.Close()
 	}
 	after := scrapeAll(r)

@@ -94,9 +94,7 @@ func gatewayProcess(t testing.TB, env []string, command ...string) *process {
 // API_TOKEN or PORT of a developer decides how a test ends.
 func newProcess(t testing.TB, url string, env []string, command ...string) *process {
 	out, err := os.CreateTemp(t.TempDir(), "output")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { out.Close() })
 	p := &process{URL: url, command: command, probe: "/readyz", limit: 10 * time.Second, out: out}
 	for _, key := range []string{"PATH", "HOME", "TMPDIR", "GOCOVERDIR"} {
@@ -113,9 +111,7 @@ func newProcess(t testing.TB, url string, env []string, command ...string) *proc
 // it fails the test.
 func (p *process) mustStart(t testing.TB) *process {
 	t.Helper()
-	if err := p.start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, p.start())
 	t.Cleanup(func() {
 		p.stop(t)
 		if strings.Contains(p.output(), "WARNING: DATA RACE") {
@@ -196,9 +192,7 @@ func (p *process) kill(testing.TB) {
 func (p *process) restart(t testing.TB) {
 	t.Helper()
 	p.kill(t)
-	if err := p.start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, p.start())
 }
 
 // signal does nothing once the process has been waited for: its number may be another's by then.
@@ -261,6 +255,14 @@ func alone(t *testing.T) bool {
 		t.Errorf("%v\n%s", err, out)
 	}
 	return false
+}
+
+// must ends the test if there is an error.
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // eventually waits until cond holds, and fails the test if it does not within limit; what says what was waited for.

@@ -354,13 +354,9 @@ func TestNobodyKeepsAnswers(t *testing.T) {
 			status, rest, _ := strings.Cut(request, " ")
 			method, target, _ := strings.Cut(rest, " ")
 			req, err := http.NewRequest(method, base+target, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			resp, err := new(http.Transport).RoundTrip(req)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			io.Copy(io.Discard, resp.Body)
 			resp.Body.Close()
 			if got := resp.Header.Get("Cache-Control"); got != "no-store" || !strings.HasPrefix(resp.Status, status) {

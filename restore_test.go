@@ -38,9 +38,7 @@ func restartWith(t *testing.T, settings string, before *apiFixture, change func(
 	api.cfg.DataDir = dir
 	api.settle = synctest.Wait
 	change(api)
-	if err := unlocked(api.openJournal); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unlocked(api.openJournal))
 	t.Cleanup(api.crash)
 	return api
 }
@@ -209,9 +207,7 @@ func TestSnapshotForgets(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		if err := r.finish(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, r.finish())
 		again.check("GET", "/api/tasks/b/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
 	})
 }
@@ -222,12 +218,8 @@ func TestRestoreBeforeTheStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		api := newAPI(t, "")
 		r := newRestoring(api.tasks, api.version)
-		if err := r.apply(encodeRecord(recordTask, recordFields{Number: 1, ID: "a", Epoch: "e", Kind: externalTask})); err != nil {
-			t.Fatal(err)
-		}
-		if err := r.finish(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, r.apply(encodeRecord(recordTask, recordFields{Number: 1, ID: "a", Epoch: "e", Kind: externalTask})))
+		must(t, r.finish())
 		if got := api.do("GET", "/api/tasks/a/status", ""); !strings.Contains(got, `"status":"running"`) {
 			t.Errorf("got %s", got)
 		}
@@ -377,13 +369,9 @@ func TestRestoreSnapshot(t *testing.T) {
 				again.settle = synctest.Wait
 				r := newRestoring(again.tasks, again.version)
 				for _, record := range records {
-					if err := r.apply(record); err != nil {
-						t.Fatal(err)
-					}
+					must(t, r.apply(record))
 				}
-				if err := r.finish(); err != nil {
-					t.Fatal(err)
-				}
+				must(t, r.finish())
 				for id := range strings.FieldsSeq("a b c") {
 					for _, path := range []string{"/api/tasks/" + id + "/status", "/api/tasks/" + id + "/events"} {
 						again.check("GET", path, "", api.do("GET", path, ""))
@@ -405,9 +393,7 @@ func TestRestoreSnapshot(t *testing.T) {
 func openFile(t *testing.T, path string) *os.File {
 	t.Helper()
 	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { f.Close() })
 	return f
 }
@@ -519,9 +505,7 @@ func checkRestarts(t *testing.T, v visitor, backend *process, restarts int) {
 			if code := backend.stop(t); code != 0 {
 				t.Errorf("exit code %d", code)
 			}
-			if err := backend.start(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, backend.start())
 		} else {
 			backend.restart(t)
 		}
@@ -668,9 +652,7 @@ func TestRestoreShowsWhatIsStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := &crashDisk{left: 1 << 30, room: 100, now: map[string]*crashFile{}}
 		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		api := newAPI(t, "")
 		api.settle = synctest.Wait
 		api.journal, api.tasks.journal, api.version.journal = j, j, j
@@ -711,9 +693,7 @@ func TestRestoreRefuses(t *testing.T) {
 	}
 	backend.kill(t)
 	file, err := os.OpenFile(filepath.Join(dir, "journal"), os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer file.Close()
 	if info, err := file.Stat(); err != nil || info.Mode() != 0o600 {
 		t.Errorf("the journal has mode %v, want 0600", info.Mode())
@@ -745,9 +725,7 @@ func BenchmarkRestart(b *testing.B) {
 		for b.Loop() {
 			cmd := exec.Command(command[0], command[1:]...)
 			cmd.Env = append(os.Environ(), env...)
-			if err := cmd.Start(); err != nil {
-				b.Fatal(err)
-			}
+			must(b, cmd.Start())
 			for !ready() {
 				time.Sleep(time.Millisecond)
 			}
@@ -774,9 +752,7 @@ func BenchmarkRestart(b *testing.B) {
 		for range tasks {
 			id := v.start("external", "{}")
 			resp, err := v.client.Post(v.api+"/api/tasks/"+id+"/progress", ndjson, strings.NewReader(reports.String()))
-			if err != nil {
-				b.Fatal(err)
-			}
+			must(b, err)
 			resp.Body.Close()
 		}
 		p.kill(b)
@@ -807,9 +783,7 @@ func BenchmarkRestart(b *testing.B) {
 			return true
 		}
 		cmd := exec.Command(command[0], command[1:]...)
-		if err := cmd.Start(); err != nil {
-			b.Fatal(err)
-		}
+		must(b, cmd.Start())
 		ready := func() bool { return say("PING\r\n", "+PONG\r\n") }
 		eventually(b, soon, "redis is up", ready)
 		data := strings.Repeat("x", 220)

@@ -49,9 +49,7 @@ func TestThrottle(t *testing.T) {
 func TestServeFailsWhileItStops(t *testing.T) {
 	t.Parallel()
 	listeners, err := openListeners("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	log := slog.New(slog.DiscardHandler)
 	s := newServer(log, newRegistry("test"), http.NewServeMux(), listeners...)
 	ctx, cancel := context.WithCancel(context.Background())

@@ -837,9 +837,7 @@ func TestInternalAddr(t *testing.T) {
 		}
 	}
 	resp, err := g.client.Get(g.internal + "/x")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	resp.Body.Close()
 	if n := len(g.connects); resp.StatusCode != 404 || n != 0 {
 		t.Errorf("internal GET /x: got %s, want 404; the backend was asked %d times, want never", resp.Status, n)

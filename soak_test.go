@@ -228,9 +228,7 @@ func (s *soak) misbehave() {
 
 func (s *soak) metric(series string) float64 {
 	resp, err := s.client.Get(s.gateway.URL + "/metrics")
-	if err != nil {
-		s.t.Fatal(err)
-	}
+	must(s.t, err)
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(resp.Body)
 	return scrapeValue(string(text), series)

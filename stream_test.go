@@ -268,24 +268,16 @@ func TestStreamOutlivesTheWriteTimeout(t *testing.T) {
 func TestSlowReaderIsKept(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer l.Close()
 	client, err := (&net.Dialer{Control: smallSocket}).Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer client.Close()
 	conn, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	conn.(*net.TCPConn).SetWriteBuffer(1 << 20) // has room again when some 700 KiB of it have gone
 	raw, err := conn.(*net.TCPConn).SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	const timeout = 2 * time.Second // on a busy machine the client may not get to read for long
 	s := &stream{limits: &streamLimits{buffer: 4 << 20, writeTimeout: timeout}}
 	s.open(conn, raw, []byte("head"), false, 0)

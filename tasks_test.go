@@ -569,9 +569,7 @@ func TestTaskListNewestFirst(t *testing.T) {
 		}
 		slices.Reverse(want)
 		var list struct{ Tasks []taskView }
-		if err := json.Unmarshal(api.request("GET", "/api/tasks", "").Body.Bytes(), &list); err != nil {
-			t.Fatal(err)
-		}
+		must(t, json.Unmarshal(api.request("GET", "/api/tasks", "").Body.Bytes(), &list))
 		var got []string
 		for _, task := range list.Tasks {
 			got = append(got, task.TaskID)
