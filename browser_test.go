@@ -64,6 +64,12 @@ func startSite(t *testing.T, env ...string) *site {
 	return s
 }
 
+// openSite starts a site and opens its page.
+func openSite(t *testing.T) (*site, *tab) {
+	s := startSite(t)
+	return s, startBrowser(t).open(s.URL + "/")
+}
+
 // post posts to the backend, as a script would.
 func (s *site) post(t *testing.T, path, body string) (answer map[string]any) {
 	t.Helper()
@@ -78,8 +84,7 @@ func (s *site) post(t *testing.T, path, body string) (answer map[string]any) {
 
 func TestBrowserPage(t *testing.T) {
 	t.Parallel()
-	site := startSite(t)
-	tab := startBrowser(t).open(site.URL + "/")
+	site, tab := openSite(t)
 
 	// A task survives the gateway.
 	tab.run(`const form = document.querySelector("#demo-form");
@@ -116,8 +121,7 @@ func TestBrowserPage(t *testing.T) {
 // As it stays, it opens them again where they were.
 func TestBrowserPageThatStays(t *testing.T) {
 	t.Parallel()
-	site := startSite(t)
-	tab := startBrowser(t).open(site.URL + "/")
+	site, tab := openSite(t)
 	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
 	tab.run(`window.left = 0; addEventListener("beforeunload", () => left++)
 		const form = document.querySelector("#follow-form");
@@ -201,11 +205,10 @@ func TestBrowserManyTasks(t *testing.T) {
 	check()
 }
 
-// The table shows every task, whoever started it, and how it goes on, and nobody has to click for it.
+// The table shows every task, whoever started it, and its progress, without a click.
 func TestBrowserTable(t *testing.T) {
 	t.Parallel()
-	site := startSite(t)
-	tab := startBrowser(t).open(site.URL + "/")
+	site, tab := openSite(t)
 	tab.wait(`!document.querySelector("#empty").hidden`)
 	row := func(id string) string { return "document.querySelector(`[data-task-id=" + id + "]`)" }
 	says := func(id, part, want string) {
@@ -294,8 +297,7 @@ func TestBrowserTable(t *testing.T) {
 // A page whose stream is taken over goes on as another page: a request of its own may have been overtaken by a later one.
 func TestBrowserReplaced(t *testing.T) {
 	t.Parallel()
-	site := startSite(t)
-	tab := startBrowser(t).open(site.URL + "/")
+	site, tab := openSite(t)
 	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
 	tab.run(`const form = document.querySelector("#follow-form");
 		form.elements.task_id.value = "` + task + `"; form.requestSubmit()`)
@@ -313,8 +315,7 @@ func TestBrowserReplaced(t *testing.T) {
 // Beyond 50 tasks the newest are followed, and the others when a place gets free.
 func TestBrowserTooManyTasks(t *testing.T) {
 	t.Parallel()
-	site := startSite(t)
-	tab := startBrowser(t).open(site.URL + "/")
+	site, tab := openSite(t)
 	for i := range maxPageTasks + 2 {
 		site.post(t, "/api/tasks", fmt.Sprintf(`{"type":"external","params":{"task_id":"t%d"}}`, i))
 	}
@@ -333,7 +334,7 @@ func TestBrowserTooManyTasks(t *testing.T) {
 		site.post(t, fmt.Sprintf("/api/tasks/t%d/complete", i+2), `{"result":1}`)
 	}
 	tab.wait(fmt.Sprintf(state+" && "+state, "open", maxPageTasks-1, "closed", 3))
-	tab.run(openLog) // it may have ended unheard
+	tab.run(openLog) // the task may have ended while its log was not followed
 	tab.wait(`document.querySelectorAll("[data-task-id=t0] li").length == 2`)
 	tab.wait(`document.querySelectorAll("[data-task-id=t1] li").length == 1`)
 	for i := range maxPageTasks + 2 {

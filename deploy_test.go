@@ -276,9 +276,7 @@ func TestContainer(t *testing.T) {
 		if got := fmt.Sprintf("%d:%d", owner.Uid, owner.Gid); got != img.user || owner.Uid == 0 {
 			t.Errorf("%s: runs as %s, want %s, which must not be root", p.URL, got, img.user)
 		}
-		if got := p.stop(t); got != 0 {
-			t.Errorf("%s: exit code %d, want 0", p.URL, got)
-		}
+		p.wantStop(t)
 		if img.healthy(p) {
 			t.Errorf("%s: healthy after its end", p.URL)
 		}

@@ -361,6 +361,13 @@ func (t *postTest) reply(p *steppedPost, status int, body string) {
 	synctest.Wait()
 }
 
+// finish answers POSTs that the test does not care about.
+func (t *postTest) finish(posts []*steppedPost) {
+	for _, p := range posts {
+		t.reply(p, 200, "")
+	}
+}
+
 func (t *postTest) wantResult(result <-chan string, want string) {
 	t.Helper()
 	if got := <-result; got != want {
@@ -518,9 +525,7 @@ func TestGatewayClientBatches(t *testing.T) {
 		t.wantResult(results["f"], `0 false reading the answer: "{\"status\":400,\"error\":\"no\"}"`)
 		t.reply(t.next(single("g")), 200, `{"status":"buffered"}`)
 		t.wantResult(g, "1 true <nil>")
-		for _, p := range busy[1:] {
-			t.reply(p, 200, "")
-		}
+		t.finish(busy[1:])
 		t.wantNone()
 	})
 }
@@ -568,9 +573,7 @@ func TestGatewayClientSendsRuns(t *testing.T) {
 		t.reply(busy[0], 200, "")
 		t.reply(t.next("application/json "+line("a", "1")), 200, "")
 		t.wantResult(a, "1 false <nil>")
-		for _, p := range busy[1:] {
-			t.reply(p, 200, "")
-		}
+		t.finish(busy[1:])
 	})
 }
 
@@ -594,9 +597,7 @@ func TestGatewayClientBatchFailures(t *testing.T) {
 				t.next(batch("c", "d")).answer <- test.answer
 				t.wantResult(c, test.want)
 				t.wantResult(d, test.want)
-				for _, p := range busy[1:] {
-					t.reply(p, 200, "")
-				}
+				t.finish(busy[1:])
 				if !t.client.can().batch { // only a callback says what a gateway can do
 					t.Error("takes no batches any more")
 				}
@@ -623,9 +624,7 @@ func TestGatewayClientBoundsItsBatches(t *testing.T) {
 		rest := fmt.Sprintf("application/x-ndjson {\"token\":%q}\n"+body+"\n", first[maxBatchSends], "c")
 		t.reply(t.next(rest), 200, batchOK+"\n"+batchOK)
 		t.reply(t.next("application/json "+fmt.Sprintf(body, "d")), 200, "")
-		for _, p := range busy[1:] {
-			t.reply(p, 200, "")
-		}
+		t.finish(busy[1:])
 		t.wantNone()
 	})
 }

@@ -269,35 +269,17 @@ func (s *system) wantConnections(service string, n int) {
 func (s *system) wantStreams(n int) {
 	s.t.Helper()
 	eventually(s.t, soon, fmt.Sprintf("%d streams of the gateway", n), func() bool {
-		resp, err := s.client.Get(s.gateway.URL + "/metrics")
-		if err != nil {
-			return false
-		}
-		defer resp.Body.Close()
-		page, _ := io.ReadAll(resp.Body)
-		return scrapeValue(string(page), "gateway_streams") == float64(n)
+		return scrapeValue(scrapeURL(s.client, s.gateway.URL), "gateway_streams") == float64(n)
 	})
 }
 
-func TestIntegrationTaskProgress(t *testing.T) {
+func TestIntegrationTask(t *testing.T) {
 	t.Parallel()
 	s := newSystem(t, startGateway)
-	es := s.follow(s.start("demo", `{"steps":2}`))
-	wantEnd(t, es, "task_started", "progress_update step 1 of 2", "progress_update step 2 of 2",
-		"task_completed", "connection_close task_completed")
-	s.wantConnections("task", 0)
-}
-
-func TestIntegrationFailingTask(t *testing.T) {
-	t.Parallel()
-	s := newSystem(t, startGateway)
-	es := s.follow(s.start("failing", `{"error_message":"out of paper"}`))
-	wantEnd(t, es, "task_started", "task_failed out of paper", "connection_close task_failed")
-}
-
-func TestIntegrationUnknownTask(t *testing.T) {
-	t.Parallel()
-	s := newSystem(t, startGateway)
+	wantEnd(t, s.follow(s.start("demo", `{"steps":2}`)), "task_started", "progress_update step 1 of 2",
+		"progress_update step 2 of 2", "task_completed", "connection_close task_completed")
+	wantEnd(t, s.follow(s.start("failing", `{"error_message":"out of paper"}`)),
+		"task_started", "task_failed out of paper", "connection_close task_failed")
 	wantEnd(t, s.follow("nobody-knows"), "error Task not found", "connection_close task_not_found")
 	s.wantConnections("task", 0)
 }
@@ -346,7 +328,7 @@ func TestIntegrationReplacement(t *testing.T) {
 	wantEnd(t, first, "task_started", "connection_close replaced")
 }
 
-// Tabs that reconnect would throw each other out in turns, for ever and each with a replay of the whole task.
+// Otherwise tabs that reconnect would replace each other forever, each with a replay of the whole task.
 func TestIntegrationReplacedTabStaysAway(t *testing.T) {
 	t.Parallel()
 	s := newSystem(t, startOwnGateway)
@@ -370,26 +352,19 @@ func TestIntegrationReplacedTabStaysAway(t *testing.T) {
 	}
 }
 
-func TestIntegrationVersionPending(t *testing.T) {
+func TestIntegrationVersion(t *testing.T) {
 	t.Parallel()
 	s := newSystem(t, startGateway)
 	s.wantAnnounced("me", "1.0", false)
 	s.wantAnnounced("me", "1.1", false)
 	es := s.subscribe("me")
 	wantStory(t, es, "version 1.0", "version 1.1")
+	other := s.subscribe("other")
+	waitOpen(t, other)
 	s.wantAnnounced("me", "1.2", true)
+	s.wantAnnounced("other", "2.0", true)
 	wantStory(t, es, "version 1.0", "version 1.1", "version 1.2")
-}
-
-func TestIntegrationVersionConnected(t *testing.T) {
-	t.Parallel()
-	s := newSystem(t, startGateway)
-	me, other := s.subscribe("me"), s.subscribe("other")
-	waitOpen(t, me, other)
-	s.wantAnnounced("me", "1.0", true)
-	s.wantAnnounced("other", "1.1", true)
-	wantStory(t, me, "version 1.0")
-	wantStory(t, other, "version 1.1")
+	wantStory(t, other, "version 2.0")
 }
 
 func TestIntegrationBroadcast(t *testing.T) {
@@ -410,19 +385,21 @@ func TestIntegrationBroadcast(t *testing.T) {
 func TestIntegrationRejectedConnect(t *testing.T) {
 	t.Parallel()
 	s := newSystem(t, startGateway)
-	es := openEventSource(t, s.streams+"/api/sse/elsewhere")
-	if got := es.waitClosed(t, soon); got != http.StatusBadRequest || es.attempts() != 1 {
-		t.Errorf("gave up at status %d after %d attempts, want 400 after 1", got, es.attempts())
+	wantGivenUp(t, openEventSource(t, s.streams+"/api/sse/elsewhere"), http.StatusBadRequest)
+}
+
+// wantGivenUp checks that the first answer, of this status, ends an event source for good.
+func wantGivenUp(t *testing.T, es *eventSource, status int) {
+	t.Helper()
+	if got := es.waitClosed(t, soon); got != status || es.attempts() != 1 {
+		t.Errorf("gave up at status %d after %d attempts, want %d after 1", got, es.attempts(), status)
 	}
 }
 
 func TestIntegrationCallbackSecret(t *testing.T) {
 	t.Parallel()
 	s := newSystem(t, startGateway, "SSE_CALLBACK_SECRET=not what the gateway says")
-	es := s.follow(s.start("external", `{}`))
-	if got := es.waitClosed(t, soon); got != http.StatusUnauthorized || es.attempts() != 1 {
-		t.Errorf("gave up at status %d after %d attempts, want 401 after 1", got, es.attempts())
-	}
+	wantGivenUp(t, s.follow(s.start("external", `{}`)), http.StatusUnauthorized)
 	s.wantConnections("task", 0)
 }
 
@@ -497,33 +474,25 @@ func TestIntegrationProcesses(t *testing.T) {
 	})
 }
 
-// The streams that a gateway holds for a backend which stops must end: the next backend does not know of them, and the
-// browsers would wait for ever.
+// The streams that a gateway holds for a backend must end with it, as the next one does not know of them: a backend that
+// stops ends them, and for one that is killed the next one has the gateway do it.
 func TestIntegrationBackendRestarts(t *testing.T) {
 	t.Parallel()
-	v, backend := startSplit(t, startOwnGateway)
-	es := v.subscribe("me")
-	waitOpen(t, es)
-	v.wantAnnounced("me", "1.0", true)
-	if code := backend.stop(t); code != 0 {
-		t.Errorf("exit code %d, want 0 within 5 s", code)
+	for name, end := range map[string]func(*process, testing.TB){"stopped": (*process).wantStop, "killed": (*process).kill} {
+		t.Run(name, func(t *testing.T) {
+			v, backend := startSplit(t, startOwnGateway)
+			es := v.subscribe("me")
+			waitOpen(t, es)
+			v.wantAnnounced("me", "1.0", true)
+			end(backend, t)
+			if name == "stopped" {
+				eventually(t, soon, "stream ended", func() bool { return es.attempts() > 1 })
+			}
+			backend.restart(t)
+			v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`) // delivered now or when it is back
+			wantStory(t, es, "version 1.0", "version 1.1")
+		})
 	}
-	eventually(t, soon, "stream ended", func() bool { return es.attempts() > 1 })
-	backend.restart(t)
-	v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`) // delivered now or when it is back
-	wantStory(t, es, "version 1.0", "version 1.1")
-}
-
-// A backend that is killed cannot end its streams. The next one has the gateway do it.
-func TestIntegrationBackendKilled(t *testing.T) {
-	t.Parallel()
-	v, backend := startSplit(t, startOwnGateway)
-	es := v.subscribe("me")
-	waitOpen(t, es)
-	backend.kill(t)
-	backend.restart(t)
-	v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`)
-	wantStory(t, es, "version 1.1")
 }
 
 // Without file descriptors the gateway can accept nobody. It must neither crash nor spin, and come round by itself.
@@ -607,9 +576,7 @@ func TestIntegrationGatewayStops(t *testing.T) {
 		}()
 	}
 	s.wantConnections("version", streams)
-	if code := s.gateway.stop(t); code != 0 {
-		t.Errorf("exit code %d, want 0 within 5 s", code)
-	}
+	s.gateway.wantStop(t)
 	if got := len(s.conns.Active()); got != 0 {
 		t.Errorf("%d services have connections after the gateway's exit, want 0: it tells the backend before", got)
 	}
@@ -626,9 +593,7 @@ func TestIntegrationBackendStops(t *testing.T) {
 	v := newVisitor(t, backend.URL, backend.URL)
 	es := v.follow(v.start("demo", `{"delay":60}`))
 	wantStory(t, es, "task_started")
-	if code := backend.stop(t); code != 0 {
-		t.Errorf("exit code %d, want 0 within 5 s", code)
-	}
+	backend.wantStop(t)
 	wantStory(t, es, "task_started", "task_failed server is shutting down", "connection_close task_failed")
 }
 

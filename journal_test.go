@@ -143,7 +143,7 @@ func (d *crashDisk) reboot(steps int) {
 	if d.rand.IntN(2) == 0 {
 		d.now = d.durable
 	}
-	lost := 2 << d.rand.IntN(6) // one block of so many
+	lost := 2 << d.rand.IntN(6) // one block in this many
 	for _, f := range d.now {
 		const block = 16
 		size := len(f.synced)
@@ -186,6 +186,19 @@ func openTestJournal(t testing.TB, dir string, d disk, apply func([]byte) error)
 		return err
 	})
 	return j, err
+}
+
+// journalTest runs a story in a bubble, with an empty journal on a disk that has room for some bytes, or any number if 0.
+func journalTest(t *testing.T, room int, story func(t *testing.T, d *crashDisk, j *journal)) {
+	t.Helper()
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		d := &crashDisk{rand: rand.New(rand.NewPCG(1, 1)), left: 1 << 30, room: room, now: map[string]*crashFile{}}
+		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
+		must(t, err)
+		story(t, d, j)
+	})
 }
 
 // unlocked calls open until no other process has the folder: one that another test is starting has a copy of all our
@@ -289,12 +302,7 @@ func TestJournalCrashes(t *testing.T) {
 // The room that making the file smaller takes is free again when that fails for want of room, and the journal, which
 // lacked it meanwhile, goes on.
 func TestJournalCompactionWithoutRoom(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{left: 1 << 30, room: compactPart + 2500, now: map[string]*crashFile{}}
-		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		must(t, err)
+	journalTest(t, compactPart+2500, func(t *testing.T, d *crashDisk, j *journal) {
 		full := make(chan error, 1)
 		var held *commit
 		j.slack, j.live = 500, func() int { return 0 }
@@ -367,12 +375,7 @@ func TestJournalUnreadable(t *testing.T) {
 
 // When a sync fails nobody waits any longer, and serve is told.
 func TestJournalSyncFails(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{rand: rand.New(rand.NewPCG(1, 1)), left: 1 << 30, now: map[string]*crashFile{}}
-		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		must(t, err)
+	journalTest(t, 0, func(t *testing.T, d *crashDisk, j *journal) {
 		j.live = func() int { return 0 }
 		go j.run()
 		d.left = 1 // the write
@@ -390,12 +393,7 @@ func TestJournalSyncFails(t *testing.T) {
 
 // A disk that is full of what is forgotten has room again without anybody's help.
 func TestJournalCompactsForRoom(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{left: 1 << 30, room: 10_000, now: map[string]*crashFile{}}
-		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		must(t, err)
+	journalTest(t, 10_000, func(t *testing.T, _ *crashDisk, j *journal) {
 		j.live = func() int { return 1000 }
 		j.snapshot = func(record func([]byte)) { record(make([]byte, 700)) }
 		go j.run()
@@ -415,12 +413,7 @@ func TestJournalCompactsForRoom(t *testing.T) {
 
 // A snapshot that is larger than what it is thought to be is not made again and again.
 func TestJournalRestsAfterCompaction(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
-		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		must(t, err)
+	journalTest(t, 0, func(t *testing.T, _ *crashDisk, j *journal) {
 		snapshots := 0
 		j.slack, j.live = 500, func() int { return 0 }
 		j.snapshot = func(record func([]byte)) {
@@ -432,10 +425,10 @@ func TestJournalRestsAfterCompaction(t *testing.T) {
 			must(t, j.write(make([]byte, 100), nil).wait())
 			time.Sleep(compactPause / 10)
 		}
-		j.close()
 		if snapshots < 4 || snapshots > 6 {
 			t.Errorf("%d snapshots in 5 times compactPause", snapshots)
 		}
+		j.close()
 	})
 }
 
@@ -447,7 +440,7 @@ func (f slowFile) Sync() error {
 	return f.crashFile.Sync()
 }
 
-// Who comes while another writes is stored afterwards, also without a record.
+// A writer that arrives while another syncs waits for the next sync, even without a record.
 func TestJournalWaitsBehindAnother(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

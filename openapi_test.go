@@ -14,8 +14,6 @@ import (
 	"mime"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
@@ -54,8 +52,7 @@ var (
 // each step of indentation.
 func readOpenAPI(t *testing.T) map[string]*apiOperation {
 	t.Helper()
-	file, err := os.ReadFile("openapi.yaml")
-	must(t, err)
+	file := edited(t, "openapi.yaml")
 	operations, answers := map[string]*apiOperation{}, map[string]*apiBody{}
 	var keys []string
 	var op *apiOperation
@@ -65,7 +62,7 @@ func readOpenAPI(t *testing.T) map[string]*apiOperation {
 		answers[name] = at
 		return at
 	}
-	for rest := string(file); rest != ""; {
+	for rest := file; rest != ""; {
 		line, below, _ := strings.Cut(rest, "\n")
 		if m := yamlKey.FindStringSubmatch(line); m != nil {
 			depth := len(m[1]) / 2
@@ -437,16 +434,9 @@ func (b *apiBody) hasExample(text string) bool {
 // testAPICodes tests that the codes of errors in the source are those that the file lists.
 func testAPICodes(t *testing.T, _ map[string]*apiOperation) {
 	codes := map[string]bool{"not_found": true, "method_not_allowed": true} // what jsonErrors makes of statuses
-	files, err := filepath.Glob("*.go")
-	must(t, err)
 	call := regexp.MustCompile(`(?:newError\([^,()]+|badRequest\()(?:, )?(\S+?),`)
-	for _, name := range files {
-		if strings.HasSuffix(name, "_test.go") {
-			continue
-		}
-		source, err := os.ReadFile(name)
-		must(t, err)
-		for _, m := range call.FindAllStringSubmatch(string(source), -1) {
+	for _, name := range productFiles(t) {
+		for _, m := range call.FindAllStringSubmatch(edited(t, name), -1) {
 			if code, err := strconv.Unquote(m[1]); err == nil && code != "" {
 				codes[code] = true
 			} else if err != nil && m[1] != "code" && !strings.HasPrefix(m[1], "strings.ReplaceAll(") {
@@ -454,9 +444,8 @@ func testAPICodes(t *testing.T, _ map[string]*apiOperation) {
 			}
 		}
 	}
-	file, err := os.ReadFile("openapi.yaml")
-	must(t, err)
-	_, list, _ := strings.Cut(string(file), "\n        code:\n          enum:\n")
+	file := edited(t, "openapi.yaml")
+	_, list, _ := strings.Cut(file, "\n        code:\n          enum:\n")
 	var got []string
 	for line := range strings.Lines(list) {
 		code, ok := strings.CutPrefix(line, "            - ")
@@ -511,10 +500,9 @@ func (s *apiSchema) fits(v any) bool {
 
 // testAPIEvents tests that the data of every event is as the file describes it.
 func testAPIEvents(t *testing.T, _ map[string]*apiOperation) {
-	file, err := os.ReadFile("openapi.yaml")
-	must(t, err)
+	file := edited(t, "openapi.yaml")
 	schema := func(name string) (s apiSchema) {
-		_, text, ok := strings.Cut(string(file), "\n    "+name+": ")
+		_, text, ok := strings.Cut(file, "\n    "+name+": ")
 		if err := json.NewDecoder(strings.NewReader(text)).Decode(&s); !ok || err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}

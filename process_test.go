@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"flag"
 	"fmt"
@@ -182,6 +183,14 @@ func (p *process) stop(t testing.TB) int {
 	return p.exitCode()
 }
 
+// wantStop is stop for a process that must end in time and without an error.
+func (p *process) wantStop(t testing.TB) {
+	t.Helper()
+	if got := p.stop(t); got != 0 {
+		t.Errorf("%s: exit code %d, want 0 within 5 s", p.URL, got)
+	}
+}
+
 // kill ends the process as a crash would, and returns when it is gone.
 func (p *process) kill(testing.TB) {
 	p.signal(syscall.SIGKILL)
@@ -195,7 +204,7 @@ func (p *process) restart(t testing.TB) {
 	must(t, p.start())
 }
 
-// signal does nothing once the process has been waited for: its number may be another's by then.
+// signal does nothing once the process has been waited for: its number may have been reused.
 func (p *process) signal(sig syscall.Signal) {
 	if p.exited.Err() == nil {
 		syscall.Kill(-p.pid(), sig)
@@ -255,6 +264,24 @@ func alone(t *testing.T) bool {
 		t.Errorf("%v\n%s", err, out)
 	}
 	return false
+}
+
+// A testOutput is a log, or what a program prints, that can be read while it is written.
+type testOutput struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *testOutput) Write(line []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(line)
+}
+
+func (l *testOutput) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
 }
 
 // must ends the test if there is an error.

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// A browser that is told to come back has a second before it can: there are clients that do so at once. Meanwhile it
-// takes nobody's place.
+// A browser that is told to come back is held for a second, as some clients reconnect at once. It does not count as a
+// connection.
 func TestRefusedBrowserIsHeld(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "MAX_CONNECTIONS=1", nil)
@@ -32,9 +32,7 @@ func TestRefusedBrowserIsHeld(t *testing.T) {
 	if took := time.Since(began); took < time.Second {
 		t.Errorf("the refusals ended after %v, want a second", took)
 	}
-	if got := g.metric(`gateway_streams_closed_total{reason="server_closed"}`); got != 0 {
-		t.Errorf("got %v streams closed, want none: a refusal is no stream", got)
-	}
+	g.wantMetric(`gateway_streams_closed_total{reason="server_closed"}`, 0)
 }
 
 // Held refusals are bounded, and a shutdown does not wait for them.
@@ -106,7 +104,7 @@ func TestRefusalTellsTheReason(t *testing.T) {
 	}
 }
 
-// A stream replaces another, so a page of another site must not open one, be it by an <img>.
+// A stream replaces another, so a page of another site must not open one, not even with an <img>.
 func TestOtherSites(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -202,9 +200,7 @@ func TestLargeRequests(t *testing.T) {
 	} {
 		c := g.get("/x", "X: "+tt.value)
 		if !tt.want {
-			if got := c.reply(); got != refused {
-				t.Errorf("%s: got %s, want %s", tt.name, got, refused)
-			}
+			c.wantReply(refused)
 			continue
 		}
 		c.callback = receive(t, g.connects)
@@ -315,9 +311,7 @@ func TestRefusalMetrics(t *testing.T) {
 		`http_requests_total{code="401"}`:          1,
 		`http_requests_total{code="5xx"}`:          0,
 	} {
-		if got := g.metric(series); got != want {
-			t.Errorf("%s: got %v, want %v", series, got, want)
-		}
+		g.wantMetric(series, want)
 	}
 	before := g.metric(`http_requests_total{code="2xx"}`)
 	if after := g.metric(`http_requests_total{code="2xx"}`); before < 2 || after != before+1 {
@@ -330,7 +324,7 @@ func TestRefusalMetrics(t *testing.T) {
 	}
 }
 
-// Browsers and caches keep an answer that does not forbid it, and give a 410 to whoever asks next.
+// Browsers and caches keep an answer that does not forbid it, and would serve a 410 to the next request.
 func TestNobodyKeepsAnswers(t *testing.T) {
 	t.Parallel()
 	internal := func() string { return fmt.Sprint("INTERNAL_ADDR=127.0.0.1:", freePort(t)) }

@@ -21,6 +21,13 @@ import (
 	"time"
 )
 
+// restoreTest runs a story in a bubble, with a backend whose folder is empty.
+func restoreTest(t *testing.T, settings string, story func(t *testing.T, api *apiFixture)) {
+	t.Helper()
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) { story(t, restart(t, settings, nil)) })
+}
+
 // restart returns a backend that begins with what the one before has left in its folder. That did not stop in order.
 func restart(t *testing.T, settings string, before *apiFixture) *apiFixture {
 	t.Helper()
@@ -109,18 +116,14 @@ func TestRestoreTasks(t *testing.T) {
 		api.check("POST", "/api/tasks/done/complete", `{"result":{"a":[1,"}"]}}`, `200 {"event_id":"e-3"}`)
 		external("deleted")
 		for status, want := range map[string]float64{"running": 2, "completed": 1, "failed": 3, "cancelled": 2} {
-			if got := api.metric(`tasks{status="` + status + `"}`); got != want {
-				t.Errorf("%v tasks are %s, want %v", got, status, want)
-			}
+			api.wantMetric(`tasks{status="`+status+`"}`, want)
 		}
 		time.Sleep(49 * time.Second)
 		if got := api.do("GET", "/api/tasks/runs/status", ""); !strings.Contains(got, `"status":"running","title":"Title of runs","progress":{"text":"more","value":0.5}`) {
 			t.Errorf("before its timeout: got %s", got)
 		}
 		time.Sleep(2 * time.Second)
-		if got := api.do("GET", "/api/tasks/runs/status", ""); !strings.Contains(got, `"error":"worker lost"`) {
-			t.Errorf("after its timeout, which counts from the start: got %s", got)
-		}
+		api.checkStatus("runs", taskFailed, "worker lost")
 		time.Sleep(10 * time.Second) // 101 s after its end
 		api.check("GET", "/api/tasks/done/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
 	})
@@ -128,11 +131,9 @@ func TestRestoreTasks(t *testing.T) {
 
 // Progress that was displaced for want of memory comes back with a restart, and displaces no finished task then.
 func TestRestoreMemory(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		api := restart(t, "TASK_MEMORY_BYTES=300000", nil)
+	restoreTest(t, "TASK_MEMORY_BYTES=300000", func(t *testing.T, api *apiFixture) {
 		for id := range strings.FieldsSeq("a b c") {
-			api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`"}}`)
+			api.external(id)
 			for range 60 {
 				api.do("POST", "/api/tasks/"+id+"/progress", `{"text":"`+strings.Repeat("x", 4000)+`"}`)
 			}
@@ -157,7 +158,7 @@ func TestRestoreMemory(t *testing.T) {
 		const settings = "TASK_MEMORY_BYTES=300000 TASK_CLEANUP_INTERVAL_SECONDS=60"
 		api := restart(t, settings, nil)
 		for id := range strings.FieldsSeq("old new") {
-			api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`"}}`)
+			api.external(id)
 			for range 50 {
 				api.do("POST", "/api/tasks/"+id+"/progress", `{"text":"`+strings.Repeat("x", 4000)+`"}`)
 			}
@@ -189,11 +190,9 @@ func TestRestoreMemory(t *testing.T) {
 
 // A task that is forgotten while the snapshot is made is not in it, not even without its events.
 func TestSnapshotForgets(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		api := restart(t, "TASK_CLEANUP_INTERVAL_SECONDS=60", nil)
+	restoreTest(t, "TASK_CLEANUP_INTERVAL_SECONDS=60", func(t *testing.T, api *apiFixture) {
 		for id := range strings.FieldsSeq("a b") {
-			api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`"}}`)
+			api.external(id)
 		}
 		api.do("POST", "/api/tasks/b/complete", "{}")
 		api.page("r", "", "b")
@@ -220,42 +219,30 @@ func TestRestoreBeforeTheStart(t *testing.T) {
 		r := newRestoring(api.tasks, api.version)
 		must(t, r.apply(encodeRecord(recordTask, recordFields{Number: 1, ID: "a", Epoch: "e", Kind: externalTask})))
 		must(t, r.finish())
-		if got := api.do("GET", "/api/tasks/a/status", ""); !strings.Contains(got, `"status":"running"`) {
-			t.Errorf("got %s", got)
-		}
+		api.checkStatus("a", taskRunning, "")
 		api.check("POST", "/api/tasks/a/progress", `{"text":"x"}`, `200 {"event_id":"e-2"}`)
 	})
 }
 
 // What the limit keeps out of memory again is not news: somebody was told of it, or it was counted.
 func TestRestoreCountsNoDrops(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		api := restart(t, "TASK_EVENT_LIMIT=5", nil)
-		api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
+	restoreTest(t, "TASK_EVENT_LIMIT=5", func(t *testing.T, api *apiFixture) {
+		api.external("a")
 		for range 20 {
 			api.do("POST", "/api/tasks/a/progress", `{"value":0.5}`)
 		}
 		const dropped = `sse_outbox_dropped_total{service="task",reason="limit"}`
-		if got := api.metric(dropped); got != 16 {
-			t.Errorf("got %v dropped before, want 16", got)
-		}
+		api.wantMetric(dropped, 16)
 		api = restart(t, "TASK_EVENT_LIMIT=5", api)
-		if got := api.metric(dropped); got != 0 {
-			t.Errorf("got %v dropped by the restart, want 0", got)
-		}
+		api.wantMetric(dropped, 0)
 		api.do("POST", "/api/tasks/a/progress", `{"value":0.6}`)
-		if got := api.metric(dropped); got != 0 { // it displaced one of before
-			t.Errorf("got %v dropped afterwards, want 0", got)
-		}
+		api.wantMetric(dropped, 0) // it displaced one of before
 	})
 }
 
 // A task that waited runs, also beyond the limit of the queue, or says why it cannot.
 func TestRestoreWaitingTasks(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		api := restart(t, "TASK_MAX_WORKERS=1", nil)
+	restoreTest(t, "TASK_MAX_WORKERS=1", func(t *testing.T, api *apiFixture) {
 		for range 3 {
 			api.do("POST", "/api/tasks", `{"type":"demo","params":{"steps":1,"delay":60}}`)
 		}
@@ -331,7 +318,7 @@ func TestRestoreVersions(t *testing.T) {
 	})
 }
 
-// What a compaction writes makes the same again, also if what was written meanwhile stands behind it once more.
+// A restart from a snapshot gives the same state, even if the changes made meanwhile follow it once more.
 func TestRestoreSnapshot(t *testing.T) {
 	t.Parallel()
 	for name, twice := range map[string]bool{"once": false, "with all changes behind it": true} {
@@ -502,9 +489,7 @@ func checkRestarts(t *testing.T, v visitor, backend *process, restarts int) {
 	for n := range restarts {
 		time.Sleep(time.Duration(100+rand.IntN(400)) * time.Millisecond)
 		if n%3 == 2 {
-			if code := backend.stop(t); code != 0 {
-				t.Errorf("exit code %d", code)
-			}
+			backend.wantStop(t)
 			must(t, backend.start())
 		} else {
 			backend.restart(t)
@@ -540,15 +525,9 @@ func checkRestarts(t *testing.T, v visitor, backend *process, restarts int) {
 	}
 	version.close()
 	eventually(t, soon, "the gauges are true", func() bool {
-		resp, err := v.client.Get(v.api + "/metrics")
-		if err != nil {
-			return false
-		}
-		text, _ := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		sum := 0.0
+		text, sum := scrapeURL(v.client, v.api), 0.0
 		for _, service := range []string{serviceTask, serviceVersion, servicePage} {
-			sum += scrapeValue(string(text), `sse_gateway_active_connections{service="`+service+`"}`)
+			sum += scrapeValue(text, `sse_gateway_active_connections{service="`+service+`"}`)
 		}
 		return sum == 0
 	})
@@ -647,12 +626,7 @@ func TestRestoreNoRoom(t *testing.T) {
 
 // What could not be stored is shown to nobody, and only once it is.
 func TestRestoreShowsWhatIsStored(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{left: 1 << 30, room: 100, now: map[string]*crashFile{}}
-		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		must(t, err)
+	journalTest(t, 100, func(t *testing.T, d *crashDisk, j *journal) {
 		api := newAPI(t, "")
 		api.settle = synctest.Wait
 		api.journal, api.tasks.journal, api.version.journal = j, j, j
@@ -668,9 +642,7 @@ func TestRestoreShowsWhatIsStored(t *testing.T) {
 		d.room = 0
 		d.mu.Unlock()
 		time.Sleep(2 * noRoomPause)
-		if got := api.do("GET", "/api/tasks/a/status", ""); !strings.Contains(got, `"status":"running"`) {
-			t.Errorf("with room again: got %s", got)
-		}
+		api.checkStatus("a", taskRunning, "")
 	})
 }
 

@@ -14,7 +14,7 @@ import (
 
 func TestThrottle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		out, seen := &gatewayLog{}, 0
+		out, seen := &testOutput{}, 0
 		log := slog.New(slog.NewTextHandler(out, nil))
 		th := throttle{interval: time.Second}
 		say := func(times int) {

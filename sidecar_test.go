@@ -120,9 +120,7 @@ func TestBufferedEvents(t *testing.T) {
 	close(gate)
 	c.begin()
 	c.wantData("first", "1", "2")
-	if got := g.send(token, "3"); got != sentOK {
-		t.Errorf("after the callback: got %s, want %s", got, sentOK)
-	}
+	g.wantSend(token, "3", sentOK)
 	c.wantData("3")
 }
 
@@ -235,14 +233,10 @@ func TestRefusedByBackend(t *testing.T) {
 	for _, status := range append([]int{300, 301, 302, 303, 307, 308, 400, 401, 403, 404, 409, 410, 422, 451}, transient...) {
 		target := "/" + strconv.Itoa(status)
 		want := strconv.Itoa(status) + ` {"error":"connection rejected"}`
-		if got := g.get(target).reply(); got != want {
-			t.Errorf("got %s, want %s", got, want)
-		}
+		g.get(target).wantReply(want)
 		browser := g.get(target, "Accept: text/html, Text/Event-Stream;q=0.9")
 		if !slices.Contains(transient, status) {
-			if got := browser.reply(); got != want {
-				t.Errorf("to a browser: got %s, want %s", got, want)
-			}
+			browser.wantReply(want)
 			continue
 		}
 		retry := browser.wantTransient("connection rejected")
@@ -261,32 +255,23 @@ func TestRefusedByBackend(t *testing.T) {
 func TestBackendUnreachable(t *testing.T) {
 	t.Parallel()
 	nobody := newGatewayFixture(t, "CALLBACK_URL=http://127.0.0.1:1"+callbackTarget, nil)
-	notHTTP := newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
-		conn, _, _ := http.NewResponseController(w).Hijack()
-		io.WriteString(conn, "220 smtp.test\r\n")
-		conn.Close()
-		panic(http.ErrAbortHandler)
-	})
-	echoes := newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
-		conn, _, _ := http.NewResponseController(w).Hijack()
-		io.WriteString(conn, "POST "+callbackTarget+" HTTP/1.1\r\n\r\n")
-		conn.Close()
-		panic(http.ErrAbortHandler)
-	})
-	upgrades := newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
-		conn, _, _ := http.NewResponseController(w).Hijack()
-		t.Cleanup(func() { conn.Close() })
-		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
-		panic(http.ErrAbortHandler)
-	})
+	says := func(text string, ends bool) *gatewayFixture { // the backend, whatever it is asked
+		return newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
+			conn, _, _ := http.NewResponseController(w).Hijack()
+			t.Cleanup(func() { conn.Close() })
+			io.WriteString(conn, text)
+			if ends {
+				conn.Close()
+			}
+			panic(http.ErrAbortHandler)
+		})
+	}
+	notHTTP, echoes := says("220 smtp.test\r\n", true), says("POST "+callbackTarget+" HTTP/1.1\r\n\r\n", true)
+	upgrades := says("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n", false)
 	for _, g := range []*gatewayFixture{nobody, notHTTP, echoes, upgrades} {
-		if got, want := g.get("/x").reply(), `503 {"error":"backend unreachable"}`; got != want {
-			t.Errorf("got %s, want %s", got, want)
-		}
+		g.get("/x").wantReply(`503 {"error":"backend unreachable"}`)
 		g.get("/x", "Accept: text/event-stream").wantTransient("backend unreachable")
-		if got := g.metric(`gateway_callbacks_total{action="connect",status="error"}`); got != 2 {
-			t.Errorf("callbacks that failed: got %v, want 2", got)
-		}
+		g.wantMetric(`gateway_callbacks_total{action="connect",status="error"}`, 2)
 		if !strings.Contains(g.logged.String(), `msg="callback failed" action=connect err=`) {
 			t.Error("the failure is not in the log")
 		}
@@ -345,17 +330,13 @@ func TestBackendTooSlow(t *testing.T) {
 	silent, stalls, browser := g.get("/silent"), g.get("/stalls"), g.get("/silent", "Accept: text/event-stream")
 	refused := g.get("/refuses")
 	for _, c := range []*streamClient{silent, stalls} {
-		if got, want := c.reply(), `504 {"error":"backend too slow"}`; got != want {
-			t.Errorf("got %s, want %s", got, want)
-		}
+		c.wantReply(`504 {"error":"backend too slow"}`)
 	}
 	browser.wantTransient("backend too slow")
 	if took := time.Since(began); took < 5*time.Second {
 		t.Errorf("the answers took %v, want 5 s", took)
 	}
-	if got, want := refused.reply(), `403 {"error":"connection rejected"}`; got != want {
-		t.Errorf("refused without the rest of the answer: got %s, want %s", got, want)
-	}
+	refused.wantReply(`403 {"error":"connection rejected"}`)
 	g.waitMetric(`gateway_callbacks_total{action="connect",status="timeout"}`, 3)
 	g.waitMetric(`gateway_callbacks_total{action="connect",status="rejected"}`, 1)
 	g.waitMetric("gateway_streams", 0)
@@ -386,13 +367,9 @@ func TestDialLocalhost(t *testing.T) {
 func TestNoCallbackURL(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "CALLBACK_URL=", nil)
-	if got, want := g.get("/x").reply(), `503 {"error":"no callback URL configured"}`; got != want {
-		t.Errorf("got %s, want %s", got, want)
-	}
+	g.get("/x").wantReply(`503 {"error":"no callback URL configured"}`)
 	g.get("/x", "Accept: text/event-stream").wantTransient("no callback URL configured")
-	if got, want := g.get("/readyz").reply(), `503 {"configured":false,"status":"not_ready"}`; got != want {
-		t.Errorf("readyz: got %s, want %s", got, want)
-	}
+	g.get("/readyz").wantReply(`503 {"configured":false,"status":"not_ready"}`)
 }
 
 func TestMaxConnections(t *testing.T) {
@@ -444,9 +421,7 @@ func TestRequestsThatOpenNoStream(t *testing.T) {
 			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
 		}
 	}
-	if n := len(g.connects); n != 0 {
-		t.Errorf("the backend was asked %d times, want never", n)
-	}
+	g.wantNotAsked()
 	g.open("/" + strings.Repeat("x", 8<<10-1))
 }
 
@@ -518,9 +493,7 @@ func TestPipelinedBytesEndTheStream(t *testing.T) {
 	c.callback = receive(t, g.connects)
 	g.wantDisconnect(c, "client_closed")
 	g.waitMetric("gateway_streams", 0)
-	if n := len(g.connects); n != 0 {
-		t.Error("the backend was asked about the second request")
-	}
+	g.wantNotAsked()
 }
 
 // One that leaves while it waits for its turn to be asked about takes up no room until then.
@@ -531,7 +504,7 @@ func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	gateway := newGateway(gatewayConfig{CallbackURL: secret(backend.server.URL + callbackTarget), Retry: time.Second},
 		slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
 	for range maxConnecting {
-		gateway.connecting <- struct{}{} // nobody's turn comes
+		gateway.connecting <- struct{}{} // none is free
 	}
 	server := httptest.NewServer(http.HandlerFunc(gateway.serveStream))
 	defer server.Close()
@@ -580,9 +553,7 @@ func TestClientLeavesDuringCallback(t *testing.T) {
 		if got := receive(t, g.disconnects); got.Token != c.callback.Token || got.Reason == "server_closed" {
 			t.Errorf("got disconnect of %s with reason %q, want of %s", got.Token, got.Reason, c.callback.Token)
 		}
-		if got := g.send(c.callback.Token, "late"); got != sentGone {
-			t.Errorf("got %s for a later send, want %s", got, sentGone)
-		}
+		g.wantSend(c.callback.Token, "late", sentGone)
 	}
 	g.waitMetric("gateway_streams", 0)
 }
@@ -627,9 +598,7 @@ func TestReset(t *testing.T) {
 	} {
 		g.send(open.callback.Token, "still here")
 		open.wantData("still here")
-		if got := g.request("POST", "/internal/reset", append(tt.headers, "Content-Length: 0")...).reply(); got != tt.want {
-			t.Errorf("reset with %q: got %s, want %s", tt.headers, got, tt.want)
-		}
+		g.request("POST", "/internal/reset", append(tt.headers, "Content-Length: 0")...).wantReply(tt.want)
 	}
 	open.wantEnd()
 	g.wantDisconnect(open, "server_closed")
@@ -653,7 +622,7 @@ func TestMaxStreamSeconds(t *testing.T) {
 	g.wantDisconnect(c, "server_closed")
 }
 
-// Not parallel, as a shutdown has only so much time for all of this.
+// Not parallel, because a shutdown has limited time for all of this.
 func TestGatewayShutdown(t *testing.T) {
 	connecting, disconnecting := make(chan struct{}), make(chan struct{})
 	g := newGatewayFixture(t, "", func(w http.ResponseWriter, c callbackCall) {
@@ -688,9 +657,7 @@ func TestGatewayShutdown(t *testing.T) {
 	if spread := ends[len(ends)-1].Sub(ends[0]); spread < 50*time.Millisecond {
 		t.Errorf("all browsers lost their streams within %v and return in one wave", spread)
 	}
-	if got, want := g.get("/readyz").reply(), `503 {"configured":true,"status":"not_ready"}`; got != want {
-		t.Errorf("readyz: got %s, want %s", got, want)
-	}
+	g.get("/readyz").wantReply(`503 {"configured":true,"status":"not_ready"}`)
 	if resp := g.get("/x").answer(); resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
 		t.Errorf("a new stream: got %s, %v; want 503 with Retry-After", resp.Status, resp.Header)
 	}
@@ -708,7 +675,7 @@ func TestGatewayShutdown(t *testing.T) {
 	}
 }
 
-// Whoever runs the gateway kills it after a while, so a backend that hangs must not keep it.
+// A service manager kills the gateway after a while, so a backend that hangs must not delay its exit.
 func TestGatewayShutdownIsBounded(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", holding("disconnect", nil, answering(200, "")))
@@ -816,13 +783,9 @@ func TestGatewayPaths(t *testing.T) {
 		{"POST", "/metrics", `405 {"error":"method not allowed","code":"method_not_allowed"}`},
 		{"GET", "/internal/send", `405 {"error":"method not allowed","code":"method_not_allowed"}`},
 	} {
-		if got := g.request(tt.method, tt.target, "Accept: text/event-stream").reply(); got != tt.want {
-			t.Errorf("%s %s: got %s, want %s", tt.method, tt.target, got, tt.want)
-		}
+		g.request(tt.method, tt.target, "Accept: text/event-stream").wantReply(tt.want)
 	}
-	if n := len(g.connects); n != 0 {
-		t.Errorf("the backend was asked %d times, want never", n)
-	}
+	g.wantNotAsked()
 }
 
 // Browsers reach the public port. With INTERNAL_ADDR, what is for the backend alone must not even look like a stream there.
@@ -897,8 +860,6 @@ func TestGatewayMetrics(t *testing.T) {
 		`gateway_callback_duration_seconds_count{action="connect"}`:    4,
 		`gateway_callback_duration_seconds_count{action="disconnect"}`: 2,
 	} {
-		if got := g.metric(series); got != want {
-			t.Errorf("%s: got %v, want %v", series, got, want)
-		}
+		g.wantMetric(series, want)
 	}
 }

@@ -56,7 +56,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	if opened != closed {
-		t.Errorf("%v streams opened and %v closed, want as many", opened, closed)
+		t.Errorf("%v streams opened and %v closed, want the same number", opened, closed)
 	}
 	var now soakLeft
 	defer func() {
@@ -100,7 +100,7 @@ type soak struct {
 	t       *testing.T
 	gateway *process
 	client  *http.Client
-	lately  chan string // tokens of streams opened lately; what does not fit is nobody's
+	lately  chan string // tokens of streams opened lately; those that do not fit are dropped
 
 	mu       sync.Mutex
 	accepted map[string]bool // tokens of streams that have not ended
@@ -200,7 +200,7 @@ func (s *soak) stall() {
 	}
 	defer conn.Close()
 	select {
-	case token := <-s.lately: // perhaps another's, which stands it
+	case token := <-s.lately: // perhaps of another client, which does no harm
 		big := fmt.Sprintf(`{"token":%q,"event":{"data":%q}}`, token, strings.Repeat("x", 60<<10))
 		for s.post(big) == http.StatusOK {
 		}
@@ -227,11 +227,7 @@ func (s *soak) misbehave() {
 }
 
 func (s *soak) metric(series string) float64 {
-	resp, err := s.client.Get(s.gateway.URL + "/metrics")
-	must(s.t, err)
-	defer resp.Body.Close()
-	text, _ := io.ReadAll(resp.Body)
-	return scrapeValue(string(text), series)
+	return scrapeValue(scrapeURL(s.client, s.gateway.URL), series)
 }
 
 // wait is for longer than the gateway keeps idle connections to the backend.
