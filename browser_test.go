@@ -9,13 +9,11 @@ import (
 	"io"
 	"log"
 	"net/http"
-	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
 	"os/exec"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -58,8 +56,7 @@ func startSite(t *testing.T, env ...string) *site {
 	mux.HandleFunc("/report.csv", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Disposition", "attachment")
 	})
-	front := httptest.NewServer(mux)
-	t.Cleanup(front.Close)
+	front := serveTest(t, mux)
 	s.URL = front.URL
 	return s
 }
@@ -355,7 +352,7 @@ func TestBrowserChange(t *testing.T) {
 	t.Parallel()
 	queries := make(chan string, 10)
 	second := make(chan bool)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case r.URL.Path != "/stream":
 		case r.URL.Query().Get("task_id") == "a":
@@ -371,7 +368,6 @@ func TestBrowserChange(t *testing.T) {
 			streamThat("event: connection_open\ndata: {}\nid: a-1.b-0\n\nevent: task_event\ndata: 2\nid: a-2.b-0\n\n", true)(w, r)
 		}
 	}))
-	t.Cleanup(server.Close)
 	tab := startBrowser(t).open(server.URL + "/")
 	tab.run(pageClient(t) + `window.got = [];
 		window.stream = openStream("/stream?task_id=a", { task_event: e => got.push(e.data),
@@ -420,7 +416,7 @@ func TestBrowserSilence(t *testing.T) {
 	t.Parallel()
 	queries := make(chan url.Values, 100)
 	answer := make(chan http.HandlerFunc, 100)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/stream" {
 			queries <- r.URL.Query()
 			select {
@@ -431,7 +427,6 @@ func TestBrowserSilence(t *testing.T) {
 			}
 		}
 	}))
-	t.Cleanup(server.Close)
 	const (
 		first = "event: connection_open\ndata: {}\nid: a-0\n\nevent: task_event\ndata: 1\nid: a-1\n\n"
 		beat  = "event: heartbeat\ndata: 0.3\n\n"
@@ -479,7 +474,10 @@ func TestBrowserSilentGateway(t *testing.T) {
 	tab.wait(`window.end`)
 	var ids []string
 	tab.get(`ids`, &ids)
-	wantIDs(t, ids, 3)
+	epoch, _, _ := strings.Cut(ids[0], "-")
+	if want := []string{epoch + "-1", epoch + "-2", epoch + "-3"}; !slices.Equal(ids, want) {
+		t.Errorf("got events %q, want %q", ids, want)
+	}
 }
 
 // A page that does nothing but open an EventSource is left in peace after the end.
@@ -514,8 +512,7 @@ func TestBrowserOtherSite(t *testing.T) {
 	site := startSite(t)
 	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
 	path := "/api/sse/tasks?task_id=" + task
-	other := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-	t.Cleanup(other.Close)
+	other := serveTest(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	browser := startBrowser(t)
 	victim := browser.open(site.URL + "/healthz")
 	victim.run(`window.got = []; const source = new EventSource("` + path + `");
@@ -570,8 +567,7 @@ func TestBrowserOtherOrigin(t *testing.T) {
 	h.backend = startBackend(t, "ADDR="+addr, "SSE_GATEWAY_URL="+h.gateway.URL, "SSE_CALLBACK_SECRET="+deploySecret)
 	nginx := h.front(t, "retry: 3000", "retry: 100", "limit_conn streams 1000", "limit_conn streams 1")
 	path := startTask(t, h.backend.URL, "", `{"type":"external","params":{"task_id":"t"}}`)
-	page := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-	t.Cleanup(page.Close)
+	page := serveTest(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	tab := startBrowser(t).open(page.URL + "/")
 	tab.run(`window.lost = [0, 0]; window.got = [];
 		window.sources = ["` + path + `", "/api/sse/utils/version?request_id=r"].map((path, i) => {
@@ -589,19 +585,6 @@ func TestBrowserOtherOrigin(t *testing.T) {
 	tab.wait(`sources.some(source => source.readyState == EventSource.OPEN)`)
 	if n := tab.count(`sources.filter(source => source.readyState == EventSource.CLOSED).length`); n > 0 {
 		t.Errorf("%d of 2 EventSources of another origin died", n)
-	}
-}
-
-// wantIDs checks that ids are <epoch>-1 to <epoch>-<n>.
-func wantIDs(t *testing.T, ids []string, n int) {
-	t.Helper()
-	var want []string
-	for i := range n {
-		epoch, _, _ := strings.Cut(ids[0], "-")
-		want = append(want, epoch+"-"+strconv.Itoa(i+1))
-	}
-	if !slices.Equal(ids, want) {
-		t.Errorf("got events %q, want %q", ids, want)
 	}
 }
 

@@ -412,7 +412,7 @@ func TestNginxErrors(t *testing.T) {
 				}
 				t.Run(tt.name+", "+file+", "+scheme, func(t *testing.T) {
 					t.Parallel()
-					gateway := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					gateway := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 						switch {
 						case r.URL.Path == "/readyz":
 						case tt.name == "502":
@@ -423,7 +423,6 @@ func TestNginxErrors(t *testing.T) {
 							streamThat(": stream\n", true)(w, r)
 						}
 					}))
-					t.Cleanup(gateway.Close)
 					secure, cert := fmt.Sprintf("127.0.0.1:%d", freePort(t)), writeCertificate(t)
 					oldNew := append(slices.Clone(tt.oldNew), "worker_processes auto", "worker_processes 1", "listen 80;",
 						"listen 80; listen "+secure+" ssl http2; ssl_certificate "+cert+"; ssl_certificate_key "+cert+";")
@@ -548,13 +547,12 @@ func TestReplicas(t *testing.T) {
 
 	var mu sync.Mutex // guards version and pollers
 	version, pollers := "1.0", map[string]bool{}
-	versions := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	versions := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		mu.Lock()
 		defer mu.Unlock()
 		pollers[r.URL.RawQuery] = true
 		fmt.Fprintf(w, `{"version":%q}`, version)
 	}))
-	t.Cleanup(versions.Close)
 
 	poll := func(replica int) []string {
 		return []string{"FRONTEND_VERSION_POLL_SECONDS=0.3", fmt.Sprintf("FRONTEND_VERSION_URL=%s?%d", versions.URL, replica)}

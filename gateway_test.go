@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/url"
 	"regexp"
 	"strings"
@@ -23,8 +22,7 @@ import (
 
 // newGatewayTest returns a client of a gateway that answers like this. No error may tell the path in its URL, /hush.
 func newGatewayTest(t *testing.T, answer http.HandlerFunc) *gatewayClient {
-	server := httptest.NewServer(answer)
-	t.Cleanup(server.Close)
+	server := serveTest(t, answer)
 	c := newGatewayClient(server.URL + "/hush")
 	t.Cleanup(c.transport.(*http.Transport).CloseIdleConnections)
 	return c

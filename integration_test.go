@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/url"
 	"os"
 	"slices"
@@ -436,16 +435,6 @@ func TestIntegrationReconnect(t *testing.T) {
 	}
 }
 
-// What is left to a browser that lost the connection between the last event and connection_close.
-func TestIntegrationReconnectAfterTheLastEvent(t *testing.T) {
-	t.Parallel()
-	s := newSystem(t, startOwnGateway)
-	id := s.start("external", `{}`)
-	last := s.complete(id)
-	es := s.follow(id, func(es *eventSource) { es.request.Header.Set("Last-Event-ID", last) })
-	wantEnd(t, es, "connection_close task_completed")
-}
-
 // startSplit starts each role in a process of its own, the gateway with start.
 func startSplit(t testing.TB, start func(testing.TB, ...string) *process, env ...string) (v visitor, backend *process) {
 	t.Helper()
@@ -602,12 +591,11 @@ func TestIntegrationBackendStops(t *testing.T) {
 func TestIntegrationReadinessAtStop(t *testing.T) {
 	t.Parallel()
 	held, release := context.WithCancel(t.Context())
-	peer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	peer := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if body, _ := io.ReadAll(r.Body); !bytes.Contains(body, []byte(`"action":"connect"`)) {
 			<-held.Done()
 		}
 	}))
-	t.Cleanup(peer.Close)
 
 	gateway := startOwnGateway(t, "CALLBACK_URL="+peer.URL)
 	waitOpen(t, openEventSource(t, gateway.URL))

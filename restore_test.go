@@ -345,7 +345,10 @@ func TestRestoreSnapshot(t *testing.T) {
 				dir := api.cfg.DataDir
 				api.crash()
 				if twice {
-					file := &frameReader{file: openFile(t, filepath.Join(dir, "journal"))}
+					written, err := os.Open(filepath.Join(dir, "journal"))
+					must(t, err)
+					defer written.Close()
+					file := &frameReader{file: written}
 					for off := int64(len(journalHeader)); file.frame(off) != nil; {
 						frame := file.frame(off)
 						records = append(records, bytes.Clone(frame[frameHead:]))
@@ -375,14 +378,6 @@ func TestRestoreSnapshot(t *testing.T) {
 			})
 		})
 	}
-}
-
-func openFile(t *testing.T, path string) *os.File {
-	t.Helper()
-	f, err := os.Open(path)
-	must(t, err)
-	t.Cleanup(func() { f.Close() })
-	return f
 }
 
 // wantVersions connects, and wants these versions; then the browser leaves.
@@ -676,14 +671,6 @@ func TestRestoreRefuses(t *testing.T) {
 	other(fmt.Sprintf("%s/journal: damaged at offset %d", dir, len(journalHeader)))
 }
 
-func (v visitor) isReady() bool {
-	resp, err := v.client.Get(v.api + "/readyz")
-	if err == nil {
-		resp.Body.Close()
-	}
-	return err == nil && resp.StatusCode == http.StatusOK
-}
-
 // BenchmarkRestart is from the start of a process to its readiness, with events of 220 bytes in tasks of 100, and the
 // memory that it has then. Where redis-server is installed the same is done with streams in its append-only file.
 //
@@ -728,7 +715,7 @@ func BenchmarkRestart(b *testing.B) {
 			resp.Body.Close()
 		}
 		p.kill(b)
-		bench(b, p.command, p.env, func() bool { return v.isReady() })
+		bench(b, p.command, p.env, p.isUp)
 	})
 	b.Run("redis", func(b *testing.B) {
 		if _, err := exec.LookPath("redis-server"); err != nil {

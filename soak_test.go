@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"strings"
 	"sync"
@@ -113,8 +112,7 @@ func newSoak(t *testing.T) *soak {
 		lately:   make(chan string, 100),
 		accepted: map[string]bool{},
 	}
-	backend := httptest.NewServer(http.HandlerFunc(s.callback))
-	t.Cleanup(backend.Close)
+	backend := serveTest(t, http.HandlerFunc(s.callback))
 	s.gateway = startOwnGateway(t, "CALLBACK_URL="+backend.URL+callbackTarget, "HEARTBEAT_INTERVAL_SECONDS=0.2",
 		"WRITE_TIMEOUT_SECONDS=0.5", "STREAM_BUFFER_BYTES=65536", "MAX_STREAM_SECONDS=1")
 	return s

@@ -462,8 +462,7 @@ func TestVersionPollWaitsForNoDelivery(t *testing.T) {
 	})
 	api.version.OnConnect("r", connectRequest{token: "t"})
 	file := versionFile{make(chan *http.Request), make(chan http.HandlerFunc)}
-	server := httptest.NewServer(file)
-	t.Cleanup(server.Close)
+	server := serveTest(t, file)
 	go api.version.Poll(t.Context(), server.URL, time.Millisecond)
 	for _, version := range []string{"1", "1", "2", "2"} {
 		receive(t, file.polls)
@@ -477,8 +476,7 @@ func TestVersionPollWaitsForNoDelivery(t *testing.T) {
 func TestVersionPollIsQuickToStart(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
-	server := httptest.NewServer(versionAnswer(200, `{"version":"1"}`))
-	t.Cleanup(server.Close)
+	server := serveTest(t, versionAnswer(200, `{"version":"1"}`))
 	go api.version.Poll(t.Context(), server.URL, time.Hour)
 	eventually(t, patience, "the version is known", func() bool { return api.version.Latest() == "1" })
 }
