@@ -8,9 +8,9 @@ import (
 	"testing"
 )
 
-// alertTests has for each alert an hour of a quiet site, of a busy one, and of one that is broken, all of a minute a sample
-// in promtool's notation. The first two fire nothing at any time, and the last one fires, with these labels and this
-// summary, at its end.
+// alertTests has for each alert an hour of a quiet site, of a busy one, and of one that is broken, all of a minute a
+// sample in promtool's notation. The first two fire nothing at any time, and the last one fires, with these labels and
+// this summary, at its end.
 var alertTests = map[string]struct {
 	quiet, busy, broken inputs
 	labels              map[string]string

@@ -21,8 +21,8 @@ import (
 	"time"
 )
 
-// These tests have the last word on what a browser does: they drive Chromium by the DevTools protocol. It is spoken over
-// a pair of pipes, --remote-debugging-pipe, which needs no WebSocket: JSON messages that end in a NUL.
+// These tests have the last word on what a browser does: they drive Chromium by the DevTools protocol. It is spoken
+// over a pair of pipes, --remote-debugging-pipe, which needs no WebSocket: JSON messages that end in a NUL.
 
 // A site is what a browser sees: one origin, with a gateway process for the streams and a backend process for the rest.
 type site struct {
@@ -105,7 +105,7 @@ func TestBrowserPage(t *testing.T) {
 		document.querySelector("#version-banner").textContent.includes("browser-2")`)
 	tab.wait(`document.querySelector("#version-current").textContent == "browser-2"`)
 
-	// That version is what a page is that is loaded afterwards: it shows no banner, but for the next one it does.
+	// A page that is loaded afterwards is of that version: it shows a banner only for the next one.
 	second := tab.browser.open(site.URL + "/")
 	second.wait(`document.querySelector("#version-name").textContent == "browser-2"`)
 	second.wait(`document.querySelector("#version-banner").hidden`)
@@ -185,7 +185,7 @@ func TestBrowserManyTasks(t *testing.T) {
 	}
 	want = append(want, `task_completed "good"`)
 	check()
-	// So has a page that is loaded again, when the logs are opened.
+	// A page that is loaded again has the same events when its logs are opened.
 	loaded := func() (id string) { // of what the tab shows; asks nothing of a page that is about to go
 		var tree struct {
 			FrameTree struct{ Frame struct{ LoaderID string } }
@@ -237,7 +237,7 @@ func TestBrowserTable(t *testing.T) {
 	tab.run(row("c") + `.querySelector(".act").click()`)
 	says("c", ".badge", "cancelled")
 
-	// A filter leaves the others out, also those that change later.
+	// A filter hides other rows, including those that change later.
 	filter := func(status string, shown ...string) {
 		t.Helper()
 		tab.run("document.querySelector(`#filter [value=" + status + "]`).click()")
@@ -281,7 +281,7 @@ func TestBrowserTable(t *testing.T) {
 	tab.run(`clearInterval(moving)`)
 	says("d", ".badge", "running")
 
-	// What is deleted goes, here and elsewhere.
+	// A deleted task disappears, whether it was deleted here or elsewhere.
 	tab.run(row("b") + `.querySelector(".act").click()`)
 	req, _ := http.NewRequest("DELETE", site.backend.URL+"/api/tasks/c", nil)
 	resp, err := http.DefaultClient.Do(req)
@@ -291,7 +291,8 @@ func TestBrowserTable(t *testing.T) {
 	tab.wait(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId).join() == "d,a"`)
 }
 
-// A page whose stream is taken over goes on as another page: a request of its own may have been overtaken by a later one.
+// A page whose stream is taken over goes on as another page: a request of its own may have been overtaken by a later
+// one.
 func TestBrowserReplaced(t *testing.T) {
 	t.Parallel()
 	site, tab := openSite(t)
@@ -480,7 +481,7 @@ func TestBrowserSilentGateway(t *testing.T) {
 	}
 }
 
-// A page that does nothing but open an EventSource is left in peace after the end.
+// A page that uses a plain EventSource makes no more requests after the end.
 func TestBrowserEnd(t *testing.T) {
 	t.Parallel()
 	site := startSite(t)
@@ -505,7 +506,7 @@ func TestBrowserEnd(t *testing.T) {
 	}
 }
 
-// Another site that knows an ID can neither take a stream over nor eat what it would bring, whatever it embeds. (Browsers
+// Another site that knows an ID can neither take over a stream nor consume its events, whatever it embeds. (Browsers
 // mark such requests to loopback addresses and over HTTPS.)
 func TestBrowserOtherSite(t *testing.T) {
 	t.Parallel()
@@ -591,7 +592,8 @@ func TestBrowserOtherOrigin(t *testing.T) {
 // browserPatience is for what takes milliseconds, but not on a machine that is busy with other tests.
 const browserPatience = time.Minute
 
-// A chromium is a headless Chromium. All tests that run at the same time share one, for it takes seconds of CPU to start.
+// A chromium is a headless Chromium. All tests that run at the same time share one, for it takes seconds of CPU to
+// start.
 type chromium struct {
 	cmd     *exec.Cmd
 	profile string // folder

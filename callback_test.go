@@ -211,7 +211,7 @@ func TestCallbackDisconnect(t *testing.T) {
 }
 
 func TestCallbackStop(t *testing.T) {
-	// Nobody new is let in while the process ends, but who leaves is noted.
+	// While the process stops, connects are refused, but disconnects are still handled.
 	apiStory(t, "before", "", func(t *testing.T, api *apiFixture) {
 		stream := api.subscribe("r")
 		api.stop(t.Context())
@@ -220,7 +220,7 @@ func TestCallbackStop(t *testing.T) {
 		api.wantConnected("")
 	})
 
-	// Who is let in just after all streams were ended would stay connected to nobody.
+	// A stream accepted just after all streams were ended would stay open without a backend.
 	apiStory(t, "during", "SSE_GATEWAY_URL=http://gateway.invalid", func(t *testing.T, api *apiFixture) {
 		api.backend.callback.version = stoppingService{api.version, func() { api.stop(t.Context()) }}
 		got := api.callback(apiConnect("t", "/api/sse/utils/version?request_id=r"))
@@ -273,8 +273,8 @@ func TestCallbackRefusesBadIDs(t *testing.T) {
 	}
 }
 
-// checkCallbackRefusesID connects with a bad ID and wants it in a warning,
-// quoted: with a line break in it, it must not look like another line.
+// checkCallbackRefusesID connects with a bad ID and checks that a warning has it quoted, so that a line break in it
+// does not start another line of the log.
 func checkCallbackRefusesID(t *testing.T, target, id, logged string) {
 	t.Helper()
 	api := newAPI(t, "")
@@ -319,7 +319,7 @@ func FuzzCallbackBody(f *testing.F) {
 		if !slices.Contains([]string{"200", "400", "410", "413"}, status) || !json.Valid([]byte(answer)) {
 			t.Errorf("%q: got %s, want 200 or 4xx and JSON", body, got)
 		}
-		// Maps, as only their names are exact.
+		// Maps, because encoding/json matches the names of struct fields in any case.
 		var c, request map[string]json.RawMessage
 		json.Unmarshal([]byte(body), &c)
 		json.Unmarshal(c["request"], &request)
@@ -411,7 +411,7 @@ func TestCallbackReplaces(t *testing.T) {
 		living.checkStory("connection_open connection_close:replaced")
 	})
 
-	// One of another make would write an empty event if it were asked while its callback is under way.
+	// Another implementation would write an empty event if it were asked during its callback.
 	apiStory(t, "asks no foreign gateway", "", func(t *testing.T, api *apiFixture) {
 		const target = "/api/sse/utils/version?request_id=r"
 		api.connect(target)

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// A job is an external task that gets reports all the time, and everybody who has ever followed it.
+// A job is an external task that gets reports all the time, and all clients that have ever followed it.
 type job struct {
 	*task
 	texts   []string // of its reports so far
@@ -76,7 +76,8 @@ type chaos struct {
 	limit time.Duration // for the rest to arrive: the longer the chaos, the more events has a task
 }
 
-// start starts n jobs, each with a report every so often until stop is called, and has begin look at each first.
+// start starts n jobs, each with a report at every interval until stop is called. It calls begin for each before its
+// first report.
 func (c *chaos) start(n int, interval time.Duration, begin func(j *job)) (stop func()) {
 	ctx, cancel := context.WithCancel(c.t.Context())
 	var reporters sync.WaitGroup
@@ -354,7 +355,7 @@ func TestChaosPages(t *testing.T) {
 	c.wantConnections("task", 0)
 }
 
-// With a gateway that loses the first event, TestChaos has to say so.
+// TestChaos must fail with a gateway that loses the first event.
 func TestChaosCheck(t *testing.T) {
 	t.Parallel()
 	j := &job{texts: []string{"half"}}

@@ -445,8 +445,8 @@ func TestNginxErrors(t *testing.T) {
 	}
 }
 
-// askForStreams opens n streams at once, as pages of another site would, and returns how many the proxy told to come back.
-// All the others must have a stream; some may have to wait for the proxy, or for a network error.
+// askForStreams opens n streams at once, as pages of another site would, and returns how many the proxy told to come
+// back. All the others must have a stream; some may have to wait for the proxy, or for a network error.
 func askForStreams(t testing.TB, target string, n int) (away int) {
 	t.Helper()
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
@@ -513,7 +513,7 @@ func writeCertificate(t testing.TB) (file string) {
 	return file
 }
 
-// A limit counts the streams of a client, also of one behind a proxy that is known, and of no other's word on it.
+// A limit counts the streams of a client, also behind a trusted proxy, and ignores X-Forwarded-For from any other.
 func TestNginxLimitsClients(t *testing.T) {
 	needs(t, "nginx", "root")
 	t.Parallel()
@@ -629,7 +629,7 @@ func TestReplicas(t *testing.T) {
 		waitTold(t, tab, "1 1.0", "2 1.1")
 	}
 
-	// One replica is away. No other answers for its ids; those of the others notice nothing.
+	// One replica is away. No other answers for its IDs, and their own are not affected.
 	followers = follow("second", 60)
 	away := map[string]bool{}
 	for id := range followers {
@@ -661,7 +661,7 @@ func TestReplicas(t *testing.T) {
 		waitFinished(t, es)
 	}
 
-	// Its backend dies. Until it is back nobody says that its tasks are not known, and then it goes on with them.
+	// Its backend dies. Until it is back no other says that its tasks are unknown, and then it goes on with them.
 	paths := map[string]string{}
 	for i := range 20 {
 		id := fmt.Sprintf("third-%d", i)
@@ -832,7 +832,7 @@ func TestKubernetesReplicas(t *testing.T) {
 	}
 }
 
-// The program does not miss a variable whose name is misspelt.
+// The program cannot notice a missing variable whose name is misspelt.
 func TestDeployedVariables(t *testing.T) {
 	config := edited(t, "config.go")
 	files := []string{"Dockerfile", "deploy/kubernetes.yaml", "deploy/sidecast@.service", "deploy/sidecast@backend.service.d/data.conf"}

@@ -226,8 +226,8 @@ func TestFollowerBegins(t *testing.T) {
 }
 
 func TestRace(t *testing.T) {
-	// A browser gave up an attempt whose callback then came after that of its next one. To take the dead stream for the newer
-	// one would tell the only page that it was replaced.
+	// A browser gave up an attempt whose callback then came after that of its next one. To take the dead stream for the
+	// newer one would tell the only page that it was replaced.
 	testLog(t, "a callback overtakes another", taskLike(), func(t *logTest) {
 		connect := func(token, order string) (event, bool) {
 			return t.follow(connectRequest{token: token, order: parseOrder(order)})
@@ -702,8 +702,8 @@ func TestFollowerWait(t *testing.T) {
 		t.wantWaited(result, waited{false, 0})
 	})
 
-	// The event behind those that were held back is not sent while it is unknown what became of them. It must not be waited
-	// for when they are lost.
+	// The event behind those that were held back is not sent while it is unknown what became of them. It must not be
+	// waited for when they are lost.
 	testLog(t, "behind what was held back and lost", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
@@ -753,8 +753,8 @@ func TestFollowerWait(t *testing.T) {
 
 // What the gateway holds back is with the browser only once its stream has opened.
 func TestFollowerHeldBack(t *testing.T) {
-	// While the connect callback is under way the gateway holds events back. If the browser leaves before its stream opens,
-	// it never had them.
+	// While the connect callback is under way the gateway holds events back. If the browser leaves before its stream
+	// opens, it never had them.
 	testLog(t, "sent again when lost", versionLike(), func(t *logTest) {
 		t.append("one", "two")
 		t.connect("a", "", "x-0")

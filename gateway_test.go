@@ -528,8 +528,8 @@ func TestGatewayClientBatches(t *testing.T) {
 	})
 }
 
-// Several events for one stream are lines of a batch of their own, or of one with others. Without batches the first goes
-// alone.
+// Several events for one stream are lines of a batch of their own, or of one with others. Without batches the first
+// goes alone.
 func TestGatewayClientSendsRuns(t *testing.T) {
 	testPosts(t, func(t *postTest) {
 		run := []event{{Data: "1"}, {Data: "2"}}

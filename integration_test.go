@@ -463,8 +463,8 @@ func TestIntegrationProcesses(t *testing.T) {
 	})
 }
 
-// The streams that a gateway holds for a backend must end with it, as the next one does not know of them: a backend that
-// stops ends them, and for one that is killed the next one has the gateway do it.
+// The streams that a gateway holds for a backend must end with it, as the next one does not know of them: a backend
+// that stops ends them, and for one that is killed the next one has the gateway do it.
 func TestIntegrationBackendRestarts(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]func(*process, testing.TB){"stopped": (*process).wantStop, "killed": (*process).kill} {
@@ -484,7 +484,7 @@ func TestIntegrationBackendRestarts(t *testing.T) {
 	}
 }
 
-// Without file descriptors the gateway can accept nobody. It must neither crash nor spin, and come round by itself.
+// Out of file descriptors the gateway cannot accept connections. It must neither crash nor spin, and recover by itself.
 func TestIntegrationOutOfDescriptors(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)
@@ -519,7 +519,7 @@ func TestIntegrationOutOfDescriptors(t *testing.T) {
 	})
 }
 
-// Profiles tell too much for a public address, and take a core for as long as they are asked to.
+// Profiles reveal too much for a public address, and can keep a core busy.
 func TestIntegrationProfiles(t *testing.T) {
 	t.Parallel()
 	for _, start := range []func(testing.TB, ...string) *process{startOwnGateway, startBackend} {
@@ -586,8 +586,8 @@ func TestIntegrationBackendStops(t *testing.T) {
 	wantStory(t, es, "task_started", "task_failed server is shutting down", "connection_close task_failed")
 }
 
-// A load balancer must send nobody to a process that is on its way out, however long that way is. Here a peer that does
-// not answer makes it long.
+// A load balancer must send no requests to a process that is stopping, however long that takes. Here it takes long
+// because a peer does not answer.
 func TestIntegrationReadinessAtStop(t *testing.T) {
 	t.Parallel()
 	held, release := context.WithCancel(t.Context())
@@ -626,8 +626,8 @@ func TestIntegrationReadinessAtStop(t *testing.T) {
 	}
 }
 
-// A gateway that crashes tells nobody who was connected. Those who come back count once, those who do not count for no
-// longer than a sweep.
+// A gateway that crashes sends no disconnect callbacks. Clients that come back count once, and the others only until
+// the next sweep.
 func TestIntegrationSweep(t *testing.T) {
 	t.Parallel()
 	s := newSystem(t, startGateway, "CONNECTION_SWEEP_SECONDS=2")
@@ -651,7 +651,7 @@ func TestIntegrationSweep(t *testing.T) {
 	wantStory(t, stays, "version 1.0")
 }
 
-// What a backend says unasked may be anything, and net/http would print it past our own log.
+// net/http prints an unsolicited answer, which may hold a secret, to the standard logger.
 func TestIntegrationUnaskedAnswerIsNotPrinted(t *testing.T) {
 	t.Parallel()
 	const answer = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"

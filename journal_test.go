@@ -20,8 +20,8 @@ import (
 	"time"
 )
 
-// A crashDisk is a disk in memory. It crashes after a number of writes, syncs and the like, and then has of what was not
-// synced any part, or zeroes in its place.
+// A crashDisk is a disk in memory. It crashes after a number of writes, syncs and the like, and then has of what was
+// not synced any part, or zeroes in its place.
 type crashDisk struct {
 	rand *rand.Rand
 
@@ -188,7 +188,8 @@ func openTestJournal(t testing.TB, dir string, d disk, apply func([]byte) error)
 	return j, err
 }
 
-// journalTest runs a story in a bubble, with an empty journal on a disk that has room for some bytes, or any number if 0.
+// journalTest runs a story in a bubble, with an empty journal on a disk that has room for some bytes, or any number if
+// 0.
 func journalTest(t *testing.T, room int, story func(t *testing.T, d *crashDisk, j *journal)) {
 	t.Helper()
 	t.Parallel()
@@ -213,8 +214,8 @@ func unlocked(open func() error) (err error) {
 	return err
 }
 
-// Whatever the crash and the power cut leave, a record that was waited for is there afterwards, and none is that was not
-// written; also when the file was being made smaller.
+// Whatever the crash and the power cut leave, a record that was waited for is there afterwards, and none is that was
+// not written; also when the file was being made smaller.
 func TestJournalCrashes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -576,8 +576,8 @@ func TestTakenAddress(t *testing.T) {
 	}
 }
 
-// startRun runs the program in this process and waits until it listens. stop does what SIGTERM does, and returns the exit
-// code.
+// startRun runs the program in this process and waits until it listens. stop does what SIGTERM does, and returns the
+// exit code.
 func startRun(t testing.TB, args []string, env map[string]string) (addr string, output *testOutput, stop func() int) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())

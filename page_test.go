@@ -129,7 +129,7 @@ func TestPage(t *testing.T) {
 		}
 	})
 
-	// That a task is not known is said before what then comes of it.
+	// The event that a task is unknown comes before the events of that task.
 	apiStory(t, "is told of unknown tasks first", "", func(t *testing.T, api *apiFixture) {
 		gateway := &steppedGateway{}
 		defer gateway.close()
@@ -152,7 +152,7 @@ func TestPage(t *testing.T) {
 		}
 	})
 
-	// A page stays when a task is forgotten. It must not keep the events in memory, which nobody counts any more.
+	// A page stays when a task is forgotten. It must not keep the events in memory, which are no longer counted.
 	apiStory(t, "lets forgotten tasks go", "", func(t *testing.T, api *apiFixture) {
 		text := strings.Repeat("x", 1000)
 		api.external("a")
@@ -196,7 +196,7 @@ func TestPage(t *testing.T) {
 	})
 }
 
-// What is made while its page connects comes after the page was told that it is not known, and with the IDs of all.
+// A task that is created while its page connects comes after the event that it is unknown, with the IDs of all logs.
 func TestRacePageConnectsWhileItsTaskIsMade(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		api.tasks.policy.epoch = newEpoch

@@ -63,8 +63,8 @@ func startOwnGateway(t testing.TB, env ...string) *process {
 	return gatewayProcess(t, env, os.Args[0], "gateway").mustStart(t)
 }
 
-// needsOwnGateway skips a test of our own gateway when SSE_GATEWAY_CMD names another, so that such a run says which tests
-// did not apply to it.
+// needsOwnGateway skips a test of our own gateway when SSE_GATEWAY_CMD names another, so that such a run says which
+// tests did not apply to it.
 func needsOwnGateway(t testing.TB) {
 	t.Helper()
 	if os.Getenv("SSE_GATEWAY_CMD") != "" {
@@ -252,7 +252,8 @@ func freePort(t testing.TB) int {
 	return 0
 }
 
-// alone runs a test in a process of its own, for what others leave on the heap. It reports whether this is that process.
+// alone runs a test in a process of its own, for what others leave on the heap. It reports whether this is that
+// process.
 func alone(t *testing.T) bool {
 	t.Helper()
 	t.Parallel()

@@ -212,7 +212,7 @@ func TestLargeRequests(t *testing.T) {
 			t.Errorf("%s: the callback has %d bytes", tt.name, got)
 		}
 	}
-	// net/http refuses a larger head before anybody looks at it.
+	// net/http itself refuses a larger head.
 	for size, want := range map[int]int{16 << 10: 200, 16<<10 + 1: 431} {
 		head := "GET /healthz HTTP/1.1\r\nHost: h\r\nX: "
 		if got := g.dial(head + strings.Repeat("x", size-len(head)-len("\r\n\r\n")) + "\r\n\r\n").answer().StatusCode; got != want {
@@ -221,7 +221,7 @@ func TestLargeRequests(t *testing.T) {
 	}
 }
 
-// Proxies exist that mark every request as one with a body, which then is empty.
+// Some proxies send every request with a chunked body, even if it is empty.
 func TestEmptyChunkedBody(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -247,7 +247,7 @@ func TestEmptyChunkedBody(t *testing.T) {
 	g.wantDisconnect(c, "client_closed")
 }
 
-// The log says once a minute what is wrong, and where to look.
+// The log says what is wrong and where to look, at most once a minute.
 func TestLogOfRefusals(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {

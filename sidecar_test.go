@@ -69,7 +69,7 @@ func TestCallbackBodies(t *testing.T) {
 	}
 }
 
-// The backend routes by the target, so it gets the client's own, not one that was made clean on the way.
+// The backend routes by the request target, so it must get the target exactly as the client sent it.
 func TestTargetByteForByte(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -84,7 +84,7 @@ func TestTargetByteForByte(t *testing.T) {
 	}
 }
 
-// Callbacks may overtake each other, so each says where its request stands among all. The end of a stream has no place.
+// Callbacks may overtake each other, so each connect callback carries the number of its request. A disconnect has none.
 func TestCallbacksTellTheOrder(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -124,7 +124,7 @@ func TestBufferedEvents(t *testing.T) {
 	c.wantData("3")
 }
 
-// A send that arrives while the buffer is flushed must not overtake it. Each round is another chance for it to do so.
+// A send that arrives while the buffer is flushed must not overtake it. Many rounds make the race likely.
 func TestBufferedEventsKeepOrder(t *testing.T) {
 	t.Parallel()
 	const events = 40
@@ -220,7 +220,7 @@ func TestOddCallbackAnswers(t *testing.T) {
 
 // Refusing
 
-// transient are the refusals after which a browser has to come back; it gives up for good on any status but 200.
+// transient are the statuses after which a browser must come back. It gives up for good on any status but 200.
 var transient = []int{408, 425, 429, 500, 502, 503, 504, 599}
 
 func TestRefusedByBackend(t *testing.T) {
@@ -251,7 +251,7 @@ func TestRefusedByBackend(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 }
 
-// A break in the backend's answer is no answer.
+// An answer that breaks off or is not HTTP counts as no answer.
 func TestBackendUnreachable(t *testing.T) {
 	t.Parallel()
 	nobody := newGatewayFixture(t, "CALLBACK_URL=http://127.0.0.1:1"+callbackTarget, nil)
@@ -279,8 +279,8 @@ func TestBackendUnreachable(t *testing.T) {
 	}
 }
 
-// A browser that tries again has left before. The backend is not asked about its first attempt if a busy gateway gets
-// to that only then: it would take it for a newer tab.
+// A busy gateway may get to a request whose browser has left and tried again. It must not ask the backend about that
+// request, which would look like a newer tab.
 func TestClientHasLeft(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)
@@ -307,7 +307,7 @@ func TestClientHasLeft(t *testing.T) {
 	}
 }
 
-// The time limit covers the whole answer. A backend that accepted and then stalls is told that nothing came of it.
+// The time limit covers the whole answer. A backend that accepts and then stalls gets a disconnect callback.
 func TestBackendTooSlow(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", func(w http.ResponseWriter, c callbackCall) {
@@ -425,8 +425,8 @@ func TestRequestsThatOpenNoStream(t *testing.T) {
 	g.open("/" + strings.Repeat("x", 8<<10-1))
 }
 
-// More at once would take the backend's sockets and the gateway's own; the rest must wait, not fail. It is not parallel,
-// for all must be there before the first is given up.
+// More at once would exhaust the sockets of backend and gateway. The rest must wait, not fail. The test is not parallel,
+// because all clients must be there before the first callback times out.
 func TestConnectCallbacksAreBounded(t *testing.T) {
 	const clients, bound = 300, 256
 	underWay := make(chan struct{}, bound)
@@ -485,7 +485,7 @@ func TestDisconnectReasons(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 }
 
-// What a client sends behind its request cannot be meant for a stream; a proxy may take it for another's request.
+// Bytes that follow the request cannot belong to the stream; they may be a request that a proxy pipelined.
 func TestPipelinedBytesEndTheStream(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -496,7 +496,7 @@ func TestPipelinedBytesEndTheStream(t *testing.T) {
 	g.wantNotAsked()
 }
 
-// One that leaves while it waits for its turn to be asked about takes up no room until then.
+// A client that leaves while its callback waits for a free slot does not count as a stream any longer.
 func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)
@@ -526,7 +526,7 @@ func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	}
 }
 
-// Whether the client leaves before or after the backend's answer is a race, which either may win.
+// The client may leave before or after the backend's answer: both orders must work.
 func TestClientLeavesDuringCallback(t *testing.T) {
 	t.Parallel()
 	gates := make(chan chan struct{}, 1)
@@ -575,7 +575,7 @@ func TestEndDoesNotWaitForTheCallback(t *testing.T) {
 	close(gate)
 }
 
-// A backend that has just begun knows no stream. All end, and those that come later stay.
+// A backend that has just started knows no streams. A reset ends all that are open, but none that open later.
 func TestReset(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
@@ -688,8 +688,8 @@ func TestGatewayShutdownIsBounded(t *testing.T) {
 	c.wantEnd()
 }
 
-// A proxy would tell a browser whose connection ends without an answer 502, and it would give up for good. It is not
-// parallel, for all must be there before the first is given up.
+// If a connection ended without an answer, a proxy would send 502 and the browser would give up for good. The test is not
+// parallel, because all clients must be there before the first callback times out.
 func TestGatewayShutdownAnswersThoseThatConnect(t *testing.T) {
 	g := newGatewayFixture(t, "", holding("connect", nil, answering(200, "")))
 	var asked []*streamClient
@@ -747,7 +747,7 @@ func TestHeartbeat(t *testing.T) {
 	}
 }
 
-// Also what is refused can be read there: a page should be able to tell why.
+// A page of the allowed origin can also read refusals, to tell why it was refused.
 func TestGatewayCORS(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ settings, origin, credentials string }{
@@ -788,7 +788,7 @@ func TestGatewayPaths(t *testing.T) {
 	g.wantNotAsked()
 }
 
-// Browsers reach the public port. With INTERNAL_ADDR, what is for the backend alone must not even look like a stream there.
+// Browsers reach the public port. With INTERNAL_ADDR, internal paths are not found there, and do not open streams.
 func TestInternalAddr(t *testing.T) {
 	t.Parallel()
 	addr := "127.0.0.1:" + strconv.Itoa(freePort(t))

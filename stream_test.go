@@ -68,8 +68,8 @@ func (c *streamClient) wireString(n int) string {
 	return string(text[:n])
 }
 
-// What the socket does not take waits and is written by another goroutine, and the order stays, also at the points
-// where the work passes from one to the other.
+// Events that the socket does not take are written later by another goroutine. The order must hold, also where the work
+// passes from one goroutine to the other.
 func TestSlowClientGetsEverything(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304 WRITE_TIMEOUT_SECONDS=60", nil)
@@ -90,7 +90,7 @@ func TestSlowClientGetsEverything(t *testing.T) {
 	g.send(c.callback.Token, "live")
 	c.wantData("live")
 
-	// The end comes behind everything else, however long that takes.
+	// The end comes after everything else, however long that takes.
 	send()
 	if got := g.end(c.callback.Token); got != sentOK {
 		t.Errorf("end: got %s, want %s", got, sentOK)
@@ -101,7 +101,7 @@ func TestSlowClientGetsEverything(t *testing.T) {
 	g.wantDisconnect(c, "server_closed")
 }
 
-// A client that does not read must cost no more than its buffer, for a second, and nobody else anything.
+// A client that does not read may hold its buffer for a second, and must not affect other clients.
 func TestBufferOverflowCutsTheStream(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
@@ -134,8 +134,8 @@ func TestBufferOverflowCutsTheStream(t *testing.T) {
 	g.waitMetric("gateway_streams", 1)
 }
 
-// The limit is a second also for a write that began before, under the longer write timeout: with a large buffer one
-// always has.
+// The limit of a second also applies to a write that began earlier with the longer write timeout, as it always has when
+// the buffer is large.
 func TestBufferOverflowOfALargeBuffer(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304", nil)
@@ -153,7 +153,7 @@ func TestBufferOverflowOfALargeBuffer(t *testing.T) {
 	}
 }
 
-// A client gets what was accepted for it before its stream began, or it would come back for the same events forever.
+// A client gets the events accepted before its stream began, or it would come back for the same events forever.
 func TestBufferOverflowDuringCallback(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
@@ -195,7 +195,7 @@ func TestEventLargerThanTheBuffer(t *testing.T) {
 	c.wantData(large)
 }
 
-// One that does read gets what was accepted. If it lost what is under way to it, it would return again and again.
+// A client that reads gets every accepted event. If it lost those under way, it would come back forever.
 func TestBufferOverflowLeavesWhatWasAccepted(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
@@ -275,8 +275,8 @@ func TestSlowReaderIsKept(t *testing.T) {
 	}
 }
 
-// The limit is also for what only the gateway's socket holds, with no write after it. A client that takes none of that
-// has left without a word, or might as well have.
+// The limit also applies to data in the gateway's socket buffer when no write follows. A client that acknowledges none
+// of it is taken to have left.
 func TestClientThatAcknowledgesNothing(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "WRITE_TIMEOUT_SECONDS=0.3", nil)
@@ -343,7 +343,7 @@ func TestUptake(t *testing.T) {
 	}
 }
 
-// What drain is writing still waits for the client, and counts.
+// Bytes that drain is writing count as buffered.
 func TestStreamBufferCountsWhatIsBeingWritten(t *testing.T) {
 	t.Parallel()
 	conn, other := net.Pipe()

@@ -48,13 +48,13 @@ func taskReturns(result any, err error) taskFunc {
 	return func(context.Context, *reporter) (any, error) { return result, err }
 }
 
-// taskWaits works until it is told to stop.
+// taskWaits works until its context ends.
 func taskWaits(ctx context.Context, _ *reporter) (any, error) {
 	<-ctx.Done()
 	return nil, ctx.Err()
 }
 
-// taskSleeps works for some time and hears nothing.
+// taskSleeps works for some time and ignores its context.
 func taskSleeps(d time.Duration) taskFunc {
 	return func(context.Context, *reporter) (any, error) {
 		time.Sleep(d)
@@ -177,8 +177,8 @@ close connection_close {"reason":"task_not_found"}
 	})
 }
 
-// taskBrokenResult and taskBrokenError panic when one wants to know more. That
-// happens after the work is done, and must not end the whole process.
+// taskBrokenResult and taskBrokenError panic when they are encoded. That happens after the work is done, and must not
+// crash the process.
 type taskBrokenResult struct{}
 
 func (taskBrokenResult) MarshalJSON() ([]byte, error) { panic("broken") }
@@ -187,7 +187,7 @@ type taskBrokenError struct{ text string }
 
 func (e *taskBrokenError) Error() string { return e.text } // panics for nil
 
-// However a task ends, there is one terminal event, and what comes after it is too late to change anything.
+// However a task ends, there is one terminal event, and nothing after it changes the task.
 func TestTaskEndsOnce(t *testing.T) {
 	cancel := func(api *apiFixture, id string) { api.post(id+"/cancel", "") }
 	closes := func(api *apiFixture, id string) { api.tasks.Close() }
@@ -275,7 +275,7 @@ func TestTaskWorkers(t *testing.T) {
 	})
 
 	// A worker is busy until its work returns, also when the task has ended
-	// before: otherwise deaf work would pile up without a limit.
+	// before: otherwise work that ignores its context would pile up.
 	apiStory(t, "busy until the work returns", "TASK_MAX_WORKERS=1 TASK_QUEUE_LIMIT=0", func(t *testing.T, api *apiFixture) {
 		api.post(api.demo(taskSleeps(time.Minute))+"/cancel", "")
 		api.check("POST", "/api/tasks", `{"type":"demo"}`, `503 {"error":"task queue is full","code":"queue_full"}`)
@@ -387,7 +387,7 @@ func TestTaskParams(t *testing.T) {
 }
 
 func TestTaskAnswers(t *testing.T) {
-	// The answer tells the status that the task has.
+	// The answer has the task's current status.
 	apiStory(t, "start", "TASK_MAX_WORKERS=1", func(t *testing.T, api *apiFixture) {
 		api.check("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a+b&c"}}`,
 			`202 {"status":"running","stream_url":"/api/sse/tasks?task_id=a%2Bb%26c","task_id":"a+b&c"}`)
@@ -511,7 +511,7 @@ func TestTaskAnswers(t *testing.T) {
 	})
 }
 
-// What cannot stand in the path of its reports is no task_id that one may choose.
+// A task_id that a client chooses must be usable in the path of its reports.
 func TestTaskIDsMayStandInPaths(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		for _, id := range []string{plainChars, strings.Repeat("x", maxID), "...", "import-7"} {
@@ -527,7 +527,7 @@ func TestTaskIDsMayStandInPaths(t *testing.T) {
 	})
 }
 
-// A proxy that lets only some ids through decides by the path that it sees.
+// A proxy that allows only some task IDs decides by the path, so an ID has exactly one spelling.
 func TestTaskPathsArePlain(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		api.external("abc")
@@ -560,7 +560,7 @@ func TestTaskProgress(t *testing.T) {
 		}
 	})
 
-	// Work that goes on after the end of its task has nothing more to say.
+	// A report of work that goes on after the end of its task is ignored.
 	apiStory(t, "after the end", "", func(t *testing.T, api *apiFixture) {
 		id := api.demo(func(ctx context.Context, p *reporter) (any, error) {
 			<-ctx.Done()
@@ -629,8 +629,7 @@ func TestTaskForgotten(t *testing.T) {
 		api.check("GET", "/api/tasks/"+"a"+"/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
 	})
 
-	// A browser of the first task may come back to the second one. What it had
-	// are not the events that have the same numbers now.
+	// A browser of the first task may come back to the second one, whose events have the same numbers.
 	apiStory(t, "successor is followed from its start", "", func(t *testing.T, api *apiFixture) {
 		api.tasks.policy.epoch = newEpoch
 		api.external("a")
@@ -643,7 +642,7 @@ func TestTaskForgotten(t *testing.T) {
 		resumed.checkStory("connection_open task_started")
 	})
 
-	// The timer that forgets a task must not forget another one that got its ID in the meantime.
+	// The timer that forgets a task must not forget a later one with the same ID.
 	apiStory(t, "successor is not", "TASK_CLEANUP_INTERVAL_SECONDS=10", func(t *testing.T, api *apiFixture) {
 		api.external("a")
 		api.post("a/cancel", "")
@@ -653,7 +652,7 @@ func TestTaskForgotten(t *testing.T) {
 		api.checkStatus("a", taskRunning, "")
 	})
 
-	// A timer that is about a task does nothing to a later one with its task_id.
+	// A task's timer does nothing to a later task with the same task_id.
 	apiStory(t, "timer of a predecessor", "", func(t *testing.T, api *apiFixture) {
 		api.external("a")
 		called := false
@@ -669,7 +668,7 @@ func TestTaskForgotten(t *testing.T) {
 	})
 }
 
-// A task that is deleted has long to go until it would be forgotten. Nothing may keep it in memory.
+// Nothing may keep a deleted task in memory, even if its cleanup timer has long to run.
 func TestDeletedTaskIsFreed(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "TASK_CLEANUP_INTERVAL_SECONDS=31536000")
@@ -747,7 +746,7 @@ func TestExternalReports(t *testing.T) {
 		api.follow("a").checkStory("connection_open task_started")
 	})
 
-	// A task whose failure is refused over its text would run on, and end as one whose worker was lost.
+	// If a failure were refused because of its text, the task would run on until it times out.
 	apiStory(t, "a failure is never lost", "", func(t *testing.T, api *apiFixture) {
 		trace := "x" + strings.Repeat("é", maxTaskText)
 		for body, want := range map[string]string{
@@ -769,7 +768,7 @@ func TestExternalReports(t *testing.T) {
 		}
 	})
 
-	// A report may be about the text or the value alone. What it leaves out stays as it was.
+	// A report may have only a text or a value. The other stays as it was.
 	apiStory(t, "progress keeps the last", "", func(t *testing.T, api *apiFixture) {
 		long := "x" + strings.Repeat("é", maxTaskText)
 		api.external("a")
@@ -790,7 +789,7 @@ func TestExternalReports(t *testing.T) {
 		}
 	})
 
-	// A worker that did not get the answer to its last report says it again.
+	// A worker that did not get the answer to its last report repeats it.
 	apiStory(t, "an end again", "", func(t *testing.T, api *apiFixture) {
 		for _, id := range []string{"completed", "empty", "failed"} {
 			api.external(id)
@@ -815,7 +814,7 @@ func TestExternalReports(t *testing.T) {
 		api.follow("completed").checkStory("connection_open task_started task_completed connection_close:task_completed")
 	})
 
-	// A worker that numbers its reports may say one again.
+	// A worker that numbers its reports may repeat one.
 	apiStory(t, "progress again", "TASK_TIMEOUT_SECONDS=10", func(t *testing.T, api *apiFixture) {
 		api.external("a")
 		stream := api.follow("a")
@@ -862,8 +861,8 @@ func TestExternalReports(t *testing.T) {
 		checkCreate("a", "t", made)
 	})
 
-	// What a worker is told in the answer to its report is where the followers
-	// get it, however many report at once, and nothing follows the end.
+	// Followers get each report under the ID in its answer, however many workers report at once, and nothing after the
+	// end.
 	apiStory(t, "many at once", "", func(t *testing.T, api *apiFixture) {
 		api.external("a")
 		stream := api.follow("a")
@@ -909,7 +908,7 @@ func TestExternalReports(t *testing.T) {
 	})
 }
 
-// Clients exist that break at a line of 65,536 bytes: each event has one line, and fits.
+// Some clients fail at a line of 65,536 bytes, so the data of each event must be one shorter line.
 func TestEventsFitOneLine(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		checkFits := func(stream *apiStream, least int) {
@@ -972,7 +971,7 @@ func TestTaskMemoryForgetsTheOldest(t *testing.T) {
 	})
 }
 
-// When nothing has finished, nobody loses what a follower has not got yet but by a newer report, and ends come through.
+// When no task has finished, undelivered reports are dropped only for newer ones of the same task, and ends are kept.
 func TestTaskMemoryOfRunningTasks(t *testing.T) {
 	apiTest(t, "TASK_MEMORY_BYTES=100000", func(t *testing.T, api *apiFixture) {
 		const full = `503 {"error":"tasks that have not finished hold all memory","code":"memory_full"}`
@@ -1008,7 +1007,7 @@ func TestTaskMemoryOfRunningTasks(t *testing.T) {
 	})
 }
 
-// A bound is only true if what is counted is what is held.
+// The bound holds only if the bytes counted match those on the heap.
 func TestTaskMemoryIsCounted(t *testing.T) {
 	if !alone(t) {
 		return
@@ -1076,8 +1075,7 @@ func TestExternalTimeout(t *testing.T) {
 		api.checkPost("a/progress", `{"value":0}`, `409 {"error":"task is finished","code":"task_finished","status":"failed"}`)
 	})
 
-	// A report that is accepted keeps the task alive, even in the instant in which
-	// its time is over and the timer already waits for the lock.
+	// An accepted report keeps the task alive, even when its timer has fired and waits for the lock.
 	apiStory(t, "report at the last moment", "TASK_TIMEOUT_SECONDS=10", func(t *testing.T, api *apiFixture) {
 		accepted := 0
 		for range 300 {
@@ -1096,8 +1094,8 @@ func TestExternalTimeout(t *testing.T) {
 	})
 }
 
-// All that can end a task does so in the same instant, over and over.
-// Whichever wins, its followers see one end and the losers are told.
+// Everything that can end a task does so at the same instant. Whichever wins, followers see one end, and the other
+// calls fail.
 func TestTaskEndingsRace(t *testing.T) {
 	const timeout = time.Second
 	stories := regexp.MustCompile(`^connection_open task_started( progress_update)* task_(completed|failed|cancelled) connection_close:task_(\w+)$`)

@@ -30,7 +30,7 @@ func (api *apiFixture) checkAnnounce(body, want string) {
 	api.check("POST", "/api/deployments/version", body, want)
 }
 
-// checkAnnounced announces a version to one request_id and wants to hear whether it was delivered.
+// checkAnnounced announces a version to one request_id and checks whether it was delivered.
 func (api *apiFixture) checkAnnounced(id, version string, delivered bool) {
 	api.t.Helper()
 	status := map[bool]string{true: "delivered", false: "queued"}[delivered]
@@ -38,7 +38,7 @@ func (api *apiFixture) checkAnnounced(id, version string, delivered bool) {
 		fmt.Sprintf(`202 {"delivered":%v,"requestId":%q,"status":%q}`, delivered, id, status))
 }
 
-// checkAnnouncedToAll announces a version to everybody and wants to hear how many got it and how many did not.
+// checkAnnouncedToAll announces a version to everybody and checks how many got it and how many did not.
 func (api *apiFixture) checkAnnouncedToAll(version string, delivered, failed int) {
 	api.t.Helper()
 	api.checkAnnounce(fmt.Sprintf(`{"version":%q}`, version),
@@ -74,8 +74,7 @@ e-3 version {"version":"1.2"}
 		api.subscribe("other").checkStory("connection_open")
 	})
 
-	// It is not known whether the browser has the event. So its stream is ended
-	// at the next opportunity, and it comes back for what it lacks.
+	// The browser may or may not have the event, so its stream is ended at the next event, and it comes back for the rest.
 	apiStory(t, "kept when a send fails", "", func(t *testing.T, api *apiFixture) {
 		stream := api.subscribe("r")
 		api.gateway.fail(errors.New("no gateway"))
@@ -111,8 +110,7 @@ e-3 version {"version":"1.2"}
 		api.subscribe("never").checkStory("connection_open")
 	})
 
-	// A laptop that slept for longer than its log was kept comes back with the
-	// ID of an event that is not the one with the same number now.
+	// A laptop that slept until its log had expired comes back with the ID of an event of the old log.
 	apiStory(t, "nothing is skipped after it expired", "VERSION_PENDING_SECONDS=1000", func(t *testing.T, api *apiFixture) {
 		api.version.policy.epoch = newEpoch
 		go api.version.Tidy(t.Context())
@@ -165,7 +163,7 @@ func TestVersionBroadcast(t *testing.T) {
 		api.subscribe("a").checkStory("connection_open") // it has everything
 	})
 
-	// A page that gets a newer version first, and then an older one, would offer the older one.
+	// If an older version came after a newer one, the page would offer the older one.
 	apiStory(t, "in the order of the announcements", "", func(t *testing.T, api *apiFixture) {
 		away := api.subscribe("away")
 		away.leave()
@@ -186,7 +184,7 @@ func TestVersionBroadcast(t *testing.T) {
 		api.checkAnnouncedToAll("3", 0, 0)
 	})
 
-	// A browser that has a version would offer its user to reload, for nothing.
+	// A version that the browser already has would make the page offer a reload for nothing.
 	apiStory(t, "not twice in a row", "", func(t *testing.T, api *apiFixture) {
 		a, b := api.subscribe("a"), api.subscribe("b")
 		api.checkAnnounced("a", "1", true)
@@ -268,7 +266,7 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 }
 
 func TestVersionMemory(t *testing.T) {
-	// What the limit has dropped is not held any more.
+	// Dropped announcements do not count as held.
 	apiStory(t, "is what is kept", "VERSION_PENDING_LIMIT=1", func(t *testing.T, api *apiFixture) {
 		api.checkAnnounced("a", "1", false)
 		api.checkAnnounced("a", "2", false)
@@ -307,7 +305,7 @@ func TestVersionMemory(t *testing.T) {
 	})
 }
 
-// checkCounted wants what was counted to be what the heap has, within a tenth.
+// checkCounted checks that the bytes counted match the growth of the heap, within a tenth.
 func checkCounted(t *testing.T, what string, parts, counted int, before uint64) {
 	t.Helper()
 	held := int(heapInUse() - before)
@@ -317,7 +315,7 @@ func checkCounted(t *testing.T, what string, parts, counted int, before uint64) 
 	}
 }
 
-// A bound is only true if what is counted is what is held.
+// The bound holds only if the bytes counted match those on the heap.
 func TestVersionMemoryIsCounted(t *testing.T) {
 	if !alone(t) {
 		return
@@ -410,7 +408,7 @@ func TestRaceConnectDuringBroadcast(t *testing.T) {
 	})
 }
 
-// A log that is forgotten while a stream connects would leave that stream deaf.
+// If a log were forgotten while a stream connects, that stream would get no more events.
 func TestRaceConnectWhileMemoryIsShort(t *testing.T) {
 	raceConnect(t, func(api *apiFixture, i int) {
 		api.version.tidy()
@@ -421,7 +419,7 @@ func TestRaceConnectWhileMemoryIsShort(t *testing.T) {
 	})
 }
 
-// versionFile is a server of a version.json whose every answer the test gives.
+// versionFile serves a version.json; the test gives each answer.
 type versionFile struct {
 	polls   chan *http.Request
 	answers chan http.HandlerFunc
@@ -452,7 +450,7 @@ func versionAnswer(status int, body string) http.HandlerFunc {
 	}
 }
 
-// A gateway that hangs must not keep the next version from being seen.
+// A gateway that hangs must not delay the next poll.
 func TestVersionPollWaitsForNoDelivery(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
@@ -472,7 +470,7 @@ func TestVersionPollWaitsForNoDelivery(t *testing.T) {
 	file.answers <- versionAnswer(500, "")
 }
 
-// After a start the version is not known for as long as it was not seen twice, which must not take an interval.
+// A version counts only when it was seen twice. After a start, the second poll must not wait for a whole interval.
 func TestVersionPollIsQuickToStart(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
