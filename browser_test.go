@@ -252,7 +252,7 @@ func TestBrowserTable(t *testing.T) {
 
 	// One key opens the log, and another one takes the focus to the next row.
 	if shown := tab.count(`document.querySelectorAll("#tasks .log:not([hidden])").length`); shown != 0 {
-		t.Errorf("%d logs are open before anybody asked", shown)
+		t.Errorf("got %d open logs before any click, want 0", shown)
 	}
 	tab.run(row("b") + `.querySelector(".open-log").focus()`)
 	for _, key := range []string{"ArrowDown", "Enter"} {
@@ -453,7 +453,7 @@ func TestBrowserSilence(t *testing.T) {
 	tab.run(`dispatchEvent(new Event("beforeunload")); setTimeout(() => window.late = true, 3000)`)
 	tab.wait(`window.late`)
 	if n := len(queries); n > 0 {
-		t.Errorf("the page asked %d times more after the end", n)
+		t.Errorf("the page made %d more requests after the end", n)
 	}
 }
 

@@ -260,7 +260,7 @@ func TestRace(t *testing.T) {
 		t.connect("b", "", "x-0")
 		t.delivers(closing("a", "replaced"))
 		if !<-asked {
-			t.Error("the gateway knew it")
+			t.Error("Ask: got false, want true: the gateway knew the stream")
 		}
 		if _, _, err := follow(t.conns, "task:1", ghost, t.events); err != errAskFirst {
 			t.Errorf("got %v, want that the gateway is asked again", err)

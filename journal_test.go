@@ -427,7 +427,7 @@ func TestJournalRestsAfterCompaction(t *testing.T) {
 			time.Sleep(compactPause / 10)
 		}
 		if snapshots < 4 || snapshots > 6 {
-			t.Errorf("%d snapshots in 5 times compactPause", snapshots)
+			t.Errorf("got %d snapshots in 5 times compactPause, want 4 to 6", snapshots)
 		}
 		j.close()
 	})
@@ -554,7 +554,7 @@ func TestJournalDamage(t *testing.T) {
 		switch {
 		case i < len(journalHeader):
 			if err == nil {
-				t.Fatalf("byte %d: a header was taken", i)
+				t.Fatalf("byte %d: a damaged header was accepted", i)
 			}
 		case i < lastCommit:
 			if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("journal: damaged at offset %d:", begins[whole(i)])) {
@@ -565,7 +565,7 @@ func TestJournalDamage(t *testing.T) {
 		}
 	}
 	if _, _, err := readJournal(t, dir, []byte("sidecast journal 2\n")); err == nil {
-		t.Error("a newer version was taken")
+		t.Error("a newer version was accepted")
 	}
 }
 

@@ -170,7 +170,7 @@ func TestPage(t *testing.T) {
 			t.Errorf("got %d events, want 102", got)
 		}
 		if log.Held() < 100*len(text) {
-			t.Error("what a page lacks is not kept")
+			t.Error("events that a page still lacks were not kept")
 		}
 		slow.leave()
 		if got := log.Held(); got > 0 {

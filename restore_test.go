@@ -594,7 +594,7 @@ func TestRestoreNoRoom(t *testing.T) {
 	}
 	wantStory(t, v.follow(id), append([]string{"task_started"}, want...)...)
 	if got := scrapeValue(v.getText("/metrics"), "sidecast_journal_writable"); got != 0 || v.status(v.api+"/readyz") != http.StatusOK {
-		t.Errorf("writable is %v, and readiness %d", got, v.status(v.api+"/readyz"))
+		t.Errorf("got writable %v and readiness %d, want 0 and 200", got, v.status(v.api+"/readyz"))
 	}
 
 	backend.restart(t) // without room it serves what only reads, and nothing was lost

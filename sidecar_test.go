@@ -246,7 +246,7 @@ func TestRefusedByBackend(t *testing.T) {
 		retries[retry] = true
 	}
 	if len(retries) == 1 {
-		t.Errorf("all browsers return after the same time: %v", retries)
+		t.Errorf("got retry %v for all browsers, want different times", retries)
 	}
 	g.waitMetric("gateway_streams", 0)
 }
@@ -655,7 +655,7 @@ func TestGatewayShutdown(t *testing.T) {
 	}
 	clients.Wait()
 	if spread := ends[len(ends)-1].Sub(ends[0]); spread < 50*time.Millisecond {
-		t.Errorf("all browsers lost their streams within %v and return in one wave", spread)
+		t.Errorf("all browsers lost their streams within %v, want at least 50 ms", spread)
 	}
 	g.get("/readyz").wantReply(`503 {"configured":true,"status":"not_ready"}`)
 	if resp := g.get("/x").answer(); resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {

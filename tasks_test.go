@@ -240,7 +240,7 @@ func TestTaskLog(t *testing.T) {
 			t.Errorf("the stream shows the panic:\n%s", got)
 		}
 		if log := api.logged.String(); !strings.Contains(log, `panic="a detail"`) || !strings.Contains(log, "tasks_test.go") {
-			t.Errorf("the log lacks value or stack:\n%s", log)
+			t.Errorf("the log lacks the value or the stack:\n%s", log)
 		}
 	})
 	apiStory(t, "failure", "", func(t *testing.T, api *apiFixture) {
@@ -663,7 +663,7 @@ func TestTaskForgotten(t *testing.T) {
 		time.Sleep(2 * time.Minute)
 		api.settle()
 		if called {
-			t.Error("the later task was meant")
+			t.Error("the timer of the deleted task fired for its successor")
 		}
 	})
 }
@@ -954,7 +954,7 @@ func TestTaskMemoryForgetsTheOldest(t *testing.T) {
 				t.Fatalf("task %d: got %s, which is not remembered", i, got)
 			}
 			if got := api.tasks.memory.held; got > 1000000 {
-				t.Fatalf("%d bytes are held", got)
+				t.Fatalf("got %d bytes held, want the limit at most", got)
 			}
 		}
 		fit := 1000000 / 58500 // a result takes seven pages, and the rest of its task a kilobyte
@@ -983,7 +983,7 @@ func TestTaskMemoryOfRunningTasks(t *testing.T) {
 				t.Fatalf("report %d: got %s", n, got)
 			}
 			if got := api.tasks.memory.held; got > 100000 {
-				t.Fatalf("%d bytes are held", got)
+				t.Fatalf("got %d bytes held, want the limit at most", got)
 			}
 		}
 		api.check("POST", "/api/tasks", `{"type":"external"}`, full)

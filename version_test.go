@@ -414,7 +414,7 @@ func TestRaceConnectWhileMemoryIsShort(t *testing.T) {
 		api.version.tidy()
 	}, func(st *versionStream, i int) {
 		if st == nil {
-			t.Error("nobody knows the log of an open stream")
+			t.Error("the log of an open stream was forgotten")
 		}
 	})
 }
