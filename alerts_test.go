@@ -8,9 +8,9 @@ import (
 	"testing"
 )
 
-// alertTests has for each alert an hour of a quiet site, of a busy one, and of one that is broken, all of a minute a sample
-// in promtool's notation. The first two fire nothing at any time, and the last one fires, with these labels and this
-// summary, at its end.
+// alertTests has for each alert an hour of a quiet site, of a busy one, and of one that is broken, all of a minute a
+// sample in promtool's notation. The first two fire nothing at any time, and the last one fires, with these labels and
+// this summary, at its end.
 var alertTests = map[string]struct {
 	quiet, busy, broken inputs
 	labels              map[string]string
@@ -155,9 +155,7 @@ func TestAlerts(t *testing.T) {
 		}
 	}
 	text, err := json.Marshal(object{"rule_files": []string{"alerts.yml"}, "evaluation_interval": "1m", "tests": tests}) // JSON is YAML
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	writeFile(t, dir+"/test.yml", string(text))
 	tool(t, "", "promtool", "test", "rules", dir+"/test.yml")
 }

@@ -9,13 +9,11 @@ import (
 	"io"
 	"log"
 	"net/http"
-	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
 	"os/exec"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,8 +21,8 @@ import (
 	"time"
 )
 
-// These tests have the last word on what a browser does: they drive Chromium by the DevTools protocol. It is spoken over
-// a pair of pipes, --remote-debugging-pipe, which needs no WebSocket: JSON messages that end in a NUL.
+// These tests have the last word on what a browser does: they drive Chromium by the DevTools protocol. It is spoken
+// over a pair of pipes, --remote-debugging-pipe, which needs no WebSocket: JSON messages that end in a NUL.
 
 // A site is what a browser sees: one origin, with a gateway process for the streams and a backend process for the rest.
 type site struct {
@@ -58,19 +56,22 @@ func startSite(t *testing.T, env ...string) *site {
 	mux.HandleFunc("/report.csv", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Disposition", "attachment")
 	})
-	front := httptest.NewServer(mux)
-	t.Cleanup(front.Close)
+	front := serveTest(t, mux)
 	s.URL = front.URL
 	return s
+}
+
+// openSite starts a site and opens its page.
+func openSite(t *testing.T) (*site, *tab) {
+	s := startSite(t)
+	return s, startBrowser(t).open(s.URL + "/")
 }
 
 // post posts to the backend, as a script would.
 func (s *site) post(t *testing.T, path, body string) (answer map[string]any) {
 	t.Helper()
 	resp, err := http.Post(s.backend.URL+path, "application/json", strings.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer resp.Body.Close()
 	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || resp.StatusCode/100 != 2 {
 		t.Fatalf("POST %s: got %s, %v", path, resp.Status, err)
@@ -80,8 +81,7 @@ func (s *site) post(t *testing.T, path, body string) (answer map[string]any) {
 
 func TestBrowserPage(t *testing.T) {
 	t.Parallel()
-	site := startSite(t)
-	tab := startBrowser(t).open(site.URL + "/")
+	site, tab := openSite(t)
 
 	// A task survives the gateway.
 	tab.run(`const form = document.querySelector("#demo-form");
@@ -105,7 +105,7 @@ func TestBrowserPage(t *testing.T) {
 		document.querySelector("#version-banner").textContent.includes("browser-2")`)
 	tab.wait(`document.querySelector("#version-current").textContent == "browser-2"`)
 
-	// That version is what a page is that is loaded afterwards: it shows no banner, but for the next one it does.
+	// A page that is loaded afterwards is of that version: it shows a banner only for the next one.
 	second := tab.browser.open(site.URL + "/")
 	second.wait(`document.querySelector("#version-name").textContent == "browser-2"`)
 	second.wait(`document.querySelector("#version-banner").hidden`)
@@ -118,8 +118,7 @@ func TestBrowserPage(t *testing.T) {
 // As it stays, it opens them again where they were.
 func TestBrowserPageThatStays(t *testing.T) {
 	t.Parallel()
-	site := startSite(t)
-	tab := startBrowser(t).open(site.URL + "/")
+	site, tab := openSite(t)
 	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
 	tab.run(`window.left = 0; addEventListener("beforeunload", () => left++)
 		const form = document.querySelector("#follow-form");
@@ -186,7 +185,7 @@ func TestBrowserManyTasks(t *testing.T) {
 	}
 	want = append(want, `task_completed "good"`)
 	check()
-	// So has a page that is loaded again, when the logs are opened.
+	// A page that is loaded again has the same events when its logs are opened.
 	loaded := func() (id string) { // of what the tab shows; asks nothing of a page that is about to go
 		var tree struct {
 			FrameTree struct{ Frame struct{ LoaderID string } }
@@ -203,11 +202,10 @@ func TestBrowserManyTasks(t *testing.T) {
 	check()
 }
 
-// The table shows every task, whoever started it, and how it goes on, and nobody has to click for it.
+// The table shows every task, whoever started it, and its progress, without a click.
 func TestBrowserTable(t *testing.T) {
 	t.Parallel()
-	site := startSite(t)
-	tab := startBrowser(t).open(site.URL + "/")
+	site, tab := openSite(t)
 	tab.wait(`!document.querySelector("#empty").hidden`)
 	row := func(id string) string { return "document.querySelector(`[data-task-id=" + id + "]`)" }
 	says := func(id, part, want string) {
@@ -239,7 +237,7 @@ func TestBrowserTable(t *testing.T) {
 	tab.run(row("c") + `.querySelector(".act").click()`)
 	says("c", ".badge", "cancelled")
 
-	// A filter leaves the others out, also those that change later.
+	// A filter hides other rows, including those that change later.
 	filter := func(status string, shown ...string) {
 		t.Helper()
 		tab.run("document.querySelector(`#filter [value=" + status + "]`).click()")
@@ -254,7 +252,7 @@ func TestBrowserTable(t *testing.T) {
 
 	// One key opens the log, and another one takes the focus to the next row.
 	if shown := tab.count(`document.querySelectorAll("#tasks .log:not([hidden])").length`); shown != 0 {
-		t.Errorf("%d logs are open before anybody asked", shown)
+		t.Errorf("got %d open logs before any click, want 0", shown)
 	}
 	tab.run(row("b") + `.querySelector(".open-log").focus()`)
 	for _, key := range []string{"ArrowDown", "Enter"} {
@@ -283,23 +281,21 @@ func TestBrowserTable(t *testing.T) {
 	tab.run(`clearInterval(moving)`)
 	says("d", ".badge", "running")
 
-	// What is deleted goes, here and elsewhere.
+	// A deleted task disappears, whether it was deleted here or elsewhere.
 	tab.run(row("b") + `.querySelector(".act").click()`)
 	req, _ := http.NewRequest("DELETE", site.backend.URL+"/api/tasks/c", nil)
 	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	resp.Body.Close()
 	looked()
 	tab.wait(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId).join() == "d,a"`)
 }
 
-// A page whose stream is taken over goes on as another page: a request of its own may have been overtaken by a later one.
+// A page whose stream is taken over goes on as another page: a request of its own may have been overtaken by a later
+// one.
 func TestBrowserReplaced(t *testing.T) {
 	t.Parallel()
-	site := startSite(t)
-	tab := startBrowser(t).open(site.URL + "/")
+	site, tab := openSite(t)
 	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
 	tab.run(`const form = document.querySelector("#follow-form");
 		form.elements.task_id.value = "` + task + `"; form.requestSubmit()`)
@@ -317,8 +313,7 @@ func TestBrowserReplaced(t *testing.T) {
 // Beyond 50 tasks the newest are followed, and the others when a place gets free.
 func TestBrowserTooManyTasks(t *testing.T) {
 	t.Parallel()
-	site := startSite(t)
-	tab := startBrowser(t).open(site.URL + "/")
+	site, tab := openSite(t)
 	for i := range maxPageTasks + 2 {
 		site.post(t, "/api/tasks", fmt.Sprintf(`{"type":"external","params":{"task_id":"t%d"}}`, i))
 	}
@@ -337,7 +332,7 @@ func TestBrowserTooManyTasks(t *testing.T) {
 		site.post(t, fmt.Sprintf("/api/tasks/t%d/complete", i+2), `{"result":1}`)
 	}
 	tab.wait(fmt.Sprintf(state+" && "+state, "open", maxPageTasks-1, "closed", 3))
-	tab.run(openLog) // it may have ended unheard
+	tab.run(openLog) // the task may have ended while its log was not followed
 	tab.wait(`document.querySelectorAll("[data-task-id=t0] li").length == 2`)
 	tab.wait(`document.querySelectorAll("[data-task-id=t1] li").length == 1`)
 	for i := range maxPageTasks + 2 {
@@ -358,7 +353,7 @@ func TestBrowserChange(t *testing.T) {
 	t.Parallel()
 	queries := make(chan string, 10)
 	second := make(chan bool)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case r.URL.Path != "/stream":
 		case r.URL.Query().Get("task_id") == "a":
@@ -374,7 +369,6 @@ func TestBrowserChange(t *testing.T) {
 			streamThat("event: connection_open\ndata: {}\nid: a-1.b-0\n\nevent: task_event\ndata: 2\nid: a-2.b-0\n\n", true)(w, r)
 		}
 	}))
-	t.Cleanup(server.Close)
 	tab := startBrowser(t).open(server.URL + "/")
 	tab.run(pageClient(t) + `window.got = [];
 		window.stream = openStream("/stream?task_id=a", { task_event: e => got.push(e.data),
@@ -423,7 +417,7 @@ func TestBrowserSilence(t *testing.T) {
 	t.Parallel()
 	queries := make(chan url.Values, 100)
 	answer := make(chan http.HandlerFunc, 100)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/stream" {
 			queries <- r.URL.Query()
 			select {
@@ -434,7 +428,6 @@ func TestBrowserSilence(t *testing.T) {
 			}
 		}
 	}))
-	t.Cleanup(server.Close)
 	const (
 		first = "event: connection_open\ndata: {}\nid: a-0\n\nevent: task_event\ndata: 1\nid: a-1\n\n"
 		beat  = "event: heartbeat\ndata: 0.3\n\n"
@@ -460,7 +453,7 @@ func TestBrowserSilence(t *testing.T) {
 	tab.run(`dispatchEvent(new Event("beforeunload")); setTimeout(() => window.late = true, 3000)`)
 	tab.wait(`window.late`)
 	if n := len(queries); n > 0 {
-		t.Errorf("the page asked %d times more after the end", n)
+		t.Errorf("the page made %d more requests after the end", n)
 	}
 }
 
@@ -482,10 +475,13 @@ func TestBrowserSilentGateway(t *testing.T) {
 	tab.wait(`window.end`)
 	var ids []string
 	tab.get(`ids`, &ids)
-	wantIDs(t, ids, 3)
+	epoch, _, _ := strings.Cut(ids[0], "-")
+	if want := []string{epoch + "-1", epoch + "-2", epoch + "-3"}; !slices.Equal(ids, want) {
+		t.Errorf("got events %q, want %q", ids, want)
+	}
 }
 
-// A page that does nothing but open an EventSource is left in peace after the end.
+// A page that uses a plain EventSource makes no more requests after the end.
 func TestBrowserEnd(t *testing.T) {
 	t.Parallel()
 	site := startSite(t)
@@ -510,15 +506,14 @@ func TestBrowserEnd(t *testing.T) {
 	}
 }
 
-// Another site that knows an ID can neither take a stream over nor eat what it would bring, whatever it embeds. (Browsers
+// Another site that knows an ID can neither take over a stream nor consume its events, whatever it embeds. (Browsers
 // mark such requests to loopback addresses and over HTTPS.)
 func TestBrowserOtherSite(t *testing.T) {
 	t.Parallel()
 	site := startSite(t)
 	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
 	path := "/api/sse/tasks?task_id=" + task
-	other := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-	t.Cleanup(other.Close)
+	other := serveTest(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	browser := startBrowser(t)
 	victim := browser.open(site.URL + "/healthz")
 	victim.run(`window.got = []; const source = new EventSource("` + path + `");
@@ -573,8 +568,7 @@ func TestBrowserOtherOrigin(t *testing.T) {
 	h.backend = startBackend(t, "ADDR="+addr, "SSE_GATEWAY_URL="+h.gateway.URL, "SSE_CALLBACK_SECRET="+deploySecret)
 	nginx := h.front(t, "retry: 3000", "retry: 100", "limit_conn streams 1000", "limit_conn streams 1")
 	path := startTask(t, h.backend.URL, "", `{"type":"external","params":{"task_id":"t"}}`)
-	page := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-	t.Cleanup(page.Close)
+	page := serveTest(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	tab := startBrowser(t).open(page.URL + "/")
 	tab.run(`window.lost = [0, 0]; window.got = [];
 		window.sources = ["` + path + `", "/api/sse/utils/version?request_id=r"].map((path, i) => {
@@ -595,23 +589,11 @@ func TestBrowserOtherOrigin(t *testing.T) {
 	}
 }
 
-// wantIDs checks that ids are <epoch>-1 to <epoch>-<n>.
-func wantIDs(t *testing.T, ids []string, n int) {
-	t.Helper()
-	var want []string
-	for i := range n {
-		epoch, _, _ := strings.Cut(ids[0], "-")
-		want = append(want, epoch+"-"+strconv.Itoa(i+1))
-	}
-	if !slices.Equal(ids, want) {
-		t.Errorf("got events %q, want %q", ids, want)
-	}
-}
-
 // browserPatience is for what takes milliseconds, but not on a machine that is busy with other tests.
 const browserPatience = time.Minute
 
-// A chromium is a headless Chromium. All tests that run at the same time share one, for it takes seconds of CPU to start.
+// A chromium is a headless Chromium. All tests that run at the same time share one, for it takes seconds of CPU to
+// start.
 type chromium struct {
 	cmd     *exec.Cmd
 	profile string // folder
@@ -667,18 +649,14 @@ func startChromium(t testing.TB) *chromium {
 	fromTest, toBrowser, err1 := os.Pipe()
 	fromBrowser, toTest, err2 := os.Pipe()
 	profile, err3 := os.MkdirTemp("", "chromium")
-	if err := errors.Join(err1, err2, err3); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(err1, err2, err3))
 	cmd := exec.Command("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 		"--disable-background-timer-throttling", "--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows",
 		"--host-resolver-rules=MAP rebound.test 127.0.0.1", "--user-data-dir="+profile, "--remote-debugging-pipe")
 	cmd.ExtraFiles = []*os.File{fromTest, toTest}         // descriptors 3 and 4
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // its children write to the folder, too
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
 	fromTest.Close()
 	toTest.Close()
 	c := &chromium{cmd: cmd, profile: profile, pipes: [2]*os.File{toBrowser, fromBrowser}, answers: map[int]chan json.RawMessage{}}

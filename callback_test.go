@@ -11,17 +11,32 @@ import (
 	"unicode/utf8"
 )
 
-// identifiers returns those that have a connection, sorted and joined by a
-// space.
+// identifiers returns those that have a connection, sorted and joined by a space.
 func (api *apiFixture) identifiers() string {
 	api.conns.mu.Lock()
 	defer api.conns.mu.Unlock()
 	return strings.Join(slices.Sorted(maps.Keys(api.conns.connections)), " ")
 }
 
+// wantConnected checks the identifiers that have a connection.
+func (api *apiFixture) wantConnected(want string) {
+	api.t.Helper()
+	if got := api.identifiers(); got != want {
+		api.t.Errorf("got %q connected, want %q", got, want)
+	}
+}
+
 // callback posts a callback and returns the answer in one line.
 func (api *apiFixture) callback(body string) string {
 	return api.do("POST", "/api/sse/callback", body)
+}
+
+// wantConnect posts a connect callback and checks how the answer begins.
+func (api *apiFixture) wantConnect(token, target, want string) {
+	api.t.Helper()
+	if got := api.callback(apiConnect(token, target)); !strings.HasPrefix(got, want) {
+		api.t.Errorf("%.80s: got %.200s, want %s", target, got, want)
+	}
 }
 
 // callbackAccepted is the answer to a connect callback.
@@ -83,9 +98,7 @@ func TestCallbackUnknownURLReturns400(t *testing.T) {
 			t.Errorf("%s: got %s, want %s", target, got, want)
 		}
 	}
-	if got := api.identifiers(); got != "" {
-		t.Errorf("got %q connected, want nobody", got)
-	}
+	api.wantConnected("")
 }
 
 func TestCallbackSecret(t *testing.T) {
@@ -151,9 +164,7 @@ func TestCallbackBody(t *testing.T) {
 	if got, want := api.callback(`{"x":"`+strings.Repeat("x", maxCallback)+`"}`), `413 {"error":"request body too large","code":"too_large"}`; got != want {
 		t.Errorf("a long body: got %s, want %s", got, want)
 	}
-	if got := api.identifiers(); got != "" {
-		t.Errorf("got %q connected, want nobody", got)
-	}
+	api.wantConnected("")
 	for name, body := range map[string]string{
 		"as it is":         good,
 		"no headers":       strings.Replace(good, `,"headers":{"user-agent":"x"}`, ``, 1),
@@ -167,16 +178,13 @@ func TestCallbackBody(t *testing.T) {
 	}
 }
 
-// The browser of a stream that was finished comes back by itself; only a
-// status such as this stops it for good.
+// The browser of a stream that was finished comes back by itself; only a status such as this stops it for good.
 func TestCallbackFinishedStreamIsGone(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
 	for _, target := range []string{"/api/sse/tasks?task_id=a", "/api/sse/utils/version?request_id=r"} {
-		got, want := api.callback(apiConnect("t", target, "close")), `410 {"error":"this stream is finished","code":"stream_finished"}`
-		if got != want || api.identifiers() != "" {
-			t.Errorf("%s: got %s and %q connected, want %s", target, got, api.identifiers(), want)
-		}
+		api.check("POST", "/api/sse/callback", apiConnect("t", target, "close"), `410 {"error":"this stream is finished","code":"stream_finished"}`)
+		api.wantConnected("")
 	}
 }
 
@@ -202,18 +210,22 @@ func TestCallbackDisconnect(t *testing.T) {
 	})
 }
 
-// Nobody new is let in while the process ends, but who leaves is noted.
-func TestCallbackWhileStopping(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+func TestCallbackStop(t *testing.T) {
+	// While the process stops, connects are refused, but disconnects are still handled.
+	apiStory(t, "before", "", func(t *testing.T, api *apiFixture) {
 		stream := api.subscribe("r")
 		api.stop(t.Context())
-		got, want := api.callback(apiConnect("t", "/api/sse/utils/version?request_id=s")), `503 {"error":"shutting down","code":"shutting_down"}`
-		if got != want {
-			t.Errorf("connect: got %s, want %s", got, want)
-		}
+		api.wantConnect("t", "/api/sse/utils/version?request_id=s", `503 {"error":"shutting down","code":"shutting_down"}`)
 		stream.leave()
-		if got := api.identifiers(); got != "" {
-			t.Errorf("got %q connected, want nobody", got)
+		api.wantConnected("")
+	})
+
+	// A stream accepted just after all streams were ended would stay open without a backend.
+	apiStory(t, "during", "SSE_GATEWAY_URL=http://gateway.invalid", func(t *testing.T, api *apiFixture) {
+		api.backend.callback.services[serviceVersion] = stoppingService{api.version, func() { api.stop(t.Context()) }}
+		got := api.callback(apiConnect("t", "/api/sse/utils/version?request_id=r"))
+		if want := strings.TrimSuffix(callbackAccepted, "}") + `,"close":true}`; got != want {
+			t.Errorf("got %s, want %s", got, want)
 		}
 	})
 }
@@ -229,40 +241,13 @@ func (s stoppingService) OnConnect(id string, c connectRequest) (event, bool, er
 	return s.streamService.OnConnect(id, c)
 }
 
-// Who is let in just after all streams were ended would stay connected to nobody.
-func TestCallbackOvertakenByTheStop(t *testing.T) {
-	apiTest(t, "SSE_GATEWAY_URL=http://gateway.invalid", func(t *testing.T, api *apiFixture) {
-		api.backend.callback.services[serviceVersion] = stoppingService{api.version, func() { api.stop(t.Context()) }}
-		got := api.callback(apiConnect("t", "/api/sse/utils/version?request_id=r"))
-		if want := strings.TrimSuffix(callbackAccepted, "}") + `,"close":true}`; got != want {
-			t.Errorf("got %s, want %s", got, want)
-		}
-	})
-}
-
 func TestOnConnectValidUUID(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		id := newToken()
 		api.connect("/api/sse/tasks?task_id=" + id)
 		api.connect("/api/sse/utils/version?request_id=" + id)
-		if got, want := api.identifiers(), "task:"+id+" version:"+id; got != want {
-			t.Errorf("got %q connected, want %q", got, want)
-		}
+		api.wantConnected("task:" + id + " version:" + id)
 	})
-}
-
-// A colon ends the service in an identifier: with one in an ID, two services
-// could come to share an identifier.
-func TestOnConnectRejectsColonInID(t *testing.T) {
-	t.Parallel()
-	checkCallbackRefusesID(t, "/api/sse/tasks?task_id=", "a:b", "a:b")
-	checkCallbackRefusesID(t, "/api/sse/tasks?task_id=", "%3A", ":")
-}
-
-func TestVersionOnConnectRejectsColon(t *testing.T) {
-	t.Parallel()
-	checkCallbackRefusesID(t, "/api/sse/utils/version?request_id=", "a:b", "a:b")
-	checkCallbackRefusesID(t, "/api/sse/utils/version?request_id=", "%3A", ":")
 }
 
 func TestCallbackRefusesBadIDs(t *testing.T) {
@@ -272,6 +257,8 @@ func TestCallbackRefusesBadIDs(t *testing.T) {
 		for id, logged := range map[string]string{
 			"":                             "",
 			"&other=a":                     "",
+			"a:b":                          "a:b", // two services could come to share an identifier
+			"%3A":                          ":",
 			"%zz":                          "",
 			"a%0Alevel=INFO":               "nlevel=INFO",
 			"%00":                          "x00",
@@ -282,15 +269,12 @@ func TestCallbackRefusesBadIDs(t *testing.T) {
 		} {
 			checkCallbackRefusesID(t, target, id, logged)
 		}
-		got := newAPI(t, "").callback(apiConnect("t", target+url.QueryEscape(longest)))
-		if !strings.HasPrefix(got, "200 ") {
-			t.Errorf("%s with %d bytes: got %s, want 200", target, len(longest), got)
-		}
+		newAPI(t, "").wantConnect("t", target+url.QueryEscape(longest), "200 ")
 	}
 }
 
-// checkCallbackRefusesID connects with a bad ID and wants it in a warning,
-// quoted: with a line break in it, it must not look like another line.
+// checkCallbackRefusesID connects with a bad ID and checks that a warning has it quoted, so that a line break in it
+// does not start another line of the log.
 func checkCallbackRefusesID(t *testing.T, target, id, logged string) {
 	t.Helper()
 	api := newAPI(t, "")
@@ -316,13 +300,10 @@ func TestCallbackMalformedBodies(t *testing.T) {
 			t.Errorf("%q: got %s, want 400", body, got)
 		}
 	}
-	if got := api.identifiers(); got != "" {
-		t.Errorf("got %q connected, want nobody", got)
-	}
+	api.wantConnected("")
 }
 
-// Whatever comes, the answer is JSON and says whose fault it is, and only a
-// body with the right fields is accepted.
+// Whatever comes, the answer is JSON and says whose fault it is, and only a body with the right fields is accepted.
 func FuzzCallbackBody(f *testing.F) {
 	f.Add(apiConnect("t", "/api/sse/tasks?task_id=a"))
 	f.Add(apiConnect("t", "/api/sse/utils/version?request_id=r", "e-1"))
@@ -338,7 +319,7 @@ func FuzzCallbackBody(f *testing.F) {
 		if !slices.Contains([]string{"200", "400", "410", "413"}, status) || !json.Valid([]byte(answer)) {
 			t.Errorf("%q: got %s, want 200 or 4xx and JSON", body, got)
 		}
-		// Maps, as only their names are exact.
+		// Maps, because encoding/json matches the names of struct fields in any case.
 		var c, request map[string]json.RawMessage
 		json.Unmarshal([]byte(body), &c)
 		json.Unmarshal(c["request"], &request)
@@ -363,21 +344,17 @@ func TestCallbackTakesOnlyPlainTargets(t *testing.T) {
 		"/api/sse/tasks?x=#&task_id=a", "/api/sse/tasks?task_id=a#", "http://gateway/api/sse/tasks?task_id=a",
 		"/api/sse/utils/version?Request_Id=a",
 	} {
-		if got := api.callback(apiConnect("t", target)); !strings.Contains(got, `400 {"error":"Cannot route URL: `) {
-			t.Errorf("%s: got %s, want 400", target, got)
-		}
+		api.wantConnect("t", target, `400 {"error":"Cannot route URL: `)
 	}
 	for _, target := range []string{
 		"/api/sse/tasks?task_id=a&task_id=a", "/api/sse/tasks?task_id=a&task_id=", "/api/sse/utils/version?request_id=a&request_id=b",
-		"/api/sse/tasks?task_id=a&request_id=x&request_id=y", "/api/sse/utils/version?request_id=a&task_id=x&task_id=y", // whoever reads them
+		"/api/sse/tasks?task_id=a&request_id=x&request_id=y", "/api/sse/utils/version?request_id=a&task_id=x&task_id=y", // also of fields that the route does not read
 	} {
 		if got := api.callback(apiConnect("t", target)); !strings.HasSuffix(got, `"code":"duplicate_field"}`) {
 			t.Errorf("%s: got %s, want 400", target, got)
 		}
 	}
-	if got := api.identifiers(); got != "" {
-		t.Errorf("got %q connected, want nobody", got)
-	}
+	api.wantConnected("")
 	if log := api.logged.String(); !strings.Contains(log, "level=DEBUG") || strings.Contains(log, "level=WARN") {
 		t.Errorf("got log %s\nwant lines for debugging", log)
 	}
@@ -394,9 +371,7 @@ func TestCallbackLastEventIDInTheQuery(t *testing.T) {
 		api.connect(target+"&lastEventId=e-2", "e-1").checkStory("connection_open progress_update") // the header counts more
 		api.connect(target+"&lastEventId=e-2", "").checkStory("connection_open")
 		for _, query := range []string{"&lastEventId=close", "&lastEventId=e-1&lastEventId=close"} {
-			if got := api.callback(apiConnect("t", target+query)); !strings.HasPrefix(got, "410 ") {
-				t.Errorf("%s: got %s, want 410", query, got)
-			}
+			api.wantConnect("t", target+query, "410 ")
 		}
 	})
 }
@@ -418,19 +393,15 @@ func TestCallbackHeartbeatEvents(t *testing.T) {
 	}
 }
 
-// The gateway of the first callback has died, or has given it up. It must not take the page's living stream away.
-func TestCallbackAsksBeforeItReplaces(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+func TestCallbackReplaces(t *testing.T) {
+	// The gateway of the first callback has died, or has given it up. It must not take the page's living stream away.
+	apiStory(t, "asks first", "", func(t *testing.T, api *apiFixture) {
 		const target, features = "/api/sse/utils/version?request_id=r", "Sse-Gateway-Features: batch, id, retry"
 		living := api.connect(target)
 		const gone = `503 {"error":"the gateway does not know this stream","code":"gateway_gone"}`
-		if got := api.do("POST", "/api/sse/callback", apiConnect("ghost", target), features); got != gone {
-			t.Errorf("a token that the gateway does not know: got %s, want %s", got, gone)
-		}
+		api.check("POST", "/api/sse/callback", apiConnect("ghost", target), gone, features) // the gateway does not know this token
 		api.gateway.fail(errNoAnswer)
-		if got := api.do("POST", "/api/sse/callback", apiConnect("ghost", target), features); got != gone {
-			t.Errorf("a gateway that does not answer: got %s, want %s", got, gone)
-		}
+		api.check("POST", "/api/sse/callback", apiConnect("ghost", target), gone, features) // the gateway does not answer
 		api.gateway.fail(nil)
 		living.checkStory("connection_open")
 		if got := api.conns.tokens[living.token]; got != "version:r" {
@@ -439,22 +410,16 @@ func TestCallbackAsksBeforeItReplaces(t *testing.T) {
 		api.connect(target, features).checkStory("connection_open") // it knows this one
 		living.checkStory("connection_open connection_close:replaced")
 	})
-}
 
-// One of another make would write an empty event if it were asked while its callback is under way.
-func TestCallbackAsksNoForeignGateway(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+	// Another implementation would write an empty event if it were asked during its callback.
+	apiStory(t, "asks no foreign gateway", "", func(t *testing.T, api *apiFixture) {
 		const target = "/api/sse/utils/version?request_id=r"
 		api.connect(target)
-		if got := api.callback(apiConnect("unknown", target)); !strings.HasPrefix(got, "200 ") {
-			t.Errorf("got %s, want 200", got)
-		}
+		api.wantConnect("unknown", target, "200 ")
 	})
-}
 
-// The order of requests outlives the task: else the older request of a browser would replace its newer one.
-func TestCallbackOrderOutlivesTheTask(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+	// The order of requests outlives the task: else the older request of a browser would replace its newer one.
+	apiStory(t, "the order outlives the task", "", func(t *testing.T, api *apiFixture) {
 		connect := func(token, order string) string {
 			return api.do("POST", "/api/sse/callback", apiConnect(token, "/api/sse/tasks?task_id=a"), "Sse-Gateway-Request: "+order)
 		}

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// A job is an external task that gets reports all the time, and everybody who has ever followed it.
+// A job is an external task that gets reports all the time, and all clients that have ever followed it.
 type job struct {
 	*task
 	texts   []string // of its reports so far
@@ -76,6 +76,33 @@ type chaos struct {
 	limit time.Duration // for the rest to arrive: the longer the chaos, the more events has a task
 }
 
+// start starts n jobs, each with a report at every interval until stop is called. It calls begin for each before its
+// first report.
+func (c *chaos) start(n int, interval time.Duration, begin func(j *job)) (stop func()) {
+	ctx, cancel := context.WithCancel(c.t.Context())
+	var reporters sync.WaitGroup
+	for range n {
+		task, _, err := c.tasks.Start(externalTask, object{})
+		must(c.t, err)
+		j := &job{task: task}
+		begin(j)
+		c.jobs = append(c.jobs, j)
+		reporters.Go(func() {
+			for tick := time.Tick(interval); ctx.Err() == nil; <-tick {
+				text := fmt.Sprintf("report %d on %s", len(j.texts), j.id)
+				j.texts = append(j.texts, text)
+				c.tasks.Progress(j.id, report{text: &text})
+			}
+		})
+	}
+	stop = func() {
+		cancel()
+		reporters.Wait()
+	}
+	c.t.Cleanup(stop)
+	return stop
+}
+
 // rivals makes a further client follow each of n tasks.
 func (c *chaos) rivals(n int) {
 	for range n {
@@ -115,24 +142,7 @@ func TestChaos(t *testing.T) {
 		system: newSystem(t, startGateway, "TASK_EVENT_LIMIT=1000000000"),
 		limit:  time.Duration(rounds) * soon,
 	}
-	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	var reporters sync.WaitGroup
-	for range 20 {
-		task, _, err := c.tasks.Start(externalTask, object{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		j := &job{task: task, clients: []*eventSource{c.follow(task.id)}}
-		c.jobs = append(c.jobs, j)
-		reporters.Go(func() {
-			for tick := time.Tick(10 * time.Millisecond); ctx.Err() == nil; <-tick {
-				text := fmt.Sprintf("report %d on %s", len(j.texts), j.id)
-				j.texts = append(j.texts, text)
-				c.tasks.Progress(j.id, report{text: &text})
-			}
-		})
-	}
+	stop := c.start(20, 10*time.Millisecond, func(j *job) { j.clients = []*eventSource{c.follow(j.id)} })
 	first := c.jobs[0].clients[0]
 	wantStory(t, first, "task_started")
 	ids := first.events()[0].ID != ""
@@ -143,7 +153,6 @@ func TestChaos(t *testing.T) {
 	}
 	c.disturb(1500 * time.Millisecond)
 	stop()
-	reporters.Wait()
 
 	for _, j := range c.jobs {
 		if !ids { // nothing else keeps rivals away
@@ -271,24 +280,7 @@ func (p *pagePart) check() (n map[*job]int, err error) {
 func TestChaosPages(t *testing.T) {
 	t.Parallel()
 	c := &chaos{system: newSystem(t, startOwnGateway, "TASK_EVENT_LIMIT=1000000000")}
-	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	var reporters sync.WaitGroup
-	for range 30 {
-		task, _, err := c.tasks.Start(externalTask, object{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		j := &job{task: task}
-		c.jobs = append(c.jobs, j)
-		reporters.Go(func() {
-			for tick := time.Tick(20 * time.Millisecond); ctx.Err() == nil; <-tick {
-				text := fmt.Sprintf("report %d on %s", len(j.texts), j.id)
-				j.texts = append(j.texts, text)
-				c.tasks.Progress(j.id, report{text: &text})
-			}
-		})
-	}
+	stop := c.start(30, 20*time.Millisecond, func(*job) {})
 	for _, j := range c.jobs[:10] {
 		j.clients = []*eventSource{c.follow(j.id)}
 	}
@@ -322,7 +314,6 @@ func TestChaosPages(t *testing.T) {
 	}
 	churn(time.Second)
 	stop()
-	reporters.Wait()
 	for _, j := range c.jobs {
 		c.complete(j.id)
 	}
@@ -364,7 +355,7 @@ func TestChaosPages(t *testing.T) {
 	c.wantConnections("task", 0)
 }
 
-// With a gateway that loses the first event, TestChaos has to say so.
+// TestChaos must fail with a gateway that loses the first event.
 func TestChaosCheck(t *testing.T) {
 	t.Parallel()
 	j := &job{texts: []string{"half"}}
@@ -379,46 +370,4 @@ func completed(events []message) bool {
 	return slices.ContainsFunc(events, func(m message) bool {
 		return strings.Contains(m.Data, `"event_type":"task_completed"`)
 	})
-}
-
-// Reports of many workers have one order: that of the IDs in the answers, which is that of a follower's events.
-func TestIntegrationReporters(t *testing.T) {
-	t.Parallel()
-	s := newSystem(t, startGateway, "TASK_EVENT_LIMIT=1000000000")
-	task, _, err := s.tasks.Start(externalTask, object{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	es := s.follow(task.id)
-	var (
-		reporters sync.WaitGroup
-		mu        sync.Mutex // guards what follows
-		accepted  int
-		texts     = map[string]string{} // by event ID
-	)
-	ctx, stop := context.WithTimeout(t.Context(), 5*time.Second)
-	defer stop()
-	for reporter := range 50 {
-		reporters.Go(func() {
-			tick := time.Tick(50 * time.Millisecond) // of all at the same time
-			for n := 0; ctx.Err() == nil; n++ {
-				text := fmt.Sprintf("report %d of reporter %d", n, reporter)
-				eventID := s.progress(task.id, text)
-				mu.Lock()
-				accepted++
-				texts[eventID] = text
-				mu.Unlock()
-				<-tick
-			}
-		})
-	}
-	reporters.Wait()
-	s.complete(task.id)
-	j := &job{task: task}
-	for n := range accepted {
-		j.texts = append(j.texts, texts[task.events.id(uint64(n+2))])
-	}
-	if _, err := j.check(es.waitFor(t, soon, completed)); err != nil {
-		t.Error(err)
-	}
 }

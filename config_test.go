@@ -234,13 +234,9 @@ func TestSecretShowsNothing(t *testing.T) {
 	slog.New(slog.NewTextHandler(&text, nil)).Info("m", "secret", h.Set, "holder", h)
 	slog.New(slog.NewJSONHandler(&structured, nil)).Info("m", "secret", h.Set, "holder", h)
 	marshaled, err := json.Marshal(h)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	marshaledText, err := h.Set.MarshalText()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	shown := []string{
 		text.String(), structured.String(), string(marshaled), string(marshaledText),
 		h.Set.String(), fmt.Sprint(h.Set),
@@ -273,15 +269,11 @@ func TestNewLogger(t *testing.T) {
 	for _, test := range tests {
 		var got bytes.Buffer
 		logger, err := newLogger(getenvFrom(map[string]string{"LOG_LEVEL": test.level, "LOG_FORMAT": test.format}), &got)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		for _, level := range []slog.Level{slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError} {
 			record := slog.NewRecord(time.Time{}, level, "m", 0) // without a time, none is written
 			if logger.Enabled(t.Context(), level) {
-				if err := logger.Handler().Handle(t.Context(), record); err != nil {
-					t.Fatal(err)
-				}
+				must(t, logger.Handler().Handle(t.Context(), record))
 			}
 		}
 		if got.String() != test.want {
@@ -295,9 +287,7 @@ func TestGatewayHost(t *testing.T) {
 	t.Parallel()
 	for host, want := range map[string]string{"127.0.0.1": "127.0.0.1", "::1": "::1", "localhost": "127.0.0.1", "": "::"} {
 		cfg, err := loadGatewayConfig(getenvFrom(map[string]string{"HOST": host, "PORT": "0"}))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		listeners, err := openListeners(cfg.Addr)
 		if err != nil {
 			t.Skipf("HOST=%s: %v", host, err)

@@ -174,10 +174,13 @@ type connTest struct {
 	log     bytes.Buffer
 }
 
-func testConns(t *testing.T, f func(t *connTest)) {
+// testConns runs a subtest with a connTest.
+func testConns(t *testing.T, name string, f func(t *connTest)) {
 	t.Helper()
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) { f(newConnTest(t)) })
+	t.Run(name, func(t *testing.T) {
+		t.Parallel()
+		synctest.Test(t, func(t *testing.T) { f(newConnTest(t)) })
+	})
 }
 
 func newConnTest(t *testing.T) *connTest {
@@ -192,9 +195,7 @@ func newConnTest(t *testing.T) *connTest {
 func (t *connTest) rest() {
 	t.Helper()
 	synctest.Wait()
-	if err := checkConsistency(t.conns); err != nil {
-		t.Fatal(err)
-	}
+	must(t, checkConsistency(t.conns))
 }
 
 func (t *connTest) onConnect(identifier, token string) (replaced string) {
@@ -277,8 +278,8 @@ func (t *connTest) wantConnections(want ...string) {
 	}
 }
 
-func TestOnConnectStoresBidirectionalMapping(t *testing.T) {
-	testConns(t, func(t *connTest) {
+func TestOnConnect(t *testing.T) {
+	testConns(t, "stores both mappings", func(t *connTest) {
 		t.wantConnections()
 		if replaced := t.onConnect("task:1", "a"); replaced != "" {
 			t.Errorf("replaced %q on a first connect", replaced)
@@ -293,10 +294,7 @@ func TestOnConnectStoresBidirectionalMapping(t *testing.T) {
 			t.Errorf("got connected %t, %t, want true, false", t.conns.Connected("task:1"), t.conns.Connected("task:2"))
 		}
 	})
-}
-
-func TestOnConnectReplacesConnection(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	testConns(t, "replaces a connection", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		if got, want := t.onConnect("task:1", "b"), "a"; got != want {
 			t.Errorf("replaced %q, want %q", got, want)
@@ -309,20 +307,14 @@ func TestOnConnectReplacesConnection(t *testing.T) {
 		t.notFound(`a close {"reason":"replaced"} end`)
 		t.wantConnections("task:1 b")
 	})
-}
-
-func TestOnConnectSameTokenAgain(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	testConns(t, "same token again", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		if replaced := t.onConnect("task:1", "a"); replaced != "" { // or its only stream would be closed
 			t.Errorf("replaced %q by itself", replaced)
 		}
 		t.wantConnections("task:1 a")
 	})
-}
-
-func TestOnConnectTokenMovesToAnotherIdentifier(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	testConns(t, "token moves to another identifier", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		t.onConnect("task:2", "b")
 		if got, want := t.onConnect("task:2", "a"), "b"; got != want {
@@ -332,8 +324,8 @@ func TestOnConnectTokenMovesToAnotherIdentifier(t *testing.T) {
 	})
 }
 
-func TestOnDisconnectBidirectionalCleanup(t *testing.T) {
-	testConns(t, func(t *connTest) {
+func TestOnDisconnect(t *testing.T) {
+	testConns(t, "removes both mappings", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		t.onConnect("task:2", "b")
 		t.onDisconnect("a")
@@ -341,11 +333,9 @@ func TestOnDisconnectBidirectionalCleanup(t *testing.T) {
 		t.onDisconnect("b")
 		t.wantConnections()
 	})
-}
 
-// The gateway tells of the end of a stream when it finds the time, often after the browser has reconnected.
-func TestOnDisconnectStaleTokenIgnored(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	// The disconnect callback of a stream often arrives after the browser has reconnected.
+	testConns(t, "ignores a stale token", func(t *connTest) {
 		const old, current = "0123456789abcdef", "b"
 		t.onConnect("task:1", old)
 		t.onConnect("task:1", current)
@@ -360,9 +350,9 @@ func TestOnDisconnectStaleTokenIgnored(t *testing.T) {
 	})
 }
 
-// A 404 says that one stream is gone. By then its identifier may have another.
-func Test404RemovesOnlyTheTokenUsed(t *testing.T) {
-	testConns(t, func(t *connTest) {
+func TestSend(t *testing.T) {
+	// A 404 says that one stream is gone. By then its identifier may have another.
+	testConns(t, "404 removes only the token used", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		outcome := t.send("task:1", "a", "one")
 		t.onConnect("task:1", "b")
@@ -375,10 +365,7 @@ func Test404RemovesOnlyTheTokenUsed(t *testing.T) {
 		t.wantOutcome(outcome, disconnected)
 		t.wantConnections()
 	})
-}
-
-func TestSendOnlyToTheCurrentToken(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	testConns(t, "only to the current token", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		t.onConnect("task:1", "b")
 		for _, token := range []string{"a", "unknown", ""} {
@@ -392,11 +379,9 @@ func TestSendOnlyToTheCurrentToken(t *testing.T) {
 		t.buffered("b two")
 		t.wantOutcome(outcome, heldBack)
 	})
-}
 
-// After a failure the browser may lack that event. A later one would hide the gap, so the stream is ended instead.
-func TestSendAfterFailureEndsTheStream(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	// After a failure the browser may lack that event. A later one would hide the gap, so the stream is ended instead.
+	testConns(t, "after a failure ends the stream", func(t *connTest) {
 		const token = "0123456789abcdef"
 		t.onConnect("task:1", token)
 		outcome := t.send("task:1", token, "one")
@@ -421,11 +406,9 @@ func TestSendAfterFailureEndsTheStream(t *testing.T) {
 		t.wantOutcome(outcome, suspended)
 		t.wantConnections()
 	})
-}
 
-// The failure of a send to the old stream says nothing of the new one.
-func TestFailureOfReplacedTokenLeavesTheNewOneAlone(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	// A failed send to the old stream does not affect the new one.
+	testConns(t, "failure of a replaced token", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		t.send("task:1", "a", "one")
 		t.onConnect("task:1", "b")
@@ -434,10 +417,7 @@ func TestFailureOfReplacedTokenLeavesTheNewOneAlone(t *testing.T) {
 		t.ok("b two")
 		t.wantOutcome(outcome, delivered)
 	})
-}
-
-func TestProbe(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	testConns(t, "probe", func(t *connTest) {
 		probe := func(answer func(string), want string) {
 			t.Helper()
 			outcome := make(chan string, 1)
@@ -456,8 +436,8 @@ func TestProbe(t *testing.T) {
 	})
 }
 
-func TestSweepAsksOnlyForOldConnections(t *testing.T) {
-	testConns(t, func(t *connTest) {
+func TestSweep(t *testing.T) {
+	testConns(t, "asks only for old connections", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		time.Sleep(time.Minute / 2)
 		t.onConnect("task:2", "b")
@@ -471,10 +451,7 @@ func TestSweepAsksOnlyForOldConnections(t *testing.T) {
 		t.wantUnderWay()
 		t.wantConnections("task:1 a", "task:2 b")
 	})
-}
-
-func TestSweepRemovesOnlyWhatTheGatewayDoesNotKnow(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	testConns(t, "removes only what the gateway does not know", func(t *connTest) {
 		for i, token := range []string{"a", "b", "c", "d", "e"} {
 			t.onConnect(fmt.Sprint("task:", i), token)
 		}
@@ -488,10 +465,7 @@ func TestSweepRemovesOnlyWhatTheGatewayDoesNotKnow(t *testing.T) {
 		t.notFound("e ?") // replaced in the meantime
 		t.wantConnections("task:0 a", "task:1 b", "task:2 c", "task:4 f")
 	})
-}
-
-func TestSweepEndsStreamsWithAGap(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	testConns(t, "ends streams with a gap", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		t.onConnect("task:2", "b")
 		t.send("task:1", "a", "one")
@@ -500,11 +474,9 @@ func TestSweepEndsStreamsWithAGap(t *testing.T) {
 		t.rest()
 		t.wantUnderWay("a end", "b ?")
 	})
-}
 
-// Nobody but the sweep remembers a replaced stream that could not be told: it would stay open, and deaf.
-func TestSweepClosesReplacedStreamsAgain(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	// Without the sweep, a replaced stream whose close failed would stay open and get no more events.
+	testConns(t, "closes replaced streams again", func(t *connTest) {
 		t.conns.CloseReplaced("task:1", "a")
 		t.rest()
 		t.fails(closing("a", "replaced"))
@@ -521,10 +493,7 @@ func TestSweepClosesReplacedStreamsAgain(t *testing.T) {
 		t.rest()
 		t.wantUnderWay()
 	})
-}
-
-func TestSweepBoundsItsSends(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	testConns(t, "bounds its sends", func(t *connTest) {
 		for i := range 3 * sweepers {
 			t.onConnect(fmt.Sprint("task:", i), fmt.Sprint("t", i))
 		}
@@ -540,11 +509,9 @@ func TestSweepBoundsItsSends(t *testing.T) {
 			t.Errorf("asked for %d connections, want %d", asked, want)
 		}
 	})
-}
 
-// A gateway that crashed sends no disconnect callbacks. One sweep makes the gauge true again.
-func TestSweepHealsTheGauge(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	// A gateway that crashed sends no disconnect callbacks. One sweep makes the gauge true again.
+	testConns(t, "heals the gauge", func(t *connTest) {
 		ctx, cancel := context.WithCancel(t.Context())
 		go t.conns.Sweep(ctx, time.Minute)
 		for i := range 100 {
@@ -559,8 +526,8 @@ func TestSweepHealsTheGauge(t *testing.T) {
 	})
 }
 
-func TestDrain(t *testing.T) {
-	testConns(t, func(t *connTest) {
+func TestStop(t *testing.T) {
+	testConns(t, "drain", func(t *connTest) {
 		drain := func(ctx context.Context) <-chan struct{} {
 			drained := make(chan struct{})
 			go func() { t.conns.Drain(ctx); close(drained) }()
@@ -578,10 +545,7 @@ func TestDrain(t *testing.T) {
 		t.ok(`a close {"reason":"replaced"} end`)
 		<-drained
 	})
-}
-
-func TestEndAll(t *testing.T) {
-	testConns(t, func(t *connTest) {
+	testConns(t, "end all", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		t.onConnect("task:2", "b")
 		t.onConnect("task:2", "c")
@@ -615,7 +579,7 @@ func TestRecordSSEGatewayConnection(t *testing.T) {
 	m.OnDisconnect("b") // twice
 	m.OnDisconnect("c")
 	m.Send("version:2", "d", []event{{}}, false) // 404
-	wantSeries(t, reg, map[string]float64{
+	wantSeries(t, scrapeAll(reg), map[string]float64{
 		`sse_gateway_connections_total{service="task",action="connect"}`:       2,
 		`sse_gateway_connections_total{service="task",action="disconnect"}`:    1,
 		`sse_gateway_connections_total{service="version",action="connect"}`:    2,
@@ -637,16 +601,16 @@ func TestRecordSSEGatewayEvent(t *testing.T) {
 	connectToken(m, "task:1", "b")
 	answer = sendResult{taken: 2, err: errUnknownToken}
 	m.Send("task:1", "b", make([]event, 4), false)
-	wantSeries(t, reg, map[string]float64{
+	wantSeries(t, scrapeAll(reg), map[string]float64{
 		`sse_gateway_events_sent_total{service="task",status="success"}`: 3,
 		`sse_gateway_events_sent_total{service="task",status="error"}`:   2,
 		`sse_gateway_send_duration_seconds_count{service="task"}`:        3,
 	})
 }
 
-func wantSeries(t *testing.T, reg *registry, want map[string]float64) {
+// wantSeries checks series of a page of metrics.
+func wantSeries(t *testing.T, text string, want map[string]float64) {
 	t.Helper()
-	text := scrapeFamilies(reg)
 	for series, want := range want {
 		if got := scrapeValue(text, series); got != want {
 			t.Errorf("%s: got %v, want %v", series, got, want)

@@ -48,9 +48,7 @@ func needs(t testing.TB, tools ...string) {
 func edited(t testing.TB, file string, oldNew ...string) string {
 	t.Helper()
 	content, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	text := string(content)
 	for pair := range slices.Chunk(oldNew, 2) {
 		if !strings.Contains(text, pair[0]) {
@@ -63,9 +61,7 @@ func edited(t testing.TB, file string, oldNew ...string) string {
 
 func writeFile(t testing.TB, file, text string) {
 	t.Helper()
-	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(file, []byte(text), 0o644))
 }
 
 // tool runs a command that ends by itself and must succeed, and returns what it printed.
@@ -90,9 +86,7 @@ const (
 func ask(t testing.TB, method, target, body string) (status int, answer string) {
 	t.Helper()
 	req, err := http.NewRequest(method, target, strings.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	req.Header.Set("Authorization", "Bearer "+deployToken)
 	req.Header.Set("Origin", req.URL.Scheme+"://"+req.URL.Host)
 	if body != "" {
@@ -100,14 +94,10 @@ func ask(t testing.TB, method, target, body string) (status int, answer string) 
 	}
 	client := http.Client{Timeout: deployPatience}
 	resp, err := client.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer resp.Body.Close()
 	content, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return resp.StatusCode, string(content)
 }
 
@@ -127,9 +117,7 @@ func startTask(t testing.TB, base, query, body string) (streamPath string) {
 	var answer struct {
 		StreamURL string `json:"stream_url"`
 	}
-	if err := json.Unmarshal([]byte(mustAsk(t, "POST", base+"/api/tasks"+query, body)), &answer); err != nil {
-		t.Fatal(err)
-	}
+	must(t, json.Unmarshal([]byte(mustAsk(t, "POST", base+"/api/tasks"+query, body)), &answer))
 	return answer.StreamURL
 }
 
@@ -283,16 +271,12 @@ func TestContainer(t *testing.T) {
 			t.Errorf("%s: not healthy", p.URL)
 		}
 		info, err := os.Stat(fmt.Sprintf("/proc/%d", p.pid()))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		owner := info.Sys().(*syscall.Stat_t)
 		if got := fmt.Sprintf("%d:%d", owner.Uid, owner.Gid); got != img.user || owner.Uid == 0 {
 			t.Errorf("%s: runs as %s, want %s, which must not be root", p.URL, got, img.user)
 		}
-		if got := p.stop(t); got != 0 {
-			t.Errorf("%s: exit code %d, want 0", p.URL, got)
-		}
+		p.wantStop(t)
 		if img.healthy(p) {
 			t.Errorf("%s: healthy after its end", p.URL)
 		}
@@ -428,7 +412,7 @@ func TestNginxErrors(t *testing.T) {
 				}
 				t.Run(tt.name+", "+file+", "+scheme, func(t *testing.T) {
 					t.Parallel()
-					gateway := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					gateway := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 						switch {
 						case r.URL.Path == "/readyz":
 						case tt.name == "502":
@@ -439,7 +423,6 @@ func TestNginxErrors(t *testing.T) {
 							streamThat(": stream\n", true)(w, r)
 						}
 					}))
-					t.Cleanup(gateway.Close)
 					secure, cert := fmt.Sprintf("127.0.0.1:%d", freePort(t)), writeCertificate(t)
 					oldNew := append(slices.Clone(tt.oldNew), "worker_processes auto", "worker_processes 1", "listen 80;",
 						"listen 80; listen "+secure+" ssl http2; ssl_certificate "+cert+"; ssl_certificate_key "+cert+";")
@@ -462,8 +445,8 @@ func TestNginxErrors(t *testing.T) {
 	}
 }
 
-// askForStreams opens n streams at once, as pages of another site would, and returns how many the proxy told to come back.
-// All the others must have a stream; some may have to wait for the proxy, or for a network error.
+// askForStreams opens n streams at once, as pages of another site would, and returns how many the proxy told to come
+// back. All the others must have a stream; some may have to wait for the proxy, or for a network error.
 func askForStreams(t testing.TB, target string, n int) (away int) {
 	t.Helper()
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
@@ -523,16 +506,14 @@ func writeCertificate(t testing.TB) (file string) {
 	defer server.Close()
 	cert := server.TLS.Certificates[0]
 	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	file = filepath.Join(t.TempDir(), "certificate.pem")
 	writeFile(t, file, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]}))+
 		string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
 	return file
 }
 
-// A limit counts the streams of a client, also of one behind a proxy that is known, and of no other's word on it.
+// A limit counts the streams of a client, also behind a trusted proxy, and ignores X-Forwarded-For from any other.
 func TestNginxLimitsClients(t *testing.T) {
 	needs(t, "nginx", "root")
 	t.Parallel()
@@ -544,9 +525,7 @@ func TestNginxLimitsClients(t *testing.T) {
 				req, _ := http.NewRequestWithContext(t.Context(), "GET", nginx.URL+"/api/sse/utils/version?request_id="+client, nil)
 				req.Header.Set("X-Forwarded-For", "192.0.2.7, "+client)
 				resp, err := new(http.Transport).RoundTrip(req)
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				t.Cleanup(func() { resp.Body.Close() })
 				body := make([]byte, 200)
 				n, _ := resp.Body.Read(body)
@@ -568,13 +547,12 @@ func TestReplicas(t *testing.T) {
 
 	var mu sync.Mutex // guards version and pollers
 	version, pollers := "1.0", map[string]bool{}
-	versions := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	versions := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		mu.Lock()
 		defer mu.Unlock()
 		pollers[r.URL.RawQuery] = true
 		fmt.Fprintf(w, `{"version":%q}`, version)
 	}))
-	t.Cleanup(versions.Close)
 
 	poll := func(replica int) []string {
 		return []string{"FRONTEND_VERSION_POLL_SECONDS=0.3", fmt.Sprintf("FRONTEND_VERSION_URL=%s?%d", versions.URL, replica)}
@@ -651,7 +629,7 @@ func TestReplicas(t *testing.T) {
 		waitTold(t, tab, "1 1.0", "2 1.1")
 	}
 
-	// One replica is away. No other answers for its ids; those of the others notice nothing.
+	// One replica is away. No other answers for its IDs, and their own are not affected.
 	followers = follow("second", 60)
 	away := map[string]bool{}
 	for id := range followers {
@@ -683,7 +661,7 @@ func TestReplicas(t *testing.T) {
 		waitFinished(t, es)
 	}
 
-	// Its backend dies. Until it is back nobody says that its tasks are not known, and then it goes on with them.
+	// Its backend dies. Until it is back no other says that its tasks are unknown, and then it goes on with them.
 	paths := map[string]string{}
 	for i := range 20 {
 		id := fmt.Sprintf("third-%d", i)
@@ -760,9 +738,7 @@ func TestMonitoring(t *testing.T) {
 	api := func(path string, data any) {
 		t.Helper()
 		answer := struct{ Data any }{data}
-		if err := json.Unmarshal([]byte(mustAsk(t, "GET", prometheus.URL+"/api/v1"+path, "")), &answer); err != nil {
-			t.Fatal(err)
-		}
+		must(t, json.Unmarshal([]byte(mustAsk(t, "GET", prometheus.URL+"/api/v1"+path, "")), &answer))
 	}
 	// series counts what Prometheus finds for an expression.
 	series := func(expr string) int {
@@ -782,9 +758,7 @@ func TestMonitoring(t *testing.T) {
 			Targets []struct{ Expr string }
 		}
 	}
-	if err := json.Unmarshal([]byte(edited(t, "deploy/grafana.json", "$__rate_interval", "1m")), &dashboard); err != nil {
-		t.Fatal(err)
-	}
+	must(t, json.Unmarshal([]byte(edited(t, "deploy/grafana.json", "$__rate_interval", "1m")), &dashboard))
 	shown := map[string]bool{}
 	for _, panel := range dashboard.Panels {
 		for _, target := range panel.Targets {
@@ -858,7 +832,7 @@ func TestKubernetesReplicas(t *testing.T) {
 	}
 }
 
-// The program does not miss a variable whose name is misspelt.
+// The program cannot notice a missing variable whose name is misspelt.
 func TestDeployedVariables(t *testing.T) {
 	config := edited(t, "config.go")
 	files := []string{"Dockerfile", "deploy/kubernetes.yaml", "deploy/sidecast@.service", "deploy/sidecast@backend.service.d/data.conf"}

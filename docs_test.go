@@ -137,9 +137,7 @@ func listening(t testing.TB, pid int) (addrs []string) {
 // Every promise of SECURITY.md has a test that is there.
 func TestSecurityNamesItsTests(t *testing.T) {
 	files, err := filepath.Glob("*_test.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var code strings.Builder
 	for _, file := range files {
 		code.WriteString(edited(t, file))

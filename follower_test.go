@@ -28,15 +28,21 @@ func versionLike() logPolicy {
 	return logPolicy{event: "version", epoch: epochX}
 }
 
+// limited is the policy with a limit of n events.
+func limited(policy logPolicy, n int) logPolicy {
+	policy.limit = n
+	return policy
+}
+
 // logTest is a connTest with an event log. Its streams have tokens of one letter.
 type logTest struct {
 	*connTest
 	events *eventLog
 }
 
-func testLog(t *testing.T, policy logPolicy, f func(t *logTest)) {
+func testLog(t *testing.T, name string, policy logPolicy, f func(t *logTest)) {
 	t.Helper()
-	testConns(t, func(t *connTest) { f(newLogTest(t, policy)) })
+	testConns(t, name, func(t *connTest) { f(newLogTest(t, policy)) })
 }
 
 func newLogTest(t *connTest, policy logPolicy) *logTest {
@@ -54,7 +60,13 @@ func (l *eventLog) Append(data string, keep bool) (n uint64) {
 	return n
 }
 
-func (t *logTest) dropped() int { return int(t.events.policy.dropped.Load()) }
+// wantDropped checks how many events the limit has dropped so far.
+func (t *logTest) wantDropped(want int) {
+	t.Helper()
+	if got := int(t.events.policy.dropped.Load()); got != want {
+		t.Errorf("dropped %d events, want %d", got, want)
+	}
+}
 
 func (t *logTest) append(data ...string) {
 	t.Helper()
@@ -134,8 +146,9 @@ func closing(token, reason string) string {
 	return token + ` close {"reason":"` + reason + `"} end`
 }
 
-func TestFollowerNumbersEvents(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
+// Where a connection begins, and with what.
+func TestFollowerBegins(t *testing.T) {
+	testLog(t, "numbers", taskLike(), func(t *logTest) {
 		open, _ := t.follow(connectRequest{token: "a"})
 		if want := (event{ID: "x-0", Name: "connection_open", Data: `{"status":"connected"}`}); open != want {
 			t.Errorf("begins with %q, want %q", open, want)
@@ -151,12 +164,71 @@ func TestFollowerNumbersEvents(t *testing.T) {
 		}
 		t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
 	})
+	testLog(t, "without numbers", logPolicy{event: "error", replay: true}, func(t *logTest) {
+		t.append("not found")
+		t.end("task_not_found")
+		t.connect("a", "-1", "") // not the ID of any event
+		t.delivers("a not found", closing("a", "task_not_found"))
+	})
+	testLog(t, "a fresh connection to a task", taskLike(), func(t *logTest) {
+		t.append("one", "two")
+		t.connect("a", "", "x-0")
+		t.delivers("a x-1 one", "a x-2 two")
+		t.onDisconnect("a")
+		t.append("three")
+		t.connect("b", "", "x-0")
+		t.delivers("b x-1 one", "b x-2 two", "b x-3 three")
+	})
+	testLog(t, "a fresh connection for versions", versionLike(), func(t *logTest) {
+		t.append("one", "two")
+		t.connect("a", "", "x-0")
+		t.ok("a x-1 one")
+		t.notFound("a x-2 two")
+		t.append("three")
+		t.connect("b", "", "x-1")
+		t.delivers("b x-2 two", "b x-3 three")
+		t.onDisconnect("b")
+		t.connect("c", "", "x-3")
+		t.delivers()
+	})
+
+	// An event that a browser names has arrived, even if the gateway's answer has not, and so have all before it.
+	testLog(t, "the last event ID tells what arrived", versionLike(), func(t *logTest) {
+		t.append("one", "two", "three")
+		t.connect("a", "x-2", "x-2")
+		t.notFound("a x-3 three")
+		t.connect("b", "x-1", "x-1")
+		t.notFound("b x-2 two")
+		t.connect("c", "", "x-2")
+		t.delivers("c x-3 three")
+	})
+
+	// A proxy may repeat a callback. The first must not affect the second.
+	testLog(t, "the same token again", taskLike(), func(t *logTest) {
+		t.append("one")
+		t.connect("a", "", "x-0")
+		t.notFound("a x-1 one")
+		t.connect("a", "", "x-0")
+		t.delivers("a x-1 one")
+	})
+
+	// A connection that ends while its logs are looked up follows none of them.
+	testLog(t, "ended before it begins", taskLike(), func(t *logTest) {
+		f := &follower{identifier: "task:1"}
+		_, _, err := f.connect(t.conns, connectRequest{token: "a"}, func() []*eventLog {
+			t.conns.OnDisconnect("a")
+			return []*eventLog{t.events}
+		})
+		if n := t.events.stats().followers; n != 0 || err != nil {
+			t.Errorf("got %d followers and %v, want none", n, err)
+		}
+	})
 }
 
-// A browser gave up an attempt whose callback then came after that of its next one. To take the dead stream for the newer
-// one would tell the only page that it was replaced.
-func TestRaceCallbackOvertakesAnother(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
+func TestRace(t *testing.T) {
+	// A browser gave up an attempt whose callback then came after that of its next one. To take the dead stream for the
+	// newer one would tell the only page that it was replaced.
+	testLog(t, "a callback overtakes another", taskLike(), func(t *logTest) {
 		connect := func(token, order string) (event, bool) {
 			return t.follow(connectRequest{token: token, order: parseOrder(order)})
 		}
@@ -171,41 +243,97 @@ func TestRaceCallbackOvertakesAnother(t *testing.T) {
 		connect("d", "") // a gateway that does not count
 		t.delivers(closing("c", "replaced"), "d x-1 one")
 	})
-}
 
-func TestFollowerWithoutNumbers(t *testing.T) {
-	testLog(t, logPolicy{event: "error", replay: true}, func(t *logTest) {
-		t.append("not found")
-		t.end("task_not_found")
-		t.connect("a", "-1", "") // is no ID of any event either
-		t.delivers("a not found", closing("a", "task_not_found"))
-	})
-}
-
-func TestFollowerOfTaskReplaysToFreshConnection(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
-		t.append("one", "two")
+	// The callback of a stream that the gateway has given up may arrive while another is decided on.
+	testLog(t, "the connection changes while the gateway is asked", taskLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
-		t.delivers("a x-1 one", "a x-2 two")
-		t.onDisconnect("a")
-		t.append("three")
+		ghost := connectRequest{token: "g", probes: true}
+		_, _, err := follow(t.conns, "task:1", ghost, t.events)
+		if err != errAskFirst {
+			t.Fatalf("got %v, want that the gateway is asked", err)
+		}
+		asked := make(chan bool)
+		go func() { asked <- t.conns.Ask("task:1", &ghost) }()
+		t.rest()
+		t.connTest.ok("a ?")
+		t.connTest.ok("g ?") // and then it died, and its answer is late
 		t.connect("b", "", "x-0")
-		t.delivers("b x-1 one", "b x-2 two", "b x-3 three")
+		t.delivers(closing("a", "replaced"))
+		if !<-asked {
+			t.Error("Ask: got false, want true: the gateway knew the stream")
+		}
+		if _, _, err := follow(t.conns, "task:1", ghost, t.events); err != errAskFirst {
+			t.Errorf("got %v, want that the gateway is asked again", err)
+		}
+		t.wantConnections("task:1 b")
 	})
-}
-
-func TestFollowerOfVersionStartsAtFirstUndelivered(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
-		t.append("one", "two")
+	testLog(t, "disconnect of the old token", taskLike(), func(t *logTest) {
+		t.connect("a", "", "x-0")
+		t.append("one")
+		t.ok("a x-1 one")
+		t.connect("b", "x-1", "x-1")
+		t.notFound(closing("a", "replaced"))
+		t.onDisconnect("a")
+		t.wantConnections("task:1 b")
+		t.append("two")
+		t.delivers("b x-2 two")
+	})
+	testLog(t, "404 for the old token", taskLike(), func(t *logTest) {
+		t.connect("a", "", "x-0")
+		t.append("one")
+		t.connect("b", "x-0", "x-0")
+		t.notFound("a x-1 one")
+		t.notFound(closing("a", "replaced"))
+		t.wantConnections("task:1 b")
+		t.append("two")
+		t.delivers("b x-1 one", "b x-2 two")
+	})
+	testLog(t, "during the replay", taskLike(), func(t *logTest) {
+		t.append("one", "two", "three")
 		t.connect("a", "", "x-0")
 		t.ok("a x-1 one")
-		t.notFound("a x-2 two")
+		t.connect("b", "", "x-0")
+		t.ok("b x-1 one")
+		t.ok("a x-2 two")
+		t.delivers(closing("a", "replaced"), "b x-2 two", "b x-3 three")
+	})
+
+	// The second one is the connection, in both maps and for the log.
+	testLog(t, "two at once", taskLike(), func(t *logTest) {
+		t.append("one", "two")
+		for range 100 {
+			var both sync.WaitGroup
+			for _, token := range []string{"a", "b"} {
+				both.Go(func() { follow(t.conns, "task:1", connectRequest{token: token}, t.events) })
+			}
+			both.Wait()
+			t.rest()
+			first, second := "a", "b"
+			if t.conns.tokens["a"] != "" {
+				first, second = "b", "a"
+			}
+			t.wantConnections("task:1 " + second)
+			if slices.Contains(t.gateway.sends(), first+" x-1 one") {
+				t.ok(first + " x-1 one")
+			}
+			t.ok(closing(first, "replaced"))
+			t.delivers(second+" x-1 one", second+" x-2 two")
+			t.onDisconnect(second)
+		}
+	})
+
+	// Appending never waits for the network, and what is appended during a flush comes at its end.
+	testLog(t, "append during a flush", versionLike(), func(t *logTest) {
+		t.append("one", "two")
+		t.connect("a", "", "x-0")
+		t.wantUnderWay("a x-1 one")
 		t.append("three")
-		t.connect("b", "", "x-1")
-		t.delivers("b x-2 two", "b x-3 three")
-		t.onDisconnect("b")
-		t.connect("c", "", "x-3")
-		t.delivers()
+		t.wantUnderWay("a x-1 one")
+		t.ok("a x-1 one")
+		t.ok("a x-2 two")
+		t.append("four")
+		t.wantUnderWay("a x-3 three")
+		t.delivers("a x-3 three", "a x-4 four")
 	})
 }
 
@@ -225,21 +353,19 @@ func TestFollowerResume(t *testing.T) {
 		{"x-+1", "x-0", "x-3"},
 		{"x-1-2", "x-0", "x-3"},
 		{"x-1.5", "x-0", "x-3"},
-		{"x-1, x-2", "x-0", "x-3"}, // a header that stood twice
+		{"x-1, x-2", "x-0", "x-3"}, // a header given twice
 		{"x-18446744073709551616", "x-0", "x-3"},
 		{"close", "x-0", "x-3"},
 	}
 	resume := func(t *testing.T, policy logPolicy, lastEventID, wantOpen string) {
-		t.Run(fmt.Sprintf("%s after %q", policy.event, lastEventID), func(t *testing.T) {
-			testLog(t, policy, func(t *logTest) {
-				t.append("data", "data", "data")
-				t.connect("a", "", "x-0")
-				t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
-				t.onDisconnect("a")
-				t.connect("b", lastEventID, wantOpen)
-				rest := []string{"b x-1 data", "b x-2 data", "b x-3 data"}
-				t.delivers(rest[slices.Index([]string{"x-0", "x-1", "x-2", "x-3"}, wantOpen):]...)
-			})
+		testLog(t, fmt.Sprintf("%s after %q", policy.event, lastEventID), policy, func(t *logTest) {
+			t.append("data", "data", "data")
+			t.connect("a", "", "x-0")
+			t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
+			t.onDisconnect("a")
+			t.connect("b", lastEventID, wantOpen)
+			rest := []string{"b x-1 data", "b x-2 data", "b x-3 data"}
+			t.delivers(rest[slices.Index([]string{"x-0", "x-1", "x-2", "x-3"}, wantOpen):]...)
 		})
 	}
 	for _, test := range tests {
@@ -248,32 +374,16 @@ func TestFollowerResume(t *testing.T) {
 	}
 }
 
-// What a browser names has arrived, also if the gateway's answer to it did not. The older ones arrived all the same.
-func TestFollowerOfVersionLearnsFromLastEventID(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
-		t.append("one", "two", "three")
-		t.connect("a", "x-2", "x-2")
-		t.notFound("a x-3 three")
-		t.connect("b", "x-1", "x-1")
-		t.notFound("b x-2 two")
-		t.connect("c", "", "x-2")
-		t.delivers("c x-3 three")
-	})
-}
-
-// A backlog goes out in runs, more at once with each that was taken.
 func TestFollowerRuns(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
+	// A backlog goes out in runs, more at once with each that was taken.
+	testLog(t, "grow", taskLike(), func(t *logTest) {
 		t.gateway.batches = true
 		t.append("1", "2", "3", "4", "5", "6")
 		t.end("task_completed")
 		t.connect("a", "", "x-0")
 		t.delivers("a x-1 1", "a x-2 2 x-3 3", "a x-4 4 x-5 5 x-6 6", closing("a", "task_completed"))
 	})
-}
-
-func TestFollowerBoundsItsRuns(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+	testLog(t, "are bounded", versionLike(), func(t *logTest) {
 		t.gateway.batches = true
 		half := strings.Repeat("x", maxRunBytes/2)
 		t.append(half, half, half, half+half+"x")
@@ -292,7 +402,7 @@ func TestFollowerBoundsItsRuns(t *testing.T) {
 	})
 }
 
-// What the gateway took of a run is with the browser, whatever became of the rest.
+// The part of a run that the gateway took is with the browser, even if the rest failed.
 func TestFollowerRunTakenInPart(t *testing.T) {
 	for name, test := range map[string]struct {
 		answer   sendResult
@@ -302,21 +412,19 @@ func TestFollowerRunTakenInPart(t *testing.T) {
 		"in doubt":             {sendResult{taken: 1, err: errNoAnswer}, []string{"a end"}},
 		"one at a time":        {sendResult{taken: 1}, []string{"a x-3 3 x-4 4"}},
 	} {
-		t.Run(name, func(t *testing.T) {
-			testLog(t, versionLike(), func(t *logTest) {
-				t.gateway.batches = true
-				t.append("1", "2", "3", "4")
-				t.connect("a", "", "x-0")
-				t.ok("a x-1 1")
-				t.answer("a x-2 2 x-3 3", test.answer)
-				t.wantUnderWay(test.underWay...)
-				t.connect("b", "", "x-2")
-			})
+		testLog(t, name, versionLike(), func(t *logTest) {
+			t.gateway.batches = true
+			t.append("1", "2", "3", "4")
+			t.connect("a", "", "x-0")
+			t.ok("a x-1 1")
+			t.answer("a x-2 2 x-3 3", test.answer)
+			t.wantUnderWay(test.underWay...)
+			t.connect("b", "", "x-2")
 		})
 	}
 }
 
-// The gateway may take what is under way, so it is not dropped before that is known.
+// Events under way are not dropped until it is known whether the gateway took them.
 func TestFollowerKeepsWhatIsUnderWay(t *testing.T) {
 	for name, test := range map[string]struct {
 		answer  sendResult
@@ -326,107 +434,68 @@ func TestFollowerKeepsWhatIsUnderWay(t *testing.T) {
 		"taken":  {sendResult{taken: 2}, 1, true},
 		"failed": {sendResult{err: errNoAnswer}, 3, false},
 	} {
-		t.Run(name, func(t *testing.T) {
-			policy := versionLike()
-			policy.limit = 3
-			testLog(t, policy, func(t *logTest) {
-				t.gateway.batches = true
-				t.append("1", "2", "3")
-				t.connect("a", "", "x-0")
-				t.ok("a x-1 1")
-				waited := make(chan bool, 1)
-				go func() { waited <- t.events.Wait(t.Context(), 3) }()
-				t.append("4", "5", "6", "7")
-				if t.dropped() != 1 {
-					t.Errorf("dropped %d with two under way, want 1", t.dropped())
-				}
-				t.answer("a x-2 2 x-3 3", test.answer)
-				if t.dropped() != test.dropped {
-					t.Errorf("dropped %d, want %d", t.dropped(), test.dropped)
-				}
-				if got := <-waited; got != test.arrived {
-					t.Errorf("waited for the last of them: got %t, want %t", got, test.arrived)
-				}
-			})
+		testLog(t, name, limited(versionLike(), 3), func(t *logTest) {
+			t.gateway.batches = true
+			t.append("1", "2", "3")
+			t.connect("a", "", "x-0")
+			t.ok("a x-1 1")
+			waited := make(chan bool, 1)
+			go func() { waited <- t.events.Wait(t.Context(), 3) }()
+			t.append("4", "5", "6", "7")
+			t.wantDropped(1)
+			t.answer("a x-2 2 x-3 3", test.answer)
+			t.wantDropped(test.dropped)
+			if got := <-waited; got != test.arrived {
+				t.Errorf("waited for the last of them: got %t, want %t", got, test.arrived)
+			}
 		})
 	}
 }
 
-// Something between may repeat a callback. What the first one began must not stand in the way of the second.
-func TestFollowerSameTokenAgain(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
-		t.notFound("a x-1 one")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 one")
-	})
-}
-
 func TestFollowerLimit(t *testing.T) {
-	policy := taskLike()
-	policy.limit = 3
-	testLog(t, policy, func(t *logTest) {
+	testLog(t, "of a task", limited(taskLike(), 3), func(t *logTest) {
 		t.keep("first")
 		t.append("2", "3", "4", "5")
-		if got, want := t.dropped(), 2; got != want {
-			t.Errorf("dropped %d, want %d", got, want)
-		}
+		t.wantDropped(2)
 		t.keep("last")
 		t.connect("a", "", "x-0")
 		t.delivers("a x-1 first", "a x-5 5", "a x-6 last")
 		t.onDisconnect("a")
 
 		t.keep("very last")
-		t.keep("the end")                             // there is nothing more that may go
-		if got, want := t.dropped(), 3; got != want { // the fifth had been delivered when it went
-			t.Errorf("dropped %d, want %d", got, want)
-		}
+		t.keep("the end")            // nothing is left that may be dropped
+		t.wantDropped(3)             // the fifth had been delivered when it went
 		t.connect("b", "x-2", "x-2") // was dropped, but the order still tells where to go on
 		t.delivers("b x-6 last", "b x-7 very last", "b x-8 the end")
 	})
-}
 
-// What an open stream was given is not dropped when it goes, though a reload would have liked to see it again.
-func TestFollowerDropsNothingThatWasGiven(t *testing.T) {
-	policy := taskLike()
-	policy.limit = 2
-	testLog(t, policy, func(t *logTest) {
+	// An event that an open stream was given does not count as dropped when the limit removes it.
+	testLog(t, "drops nothing that was given", limited(taskLike(), 2), func(t *logTest) {
 		t.append("1", "2")
 		t.connect("a", "", "x-0")
 		t.delivers("a x-1 1", "a x-2 2")
 		t.onDisconnect("a")
 		t.connect("b", "", "x-0")
 		t.append("3")
-		if t.dropped() != 0 {
-			t.Errorf("dropped %d, want 0", t.dropped())
-		}
+		t.wantDropped(0)
 		t.delivers("b x-1 1", "b x-2 2", "b x-3 3")
 	})
-}
 
-// What was held back for a stream that never opened was given to nobody.
-func TestFollowerDropsWhatWasHeldBackAndLost(t *testing.T) {
-	policy := versionLike()
-	policy.limit = 2
-	testLog(t, policy, func(t *logTest) {
+	// Events held back for a stream that never opened were delivered to nobody.
+	testLog(t, "drops what was held back and lost", limited(versionLike(), 2), func(t *logTest) {
 		t.append("1", "2")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 1")
 		t.buffered("a x-2 2")
 		t.notFound("a ?")
 		t.append("3", "4")
-		if t.dropped() != 2 {
-			t.Errorf("dropped %d, want 2", t.dropped())
-		}
+		t.wantDropped(2)
 		t.connect("b", "", "x-0")
 		t.delivers("b x-3 3", "b x-4 4")
 	})
-}
 
-// What a browser is resuming with is still needed.
-func TestFollowerShedsNothingUnderWay(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+	// The events that a browser is resuming with are still needed.
+	testLog(t, "sheds nothing under way", versionLike(), func(t *logTest) {
 		t.append("1", "2", "3")
 		t.connect("a", "", "x-0")
 		t.delivers("a x-1 1", "a x-2 2", "a x-3 3")
@@ -436,13 +505,9 @@ func TestFollowerShedsNothingUnderWay(t *testing.T) {
 		t.events.Shed()
 		t.delivers("b x-2 2", "b x-3 3")
 	})
-}
 
-// The limit is for events that a fresh connection would get. What was delivered does not push those out.
-func TestFollowerOfVersionLimit(t *testing.T) {
-	policy := versionLike()
-	policy.limit = 2
-	testLog(t, policy, func(t *logTest) {
+	// The limit is for events that a fresh connection would get. Delivered events do not displace those.
+	testLog(t, "of versions", limited(versionLike(), 2), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		for i := range 5 {
 			t.append("data")
@@ -450,23 +515,15 @@ func TestFollowerOfVersionLimit(t *testing.T) {
 		}
 		t.onDisconnect("a")
 		t.append("six", "seven")
-		if t.dropped() != 0 {
-			t.Errorf("dropped %d of at most 2", t.dropped())
-		}
+		t.wantDropped(0)
 		t.append("eight")
-		if t.dropped() != 1 {
-			t.Errorf("dropped %d of 3, want 1", t.dropped())
-		}
+		t.wantDropped(1)
 		t.connect("b", "", "x-5")
 		t.delivers("b x-7 seven", "b x-8 eight")
 	})
-}
 
-// The gateway may have taken as many as may wait at once, and the browser none of them.
-func TestFollowerOfVersionKeepsWhatWasTaken(t *testing.T) {
-	policy := versionLike()
-	policy.limit = 4
-	testLog(t, policy, func(t *logTest) {
+	// Even if the gateway took all events that the limit allows, the browser may have none of them.
+	testLog(t, "keeps what the gateway took", limited(versionLike(), 4), func(t *logTest) {
 		t.append("1", "2", "3", "4")
 		t.connect("a", "", "x-0")
 		t.delivers("a x-1 1", "a x-2 2", "a x-3 3", "a x-4 4")
@@ -481,10 +538,7 @@ func TestFollowerOfVersionKeepsWhatWasTaken(t *testing.T) {
 		t.connect("d", "x-4", "x-4")
 		t.delivers("d x-5 5")
 	})
-}
-
-func TestFollowerSize(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+	testLog(t, "size", versionLike(), func(t *logTest) {
 		want := func(kept, waiting, bytes int) {
 			t.Helper()
 			if s := t.events.stats(); s.kept != kept || s.waiting != waiting || s.bytes != bytes {
@@ -509,21 +563,18 @@ func TestFollowerSize(t *testing.T) {
 }
 
 func TestFollowerEnd(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
+	testLog(t, "after the events", taskLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.append("one", "two")
 		t.end("task_completed")
 		t.delivers("a x-1 one", "a x-2 two", closing("a", "task_completed"))
 		if got := t.events.Append("three", true); got != 0 {
-			t.Errorf("got number %d after the end", got)
+			t.Errorf("got number %d for an event after the end, want 0", got)
 		}
 		t.rest()
 		t.delivers()
 	})
-}
-
-func TestFollowerEndAtOnceForWhoHasEverything(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
+	testLog(t, "at once for a browser that has everything", taskLike(), func(t *logTest) {
 		t.append("one")
 		t.end("task_failed")
 		t.connect("a", "x-1", "x-1")
@@ -535,32 +586,33 @@ func TestFollowerEndAtOnceForWhoHasEverything(t *testing.T) {
 		t.connect("c", "x-1", "x-1")
 		t.delivers(closing("c", "task_failed"))
 	})
-}
-
-func TestFollowerEndWhileIdle(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
+	testLog(t, "while idle", taskLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "x-1", "x-1")
 		t.delivers()
 		t.end("task_cancelled")
 		t.delivers(closing("a", "task_cancelled"))
 	})
-}
 
-// An end that is due already is the next event, and there is no other that could come.
-func TestFollowerEndBehindFailure(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
+	// The end is the next event, so the stream is ended at once.
+	testLog(t, "after a failed send", taskLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.end("task_completed")
 		t.fails("a x-1 one")
 		t.wantUnderWay("a end")
 	})
-}
 
-// The end itself may fail to arrive. The browser comes back for it.
-func TestFollowerEndAgainAfterFailure(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
+	// An event in another log also ends a stream that may have a gap.
+	testLog(t, "of a page, after a failed send", versionLike(), func(t *logTest) {
+		t.append("one")
+		t.page("a", logOf("t", 1))
+		t.fails("a t-1.x-0 t")
+		t.wantUnderWay("a end")
+	})
+
+	// The end itself may fail to arrive. The browser comes back for it.
+	testLog(t, "again after it failed", taskLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.end("task_completed")
 		t.fails(closing("a", "task_completed"))
@@ -603,7 +655,7 @@ func (t *logTest) wantWaited(result <-chan waited, want waited) {
 }
 
 func TestFollowerWait(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+	testLog(t, "for each event", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.wantWaited(t.wait(1), waited{false, 0}) // nobody is there
 		t.connect("a", "", "x-0")
@@ -631,36 +683,28 @@ func TestFollowerWait(t *testing.T) {
 		t.connect("e", "x-0", "x-0") // gets both again
 		t.wantWaited(t.wait(2), waited{true, 0})
 	})
-}
 
-// A browser that comes back with the event's ID has it, and then nothing is sent that could end the wait.
-func TestFollowerWaitUntilTheBrowserNamesTheEvent(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+	// A browser that comes back with the event's ID has it, so nothing more is sent that could end the wait.
+	testLog(t, "until the browser names the event", versionLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.append("one")
 		result := t.wait(1)
 		t.connect("b", "x-1", "x-1")
 		t.wantWaited(result, waited{true, 0})
 	})
-}
 
-// An event that was dropped comes to nobody, even if the later ones do.
-func TestFollowerWaitForDroppedEvent(t *testing.T) {
-	policy := versionLike()
-	policy.limit = 1
-	testLog(t, policy, func(t *logTest) {
+	// A dropped event is delivered to nobody, even if later ones are.
+	testLog(t, "for a dropped event", limited(versionLike(), 1), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.append("one", "two")
 		result := t.wait(2)
 		t.append("three")
 		t.wantWaited(result, waited{false, 0})
 	})
-}
 
-// The event behind those that were held back is not sent while it is unknown what became of them. It must not be waited
-// for in vain when they are lost.
-func TestFollowerWaitBehindWhatWasHeldBackAndLost(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+	// The event behind those that were held back is not sent while it is unknown what became of them. It must not be
+	// waited for when they are lost.
+	testLog(t, "behind what was held back and lost", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
@@ -669,11 +713,9 @@ func TestFollowerWaitBehindWhatWasHeldBackAndLost(t *testing.T) {
 		t.notFound("a ?")
 		t.wantWaited(result, waited{false, 0})
 	})
-}
 
-// What the gateway holds back is with the browser only when its stream has opened.
-func TestFollowerWaitUntilTheStreamOpens(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+	// An event that the gateway holds back reaches the browser only when its stream opens.
+	testLog(t, "until the stream opens", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		result := t.wait(1)
@@ -686,12 +728,34 @@ func TestFollowerWaitUntilTheStreamOpens(t *testing.T) {
 		t.ok("b ?")
 		t.wantWaited(result, waited{true, 0})
 	})
+
+	// A refused event is delivered to no stream.
+	testLog(t, "for a refused event", versionLike(), func(t *logTest) {
+		t.append("one")
+		t.connect("a", "", "x-0")
+		result := t.wait(1)
+		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
+		t.wantWaited(result, waited{false, 0})
+	})
+
+	// The answer to an event that is refused does not tell whether the stream has opened.
+	testLog(t, "behind what is held back", versionLike(), func(t *logTest) {
+		t.append("one")
+		t.connect("a", "", "x-0")
+		result := t.wait(1)
+		t.append("two")
+		t.buffered("a x-1 one")
+		t.answer("a x-2 two", sendResult{taken: 1, refused: 1})
+		t.notFound("a ?")
+		t.wantWaited(result, waited{false, 0})
+	})
 }
 
-// While the connect callback is under way the gateway holds events back. If the browser leaves before its stream opens,
-// it never had them.
-func TestFollowerOfVersionSendsAgainWhatWasHeldBackAndLost(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+// What the gateway holds back is with the browser only once its stream has opened.
+func TestFollowerHeldBack(t *testing.T) {
+	// While the connect callback is under way the gateway holds events back. If the browser leaves before its stream
+	// opens, it never had them.
+	testLog(t, "sent again when lost", versionLike(), func(t *logTest) {
 		t.append("one", "two")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
@@ -707,10 +771,7 @@ func TestFollowerOfVersionSendsAgainWhatWasHeldBackAndLost(t *testing.T) {
 		t.onDisconnect("b")
 		t.connect("c", "", "x-2")
 	})
-}
-
-func TestFollowerOfVersionAsksWhetherTheStreamOpened(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+	testLog(t, "asks whether the stream opened", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
@@ -723,11 +784,9 @@ func TestFollowerOfVersionAsksWhetherTheStreamOpened(t *testing.T) {
 		t.connect("b", "", "x-1")
 		t.delivers("b x-2 two")
 	})
-}
 
-// No connect callback takes longer than this. An answer that stays the same is not waited for.
-func TestFollowerOfVersionAsksForALimitedTime(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+	// No connect callback takes longer than this. After that the stream is taken to be open.
+	testLog(t, "asks for a limited time", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
@@ -741,23 +800,49 @@ func TestFollowerOfVersionAsksForALimitedTime(t *testing.T) {
 			t.Errorf("asked for %s, want %s", got, openLimit)
 		}
 		t.append("two")
-		t.delivers("a x-2 two") // then it has opened, and the browser has both
+		t.delivers("a x-2 two") // the stream is taken to be open, and the browser to have both
 		time.Sleep(settleTime)
 		t.connect("b", "", "x-2")
 	})
-}
 
-// A task's events are all sent again anyway.
-func TestFollowerOfTaskDoesNotAskWhetherTheStreamOpened(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
+	// A new stream of a task gets all of its events anyway.
+	testLog(t, "does not ask for a task", taskLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
 		t.wantUnderWay()
 	})
+
+	// A gateway that announces no features writes an empty event if it is asked before the stream is open.
+	testLog(t, "asks no foreign gateway", versionLike(), func(t *logTest) {
+		t.append("one")
+		follow(t.conns, "task:1", connectRequest{token: "a"}, t.events)
+		t.rest()
+		t.buffered("a x-1 one")
+		time.Sleep(openLimit - 1)
+		t.wantUnderWay()
+		time.Sleep(time.Nanosecond)
+		t.rest()
+		t.connTest.ok("a ?") // now it is open, or given up
+	})
+
+	// If the gateway cannot be asked whether the stream opened, a page must still get later events.
+	testLog(t, "a page waits for no foreign gateway", versionLike(), func(t *logTest) {
+		task := logOf("t", 1)
+		t.page("a", task)
+		t.buffered("a t-1.x-0 t")
+		task.Append("t", false)
+		time.Sleep(openPause)
+		t.rest()
+		t.buffered("a t-2.x-0 t")
+		time.Sleep(openLimit)
+		t.rest()
+		t.connTest.ok("a ?")
+		t.wantUnderWay()
+	})
 }
 
-// A browser that leaves within a second may not have read a byte. What its stream was given is for the next one.
+// A browser that leaves within a second may not have read a byte. Its next stream gets the same events again.
 func TestFollowerOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
 	for name, test := range map[string]struct {
 		end  func(t *logTest)
@@ -768,7 +853,7 @@ func TestFollowerOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
 		"left after a second":  {func(t *logTest) { time.Sleep(settleTime); t.onDisconnect("a") }, "x-1"},
 		"replaced at once":     {func(t *logTest) {}, "x-0"},
 		"replaced later":       {func(t *logTest) { time.Sleep(settleTime) }, "x-1"},
-		"lost at once": {func(t *logTest) { // the gateway crashed, which is learned much later
+		"lost at once": {func(t *logTest) { // the gateway crashed, and the backend learns of it much later
 			time.Sleep(time.Hour)
 			go t.conns.sweep(0)
 			t.rest()
@@ -784,21 +869,19 @@ func TestFollowerOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
 			t.notFound("a ?")
 		}, "x-1"},
 	} {
-		t.Run(name, func(t *testing.T) {
-			testLog(t, versionLike(), func(t *logTest) {
-				t.append("one")
-				t.follow(connectRequest{token: "a"})
-				t.connTest.ok("a x-1 one")
-				test.end(t)
-				t.connect("b", "", test.want)
-			})
+		testLog(t, name, versionLike(), func(t *logTest) {
+			t.append("one")
+			t.follow(connectRequest{token: "a"})
+			t.connTest.ok("a x-1 one")
+			test.end(t)
+			t.connect("b", "", test.want)
 		})
 	}
 }
 
-// Also what the gateway's own answer tells of a stream that is open later than a second counts.
-func TestFollowerOfVersionSettlesWithALaterEvent(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+func TestFollowerSettles(t *testing.T) {
+	// An answer of the gateway to a send after the first second shows that the stream is still open.
+	testLog(t, "with a later event", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.follow(connectRequest{token: "a"})
 		t.connTest.ok("a x-1 one")
@@ -809,11 +892,9 @@ func TestFollowerOfVersionSettlesWithALaterEvent(t *testing.T) {
 		t.notFound("a x-3 three")
 		t.connect("b", "", "x-2")
 	})
-}
 
-// What was asked for before a crash proves nothing: the answer was late.
-func TestFollowerOfVersionLateAnswerSettlesNothing(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+	// A late answer to a send from before does not show that the stream is still open.
+	testLog(t, "not with a late answer", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.follow(connectRequest{token: "a"})
 		time.Sleep(settleTime)
@@ -824,24 +905,9 @@ func TestFollowerOfVersionLateAnswerSettlesNothing(t *testing.T) {
 	})
 }
 
-// A gateway that announces no features writes an empty event if it is asked before the stream is open.
-func TestFollowerOfVersionAsksNoForeignGateway(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
-		t.append("one")
-		follow(t.conns, "task:1", connectRequest{token: "a"}, t.events)
-		t.rest()
-		t.buffered("a x-1 one")
-		time.Sleep(openLimit - 1)
-		t.wantUnderWay()
-		time.Sleep(time.Nanosecond)
-		t.rest()
-		t.connTest.ok("a ?") // now it is open, or given up
-	})
-}
-
-// What is not on disk yet is shown to nobody, also behind what is.
-func TestFollowerGetsWhatIsPublished(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
+func TestFollowerGives(t *testing.T) {
+	// An event that is not on disk yet is not delivered, even if a later call published an earlier one.
+	testLog(t, "what is published", taskLike(), func(t *logTest) {
 		t.follow(connectRequest{token: "a"})
 		first := t.events.Add(entry{data: "one"})
 		t.events.Add(entry{data: "two"})
@@ -856,11 +922,9 @@ func TestFollowerGetsWhatIsPublished(t *testing.T) {
 		t.rest()
 		t.delivers("a x-2 two", closing("a", "task_completed"))
 	})
-}
 
-// What a connection that has been replaced was given proves nothing to an announcement that waits.
-func TestFollowerThatIsReplacedGivesNothing(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
+	// An event given to a replaced connection does not count as delivered.
+	testLog(t, "nothing once it is replaced", versionLike(), func(t *logTest) {
 		t.follow(connectRequest{token: "a"})
 		t.append("one")
 		t.follow(connectRequest{token: "b"})
@@ -869,25 +933,9 @@ func TestFollowerThatIsReplacedGivesNothing(t *testing.T) {
 			t.Error("a replaced connection was given an event")
 		}
 	})
-}
 
-// A connection that ends while its logs are looked up follows none of them.
-func TestFollowerThatEndsBeforeItBegins(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
-		f := &follower{identifier: "task:1"}
-		_, _, err := f.connect(t.conns, connectRequest{token: "a"}, func() []*eventLog {
-			t.conns.OnDisconnect("a")
-			return []*eventLog{t.events}
-		})
-		if n := t.events.stats().followers; n != 0 || err != nil {
-			t.Errorf("got %d followers and %v, want none", n, err)
-		}
-	})
-}
-
-// An event that the gateway refuses for good would be ended, replayed and refused again without end.
-func TestFollowerSkipsWhatIsRefused(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
+	// Without this, an event that the gateway always refuses would be replayed and refused forever.
+	testLog(t, "nothing that is refused", taskLike(), func(t *logTest) {
 		t.append("one", "two")
 		t.connect("a", "", "x-0")
 		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
@@ -917,42 +965,7 @@ func logOf(epoch string, events int) *eventLog {
 	return log
 }
 
-// What waits in another log is an opportunity, too, to end a stream that may have a gap.
-func TestPageEndsBehindFailure(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
-		t.append("one")
-		t.page("a", logOf("t", 1))
-		t.fails("a t-1.x-0 t")
-		t.wantUnderWay("a end")
-	})
-}
-
-// The answer to an event that is refused does not tell whether the stream has opened.
-func TestFollowerRefusedWhileHeldBack(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
-		result := t.wait(1)
-		t.append("two")
-		t.buffered("a x-1 one")
-		t.answer("a x-2 two", sendResult{taken: 1, refused: 1})
-		t.notFound("a ?")
-		t.wantWaited(result, waited{false, 0})
-	})
-}
-
-// An event that is refused is with no stream.
-func TestFollowerWaitForWhatIsRefused(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
-		result := t.wait(1)
-		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
-		t.wantWaited(result, waited{false, 0})
-	})
-}
-
-// The answer that tells that the stream is open also tells of a run, whose events may be dropped by then.
+// The answer that confirms that the stream is open is also about a run, whose events may already have been dropped.
 func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
 	t.Parallel()
 	for range 100 {
@@ -962,7 +975,7 @@ func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
 		log.Append("1", false)
 		log.Append("2", false)
 		logs := []*eventLog{log}
-		for i := range 1000 { // that they take a moment
+		for i := range 1000 { // so that it takes a moment
 			logs = append(logs, logOf(fmt.Sprint(i), 0))
 		}
 		waited := make(chan bool, 1)
@@ -981,12 +994,12 @@ func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
 			return sendResult{taken: len(events)}
 		}), slog.New(slog.DiscardHandler), unreadMetrics()), connectRequest{token: "a"}, func() []*eventLog { return logs })
 		if !<-waited {
-			t.Fatal("an event that an open stream was given is said not to have been")
+			t.Fatal("Wait returned false for an event that an open stream was given")
 		}
 	}
 }
 
-// What was dropped while it was under way to a connection that ended meanwhile was given to nobody.
+// An event that was dropped while under way to a connection that then ended was delivered to nobody.
 func TestFollowerDropsWhatWasUnderWayToNobody(t *testing.T) {
 	for name, test := range map[string]struct {
 		answer  sendResult
@@ -995,64 +1008,15 @@ func TestFollowerDropsWhatWasUnderWayToNobody(t *testing.T) {
 		"taken":  {sendResult{taken: 1}, 0}, // perhaps it arrived
 		"failed": {sendResult{err: errUnknownToken}, 1},
 	} {
-		t.Run(name, func(t *testing.T) {
-			policy := versionLike()
-			policy.limit = 1
-			testLog(t, policy, func(t *logTest) {
-				t.append("one")
-				t.connect("a", "", "x-0")
-				t.append("two")
-				t.onDisconnect("a")
-				t.answer("a x-1 one", test.answer)
-				if t.dropped() != test.dropped {
-					t.Errorf("dropped %d, want %d", t.dropped(), test.dropped)
-				}
-			})
+		testLog(t, name, limited(versionLike(), 1), func(t *logTest) {
+			t.append("one")
+			t.connect("a", "", "x-0")
+			t.append("two")
+			t.onDisconnect("a")
+			t.answer("a x-1 one", test.answer)
+			t.wantDropped(test.dropped)
 		})
 	}
-}
-
-// A gateway that cannot be asked must not keep a page from what comes while it is unknown whether the stream opened.
-func TestPageWaitsForNoForeignGateway(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
-		task := logOf("t", 1)
-		t.page("a", task)
-		t.buffered("a t-1.x-0 t")
-		task.Append("t", false)
-		time.Sleep(openPause)
-		t.rest()
-		t.buffered("a t-2.x-0 t")
-		time.Sleep(openLimit)
-		t.rest()
-		t.connTest.ok("a ?")
-		t.wantUnderWay()
-	})
-}
-
-// The callback of a stream that the gateway has given up may arrive while another is decided on.
-func TestConnectAsksAgainIfTheConnectionIsAnother(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
-		t.connect("a", "", "x-0")
-		ghost := connectRequest{token: "g", probes: true}
-		_, _, err := follow(t.conns, "task:1", ghost, t.events)
-		if err != errAskFirst {
-			t.Fatalf("got %v, want that the gateway is asked", err)
-		}
-		asked := make(chan bool)
-		go func() { asked <- t.conns.Ask("task:1", &ghost) }()
-		t.rest()
-		t.connTest.ok("a ?")
-		t.connTest.ok("g ?") // and then it died, and its answer is late
-		t.connect("b", "", "x-0")
-		t.delivers(closing("a", "replaced"))
-		if !<-asked {
-			t.Error("the gateway knew it")
-		}
-		if _, _, err := follow(t.conns, "task:1", ghost, t.events); err != errAskFirst {
-			t.Errorf("got %v, want that the gateway is asked again", err)
-		}
-		t.wantConnections("task:1 b")
-	})
 }
 
 // The races: every step of each story is one that network and goroutines may choose.
@@ -1063,116 +1027,31 @@ func TestRaceConnectDuringSend(t *testing.T) {
 		"buffered": func(t *logTest, send string) { t.buffered(send) },
 		"fails":    func(t *logTest, send string) { t.fails(send) },
 	} {
-		t.Run(name, func(t *testing.T) {
-			testLog(t, versionLike(), func(t *logTest) {
-				t.append("one", "two")
-				t.connect("a", "", "x-0")
-				t.connect("b", "", "x-0")
-				t.wantUnderWay("a x-1 one", closing("a", "replaced"), "b x-1 one")
-				answer(t, "a x-1 one") // neither moves nor marks b, and a gets no more
-				t.delivers(closing("a", "replaced"), "b x-1 one", "b x-2 two")
-			})
+		testLog(t, name, versionLike(), func(t *logTest) {
+			t.append("one", "two")
+			t.connect("a", "", "x-0")
+			t.connect("b", "", "x-0")
+			t.wantUnderWay("a x-1 one", closing("a", "replaced"), "b x-1 one")
+			answer(t, "a x-1 one") // does not affect b, and a gets no more
+			t.delivers(closing("a", "replaced"), "b x-1 one", "b x-2 two")
 		})
 	}
-}
-
-func TestRaceDisconnectOfOldTokenAfterReconnect(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
-		t.connect("a", "", "x-0")
-		t.append("one")
-		t.ok("a x-1 one")
-		t.connect("b", "x-1", "x-1")
-		t.notFound(closing("a", "replaced"))
-		t.onDisconnect("a")
-		t.wantConnections("task:1 b")
-		t.append("two")
-		t.delivers("b x-2 two")
-	})
-}
-
-func TestRace404ForOldTokenAfterReconnect(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
-		t.connect("a", "", "x-0")
-		t.append("one")
-		t.connect("b", "x-0", "x-0")
-		t.notFound("a x-1 one")
-		t.notFound(closing("a", "replaced"))
-		t.wantConnections("task:1 b")
-		t.append("two")
-		t.delivers("b x-1 one", "b x-2 two")
-	})
-}
-
-func TestRaceReplacementDuringReplay(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
-		t.append("one", "two", "three")
-		t.connect("a", "", "x-0")
-		t.ok("a x-1 one")
-		t.connect("b", "", "x-0")
-		t.ok("b x-1 one")
-		t.ok("a x-2 two")
-		t.delivers(closing("a", "replaced"), "b x-2 two", "b x-3 three")
-	})
-}
-
-// Whoever comes second is the connection, in both maps and for the log.
-func TestRaceTwoConnectsAtOnce(t *testing.T) {
-	testLog(t, taskLike(), func(t *logTest) {
-		t.append("one", "two")
-		for range 100 {
-			var both sync.WaitGroup
-			for _, token := range []string{"a", "b"} {
-				both.Go(func() { follow(t.conns, "task:1", connectRequest{token: token}, t.events) })
-			}
-			both.Wait()
-			t.rest()
-			first, second := "a", "b"
-			if t.conns.tokens["a"] != "" {
-				first, second = "b", "a"
-			}
-			t.wantConnections("task:1 " + second)
-			if slices.Contains(t.gateway.sends(), first+" x-1 one") {
-				t.ok(first + " x-1 one")
-			}
-			t.ok(closing(first, "replaced"))
-			t.delivers(second+" x-1 one", second+" x-2 two")
-			t.onDisconnect(second)
-		}
-	})
-}
-
-// Appending never waits for the network, and what is appended during a flush comes at its end.
-func TestRaceAppendDuringFlush(t *testing.T) {
-	testLog(t, versionLike(), func(t *logTest) {
-		t.append("one", "two")
-		t.connect("a", "", "x-0")
-		t.wantUnderWay("a x-1 one")
-		t.append("three")
-		t.wantUnderWay("a x-1 one")
-		t.ok("a x-1 one")
-		t.ok("a x-2 two")
-		t.append("four")
-		t.wantUnderWay("a x-3 three")
-		t.delivers("a x-3 three", "a x-4 four")
-	})
 }
 
 // The gateway took the event and its answer came too late, or it did not take it: nobody but the browser knows. It is
 // sent away, and comes back with the last ID that it has.
 func TestRaceTimeoutOfSend(t *testing.T) {
 	timeout := func(name string, policy logPolicy, lastEventID string, want ...string) {
-		t.Run(name+" of "+policy.event, func(t *testing.T) {
-			testLog(t, policy, func(t *logTest) {
-				t.append("one", "two")
-				t.connect("a", "", "x-0")
-				t.fails("a x-1 one")
-				t.wantUnderWay("a end") // and no second try
-				t.ok("a end")
-				t.wantUnderWay()
-				t.connect("b", lastEventID, lastEventID)
-				t.notFound(closing("a", "replaced"))
-				t.delivers(want...)
-			})
+		testLog(t, name+" of "+policy.event, policy, func(t *logTest) {
+			t.append("one", "two")
+			t.connect("a", "", "x-0")
+			t.fails("a x-1 one")
+			t.wantUnderWay("a end") // and no second try
+			t.ok("a end")
+			t.wantUnderWay()
+			t.connect("b", lastEventID, lastEventID)
+			t.notFound(closing("a", "replaced"))
+			t.delivers(want...)
 		})
 	}
 	for _, policy := range []logPolicy{taskLike(), versionLike()} {
@@ -1188,49 +1067,14 @@ func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
 		"end":   func(t *logTest) { t.end("task_completed") },
 		"sweep": func(t *logTest) { go t.conns.sweep(0); t.rest() },
 	} {
-		t.Run(name, func(t *testing.T) {
-			testLog(t, taskLike(), func(t *logTest) {
-				t.append("one")
-				t.connect("a", "", "x-0")
-				t.fails("a x-1 one")
-				t.wantUnderWay()
-				next(t)
-				t.delivers("a end")
-			})
+		testLog(t, name, taskLike(), func(t *logTest) {
+			t.append("one")
+			t.connect("a", "", "x-0")
+			t.fails("a x-1 one")
+			t.wantUnderWay()
+			next(t)
+			t.delivers("a end")
 		})
-	}
-}
-
-func TestFollowerKeepsOneOrderForManyProducers(t *testing.T) {
-	t.Parallel()
-	const producers, each = 8, 200
-	var got []string // by one sender at a time
-	conns := newConnectionManager(senderFunc(func(events []event) sendResult {
-		for _, e := range events {
-			got = append(got, e.ID)
-		}
-		return sendResult{taken: len(events)}
-	}), slog.New(slog.DiscardHandler), unreadMetrics())
-	policy := taskLike()
-	o := newEventLog(&policy)
-	follow(conns, "task:1", connectRequest{token: "a"}, o)
-	var wg sync.WaitGroup
-	for range producers {
-		wg.Go(func() {
-			for range each {
-				o.Append("data", false)
-			}
-		})
-	}
-	wg.Wait()
-	conns.Drain(t.Context())
-	for i, id := range got {
-		if want := fmt.Sprint("x-", i+1); id != want {
-			t.Fatalf("got %s, want %s", id, want)
-		}
-	}
-	if len(got) != producers*each {
-		t.Errorf("got %d events, want %d", len(got), producers*each)
 	}
 }
 

@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/url"
 	"regexp"
 	"strings"
@@ -23,8 +22,7 @@ import (
 
 // newGatewayTest returns a client of a gateway that answers like this. No error may tell the path in its URL, /hush.
 func newGatewayTest(t *testing.T, answer http.HandlerFunc) *gatewayClient {
-	server := httptest.NewServer(answer)
-	t.Cleanup(server.Close)
+	server := serveTest(t, answer)
 	c := newGatewayClient(server.URL + "/hush")
 	t.Cleanup(c.transport.(*http.Transport).CloseIdleConnections)
 	return c
@@ -216,9 +214,7 @@ func TestGatewayClientConnectLimit(t *testing.T) {
 	t.Run("dial", func(t *testing.T) {
 		t.Parallel()
 		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer syscall.Close(fd)
 		if err = syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err == nil {
 			err = syscall.Listen(fd, 0)
@@ -361,6 +357,13 @@ func (t *postTest) wantNone() {
 func (t *postTest) reply(p *steppedPost, status int, body string) {
 	p.answer <- steppedPostAnswer{status, body, nil}
 	synctest.Wait()
+}
+
+// finish answers POSTs that the test does not care about.
+func (t *postTest) finish(posts []*steppedPost) {
+	for _, p := range posts {
+		t.reply(p, 200, "")
+	}
 }
 
 func (t *postTest) wantResult(result <-chan string, want string) {
@@ -520,15 +523,13 @@ func TestGatewayClientBatches(t *testing.T) {
 		t.wantResult(results["f"], `0 false reading the answer: "{\"status\":400,\"error\":\"no\"}"`)
 		t.reply(t.next(single("g")), 200, `{"status":"buffered"}`)
 		t.wantResult(g, "1 true <nil>")
-		for _, p := range busy[1:] {
-			t.reply(p, 200, "")
-		}
+		t.finish(busy[1:])
 		t.wantNone()
 	})
 }
 
-// Several events for one stream are lines of a batch of their own, or of one with others. Without batches the first goes
-// alone.
+// Several events for one stream are lines of a batch of their own, or of one with others. Without batches the first
+// goes alone.
 func TestGatewayClientSendsRuns(t *testing.T) {
 	testPosts(t, func(t *postTest) {
 		run := []event{{Data: "1"}, {Data: "2"}}
@@ -570,9 +571,7 @@ func TestGatewayClientSendsRuns(t *testing.T) {
 		t.reply(busy[0], 200, "")
 		t.reply(t.next("application/json "+line("a", "1")), 200, "")
 		t.wantResult(a, "1 false <nil>")
-		for _, p := range busy[1:] {
-			t.reply(p, 200, "")
-		}
+		t.finish(busy[1:])
 	})
 }
 
@@ -596,9 +595,7 @@ func TestGatewayClientBatchFailures(t *testing.T) {
 				t.next(batch("c", "d")).answer <- test.answer
 				t.wantResult(c, test.want)
 				t.wantResult(d, test.want)
-				for _, p := range busy[1:] {
-					t.reply(p, 200, "")
-				}
+				t.finish(busy[1:])
 				if !t.client.can().batch { // only a callback says what a gateway can do
 					t.Error("takes no batches any more")
 				}
@@ -625,9 +622,7 @@ func TestGatewayClientBoundsItsBatches(t *testing.T) {
 		rest := fmt.Sprintf("application/x-ndjson {\"token\":%q}\n"+body+"\n", first[maxBatchSends], "c")
 		t.reply(t.next(rest), 200, batchOK+"\n"+batchOK)
 		t.reply(t.next("application/json "+fmt.Sprintf(body, "d")), 200, "")
-		for _, p := range busy[1:] {
-			t.reply(p, 200, "")
-		}
+		t.finish(busy[1:])
 		t.wantNone()
 	})
 }

@@ -2,8 +2,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -35,7 +32,7 @@ type gatewayFixture struct {
 	t        testing.TB
 	addr     string // host:port of the streams
 	internal string // base URL of /internal/send and /metrics
-	logged   *gatewayLog
+	logged   *testOutput
 	client   *http.Client
 	stop     func() int // does what SIGTERM does, and returns the exit code
 }
@@ -43,37 +40,22 @@ type gatewayFixture struct {
 // newGatewayFixture starts a gateway with settings like "MAX_CONNECTIONS=2 CORS_ALLOW_ORIGIN=*".
 func newGatewayFixture(t testing.TB, settings string, answer backendAnswer) *gatewayFixture {
 	t.Helper()
-	g := &gatewayFixture{stubBackend: newStubBackend(t, answer), t: t, logged: &gatewayLog{}}
+	g := &gatewayFixture{stubBackend: newStubBackend(t, answer), t: t}
 	g.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
-	env := map[string]string{
-		"PORT":                       "0",
-		"LOG_LEVEL":                  "debug",
-		"CALLBACK_URL":               g.server.URL + callbackTarget,
-		"HEARTBEAT_INTERVAL_SECONDS": "3600", // only tests of it want to see one
-	}
-	for setting := range strings.FieldsSeq(settings) {
-		name, value, _ := strings.Cut(setting, "=")
-		env[name] = value
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	code := make(chan int, 1)
-	go func() { code <- run(ctx, []string{"gateway"}, getenvFrom(env), io.Discard, g.logged) }()
-	g.stop = sync.OnceValue(func() int {
+	env := settingsEnv("PORT=0 LOG_LEVEL=debug CALLBACK_URL=" + g.server.URL + callbackTarget +
+		" HEARTBEAT_INTERVAL_SECONDS=3600 " + settings) // only tests of the heartbeat want to see one
+	t.Cleanup(g.server.Close)
+	addr, logged, stop := startRun(t, []string{"gateway"}, env)
+	g.addr, g.logged = addr, logged
+	g.stop = func() int {
 		g.client.CloseIdleConnections()
-		cancel()
-		return <-code
-	})
+		return stop()
+	}
 	t.Cleanup(func() {
 		g.stop()
 		g.server.Close()
 		g.check()
 	})
-	var started []string
-	eventually(t, patience, "started", func() bool {
-		started = regexp.MustCompile(`msg=started url=http://\S*:(\d+)`).FindStringSubmatch(g.logged.String())
-		return started != nil
-	})
-	g.addr = "127.0.0.1:" + started[1]
 	g.internal = "http://" + g.addr
 	if addr := env["INTERNAL_ADDR"]; addr != "" {
 		g.internal = "http://" + addr
@@ -96,9 +78,6 @@ func (g *gatewayFixture) check() {
 			g.t.Errorf("a whole token is in the log: %s", token)
 		}
 	}
-	if g.t.Failed() {
-		g.t.Logf("log of the gateway:\n%s", logged)
-	}
 }
 
 // dial opens a connection and sends text on it.
@@ -110,12 +89,11 @@ func (g *gatewayFixture) dial(text string) *streamClient {
 func dialTo(t testing.TB, addr, text string) *streamClient {
 	t.Helper()
 	conn, err := (&net.Dialer{Control: smallSocket}).Dial("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	method, _, _ := strings.Cut(text, " ")
-	c := &streamClient{TCPConn: conn.(*net.TCPConn), t: t, wire: bufio.NewReader(conn), method: method}
+	request, _, _ := strings.Cut(text, "\r\n")
+	c := &streamClient{TCPConn: conn.(*net.TCPConn), t: t, wire: bufio.NewReader(conn), method: method, request: request}
 	c.write(text)
 	return c
 }
@@ -191,13 +169,7 @@ func (g *gatewayFixture) end(token string) string {
 
 // metric returns the value of one series of /metrics.
 func (g *gatewayFixture) metric(series string) float64 {
-	resp, err := g.client.Get(g.internal + "/metrics")
-	if err != nil {
-		g.t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	text, _ := io.ReadAll(resp.Body)
-	return scrapeValue(string(text), series)
+	return scrapeValue(scrapeURL(g.client, g.internal), series)
 }
 
 // waitMetric waits until a series has the value that it must come to.
@@ -206,11 +178,36 @@ func (g *gatewayFixture) waitMetric(series string, want float64) {
 	eventually(g.t, patience, fmt.Sprint(series, " ", want), func() bool { return g.metric(series) == want })
 }
 
+// wantMetric checks the value of one series.
+func (g *gatewayFixture) wantMetric(series string, want float64) {
+	g.t.Helper()
+	if got := g.metric(series); got != want {
+		g.t.Errorf("%s: got %v, want %v", series, got, want)
+	}
+}
+
+// wantSend sends an event that has no more than data, and checks the answer.
+func (g *gatewayFixture) wantSend(token, data, want string) {
+	g.t.Helper()
+	if got := g.send(token, data); got != want {
+		g.t.Errorf("sending %.20q: got %s, want %s", data, got, want)
+	}
+}
+
+// wantNotAsked checks that no connect callback is left to be received.
+func (g *gatewayFixture) wantNotAsked() {
+	g.t.Helper()
+	if n := len(g.connects); n != 0 {
+		g.t.Errorf("the backend got %d connect callbacks, want none", n)
+	}
+}
+
 // A streamClient is a connection to the gateway. It reads only when the test asks it to.
 type streamClient struct {
 	*net.TCPConn
 	t        testing.TB
 	method   string
+	request  string // its first line
 	wire     *bufio.Reader
 	body     *bufio.Reader // of the answer, without the framing
 	callback callbackCall  // by which the stream came about, for those that were opened
@@ -249,6 +246,14 @@ func (c *streamClient) reply() string {
 		c.t.Errorf("reading an answer: %v", err)
 	}
 	return strconv.Itoa(resp.StatusCode) + " " + strings.TrimSpace(body)
+}
+
+// wantReply checks an answer in JSON.
+func (c *streamClient) wantReply(want string) {
+	c.t.Helper()
+	if got := c.reply(); got != want {
+		c.t.Errorf("%.100s: got %s, want %s", c.request, got, want)
+	}
 }
 
 // begin reads the head of a stream and its first line, which is the reconnection time in milliseconds.
@@ -309,6 +314,14 @@ func (c *streamClient) wantEnd() {
 	c.t.Helper()
 	if rest, err := c.rest(); rest != "" || err != nil {
 		c.t.Errorf("got %.100q, %v; want a clean end of the stream", rest, err)
+	}
+}
+
+// wantCut checks that the stream ends with an error, so that the client knows that it lacks something.
+func (c *streamClient) wantCut() {
+	c.t.Helper()
+	if _, err := c.rest(); err == nil {
+		c.t.Error("got a clean end of the stream, want an error")
 	}
 }
 
@@ -470,24 +483,6 @@ func (w *statusWriter) WriteHeader(status int) {
 }
 
 func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-// A gatewayLog is a log that can be read while it is written.
-type gatewayLog struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (l *gatewayLog) Write(line []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(line)
-}
-
-func (l *gatewayLog) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
 
 // receive receives what must come.
 func receive[T any](t testing.TB, from <-chan T) (v T) {

@@ -5,30 +5,28 @@ import (
 	goparser "go/parser"
 	"go/token"
 	"go/types"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 )
 
+// productFiles returns the names of the Go files that are not tests.
+func productFiles(t *testing.T) []string {
+	t.Helper()
+	names, err := filepath.Glob("*.go")
+	must(t, err)
+	return slices.DeleteFunc(names, func(name string) bool { return strings.HasSuffix(name, "_test.go") })
+}
+
 // fileGraph returns which files of the product use what is declared in which others.
 func fileGraph(t *testing.T) map[string]map[string]bool {
 	t.Helper()
 	fset := token.NewFileSet()
 	var files []*ast.File
-	names, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range names {
-		if strings.HasSuffix(name, "_test.go") {
-			continue
-		}
+	for _, name := range productFiles(t) {
 		f, err := goparser.ParseFile(fset, name, nil, goparser.SkipObjectResolution)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		files = append(files, f)
 	}
 	info := types.Info{Uses: map[*ast.Ident]types.Object{}}
@@ -102,22 +100,12 @@ func TestGraph(t *testing.T) {
 // The product stays what one person can read: no file is longer than 500 lines, and none begins without saying what
 // lives there.
 func TestHouse(t *testing.T) {
-	names, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range names {
-		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if strings.HasSuffix(name, "_test.go") {
-			continue
-		}
-		if n := strings.Count(string(text), "\n"); n > 500 {
+	for _, name := range productFiles(t) {
+		text := edited(t, name)
+		if n := strings.Count(text, "\n"); n > 500 {
 			t.Errorf("%s has %d lines", name, n)
 		}
-		if !strings.HasPrefix(string(text), "// ") {
+		if !strings.HasPrefix(text, "// ") {
 			t.Errorf("%s does not say what lives there", name)
 		}
 	}

@@ -20,8 +20,8 @@ import (
 	"time"
 )
 
-// A crashDisk is a disk in memory. It crashes after a number of writes, syncs and the like, and then has of what was not
-// synced any part, or zeroes in its place.
+// A crashDisk is a disk in memory. It crashes after a number of writes, syncs and the like, and then has of what was
+// not synced any part, or zeroes in its place.
 type crashDisk struct {
 	rand *rand.Rand
 
@@ -143,7 +143,7 @@ func (d *crashDisk) reboot(steps int) {
 	if d.rand.IntN(2) == 0 {
 		d.now = d.durable
 	}
-	lost := 2 << d.rand.IntN(6) // one block of so many
+	lost := 2 << d.rand.IntN(6) // one block in this many
 	for _, f := range d.now {
 		const block = 16
 		size := len(f.synced)
@@ -188,6 +188,20 @@ func openTestJournal(t testing.TB, dir string, d disk, apply func([]byte) error)
 	return j, err
 }
 
+// journalTest runs a story in a bubble, with an empty journal on a disk that has room for some bytes, or any number if
+// 0.
+func journalTest(t *testing.T, room int, story func(t *testing.T, d *crashDisk, j *journal)) {
+	t.Helper()
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		d := &crashDisk{rand: rand.New(rand.NewPCG(1, 1)), left: 1 << 30, room: room, now: map[string]*crashFile{}}
+		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
+		must(t, err)
+		story(t, d, j)
+	})
+}
+
 // unlocked calls open until no other process has the folder: one that another test is starting has a copy of all our
 // descriptors until its exec.
 func unlocked(open func() error) (err error) {
@@ -200,8 +214,8 @@ func unlocked(open func() error) (err error) {
 	return err
 }
 
-// Whatever the crash and the power cut leave, a record that was waited for is there afterwards, and none is that was not
-// written; also when the file was being made smaller.
+// Whatever the crash and the power cut leave, a record that was waited for is there afterwards, and none is that was
+// not written; also when the file was being made smaller.
 func TestJournalCrashes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -289,14 +303,7 @@ func TestJournalCrashes(t *testing.T) {
 // The room that making the file smaller takes is free again when that fails for want of room, and the journal, which
 // lacked it meanwhile, goes on.
 func TestJournalCompactionWithoutRoom(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{left: 1 << 30, room: compactPart + 2500, now: map[string]*crashFile{}}
-		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+	journalTest(t, compactPart+2500, func(t *testing.T, d *crashDisk, j *journal) {
 		full := make(chan error, 1)
 		var held *commit
 		j.slack, j.live = 500, func() int { return 0 }
@@ -314,9 +321,7 @@ func TestJournalCompactionWithoutRoom(t *testing.T) {
 			}
 		}
 		go j.run()
-		if err := j.write(make([]byte, 600), nil).wait(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, j.write(make([]byte, 600), nil).wait())
 		j.write(make([]byte, 600), nil).wait() // makes the journal smaller, and may itself find no room
 		if err := <-full; err != errCannotStore || !j.full() {
 			t.Errorf("got %v, want no room", err)
@@ -370,14 +375,7 @@ func TestJournalUnreadable(t *testing.T) {
 
 // When a sync fails nobody waits any longer, and serve is told.
 func TestJournalSyncFails(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{rand: rand.New(rand.NewPCG(1, 1)), left: 1 << 30, now: map[string]*crashFile{}}
-		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+	journalTest(t, 0, func(t *testing.T, d *crashDisk, j *journal) {
 		j.live = func() int { return 0 }
 		go j.run()
 		d.left = 1 // the write
@@ -395,21 +393,12 @@ func TestJournalSyncFails(t *testing.T) {
 
 // A disk that is full of what is forgotten has room again without anybody's help.
 func TestJournalCompactsForRoom(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{left: 1 << 30, room: 10_000, now: map[string]*crashFile{}}
-		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+	journalTest(t, 10_000, func(t *testing.T, _ *crashDisk, j *journal) {
 		j.live = func() int { return 1000 }
 		j.snapshot = func(record func([]byte)) { record(make([]byte, 700)) }
 		go j.run()
 		for range 9 {
-			if err := j.write(make([]byte, 1000), nil).wait(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, j.write(make([]byte, 1000), nil).wait())
 		}
 		if err := j.write(make([]byte, 1000), nil).wait(); err != errCannotStore {
 			t.Errorf("got %v, want no room", err)
@@ -424,14 +413,7 @@ func TestJournalCompactsForRoom(t *testing.T) {
 
 // A snapshot that is larger than what it is thought to be is not made again and again.
 func TestJournalRestsAfterCompaction(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
-		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+	journalTest(t, 0, func(t *testing.T, _ *crashDisk, j *journal) {
 		snapshots := 0
 		j.slack, j.live = 500, func() int { return 0 }
 		j.snapshot = func(record func([]byte)) {
@@ -440,15 +422,13 @@ func TestJournalRestsAfterCompaction(t *testing.T) {
 		}
 		go j.run()
 		for range 50 {
-			if err := j.write(make([]byte, 100), nil).wait(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, j.write(make([]byte, 100), nil).wait())
 			time.Sleep(compactPause / 10)
 		}
-		j.close()
 		if snapshots < 4 || snapshots > 6 {
-			t.Errorf("%d snapshots in 5 times compactPause", snapshots)
+			t.Errorf("got %d snapshots in 5 times compactPause, want 4 to 6", snapshots)
 		}
+		j.close()
 	})
 }
 
@@ -460,7 +440,7 @@ func (f slowFile) Sync() error {
 	return f.crashFile.Sync()
 }
 
-// Who comes while another writes is stored afterwards, also without a record.
+// A writer that arrives while another syncs waits for the next sync, even without a record.
 func TestJournalWaitsBehindAnother(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -469,9 +449,7 @@ func TestJournalWaitsBehindAnother(t *testing.T) {
 		disk := d.disk()
 		disk.open = func(path string) (journalFile, error) { return slowFile{&crashFile{disk: d}}, nil }
 		j, err := openTestJournal(t, dir, disk, func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		j.live = func() int { return 0 }
 		go j.run()
 		began := time.Now()
@@ -496,9 +474,7 @@ func TestJournalWaitsBehindAnother(t *testing.T) {
 func journalOf(t *testing.T, records []string) (file []byte, begins []int) {
 	d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 	j, err := openTestJournal(t, t.TempDir(), d.disk(), func([]byte) error { return nil })
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for i := 0; i < len(records); {
 		for range 1 + i%3 {
 			if i < len(records) {
@@ -577,7 +553,7 @@ func TestJournalDamage(t *testing.T) {
 		switch {
 		case i < len(journalHeader):
 			if err == nil {
-				t.Fatalf("byte %d: a header was taken", i)
+				t.Fatalf("byte %d: a damaged header was accepted", i)
 			}
 		case i < lastCommit:
 			if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("journal: damaged at offset %d:", begins[whole(i)])) {
@@ -588,7 +564,7 @@ func TestJournalDamage(t *testing.T) {
 		}
 	}
 	if _, _, err := readJournal(t, dir, []byte("sidecast journal 2\n")); err == nil {
-		t.Error("a newer version was taken")
+		t.Error("a newer version was accepted")
 	}
 }
 
@@ -613,9 +589,7 @@ func FuzzJournal(f *testing.F) {
 
 func TestJournalVolatile(t *testing.T) {
 	dir, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	const root = "22 1 0:20 / / rw,relatime shared:1 - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w,volatile\n"
 	data := "30 22 8:1 / " + dir + " rw - ext4 /dev/sda1 rw\n"
 	for mounts, want := range map[string]bool{

@@ -192,9 +192,7 @@ func FuzzString(f *testing.F) {
 	f.Add("\x00\xff\u2028é\n<")
 	f.Fuzz(func(t *testing.T, text string) {
 		standard, err := json.Marshal(text)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		want := decodeBoth(t, standard)
 		if got := decodeBoth(t, appendString(nil, text)); got != want {
 			t.Errorf("appendString(%q): got a JSON string for %q, want for %q", text, got, want)

@@ -24,34 +24,25 @@ import (
 	"time"
 )
 
-// apiFixture is a backend, put together and routed as by main, on a gateway
-// in memory. The epoch of its events is "e".
+// apiFixture is a backend, put together and routed as by main, on a gateway in memory. The epoch of its events is "e".
 type apiFixture struct {
 	*backend
 	t       testing.TB
 	handler http.Handler
 	gateway *apiGateway
-	logged  *apiLog
+	logged  *testOutput
 	settle  func() // waits until nothing is under way, if that can be known
 }
 
 // newAPI makes one from settings like "API_TOKEN=x TASK_MAX_WORKERS=1".
 func newAPI(t testing.TB, settings string) *apiFixture {
 	t.Helper()
-	env := map[string]string{"LOG_LEVEL": "debug"}
-	for setting := range strings.FieldsSeq(settings) {
-		name, value, _ := strings.Cut(setting, "=")
-		env[name] = value
-	}
+	env := settingsEnv("LOG_LEVEL=debug " + settings)
 	cfg, err := loadBackendConfig(getenvFrom(env))
-	if err != nil {
-		t.Fatal(err)
-	}
-	api := &apiFixture{t: t, gateway: &apiGateway{streams: map[string]*apiStream{}}, logged: &apiLog{}, settle: func() {}}
+	must(t, err)
+	api := &apiFixture{t: t, gateway: &apiGateway{streams: map[string]*apiStream{}}, logged: &testOutput{}, settle: func() {}}
 	log, err := newLogger(getenvFrom(env), api.logged)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	api.backend = newBackend(cfg, "http://gateway.invalid", newRegistry("test"), log)
 	api.conns.gateway = api.gateway
 	epoch := func() string { return "e" }
@@ -59,6 +50,16 @@ func newAPI(t testing.TB, settings string) *apiFixture {
 	api.handler = newServer(log, api.reg, api.routes(nil)).Handler
 	t.Cleanup(func() { api.stop(context.Background()) })
 	return api
+}
+
+// settingsEnv returns the environment for settings like "API_TOKEN=x TASK_MAX_WORKERS=1"; the last of a name counts.
+func settingsEnv(settings string) map[string]string {
+	env := map[string]string{}
+	for setting := range strings.FieldsSeq(settings) {
+		name, value, _ := strings.Cut(setting, "=")
+		env[name] = value
+	}
+	return env
 }
 
 // apiTest runs a story in a bubble of its own, where time begins at
@@ -71,6 +72,12 @@ func apiTest(t *testing.T, settings string, story func(t *testing.T, api *apiFix
 		api.settle = synctest.Wait
 		story(t, api)
 	})
+}
+
+// apiStory is apiTest as a subtest.
+func apiStory(t *testing.T, name, settings string, story func(t *testing.T, api *apiFixture)) {
+	t.Helper()
+	t.Run(name, func(t *testing.T) { apiTest(t, settings, story) })
 }
 
 // request sends a request with headers like "Accept: text/html".
@@ -105,6 +112,14 @@ func (api *apiFixture) check(method, target, body, want string, headers ...strin
 
 // metric returns the value of one series of /metrics.
 func (api *apiFixture) metric(series string) float64 { return scrapeValue(scrapeAll(api.reg), series) }
+
+// wantMetric checks the value of one series.
+func (api *apiFixture) wantMetric(series string, want float64) {
+	api.t.Helper()
+	if got := api.metric(series); got != want {
+		api.t.Errorf("%s: got %v, want %v", series, got, want)
+	}
+}
 
 // apiGateway is a gateway in memory. It tells nobody when a stream ends.
 type apiGateway struct {
@@ -214,9 +229,16 @@ func (s *apiStream) text() string {
 	return lines.String()
 }
 
-// story is all that the browser got in short:
-// "connection_open task_started task_completed connection_close:task_completed",
-// "connection_open version:1 version:2".
+// wantText checks all that the browser got.
+func (s *apiStream) wantText(want string) {
+	s.api.t.Helper()
+	if got := s.text(); got != want {
+		s.api.t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
+// story is all that the browser got in short: "connection_open task_started task_completed
+// connection_close:task_completed", "connection_open version:1 version:2".
 func (s *apiStream) story() string {
 	var words []string
 	for _, e := range s.events() {
@@ -243,33 +265,11 @@ func (s *apiStream) checkStory(want string) {
 	}
 }
 
-// apiLog is what a log, or a process, wrote.
-type apiLog struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (l *apiLog) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *apiLog) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
-
 // apiRoutes are the backend's routes with one of some methods, "POST|DELETE",
 // as main.go lists them: one that is added there is tested here.
 func apiRoutes(t *testing.T, methods string) (routes [][2]string) {
 	t.Helper()
-	source, err := os.ReadFile("main.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, m := range regexp.MustCompile(`"(`+methods+`) (/api/[^"]*)"`).FindAllStringSubmatch(string(source), -1) {
+	for _, m := range regexp.MustCompile(`"(`+methods+`) (/api/[^"]*)"`).FindAllStringSubmatch(edited(t, "main.go"), -1) {
 		routes = append(routes, [2]string{m[1], m[2]})
 	}
 	if len(routes) == 0 {
@@ -326,8 +326,7 @@ func TestMetricsRoute(t *testing.T) {
 		api.start(`{"type":"failing","params":{"delay":0}}`)
 		api.subscribe("r")
 		api.settle()
-		body := api.request("GET", "/metrics", "").Body.String()
-		for series, want := range map[string]float64{
+		wantSeries(t, api.request("GET", "/metrics", "").Body.String(), map[string]float64{
 			`tasks{status="running"}`:                                   1,
 			`tasks{status="failed"}`:                                    1,
 			`tasks{status="completed"}`:                                 0,
@@ -336,11 +335,7 @@ func TestMetricsRoute(t *testing.T) {
 			`sse_outbox_events{service="task"}`:                         3,
 			`sse_outbox_events{service="version"}`:                      0,
 			`sse_gateway_active_connections{service="version"}`:         1,
-		} {
-			if got := scrapeValue(body, series); got != want {
-				t.Errorf("%s: got %v, want %v", series, got, want)
-			}
-		}
+		})
 	})
 }
 
@@ -387,8 +382,7 @@ func TestAPIToken(t *testing.T) {
 	}
 }
 
-// A page of another site must not make the browser of somebody who can reach
-// this server change anything here.
+// A page of another site must not make the browser of somebody who can reach this server change anything here.
 func TestCrossSitePostRefused(t *testing.T) {
 	t.Parallel()
 	const refused = `403 {"error":"request from another site","code":"cross_site"}`
@@ -412,7 +406,7 @@ func TestCrossSitePostRefused(t *testing.T) {
 }
 
 func TestStopping(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "embedded gateway", "", func(t *testing.T, api *apiFixture) {
 		stream := api.follow(api.start(`{"type":"external","params":{"task_id":"a"}}`))
 		api.stop(t.Context())
 		api.check("GET", "/readyz", "", `503 {"status":"not_ready"}`)
@@ -422,12 +416,10 @@ func TestStopping(t *testing.T) {
 		api.check("POST", "/api/deployments/version", `{"version":"1"}`, `503 {"error":"shutting down","code":"shutting_down"}`)
 		stream.checkStory("connection_open task_started task_failed connection_close:task_failed")
 	})
-}
 
-// A gateway that stays would hold streams that nobody sends to any more. They
-// end without a last word, so that the browsers come back to the next backend.
-func TestStoppingEndsStreamsOfASeparateGateway(t *testing.T) {
-	apiTest(t, "SSE_GATEWAY_URL=http://gateway.invalid", func(t *testing.T, api *apiFixture) {
+	// A gateway that stays would hold streams that nobody sends to any more. They
+	// end without a last word, so that the browsers come back to the next backend.
+	apiStory(t, "separate gateway", "SSE_GATEWAY_URL=http://gateway.invalid", func(t *testing.T, api *apiFixture) {
 		stream := api.subscribe("r")
 		api.stop(t.Context())
 		stream.checkStory("connection_open")
@@ -437,9 +429,9 @@ func TestStoppingEndsStreamsOfASeparateGateway(t *testing.T) {
 	})
 }
 
-// Out of file descriptors, a server logs without end what it cannot do.
-func TestServerErrorsAreLoggedOnceASecond(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+func TestLoggedOnceASecond(t *testing.T) {
+	// Out of file descriptors, a server logs without end what it cannot do.
+	apiStory(t, "server errors", "", func(t *testing.T, api *apiFixture) {
 		server := newServer(api.log, api.reg, api.handler)
 		for range 1000 {
 			server.ErrorLog.Print("no luck")
@@ -448,6 +440,21 @@ func TestServerErrorsAreLoggedOnceASecond(t *testing.T) {
 		log := api.logged.String()
 		if got := strings.Count(log, "level=WARN"); got > 3 || !regexp.MustCompile(`err="no luck" count=(499|500|501)\n`).MatchString(log) {
 			t.Errorf("got %d lines, want 3 at most, of which the second tells how many there were:\n%s", got, log)
+		}
+	})
+
+	// Somebody who tries tokens must not fill the log, nor go unseen.
+	apiStory(t, "wrong tokens", "API_TOKEN=s3cret", func(t *testing.T, api *apiFixture) {
+		for try := range 1000 {
+			if try == 999 {
+				time.Sleep(time.Second)
+			}
+			api.do("POST", "/api/tasks", `{"type":"demo"}`, "Authorization: Bearer wr0ng")
+		}
+		api.settle()
+		log := api.logged.String()
+		if n := strings.Count(log, "level=WARN"); n != 2 || !strings.Contains(log, "count=999") || strings.Contains(log, "wr0ng") {
+			t.Errorf("got log %s\nwant two warnings, the second of 999", log)
 		}
 	})
 }
@@ -557,9 +564,7 @@ func TestBadConfigurationStartsNothing(t *testing.T) {
 func TestTakenAddress(t *testing.T) {
 	t.Parallel()
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer taken.Close()
 	env := getenvFrom(map[string]string{"ADDR": taken.Addr().String(), "INTERNAL_ADDR": taken.Addr().String(), "PORT": "0"})
 	for _, args := range [][]string{nil, {"gateway"}} {
@@ -571,37 +576,50 @@ func TestTakenAddress(t *testing.T) {
 	}
 }
 
+// startRun runs the program in this process and waits until it listens. stop does what SIGTERM does, and returns the
+// exit code.
+func startRun(t testing.TB, args []string, env map[string]string) (addr string, output *testOutput, stop func() int) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	code := make(chan int, 1)
+	output = &testOutput{}
+	go func() { code <- run(ctx, args, getenvFrom(env), io.Discard, output) }()
+	stop = sync.OnceValue(func() int {
+		cancel()
+		return <-code
+	})
+	t.Cleanup(func() {
+		if stop(); t.Failed() {
+			t.Logf("output of sidecast %v:\n%s", args, output)
+		}
+	})
+	started := regexp.MustCompile(`msg=started url=http://\S*:(\d+)`)
+	eventually(t, patience, "started", func() bool { return started.MatchString(output.String()) })
+	return "127.0.0.1:" + started.FindStringSubmatch(output.String())[1], output, stop
+}
+
 // Every way to run the program becomes ready, as its own health check sees
 // it, and ends without an error when it is told to.
 func TestRunUntilStopped(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
-		name string
-		args []string
-		env  map[string]string
+		name     string
+		args     []string
+		settings string
 	}{
-		{"embedded", nil, map[string]string{"ADDR": "127.0.0.1:0"}},
-		{"split", nil, map[string]string{"ADDR": "127.0.0.1:0", "SSE_GATEWAY_URL": "http://127.0.0.1:1"}},
-		{"gateway", []string{"gateway"}, map[string]string{"PORT": "0", "CALLBACK_URL": "http://127.0.0.1:1"}},
+		{"embedded", nil, "ADDR=127.0.0.1:0"},
+		{"split", nil, "ADDR=127.0.0.1:0 SSE_GATEWAY_URL=http://127.0.0.1:1"},
+		{"gateway", []string{"gateway"}, "PORT=0 CALLBACK_URL=http://127.0.0.1:1"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			ctx, stop := context.WithCancel(t.Context())
-			defer stop()
-			stderr, exited := &apiLog{}, make(chan int, 1)
-			go func() { exited <- run(ctx, tt.args, getenvFrom(tt.env), io.Discard, stderr) }()
-			port := regexp.MustCompile(`msg=started url=http://\S+:(\d+) `)
-			eventually(t, 5*time.Second, "started", func() bool { return port.MatchString(stderr.String()) })
-			own := map[string]string{"ADDR": "127.0.0.1:" + port.FindStringSubmatch(stderr.String())[1]}
-			if got := run(ctx, []string{"healthcheck"}, getenvFrom(own), io.Discard, stderr); got != 0 {
+			addr, output, stop := startRun(t, tt.args, settingsEnv(tt.settings))
+			own := map[string]string{"ADDR": addr}
+			if got := run(t.Context(), []string{"healthcheck"}, getenvFrom(own), io.Discard, output); got != 0 {
 				t.Errorf("healthcheck: got %d, want 0", got)
 			}
-			stop()
-			if got := <-exited; got != 0 {
+			if got := stop(); got != 0 {
 				t.Errorf("exit code: got %d, want 0", got)
-			}
-			if t.Failed() {
-				t.Log(stderr)
 			}
 		})
 	}
@@ -611,17 +629,14 @@ func TestRunUntilStopped(t *testing.T) {
 func TestStartBesideASilentGateway(t *testing.T) {
 	t.Parallel()
 	silent, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer silent.Close()
-	ctx, stop := context.WithCancel(t.Context())
-	stderr, exited := &apiLog{}, make(chan int, 1)
-	env := map[string]string{"ADDR": "127.0.0.1:0", "SSE_GATEWAY_URL": "http://" + silent.Addr().String()}
-	go func() { exited <- run(ctx, nil, getenvFrom(env), io.Discard, stderr) }()
-	eventually(t, sendLimit-time.Second, "started", func() bool { return strings.Contains(stderr.String(), "msg=started") })
-	stop()
-	if got := <-exited; got != 0 {
+	began := time.Now()
+	_, _, stop := startRun(t, nil, settingsEnv("ADDR=127.0.0.1:0 SSE_GATEWAY_URL=http://"+silent.Addr().String()))
+	if took := time.Since(began); took > sendLimit-time.Second {
+		t.Errorf("started after %v, which is too close to %v", took, sendLimit)
+	}
+	if got := stop(); got != 0 {
 		t.Errorf("exit code: got %d, want 0", got)
 	}
 }
@@ -662,9 +677,7 @@ func TestNoDependencies(t *testing.T) {
 	}
 	for _, name := range files {
 		file, err := goparser.ParseFile(token.NewFileSet(), name, nil, goparser.ImportsOnly)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		for _, spec := range file.Imports {
 			// Only the standard library has paths whose first element has no dot.
 			path, _ := strconv.Unquote(spec.Path.Value)
@@ -703,23 +716,6 @@ func TestDevelopmentServesThisMachineOnly(t *testing.T) {
 	}
 }
 
-// Somebody who tries tokens must not fill the log, nor go unseen.
-func TestWrongTokensAreLoggedOnceASecond(t *testing.T) {
-	apiTest(t, "API_TOKEN=s3cret", func(t *testing.T, api *apiFixture) {
-		for try := range 1000 {
-			if try == 999 {
-				time.Sleep(time.Second)
-			}
-			api.do("POST", "/api/tasks", `{"type":"demo"}`, "Authorization: Bearer wr0ng")
-		}
-		api.settle()
-		log := api.logged.String()
-		if n := strings.Count(log, "level=WARN"); n != 2 || !strings.Contains(log, "count=999") || strings.Contains(log, "wr0ng") {
-			t.Errorf("got log %s\nwant two warnings, the second of 999", log)
-		}
-	})
-}
-
 func TestStartSaysWhatIsOpen(t *testing.T) {
 	t.Parallel()
 	for settings, want := range map[string]string{
@@ -732,12 +728,7 @@ func TestStartSaysWhatIsOpen(t *testing.T) {
 		"ADDR=:80 API_TOKEN=a SSE_GATEWAY_URL=http://g":                       "SSE_CALLBACK_SECRET",
 		"ADDR=:80 API_TOKEN=a SSE_GATEWAY_URL=http://g SSE_CALLBACK_SECRET=b": "",
 	} {
-		env := map[string]string{}
-		for setting := range strings.FieldsSeq(settings) {
-			name, value, _ := strings.Cut(setting, "=")
-			env[name] = value
-		}
-		cfg, err := loadBackendConfig(getenvFrom(env))
+		cfg, err := loadBackendConfig(getenvFrom(settingsEnv(settings)))
 		if got := cfg.exposed(); err != nil || !strings.Contains(got, want) || (want == "") != (got == "") {
 			t.Errorf("%s: got %q, %v, want %q in it", settings, got, err, want)
 		}

@@ -14,8 +14,6 @@ import (
 	"mime"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
@@ -54,10 +52,7 @@ var (
 // each step of indentation.
 func readOpenAPI(t *testing.T) map[string]*apiOperation {
 	t.Helper()
-	file, err := os.ReadFile("openapi.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
+	file := edited(t, "openapi.yaml")
 	operations, answers := map[string]*apiOperation{}, map[string]*apiBody{}
 	var keys []string
 	var op *apiOperation
@@ -67,7 +62,7 @@ func readOpenAPI(t *testing.T) map[string]*apiOperation {
 		answers[name] = at
 		return at
 	}
-	for rest := string(file); rest != ""; {
+	for rest := file; rest != ""; {
 		line, below, _ := strings.Cut(rest, "\n")
 		if m := yamlKey.FindStringSubmatch(line); m != nil {
 			depth := len(m[1]) / 2
@@ -145,9 +140,7 @@ func testAPIRoutes(t *testing.T, operations map[string]*apiOperation) {
 func literalArgs(t *testing.T, file, receiver, method string, callees ...string) (found []string) {
 	t.Helper()
 	source, err := goparser.ParseFile(token.NewFileSet(), file, nil, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for _, decl := range source.Decls {
 		f, ok := decl.(*ast.FuncDecl)
 		if !ok || f.Name.Name != method || f.Recv == nil || types.ExprString(f.Recv.List[0].Type) != receiver {
@@ -184,9 +177,7 @@ func serveAPI(t *testing.T, appEnv string) (b *backend, url string) {
 	cfg, err := loadBackendConfig(getenvFrom(map[string]string{
 		"APP_ENV": appEnv, "API_TOKEN": apiSecret, "SSE_CALLBACK_SECRET": apiSecret,
 	}))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	public := httptest.NewUnstartedServer(nil)
 	url = "http://" + public.Listener.Addr().String()
 	cfg.Gateway.CallbackURL = secret(url + "/api/sse/callback?secret=" + apiSecret)
@@ -240,22 +231,16 @@ func (op *apiOperation) exampleNames() []string {
 func (r apiRequest) send(t *testing.T, url string) (status int, mediaType, text string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), r.method, url+r.target, strings.NewReader(r.body))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	req.Header = r.header
 	client := http.Client{Timeout: 10 * time.Second}
 	resp, err := client.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer resp.Body.Close()
 	mediaType, _, _ = mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	if mediaType == "application/json" {
 		all, err := io.ReadAll(resp.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		text = string(all)
 	}
 	return resp.StatusCode, mediaType, text
@@ -449,20 +434,9 @@ func (b *apiBody) hasExample(text string) bool {
 // testAPICodes tests that the codes of errors in the source are those that the file lists.
 func testAPICodes(t *testing.T, _ map[string]*apiOperation) {
 	codes := map[string]bool{"not_found": true, "method_not_allowed": true} // what jsonErrors makes of statuses
-	files, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
 	call := regexp.MustCompile(`(?:newError\([^,()]+|badRequest\()(?:, )?(\S+?),`)
-	for _, name := range files {
-		if strings.HasSuffix(name, "_test.go") {
-			continue
-		}
-		source, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, m := range call.FindAllStringSubmatch(string(source), -1) {
+	for _, name := range productFiles(t) {
+		for _, m := range call.FindAllStringSubmatch(edited(t, name), -1) {
 			if code, err := strconv.Unquote(m[1]); err == nil && code != "" {
 				codes[code] = true
 			} else if err != nil && m[1] != "code" && !strings.HasPrefix(m[1], "strings.ReplaceAll(") {
@@ -470,11 +444,8 @@ func testAPICodes(t *testing.T, _ map[string]*apiOperation) {
 			}
 		}
 	}
-	file, err := os.ReadFile("openapi.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, list, _ := strings.Cut(string(file), "\n        code:\n          enum:\n")
+	file := edited(t, "openapi.yaml")
+	_, list, _ := strings.Cut(file, "\n        code:\n          enum:\n")
 	var got []string
 	for line := range strings.Lines(list) {
 		code, ok := strings.CutPrefix(line, "            - ")
@@ -529,12 +500,9 @@ func (s *apiSchema) fits(v any) bool {
 
 // testAPIEvents tests that the data of every event is as the file describes it.
 func testAPIEvents(t *testing.T, _ map[string]*apiOperation) {
-	file, err := os.ReadFile("openapi.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
+	file := edited(t, "openapi.yaml")
 	schema := func(name string) (s apiSchema) {
-		_, text, ok := strings.Cut(string(file), "\n    "+name+": ")
+		_, text, ok := strings.Cut(file, "\n    "+name+": ")
 		if err := json.NewDecoder(strings.NewReader(text)).Decode(&s); !ok || err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
@@ -560,9 +528,7 @@ func testAPIEvents(t *testing.T, _ map[string]*apiOperation) {
 	for _, stream := range streams {
 		for _, e := range stream.events() {
 			var data map[string]any
-			if err := json.Unmarshal([]byte(e.Data), &data); err != nil {
-				t.Fatal(err)
-			}
+			must(t, json.Unmarshal([]byte(e.Data), &data))
 			kind, _ := data["event_type"].(string)
 			kind = cmp.Or(kind, e.Name)
 			seen[kind] = true

@@ -41,8 +41,8 @@ func (s *apiStream) checkTask(id, want string) {
 	}
 }
 
-func TestPageFollowsTasksAndVersions(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+func TestPage(t *testing.T) {
+	apiStory(t, "follows tasks and versions", "", func(t *testing.T, api *apiFixture) {
 		api.tasks.policy.epoch, api.version.policy.epoch = newEpoch, newEpoch
 		api.external("a")
 		api.external("b")
@@ -72,11 +72,9 @@ func TestPageFollowsTasksAndVersions(t *testing.T) {
 			t.Errorf("got\n%s\nwant no version again", got)
 		}
 	})
-}
 
-// The ID names the position in each log, so that nothing is kept for a page that is away.
-func TestPageEventIDs(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+	// The ID names the position in each log, so that nothing is kept for a page that is away.
+	apiStory(t, "event IDs", "", func(t *testing.T, api *apiFixture) {
 		epochs := []string{"aaaaaaaa", "bbbbbbbb"}
 		api.tasks.policy.epoch = func() (epoch string) { epoch, epochs = epochs[0], epochs[1:]; return epoch }
 		api.version.policy.epoch = func() string { return "vvvvvvvv" }
@@ -99,11 +97,9 @@ func TestPageEventIDs(t *testing.T) {
 		// A task's own stream finds its part, too.
 		api.connect("/api/sse/tasks?task_id=a", page.lastID()).checkStory("connection_open")
 	})
-}
 
-// A page may know of a task before the task is made.
-func TestPageWaitsForATask(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+	// A page may know of a task before the task is made.
+	apiStory(t, "waits for a task", "", func(t *testing.T, api *apiFixture) {
 		api.tasks.policy.epoch = newEpoch
 		page, gone := api.page("r", "", "later", "never"), api.page("gone", "", "later")
 		page.checkTask("later", "error")
@@ -132,9 +128,75 @@ func TestPageWaitsForATask(t *testing.T) {
 			t.Errorf("got %d tasks waited for, want none", got)
 		}
 	})
+
+	// The event that a task is unknown comes before the events of that task.
+	apiStory(t, "is told of unknown tasks first", "", func(t *testing.T, api *apiFixture) {
+		gateway := &steppedGateway{}
+		defer gateway.close()
+		api.conns.gateway = gateway
+		page := &PageService{api.tasks, api.version}
+		if _, _, err := page.OnConnect("r", connectRequest{token: "p", taskIDs: []string{"x", "y"}}); err != nil {
+			t.Fatal(err)
+		}
+		api.settle()
+		api.external("y")
+		var got []string
+		for range 3 {
+			send := gateway.all()[0]
+			got = append(got, send.String())
+			gateway.reply(send, sendResult{taken: 1})
+			api.settle()
+		}
+		if !strings.Contains(got[1], `{"error":"Task not found","task_id":"y"}`) || !strings.Contains(got[2], "task_started") {
+			t.Errorf("got %q, want that y is not known before its start", got)
+		}
+	})
+
+	// A page stays when a task is forgotten. It must not keep the events in memory, which are no longer counted.
+	apiStory(t, "lets forgotten tasks go", "", func(t *testing.T, api *apiFixture) {
+		text := strings.Repeat("x", 1000)
+		api.external("a")
+		page := api.page("r", "", "a")
+		for i := range 100 {
+			api.post("a/progress", fmt.Sprintf(`{"text":%q,"value":%v}`, text, float64(i)/100))
+		}
+		api.post("a/complete", `{}`)
+		log := api.tasks.tasks["a"].events
+		api.settle()
+		api.gateway.fail(errNoAnswer)
+		slow := api.page("slow", "", "a")
+		api.do("DELETE", "/api/tasks/a", "")
+		if got := len(page.taskStory("a")); got != 102 {
+			t.Errorf("got %d events, want 102", got)
+		}
+		if log.Held() < 100*len(text) {
+			t.Error("events that a page still lacks were not kept")
+		}
+		slow.leave()
+		if got := log.Held(); got > 0 {
+			t.Errorf("a forgotten task holds %d bytes", got)
+		}
+	})
+
+	// The version stream and the page stream of one request_id are two connections; a broadcast counts them once.
+	apiStory(t, "beside a version stream", "", func(t *testing.T, api *apiFixture) {
+		page, own := api.page("r", ""), api.subscribe("r")
+		api.checkAnnouncedToAll("1", 1, 0)
+		api.checkAnnounced("r", "2", true)
+		page.checkStory("connection_open version:1 version:2")
+		own.checkStory("connection_open version:1 version:2")
+		api.wantConnected("page:r version:r")
+		for service, want := range map[string]float64{"page": 1, "version": 1, "task": 0} {
+			api.wantMetric(fmt.Sprintf("sse_gateway_active_connections{service=%q}", service), want)
+		}
+		time.Sleep(settleTime)
+		api.page("r", "").checkStory("connection_open") // replaces the first page alone
+		page.checkStory("connection_open version:1 version:2 connection_close:replaced")
+		own.checkStory("connection_open version:1 version:2")
+	})
 }
 
-// What is made while its page connects comes after the page was told that it is not known, and with the IDs of all.
+// A task that is created while its page connects comes after the event that it is unknown, with the IDs of all logs.
 func TestRacePageConnectsWhileItsTaskIsMade(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		api.tasks.policy.epoch = newEpoch
@@ -160,82 +222,6 @@ func TestRacePageConnectsWhileItsTaskIsMade(t *testing.T) {
 	})
 }
 
-// That a task is not known is said before what then comes of it.
-func TestPageIsToldOfUnknownTasksFirst(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
-		gateway := &steppedGateway{}
-		defer gateway.close()
-		api.conns.gateway = gateway
-		page := &PageService{api.tasks, api.version}
-		if _, _, err := page.OnConnect("r", connectRequest{token: "p", taskIDs: []string{"x", "y"}}); err != nil {
-			t.Fatal(err)
-		}
-		api.settle()
-		api.external("y")
-		var got []string
-		for range 3 {
-			send := gateway.all()[0]
-			got = append(got, send.String())
-			gateway.reply(send, sendResult{taken: 1})
-			api.settle()
-		}
-		if !strings.Contains(got[1], `{"error":"Task not found","task_id":"y"}`) || !strings.Contains(got[2], "task_started") {
-			t.Errorf("got %q, want that y is not known before its start", got)
-		}
-	})
-}
-
-// A page stays when a task is forgotten. It must not keep the events in memory, which nobody counts any more.
-func TestPageLetsForgottenTasksGo(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
-		text := strings.Repeat("x", 1000)
-		api.external("a")
-		page := api.page("r", "", "a")
-		for i := range 100 {
-			api.post("a/progress", fmt.Sprintf(`{"text":%q,"value":%v}`, text, float64(i)/100))
-		}
-		api.post("a/complete", `{}`)
-		log := api.tasks.tasks["a"].events
-		api.settle()
-		api.gateway.fail(errNoAnswer)
-		slow := api.page("slow", "", "a")
-		api.do("DELETE", "/api/tasks/a", "")
-		if got := len(page.taskStory("a")); got != 102 {
-			t.Errorf("got %d events, want 102", got)
-		}
-		if log.Held() < 100*len(text) {
-			t.Error("what a page lacks is not kept")
-		}
-		slow.leave()
-		if got := log.Held(); got > 0 {
-			t.Errorf("a forgotten task holds %d bytes", got)
-		}
-	})
-}
-
-// The version stream and the page stream of one request_id are two connections; a broadcast counts them once.
-func TestPageBesideAVersionStream(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
-		page, own := api.page("r", ""), api.subscribe("r")
-		api.checkAnnouncedToAll("1", 1, 0)
-		api.checkAnnounced("r", "2", true)
-		page.checkStory("connection_open version:1 version:2")
-		own.checkStory("connection_open version:1 version:2")
-		if got, want := api.identifiers(), "page:r version:r"; got != want {
-			t.Errorf("got %q connected, want %q", got, want)
-		}
-		for service, want := range map[string]float64{"page": 1, "version": 1, "task": 0} {
-			if got := api.metric(fmt.Sprintf("sse_gateway_active_connections{service=%q}", service)); got != want {
-				t.Errorf("%s: got %v connections, want %v", service, got, want)
-			}
-		}
-		time.Sleep(settleTime)
-		api.page("r", "").checkStory("connection_open") // replaces the first page alone
-		page.checkStory("connection_open version:1 version:2 connection_close:replaced")
-		own.checkStory("connection_open version:1 version:2")
-	})
-}
-
 func TestPageTargets(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
@@ -253,13 +239,11 @@ func TestPageTargets(t *testing.T) {
 		"?request_id=r&task_id=":              `400 {"error":"` + errBadID.Error() + `","code":"bad_id"}`,
 		"?request_id=r&lastEventId=close":     `410 {"error":"this stream is finished","code":"stream_finished"}`,
 	} {
-		if got := api.callback(apiConnect("t", "/api/sse/stream"+query)); !strings.HasPrefix(got, want) {
-			t.Errorf("%.80s: got %.200s, want %s", query, got, want)
-		}
+		api.wantConnect("t", "/api/sse/stream"+query, want)
 	}
 }
 
-// The pages that follow one task are bounded, be it known or not.
+// The pages that follow one task are bounded, whether the task exists or not.
 func TestPageFollowersAreBounded(t *testing.T) {
 	t.Parallel()
 	for _, known := range []bool{true, false} {

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"flag"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"strings"
@@ -61,8 +63,8 @@ func startOwnGateway(t testing.TB, env ...string) *process {
 	return gatewayProcess(t, env, os.Args[0], "gateway").mustStart(t)
 }
 
-// needsOwnGateway skips a test of our own gateway when SSE_GATEWAY_CMD names another, so that such a run says which tests
-// did not apply to it.
+// needsOwnGateway skips a test of our own gateway when SSE_GATEWAY_CMD names another, so that such a run says which
+// tests did not apply to it.
 func needsOwnGateway(t testing.TB) {
 	t.Helper()
 	if os.Getenv("SSE_GATEWAY_CMD") != "" {
@@ -94,9 +96,7 @@ func gatewayProcess(t testing.TB, env []string, command ...string) *process {
 // API_TOKEN or PORT of a developer decides how a test ends.
 func newProcess(t testing.TB, url string, env []string, command ...string) *process {
 	out, err := os.CreateTemp(t.TempDir(), "output")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { out.Close() })
 	p := &process{URL: url, command: command, probe: "/readyz", limit: 10 * time.Second, out: out}
 	for _, key := range []string{"PATH", "HOME", "TMPDIR", "GOCOVERDIR"} {
@@ -113,9 +113,7 @@ func newProcess(t testing.TB, url string, env []string, command ...string) *proc
 // it fails the test.
 func (p *process) mustStart(t testing.TB) *process {
 	t.Helper()
-	if err := p.start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, p.start())
 	t.Cleanup(func() {
 		p.stop(t)
 		if strings.Contains(p.output(), "WARNING: DATA RACE") {
@@ -186,6 +184,14 @@ func (p *process) stop(t testing.TB) int {
 	return p.exitCode()
 }
 
+// wantStop is stop for a process that must end in time and without an error.
+func (p *process) wantStop(t testing.TB) {
+	t.Helper()
+	if got := p.stop(t); got != 0 {
+		t.Errorf("%s: exit code %d, want 0 within 5 s", p.URL, got)
+	}
+}
+
 // kill ends the process as a crash would, and returns when it is gone.
 func (p *process) kill(testing.TB) {
 	p.signal(syscall.SIGKILL)
@@ -196,12 +202,10 @@ func (p *process) kill(testing.TB) {
 func (p *process) restart(t testing.TB) {
 	t.Helper()
 	p.kill(t)
-	if err := p.start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, p.start())
 }
 
-// signal does nothing once the process has been waited for: its number may be another's by then.
+// signal does nothing once the process has been waited for: its number may have been reused.
 func (p *process) signal(sig syscall.Signal) {
 	if p.exited.Err() == nil {
 		syscall.Kill(-p.pid(), sig)
@@ -248,7 +252,8 @@ func freePort(t testing.TB) int {
 	return 0
 }
 
-// alone runs a test in a process of its own, for what others leave on the heap. It reports whether this is that process.
+// alone runs a test in a process of its own, for what others leave on the heap. It reports whether this is that
+// process.
 func alone(t *testing.T) bool {
 	t.Helper()
 	t.Parallel()
@@ -261,6 +266,39 @@ func alone(t *testing.T) bool {
 		t.Errorf("%v\n%s", err, out)
 	}
 	return false
+}
+
+// A testOutput is a log, or what a program prints, that can be read while it is written.
+type testOutput struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *testOutput) Write(line []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(line)
+}
+
+func (l *testOutput) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// serveTest starts an HTTP server that closes with its test.
+func serveTest(t testing.TB, handler http.Handler) *httptest.Server {
+	server := httptest.NewServer(handler)
+	t.Cleanup(server.Close)
+	return server
+}
+
+// must ends the test if there is an error.
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // eventually waits until cond holds, and fails the test if it does not within limit; what says what was waited for.

@@ -147,9 +147,7 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	})
 	// Nor is a gateway that ends before it has answered a reason to give up.
 	listener, err := net.Listen("tcp", address(host.gateway))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	go http.Serve(listener, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }))
 	time.Sleep(time.Until(killed.Add(4500 * time.Millisecond)))
 	listener.Close()
@@ -180,9 +178,7 @@ func (proxy proxyFile) start(t *testing.T, host host, version int) *process {
 		"127.0.0.1:8080", address(host.backend), "127.0.0.1:3000", address(host.gateway)})...)
 	here := strings.NewReplacer("DIR", dir, "SITE", site)
 	// Apache and Varnish give up being root before they have opened all that they use.
-	if err := errors.Join(os.CopyFS(dir, os.DirFS("deploy")), os.Chmod(filepath.Dir(dir), 0o711)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, errors.Join(os.CopyFS(dir, os.DirFS("deploy")), os.Chmod(filepath.Dir(dir), 0o711)))
 	writeFile(t, filepath.Join(dir, proxy.file), here.Replace(conf))
 	writeFile(t, dir+"/tls.pem", edited(t, os.Getenv("SSL_CERT_FILE")))
 	return newProcess(t, scheme+site, []string{"XDG_DATA_HOME=" + dir, "XDG_CONFIG_HOME=" + dir},

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// A browser that is told to come back has a second before it can: there are clients that do so at once. Meanwhile it
-// takes nobody's place.
+// A browser that is told to come back is held for a second, as some clients reconnect at once. It does not count as a
+// connection.
 func TestRefusedBrowserIsHeld(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "MAX_CONNECTIONS=1", nil)
@@ -32,9 +32,7 @@ func TestRefusedBrowserIsHeld(t *testing.T) {
 	if took := time.Since(began); took < time.Second {
 		t.Errorf("the refusals ended after %v, want a second", took)
 	}
-	if got := g.metric(`gateway_streams_closed_total{reason="server_closed"}`); got != 0 {
-		t.Errorf("got %v streams closed, want none: a refusal is no stream", got)
-	}
+	g.wantMetric(`gateway_streams_closed_total{reason="server_closed"}`, 0)
 }
 
 // Held refusals are bounded, and a shutdown does not wait for them.
@@ -106,7 +104,7 @@ func TestRefusalTellsTheReason(t *testing.T) {
 	}
 }
 
-// A stream replaces another, so a page of another site must not open one, be it by an <img>.
+// A stream replaces another, so a page of another site must not open one, not even with an <img>.
 func TestOtherSites(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -202,9 +200,7 @@ func TestLargeRequests(t *testing.T) {
 	} {
 		c := g.get("/x", "X: "+tt.value)
 		if !tt.want {
-			if got := c.reply(); got != refused {
-				t.Errorf("%s: got %s, want %s", tt.name, got, refused)
-			}
+			c.wantReply(refused)
 			continue
 		}
 		c.callback = receive(t, g.connects)
@@ -216,7 +212,7 @@ func TestLargeRequests(t *testing.T) {
 			t.Errorf("%s: the callback has %d bytes", tt.name, got)
 		}
 	}
-	// net/http refuses a larger head before anybody looks at it.
+	// net/http itself refuses a larger head.
 	for size, want := range map[int]int{16 << 10: 200, 16<<10 + 1: 431} {
 		head := "GET /healthz HTTP/1.1\r\nHost: h\r\nX: "
 		if got := g.dial(head + strings.Repeat("x", size-len(head)-len("\r\n\r\n")) + "\r\n\r\n").answer().StatusCode; got != want {
@@ -225,7 +221,7 @@ func TestLargeRequests(t *testing.T) {
 	}
 }
 
-// Proxies exist that mark every request as one with a body, which then is empty.
+// Some proxies send every request with a chunked body, even if it is empty.
 func TestEmptyChunkedBody(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -251,7 +247,7 @@ func TestEmptyChunkedBody(t *testing.T) {
 	g.wantDisconnect(c, "client_closed")
 }
 
-// The log says once a minute what is wrong, and where to look.
+// The log says what is wrong and where to look, at most once a minute.
 func TestLogOfRefusals(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -315,9 +311,7 @@ func TestRefusalMetrics(t *testing.T) {
 		`http_requests_total{code="401"}`:          1,
 		`http_requests_total{code="5xx"}`:          0,
 	} {
-		if got := g.metric(series); got != want {
-			t.Errorf("%s: got %v, want %v", series, got, want)
-		}
+		g.wantMetric(series, want)
 	}
 	before := g.metric(`http_requests_total{code="2xx"}`)
 	if after := g.metric(`http_requests_total{code="2xx"}`); before < 2 || after != before+1 {
@@ -330,7 +324,7 @@ func TestRefusalMetrics(t *testing.T) {
 	}
 }
 
-// Browsers and caches keep an answer that does not forbid it, and give a 410 to whoever asks next.
+// Browsers and caches keep an answer that does not forbid it, and would serve a 410 to the next request.
 func TestNobodyKeepsAnswers(t *testing.T) {
 	t.Parallel()
 	internal := func() string { return fmt.Sprint("INTERNAL_ADDR=127.0.0.1:", freePort(t)) }
@@ -354,13 +348,9 @@ func TestNobodyKeepsAnswers(t *testing.T) {
 			status, rest, _ := strings.Cut(request, " ")
 			method, target, _ := strings.Cut(rest, " ")
 			req, err := http.NewRequest(method, base+target, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			resp, err := new(http.Transport).RoundTrip(req)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			io.Copy(io.Discard, resp.Body)
 			resp.Body.Close()
 			if got := resp.Header.Get("Cache-Control"); got != "no-store" || !strings.HasPrefix(resp.Status, status) {

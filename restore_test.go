@@ -21,6 +21,13 @@ import (
 	"time"
 )
 
+// restoreTest runs a story in a bubble, with a backend whose folder is empty.
+func restoreTest(t *testing.T, settings string, story func(t *testing.T, api *apiFixture)) {
+	t.Helper()
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) { story(t, restart(t, settings, nil)) })
+}
+
 // restart returns a backend that begins with what the one before has left in its folder. That did not stop in order.
 func restart(t *testing.T, settings string, before *apiFixture) *apiFixture {
 	t.Helper()
@@ -38,9 +45,7 @@ func restartWith(t *testing.T, settings string, before *apiFixture, change func(
 	api.cfg.DataDir = dir
 	api.settle = synctest.Wait
 	change(api)
-	if err := unlocked(api.openJournal); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unlocked(api.openJournal))
 	t.Cleanup(api.crash)
 	return api
 }
@@ -111,18 +116,14 @@ func TestRestoreTasks(t *testing.T) {
 		api.check("POST", "/api/tasks/done/complete", `{"result":{"a":[1,"}"]}}`, `200 {"event_id":"e-3"}`)
 		external("deleted")
 		for status, want := range map[string]float64{"running": 2, "completed": 1, "failed": 3, "cancelled": 2} {
-			if got := api.metric(`tasks{status="` + status + `"}`); got != want {
-				t.Errorf("%v tasks are %s, want %v", got, status, want)
-			}
+			api.wantMetric(`tasks{status="`+status+`"}`, want)
 		}
 		time.Sleep(49 * time.Second)
 		if got := api.do("GET", "/api/tasks/runs/status", ""); !strings.Contains(got, `"status":"running","title":"Title of runs","progress":{"text":"more","value":0.5}`) {
 			t.Errorf("before its timeout: got %s", got)
 		}
 		time.Sleep(2 * time.Second)
-		if got := api.do("GET", "/api/tasks/runs/status", ""); !strings.Contains(got, `"error":"worker lost"`) {
-			t.Errorf("after its timeout, which counts from the start: got %s", got)
-		}
+		api.checkStatus("runs", taskFailed, "worker lost")
 		time.Sleep(10 * time.Second) // 101 s after its end
 		api.check("GET", "/api/tasks/done/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
 	})
@@ -130,11 +131,9 @@ func TestRestoreTasks(t *testing.T) {
 
 // Progress that was displaced for want of memory comes back with a restart, and displaces no finished task then.
 func TestRestoreMemory(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		api := restart(t, "TASK_MEMORY_BYTES=300000", nil)
+	restoreTest(t, "TASK_MEMORY_BYTES=300000", func(t *testing.T, api *apiFixture) {
 		for id := range strings.FieldsSeq("a b c") {
-			api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`"}}`)
+			api.external(id)
 			for range 60 {
 				api.do("POST", "/api/tasks/"+id+"/progress", `{"text":"`+strings.Repeat("x", 4000)+`"}`)
 			}
@@ -159,7 +158,7 @@ func TestRestoreMemory(t *testing.T) {
 		const settings = "TASK_MEMORY_BYTES=300000 TASK_CLEANUP_INTERVAL_SECONDS=60"
 		api := restart(t, settings, nil)
 		for id := range strings.FieldsSeq("old new") {
-			api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`"}}`)
+			api.external(id)
 			for range 50 {
 				api.do("POST", "/api/tasks/"+id+"/progress", `{"text":"`+strings.Repeat("x", 4000)+`"}`)
 			}
@@ -191,11 +190,9 @@ func TestRestoreMemory(t *testing.T) {
 
 // A task that is forgotten while the snapshot is made is not in it, not even without its events.
 func TestSnapshotForgets(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		api := restart(t, "TASK_CLEANUP_INTERVAL_SECONDS=60", nil)
+	restoreTest(t, "TASK_CLEANUP_INTERVAL_SECONDS=60", func(t *testing.T, api *apiFixture) {
 		for id := range strings.FieldsSeq("a b") {
-			api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`"}}`)
+			api.external(id)
 		}
 		api.do("POST", "/api/tasks/b/complete", "{}")
 		api.page("r", "", "b")
@@ -209,9 +206,7 @@ func TestSnapshotForgets(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		if err := r.finish(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, r.finish())
 		again.check("GET", "/api/tasks/b/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
 	})
 }
@@ -222,48 +217,32 @@ func TestRestoreBeforeTheStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		api := newAPI(t, "")
 		r := newRestoring(api.tasks, api.version)
-		if err := r.apply(encodeRecord(recordTask, recordFields{Number: 1, ID: "a", Epoch: "e", Kind: externalTask})); err != nil {
-			t.Fatal(err)
-		}
-		if err := r.finish(); err != nil {
-			t.Fatal(err)
-		}
-		if got := api.do("GET", "/api/tasks/a/status", ""); !strings.Contains(got, `"status":"running"`) {
-			t.Errorf("got %s", got)
-		}
+		must(t, r.apply(encodeRecord(recordTask, recordFields{Number: 1, ID: "a", Epoch: "e", Kind: externalTask})))
+		must(t, r.finish())
+		api.checkStatus("a", taskRunning, "")
 		api.check("POST", "/api/tasks/a/progress", `{"text":"x"}`, `200 {"event_id":"e-2"}`)
 	})
 }
 
 // What the limit keeps out of memory again is not news: somebody was told of it, or it was counted.
 func TestRestoreCountsNoDrops(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		api := restart(t, "TASK_EVENT_LIMIT=5", nil)
-		api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
+	restoreTest(t, "TASK_EVENT_LIMIT=5", func(t *testing.T, api *apiFixture) {
+		api.external("a")
 		for range 20 {
 			api.do("POST", "/api/tasks/a/progress", `{"value":0.5}`)
 		}
 		const dropped = `sse_outbox_dropped_total{service="task",reason="limit"}`
-		if got := api.metric(dropped); got != 16 {
-			t.Errorf("got %v dropped before, want 16", got)
-		}
+		api.wantMetric(dropped, 16)
 		api = restart(t, "TASK_EVENT_LIMIT=5", api)
-		if got := api.metric(dropped); got != 0 {
-			t.Errorf("got %v dropped by the restart, want 0", got)
-		}
+		api.wantMetric(dropped, 0)
 		api.do("POST", "/api/tasks/a/progress", `{"value":0.6}`)
-		if got := api.metric(dropped); got != 0 { // it displaced one of before
-			t.Errorf("got %v dropped afterwards, want 0", got)
-		}
+		api.wantMetric(dropped, 0) // it displaced one of before
 	})
 }
 
 // A task that waited runs, also beyond the limit of the queue, or says why it cannot.
 func TestRestoreWaitingTasks(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		api := restart(t, "TASK_MAX_WORKERS=1", nil)
+	restoreTest(t, "TASK_MAX_WORKERS=1", func(t *testing.T, api *apiFixture) {
 		for range 3 {
 			api.do("POST", "/api/tasks", `{"type":"demo","params":{"steps":1,"delay":60}}`)
 		}
@@ -339,7 +318,7 @@ func TestRestoreVersions(t *testing.T) {
 	})
 }
 
-// What a compaction writes makes the same again, also if what was written meanwhile stands behind it once more.
+// A restart from a snapshot gives the same state, even if the changes made meanwhile follow it once more.
 func TestRestoreSnapshot(t *testing.T) {
 	t.Parallel()
 	for name, twice := range map[string]bool{"once": false, "with all changes behind it": true} {
@@ -366,7 +345,10 @@ func TestRestoreSnapshot(t *testing.T) {
 				dir := api.cfg.DataDir
 				api.crash()
 				if twice {
-					file := &frameReader{file: openFile(t, filepath.Join(dir, "journal"))}
+					written, err := os.Open(filepath.Join(dir, "journal"))
+					must(t, err)
+					defer written.Close()
+					file := &frameReader{file: written}
 					for off := int64(len(journalHeader)); file.frame(off) != nil; {
 						frame := file.frame(off)
 						records = append(records, bytes.Clone(frame[frameHead:]))
@@ -377,13 +359,9 @@ func TestRestoreSnapshot(t *testing.T) {
 				again.settle = synctest.Wait
 				r := newRestoring(again.tasks, again.version)
 				for _, record := range records {
-					if err := r.apply(record); err != nil {
-						t.Fatal(err)
-					}
+					must(t, r.apply(record))
 				}
-				if err := r.finish(); err != nil {
-					t.Fatal(err)
-				}
+				must(t, r.finish())
 				for id := range strings.FieldsSeq("a b c") {
 					for _, path := range []string{"/api/tasks/" + id + "/status", "/api/tasks/" + id + "/events"} {
 						again.check("GET", path, "", api.do("GET", path, ""))
@@ -400,16 +378,6 @@ func TestRestoreSnapshot(t *testing.T) {
 			})
 		})
 	}
-}
-
-func openFile(t *testing.T, path string) *os.File {
-	t.Helper()
-	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { f.Close() })
-	return f
 }
 
 // wantVersions connects, and wants these versions; then the browser leaves.
@@ -516,12 +484,8 @@ func checkRestarts(t *testing.T, v visitor, backend *process, restarts int) {
 	for n := range restarts {
 		time.Sleep(time.Duration(100+rand.IntN(400)) * time.Millisecond)
 		if n%3 == 2 {
-			if code := backend.stop(t); code != 0 {
-				t.Errorf("exit code %d", code)
-			}
-			if err := backend.start(); err != nil {
-				t.Fatal(err)
-			}
+			backend.wantStop(t)
+			must(t, backend.start())
 		} else {
 			backend.restart(t)
 		}
@@ -556,15 +520,9 @@ func checkRestarts(t *testing.T, v visitor, backend *process, restarts int) {
 	}
 	version.close()
 	eventually(t, soon, "the gauges are true", func() bool {
-		resp, err := v.client.Get(v.api + "/metrics")
-		if err != nil {
-			return false
-		}
-		text, _ := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		sum := 0.0
+		text, sum := scrapeURL(v.client, v.api), 0.0
 		for _, service := range []string{serviceTask, serviceVersion, servicePage} {
-			sum += scrapeValue(string(text), `sse_gateway_active_connections{service="`+service+`"}`)
+			sum += scrapeValue(text, `sse_gateway_active_connections{service="`+service+`"}`)
 		}
 		return sum == 0
 	})
@@ -636,7 +594,7 @@ func TestRestoreNoRoom(t *testing.T) {
 	}
 	wantStory(t, v.follow(id), append([]string{"task_started"}, want...)...)
 	if got := scrapeValue(v.getText("/metrics"), "sidecast_journal_writable"); got != 0 || v.status(v.api+"/readyz") != http.StatusOK {
-		t.Errorf("writable is %v, and readiness %d", got, v.status(v.api+"/readyz"))
+		t.Errorf("got writable %v and readiness %d, want 0 and 200", got, v.status(v.api+"/readyz"))
 	}
 
 	backend.restart(t) // without room it serves what only reads, and nothing was lost
@@ -663,14 +621,7 @@ func TestRestoreNoRoom(t *testing.T) {
 
 // What could not be stored is shown to nobody, and only once it is.
 func TestRestoreShowsWhatIsStored(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{left: 1 << 30, room: 100, now: map[string]*crashFile{}}
-		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+	journalTest(t, 100, func(t *testing.T, d *crashDisk, j *journal) {
 		api := newAPI(t, "")
 		api.settle = synctest.Wait
 		api.journal, api.tasks.journal, api.version.journal = j, j, j
@@ -686,9 +637,7 @@ func TestRestoreShowsWhatIsStored(t *testing.T) {
 		d.room = 0
 		d.mu.Unlock()
 		time.Sleep(2 * noRoomPause)
-		if got := api.do("GET", "/api/tasks/a/status", ""); !strings.Contains(got, `"status":"running"`) {
-			t.Errorf("with room again: got %s", got)
-		}
+		api.checkStatus("a", taskRunning, "")
 	})
 }
 
@@ -711,9 +660,7 @@ func TestRestoreRefuses(t *testing.T) {
 	}
 	backend.kill(t)
 	file, err := os.OpenFile(filepath.Join(dir, "journal"), os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer file.Close()
 	if info, err := file.Stat(); err != nil || info.Mode() != 0o600 {
 		t.Errorf("the journal has mode %v, want 0600", info.Mode())
@@ -722,14 +669,6 @@ func TestRestoreRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	other(fmt.Sprintf("%s/journal: damaged at offset %d", dir, len(journalHeader)))
-}
-
-func (v visitor) isReady() bool {
-	resp, err := v.client.Get(v.api + "/readyz")
-	if err == nil {
-		resp.Body.Close()
-	}
-	return err == nil && resp.StatusCode == http.StatusOK
 }
 
 // BenchmarkRestart is from the start of a process to its readiness, with events of 220 bytes in tasks of 100, and the
@@ -745,9 +684,7 @@ func BenchmarkRestart(b *testing.B) {
 		for b.Loop() {
 			cmd := exec.Command(command[0], command[1:]...)
 			cmd.Env = append(os.Environ(), env...)
-			if err := cmd.Start(); err != nil {
-				b.Fatal(err)
-			}
+			must(b, cmd.Start())
 			for !ready() {
 				time.Sleep(time.Millisecond)
 			}
@@ -774,13 +711,11 @@ func BenchmarkRestart(b *testing.B) {
 		for range tasks {
 			id := v.start("external", "{}")
 			resp, err := v.client.Post(v.api+"/api/tasks/"+id+"/progress", ndjson, strings.NewReader(reports.String()))
-			if err != nil {
-				b.Fatal(err)
-			}
+			must(b, err)
 			resp.Body.Close()
 		}
 		p.kill(b)
-		bench(b, p.command, p.env, func() bool { return v.isReady() })
+		bench(b, p.command, p.env, p.isUp)
 	})
 	b.Run("redis", func(b *testing.B) {
 		if _, err := exec.LookPath("redis-server"); err != nil {
@@ -807,9 +742,7 @@ func BenchmarkRestart(b *testing.B) {
 			return true
 		}
 		cmd := exec.Command(command[0], command[1:]...)
-		if err := cmd.Start(); err != nil {
-			b.Fatal(err)
-		}
+		must(b, cmd.Start())
 		ready := func() bool { return say("PING\r\n", "+PONG\r\n") }
 		eventually(b, soon, "redis is up", ready)
 		data := strings.Repeat("x", 220)

@@ -14,7 +14,7 @@ import (
 
 func TestThrottle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		out, seen := &gatewayLog{}, 0
+		out, seen := &testOutput{}, 0
 		log := slog.New(slog.NewTextHandler(out, nil))
 		th := throttle{interval: time.Second}
 		say := func(times int) {
@@ -49,9 +49,7 @@ func TestThrottle(t *testing.T) {
 func TestServeFailsWhileItStops(t *testing.T) {
 	t.Parallel()
 	listeners, err := openListeners("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	log := slog.New(slog.DiscardHandler)
 	s := newServer(log, newRegistry("test"), http.NewServeMux(), listeners...)
 	ctx, cancel := context.WithCancel(context.Background())

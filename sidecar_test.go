@@ -69,7 +69,7 @@ func TestCallbackBodies(t *testing.T) {
 	}
 }
 
-// The backend routes by the target, so it gets the client's own, not one that was made clean on the way.
+// The backend routes by the request target, so it must get the target exactly as the client sent it.
 func TestTargetByteForByte(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -84,7 +84,7 @@ func TestTargetByteForByte(t *testing.T) {
 	}
 }
 
-// Callbacks may overtake each other, so each says where its request stands among all. The end of a stream has no place.
+// Callbacks may overtake each other, so each connect callback carries the number of its request. A disconnect has none.
 func TestCallbacksTellTheOrder(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -120,13 +120,11 @@ func TestBufferedEvents(t *testing.T) {
 	close(gate)
 	c.begin()
 	c.wantData("first", "1", "2")
-	if got := g.send(token, "3"); got != sentOK {
-		t.Errorf("after the callback: got %s, want %s", got, sentOK)
-	}
+	g.wantSend(token, "3", sentOK)
 	c.wantData("3")
 }
 
-// A send that arrives while the buffer is flushed must not overtake it. Each round is another chance for it to do so.
+// A send that arrives while the buffer is flushed must not overtake it. Many rounds make the race likely.
 func TestBufferedEventsKeepOrder(t *testing.T) {
 	t.Parallel()
 	const events = 40
@@ -222,7 +220,7 @@ func TestOddCallbackAnswers(t *testing.T) {
 
 // Refusing
 
-// transient are the refusals after which a browser has to come back; it gives up for good on any status but 200.
+// transient are the statuses after which a browser must come back. It gives up for good on any status but 200.
 var transient = []int{408, 425, 429, 500, 502, 503, 504, 599}
 
 func TestRefusedByBackend(t *testing.T) {
@@ -235,14 +233,10 @@ func TestRefusedByBackend(t *testing.T) {
 	for _, status := range append([]int{300, 301, 302, 303, 307, 308, 400, 401, 403, 404, 409, 410, 422, 451}, transient...) {
 		target := "/" + strconv.Itoa(status)
 		want := strconv.Itoa(status) + ` {"error":"connection rejected"}`
-		if got := g.get(target).reply(); got != want {
-			t.Errorf("got %s, want %s", got, want)
-		}
+		g.get(target).wantReply(want)
 		browser := g.get(target, "Accept: text/html, Text/Event-Stream;q=0.9")
 		if !slices.Contains(transient, status) {
-			if got := browser.reply(); got != want {
-				t.Errorf("to a browser: got %s, want %s", got, want)
-			}
+			browser.wantReply(want)
 			continue
 		}
 		retry := browser.wantTransient("connection rejected")
@@ -252,41 +246,32 @@ func TestRefusedByBackend(t *testing.T) {
 		retries[retry] = true
 	}
 	if len(retries) == 1 {
-		t.Errorf("all browsers return after the same time: %v", retries)
+		t.Errorf("got retry %v for all browsers, want different times", retries)
 	}
 	g.waitMetric("gateway_streams", 0)
 }
 
-// A break in the backend's answer is no answer.
+// An answer that breaks off or is not HTTP counts as no answer.
 func TestBackendUnreachable(t *testing.T) {
 	t.Parallel()
 	nobody := newGatewayFixture(t, "CALLBACK_URL=http://127.0.0.1:1"+callbackTarget, nil)
-	notHTTP := newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
-		conn, _, _ := http.NewResponseController(w).Hijack()
-		io.WriteString(conn, "220 smtp.test\r\n")
-		conn.Close()
-		panic(http.ErrAbortHandler)
-	})
-	echoes := newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
-		conn, _, _ := http.NewResponseController(w).Hijack()
-		io.WriteString(conn, "POST "+callbackTarget+" HTTP/1.1\r\n\r\n")
-		conn.Close()
-		panic(http.ErrAbortHandler)
-	})
-	upgrades := newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
-		conn, _, _ := http.NewResponseController(w).Hijack()
-		t.Cleanup(func() { conn.Close() })
-		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
-		panic(http.ErrAbortHandler)
-	})
+	says := func(text string, ends bool) *gatewayFixture { // the backend, whatever it is asked
+		return newGatewayFixture(t, "", func(w http.ResponseWriter, _ callbackCall) {
+			conn, _, _ := http.NewResponseController(w).Hijack()
+			t.Cleanup(func() { conn.Close() })
+			io.WriteString(conn, text)
+			if ends {
+				conn.Close()
+			}
+			panic(http.ErrAbortHandler)
+		})
+	}
+	notHTTP, echoes := says("220 smtp.test\r\n", true), says("POST "+callbackTarget+" HTTP/1.1\r\n\r\n", true)
+	upgrades := says("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n", false)
 	for _, g := range []*gatewayFixture{nobody, notHTTP, echoes, upgrades} {
-		if got, want := g.get("/x").reply(), `503 {"error":"backend unreachable"}`; got != want {
-			t.Errorf("got %s, want %s", got, want)
-		}
+		g.get("/x").wantReply(`503 {"error":"backend unreachable"}`)
 		g.get("/x", "Accept: text/event-stream").wantTransient("backend unreachable")
-		if got := g.metric(`gateway_callbacks_total{action="connect",status="error"}`); got != 2 {
-			t.Errorf("callbacks that failed: got %v, want 2", got)
-		}
+		g.wantMetric(`gateway_callbacks_total{action="connect",status="error"}`, 2)
 		if !strings.Contains(g.logged.String(), `msg="callback failed" action=connect err=`) {
 			t.Error("the failure is not in the log")
 		}
@@ -294,8 +279,8 @@ func TestBackendUnreachable(t *testing.T) {
 	}
 }
 
-// A browser that tries again has left before. The backend is not asked about its first attempt if a busy gateway gets
-// to that only then: it would take it for a newer tab.
+// A busy gateway may get to a request whose browser has left and tried again. It must not ask the backend about that
+// request, which would look like a newer tab.
 func TestClientHasLeft(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)
@@ -322,7 +307,7 @@ func TestClientHasLeft(t *testing.T) {
 	}
 }
 
-// The time limit covers the whole answer. A backend that accepted and then stalls is told that nothing came of it.
+// The time limit covers the whole answer. A backend that accepts and then stalls gets a disconnect callback.
 func TestBackendTooSlow(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", func(w http.ResponseWriter, c callbackCall) {
@@ -345,17 +330,13 @@ func TestBackendTooSlow(t *testing.T) {
 	silent, stalls, browser := g.get("/silent"), g.get("/stalls"), g.get("/silent", "Accept: text/event-stream")
 	refused := g.get("/refuses")
 	for _, c := range []*streamClient{silent, stalls} {
-		if got, want := c.reply(), `504 {"error":"backend too slow"}`; got != want {
-			t.Errorf("got %s, want %s", got, want)
-		}
+		c.wantReply(`504 {"error":"backend too slow"}`)
 	}
 	browser.wantTransient("backend too slow")
 	if took := time.Since(began); took < 5*time.Second {
 		t.Errorf("the answers took %v, want 5 s", took)
 	}
-	if got, want := refused.reply(), `403 {"error":"connection rejected"}`; got != want {
-		t.Errorf("refused without the rest of the answer: got %s, want %s", got, want)
-	}
+	refused.wantReply(`403 {"error":"connection rejected"}`)
 	g.waitMetric(`gateway_callbacks_total{action="connect",status="timeout"}`, 3)
 	g.waitMetric(`gateway_callbacks_total{action="connect",status="rejected"}`, 1)
 	g.waitMetric("gateway_streams", 0)
@@ -386,13 +367,9 @@ func TestDialLocalhost(t *testing.T) {
 func TestNoCallbackURL(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "CALLBACK_URL=", nil)
-	if got, want := g.get("/x").reply(), `503 {"error":"no callback URL configured"}`; got != want {
-		t.Errorf("got %s, want %s", got, want)
-	}
+	g.get("/x").wantReply(`503 {"error":"no callback URL configured"}`)
 	g.get("/x", "Accept: text/event-stream").wantTransient("no callback URL configured")
-	if got, want := g.get("/readyz").reply(), `503 {"configured":false,"status":"not_ready"}`; got != want {
-		t.Errorf("readyz: got %s, want %s", got, want)
-	}
+	g.get("/readyz").wantReply(`503 {"configured":false,"status":"not_ready"}`)
 }
 
 func TestMaxConnections(t *testing.T) {
@@ -444,14 +421,12 @@ func TestRequestsThatOpenNoStream(t *testing.T) {
 			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
 		}
 	}
-	if n := len(g.connects); n != 0 {
-		t.Errorf("the backend was asked %d times, want never", n)
-	}
+	g.wantNotAsked()
 	g.open("/" + strings.Repeat("x", 8<<10-1))
 }
 
-// More at once would take the backend's sockets and the gateway's own; the rest must wait, not fail. It is not parallel,
-// for all must be there before the first is given up.
+// More at once would exhaust the sockets of backend and gateway. The rest must wait, not fail. The test is not parallel,
+// because all clients must be there before the first callback times out.
 func TestConnectCallbacksAreBounded(t *testing.T) {
 	const clients, bound = 300, 256
 	underWay := make(chan struct{}, bound)
@@ -510,7 +485,7 @@ func TestDisconnectReasons(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 }
 
-// What a client sends behind its request cannot be meant for a stream; a proxy may take it for another's request.
+// Bytes that follow the request cannot belong to the stream; they may be a request that a proxy pipelined.
 func TestPipelinedBytesEndTheStream(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -518,12 +493,10 @@ func TestPipelinedBytesEndTheStream(t *testing.T) {
 	c.callback = receive(t, g.connects)
 	g.wantDisconnect(c, "client_closed")
 	g.waitMetric("gateway_streams", 0)
-	if n := len(g.connects); n != 0 {
-		t.Error("the backend was asked about the second request")
-	}
+	g.wantNotAsked()
 }
 
-// One that leaves while it waits for its turn to be asked about takes up no room until then.
+// A client that leaves while its callback waits for a free slot does not count as a stream any longer.
 func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)
@@ -531,7 +504,7 @@ func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	gateway := newGateway(gatewayConfig{CallbackURL: secret(backend.server.URL + callbackTarget), Retry: time.Second},
 		slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
 	for range maxConnecting {
-		gateway.connecting <- struct{}{} // nobody's turn comes
+		gateway.connecting <- struct{}{} // none is free
 	}
 	server := httptest.NewServer(http.HandlerFunc(gateway.serveStream))
 	defer server.Close()
@@ -553,7 +526,7 @@ func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	}
 }
 
-// Whether the client leaves before or after the backend's answer is a race, which either may win.
+// The client may leave before or after the backend's answer: both orders must work.
 func TestClientLeavesDuringCallback(t *testing.T) {
 	t.Parallel()
 	gates := make(chan chan struct{}, 1)
@@ -580,9 +553,7 @@ func TestClientLeavesDuringCallback(t *testing.T) {
 		if got := receive(t, g.disconnects); got.Token != c.callback.Token || got.Reason == "server_closed" {
 			t.Errorf("got disconnect of %s with reason %q, want of %s", got.Token, got.Reason, c.callback.Token)
 		}
-		if got := g.send(c.callback.Token, "late"); got != sentGone {
-			t.Errorf("got %s for a later send, want %s", got, sentGone)
-		}
+		g.wantSend(c.callback.Token, "late", sentGone)
 	}
 	g.waitMetric("gateway_streams", 0)
 }
@@ -604,7 +575,7 @@ func TestEndDoesNotWaitForTheCallback(t *testing.T) {
 	close(gate)
 }
 
-// A backend that has just begun knows no stream. All end, and those that come later stay.
+// A backend that has just started knows no streams. A reset ends all that are open, but none that open later.
 func TestReset(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
@@ -627,9 +598,7 @@ func TestReset(t *testing.T) {
 	} {
 		g.send(open.callback.Token, "still here")
 		open.wantData("still here")
-		if got := g.request("POST", "/internal/reset", append(tt.headers, "Content-Length: 0")...).reply(); got != tt.want {
-			t.Errorf("reset with %q: got %s, want %s", tt.headers, got, tt.want)
-		}
+		g.request("POST", "/internal/reset", append(tt.headers, "Content-Length: 0")...).wantReply(tt.want)
 	}
 	open.wantEnd()
 	g.wantDisconnect(open, "server_closed")
@@ -653,7 +622,7 @@ func TestMaxStreamSeconds(t *testing.T) {
 	g.wantDisconnect(c, "server_closed")
 }
 
-// Not parallel, as a shutdown has only so much time for all of this.
+// Not parallel, because a shutdown has limited time for all of this.
 func TestGatewayShutdown(t *testing.T) {
 	connecting, disconnecting := make(chan struct{}), make(chan struct{})
 	g := newGatewayFixture(t, "", func(w http.ResponseWriter, c callbackCall) {
@@ -686,11 +655,9 @@ func TestGatewayShutdown(t *testing.T) {
 	}
 	clients.Wait()
 	if spread := ends[len(ends)-1].Sub(ends[0]); spread < 50*time.Millisecond {
-		t.Errorf("all browsers lost their streams within %v and return in one wave", spread)
+		t.Errorf("all browsers lost their streams within %v, want at least 50 ms", spread)
 	}
-	if got, want := g.get("/readyz").reply(), `503 {"configured":true,"status":"not_ready"}`; got != want {
-		t.Errorf("readyz: got %s, want %s", got, want)
-	}
+	g.get("/readyz").wantReply(`503 {"configured":true,"status":"not_ready"}`)
 	if resp := g.get("/x").answer(); resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
 		t.Errorf("a new stream: got %s, %v; want 503 with Retry-After", resp.Status, resp.Header)
 	}
@@ -708,7 +675,7 @@ func TestGatewayShutdown(t *testing.T) {
 	}
 }
 
-// Whoever runs the gateway kills it after a while, so a backend that hangs must not keep it.
+// A service manager kills the gateway after a while, so a backend that hangs must not delay its exit.
 func TestGatewayShutdownIsBounded(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", holding("disconnect", nil, answering(200, "")))
@@ -721,8 +688,8 @@ func TestGatewayShutdownIsBounded(t *testing.T) {
 	c.wantEnd()
 }
 
-// A proxy would tell a browser whose connection ends without an answer 502, and it would give up for good. It is not
-// parallel, for all must be there before the first is given up.
+// If a connection ended without an answer, a proxy would send 502 and the browser would give up for good. The test is not
+// parallel, because all clients must be there before the first callback times out.
 func TestGatewayShutdownAnswersThoseThatConnect(t *testing.T) {
 	g := newGatewayFixture(t, "", holding("connect", nil, answering(200, "")))
 	var asked []*streamClient
@@ -780,7 +747,7 @@ func TestHeartbeat(t *testing.T) {
 	}
 }
 
-// Also what is refused can be read there: a page should be able to tell why.
+// A page of the allowed origin can also read refusals, to tell why it was refused.
 func TestGatewayCORS(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ settings, origin, credentials string }{
@@ -816,16 +783,12 @@ func TestGatewayPaths(t *testing.T) {
 		{"POST", "/metrics", `405 {"error":"method not allowed","code":"method_not_allowed"}`},
 		{"GET", "/internal/send", `405 {"error":"method not allowed","code":"method_not_allowed"}`},
 	} {
-		if got := g.request(tt.method, tt.target, "Accept: text/event-stream").reply(); got != tt.want {
-			t.Errorf("%s %s: got %s, want %s", tt.method, tt.target, got, tt.want)
-		}
+		g.request(tt.method, tt.target, "Accept: text/event-stream").wantReply(tt.want)
 	}
-	if n := len(g.connects); n != 0 {
-		t.Errorf("the backend was asked %d times, want never", n)
-	}
+	g.wantNotAsked()
 }
 
-// Browsers reach the public port. With INTERNAL_ADDR, what is for the backend alone must not even look like a stream there.
+// Browsers reach the public port. With INTERNAL_ADDR, internal paths are not found there, and do not open streams.
 func TestInternalAddr(t *testing.T) {
 	t.Parallel()
 	addr := "127.0.0.1:" + strconv.Itoa(freePort(t))
@@ -837,9 +800,7 @@ func TestInternalAddr(t *testing.T) {
 		}
 	}
 	resp, err := g.client.Get(g.internal + "/x")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	resp.Body.Close()
 	if n := len(g.connects); resp.StatusCode != 404 || n != 0 {
 		t.Errorf("internal GET /x: got %s, want 404; the backend was asked %d times, want never", resp.Status, n)
@@ -899,8 +860,6 @@ func TestGatewayMetrics(t *testing.T) {
 		`gateway_callback_duration_seconds_count{action="connect"}`:    4,
 		`gateway_callback_duration_seconds_count{action="disconnect"}`: 2,
 	} {
-		if got := g.metric(series); got != want {
-			t.Errorf("%s: got %v, want %v", series, got, want)
-		}
+		g.wantMetric(series, want)
 	}
 }

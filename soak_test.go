@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"strings"
 	"sync"
@@ -56,7 +55,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	if opened != closed {
-		t.Errorf("%v streams opened and %v closed, want as many", opened, closed)
+		t.Errorf("%v streams opened and %v closed, want the same number", opened, closed)
 	}
 	var now soakLeft
 	defer func() {
@@ -100,7 +99,7 @@ type soak struct {
 	t       *testing.T
 	gateway *process
 	client  *http.Client
-	lately  chan string // tokens of streams opened lately; what does not fit is nobody's
+	lately  chan string // tokens of streams opened lately; those that do not fit are dropped
 
 	mu       sync.Mutex
 	accepted map[string]bool // tokens of streams that have not ended
@@ -113,8 +112,7 @@ func newSoak(t *testing.T) *soak {
 		lately:   make(chan string, 100),
 		accepted: map[string]bool{},
 	}
-	backend := httptest.NewServer(http.HandlerFunc(s.callback))
-	t.Cleanup(backend.Close)
+	backend := serveTest(t, http.HandlerFunc(s.callback))
 	s.gateway = startOwnGateway(t, "CALLBACK_URL="+backend.URL+callbackTarget, "HEARTBEAT_INTERVAL_SECONDS=0.2",
 		"WRITE_TIMEOUT_SECONDS=0.5", "STREAM_BUFFER_BYTES=65536", "MAX_STREAM_SECONDS=1")
 	return s
@@ -200,7 +198,7 @@ func (s *soak) stall() {
 	}
 	defer conn.Close()
 	select {
-	case token := <-s.lately: // perhaps another's, which stands it
+	case token := <-s.lately: // perhaps of another client, which does no harm
 		big := fmt.Sprintf(`{"token":%q,"event":{"data":%q}}`, token, strings.Repeat("x", 60<<10))
 		for s.post(big) == http.StatusOK {
 		}
@@ -227,13 +225,7 @@ func (s *soak) misbehave() {
 }
 
 func (s *soak) metric(series string) float64 {
-	resp, err := s.client.Get(s.gateway.URL + "/metrics")
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	text, _ := io.ReadAll(resp.Body)
-	return scrapeValue(string(text), series)
+	return scrapeValue(scrapeURL(s.client, s.gateway.URL), series)
 }
 
 // wait is for longer than the gateway keeps idle connections to the backend.

@@ -68,8 +68,8 @@ func (c *streamClient) wireString(n int) string {
 	return string(text[:n])
 }
 
-// What the socket does not take waits and is written by another goroutine, and the order stays, also at the points
-// where the work passes from one to the other.
+// Events that the socket does not take are written later by another goroutine. The order must hold, also where the work
+// passes from one goroutine to the other.
 func TestSlowClientGetsEverything(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304 WRITE_TIMEOUT_SECONDS=60", nil)
@@ -77,9 +77,7 @@ func TestSlowClientGetsEverything(t *testing.T) {
 	data := muchData()
 	send := func() {
 		for _, d := range data {
-			if got := g.send(c.callback.Token, d); got != sentOK {
-				t.Errorf("got %s, want %s", got, sentOK)
-			}
+			g.wantSend(c.callback.Token, d, sentOK)
 		}
 	}
 	send() // while the client reads nothing
@@ -92,20 +90,18 @@ func TestSlowClientGetsEverything(t *testing.T) {
 	g.send(c.callback.Token, "live")
 	c.wantData("live")
 
-	// The end comes behind everything else, however long that takes.
+	// The end comes after everything else, however long that takes.
 	send()
 	if got := g.end(c.callback.Token); got != sentOK {
 		t.Errorf("end: got %s, want %s", got, sentOK)
 	}
-	if got := g.send(c.callback.Token, "late"); got != sentGone {
-		t.Errorf("behind the end: got %s, want %s", got, sentGone)
-	}
+	g.wantSend(c.callback.Token, "late", sentGone)
 	c.wantData(data...)
 	c.wantEnd()
 	g.wantDisconnect(c, "server_closed")
 }
 
-// A client that does not read must cost no more than its buffer, for a second, and nobody else anything.
+// A client that does not read may hold its buffer for a second, and must not affect other clients.
 func TestBufferOverflowCutsTheStream(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
@@ -127,7 +123,7 @@ func TestBufferOverflowCutsTheStream(t *testing.T) {
 		t.Errorf("cut after %v, want %v", took, overflowTimeout)
 	}
 	if accepted == len(muchData()) {
-		t.Errorf("all %d events were accepted", accepted)
+		t.Errorf("all %d events were accepted, want some refused", accepted)
 	}
 	if _, err := c.rest(); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the client got %v, want a reset: nothing is left for it", err)
@@ -138,8 +134,8 @@ func TestBufferOverflowCutsTheStream(t *testing.T) {
 	g.waitMetric("gateway_streams", 1)
 }
 
-// The limit is a second also for a write that began before, under the longer write timeout: with a large buffer one
-// always has.
+// The limit of a second also applies to a write that began earlier with the longer write timeout, as it always has when
+// the buffer is large.
 func TestBufferOverflowOfALargeBuffer(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304", nil)
@@ -157,7 +153,7 @@ func TestBufferOverflowOfALargeBuffer(t *testing.T) {
 	}
 }
 
-// A client gets what was accepted for it before its stream began, or it would return for the same again and again.
+// A client gets the events accepted before its stream began, or it would come back for the same events forever.
 func TestBufferOverflowDuringCallback(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
@@ -165,16 +161,12 @@ func TestBufferOverflowDuringCallback(t *testing.T) {
 	c := g.get("/x")
 	c.callback = receive(t, g.connects)
 	for _, want := range []string{sentBuffered, sentGone, sentGone} {
-		if got := g.send(c.callback.Token, strings.Repeat("x", 600)); got != want {
-			t.Errorf("got %s, want %s", got, want)
-		}
+		g.wantSend(c.callback.Token, strings.Repeat("x", 600), want)
 	}
 	close(gate)
 	c.begin()
 	c.wantData(strings.Repeat("x", 600))
-	if _, err := c.rest(); err == nil {
-		t.Error("the client got a clean end, want an error, for it misses an event")
-	}
+	c.wantCut()
 	g.wantDisconnect(c, "error")
 	g.waitMetric("gateway_streams", 0)
 }
@@ -187,9 +179,7 @@ func TestEventLargerThanTheBuffer(t *testing.T) {
 	c := g.get("/x")
 	c.callback = receive(t, g.connects)
 	large := strings.Repeat("x", 1000<<10) // the socket takes part of it
-	if got := g.send(c.callback.Token, large); got != sentBuffered {
-		t.Errorf("got %s, want %s", got, sentBuffered)
-	}
+	g.wantSend(c.callback.Token, large, sentBuffered)
 	for _, ask := range []func(token string) string{g.probe, g.end} { // which need no room
 		if got := ask(c.callback.Token); got != sentBuffered {
 			t.Errorf("got %s, want %s", got, sentBuffered)
@@ -201,13 +191,11 @@ func TestEventLargerThanTheBuffer(t *testing.T) {
 	c.wantEnd()
 
 	c = g.open("/x")
-	if got := g.send(c.callback.Token, large); got != sentOK {
-		t.Errorf("got %s, want %s", got, sentOK)
-	}
+	g.wantSend(c.callback.Token, large, sentOK)
 	c.wantData(large)
 }
 
-// One that does read gets what was accepted. If it lost what is under way to it, it would return again and again.
+// A client that reads gets every accepted event. If it lost those under way, it would come back forever.
 func TestBufferOverflowLeavesWhatWasAccepted(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
@@ -217,9 +205,7 @@ func TestBufferOverflowLeavesWhatWasAccepted(t *testing.T) {
 		accepted++
 	}
 	c.wantData(data[:accepted]...)
-	if _, err := c.rest(); err == nil {
-		t.Error("the client got a clean end, want an error, for it misses an event")
-	}
+	c.wantCut()
 	g.wantDisconnect(c, "error")
 }
 
@@ -235,12 +221,8 @@ func TestWriteTimeoutCutsTheStream(t *testing.T) {
 	if took := time.Since(began); took < 500*time.Millisecond {
 		t.Errorf("cut after %v, want 0.5 s", took)
 	}
-	if got := g.send(c.callback.Token, "late"); got != sentGone {
-		t.Errorf("got %s for a later send, want %s", got, sentGone)
-	}
-	if _, err := c.rest(); err == nil {
-		t.Error("the client got a clean end, want an error")
-	}
+	g.wantSend(c.callback.Token, "late", sentGone)
+	c.wantCut()
 }
 
 // The limit is for each write, not for the stream.
@@ -268,24 +250,16 @@ func TestStreamOutlivesTheWriteTimeout(t *testing.T) {
 func TestSlowReaderIsKept(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer l.Close()
 	client, err := (&net.Dialer{Control: smallSocket}).Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer client.Close()
 	conn, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	conn.(*net.TCPConn).SetWriteBuffer(1 << 20) // has room again when some 700 KiB of it have gone
 	raw, err := conn.(*net.TCPConn).SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	const timeout = 2 * time.Second // on a busy machine the client may not get to read for long
 	s := &stream{limits: &streamLimits{buffer: 4 << 20, writeTimeout: timeout}}
 	s.open(conn, raw, []byte("head"), false, 0)
@@ -301,8 +275,8 @@ func TestSlowReaderIsKept(t *testing.T) {
 	}
 }
 
-// The limit is also for what only the gateway's socket holds, with no write after it. A client that takes none of that
-// has left without a word, or might as well have.
+// The limit also applies to data in the gateway's socket buffer when no write follows. A client that acknowledges none
+// of it is taken to have left.
 func TestClientThatAcknowledgesNothing(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "WRITE_TIMEOUT_SECONDS=0.3", nil)
@@ -342,7 +316,7 @@ func TestConcurrentSenders(t *testing.T) {
 	}
 }
 
-// A heartbeat may look at a client that has not yet had the time to acknowledge an event, be it the first one of all or
+// A heartbeat may look at a client that has not yet had the time to acknowledge an event, whether the first or
 // one after a long while.
 func TestUptake(t *testing.T) {
 	t.Parallel()
@@ -369,7 +343,7 @@ func TestUptake(t *testing.T) {
 	}
 }
 
-// What drain is writing still waits for the client, and counts.
+// Bytes that drain is writing count as buffered.
 func TestStreamBufferCountsWhatIsBeingWritten(t *testing.T) {
 	t.Parallel()
 	conn, other := net.Pipe()

@@ -30,8 +30,7 @@ func (api *apiFixture) checkAnnounce(body, want string) {
 	api.check("POST", "/api/deployments/version", body, want)
 }
 
-// checkAnnounced announces a version to one request_id and wants to hear
-// whether it was delivered.
+// checkAnnounced announces a version to one request_id and checks whether it was delivered.
 func (api *apiFixture) checkAnnounced(id, version string, delivered bool) {
 	api.t.Helper()
 	status := map[bool]string{true: "delivered", false: "queued"}[delivered]
@@ -39,16 +38,15 @@ func (api *apiFixture) checkAnnounced(id, version string, delivered bool) {
 		fmt.Sprintf(`202 {"delivered":%v,"requestId":%q,"status":%q}`, delivered, id, status))
 }
 
-// checkAnnouncedToAll announces a version to everybody and wants to hear how
-// many got it and how many did not.
+// checkAnnouncedToAll announces a version to everybody and checks how many got it and how many did not.
 func (api *apiFixture) checkAnnouncedToAll(version string, delivered, failed int) {
 	api.t.Helper()
 	api.checkAnnounce(fmt.Sprintf(`{"version":%q}`, version),
 		fmt.Sprintf(`202 {"delivered":%d,"failed":%d,"version":%q}`, delivered, failed, version))
 }
 
-func TestVersionEvents(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+func TestVersionOutbox(t *testing.T) {
+	apiStory(t, "events", "", func(t *testing.T, api *apiFixture) {
 		stream := api.subscribe("r")
 		const answer = `202 {"delivered":true,"requestId":"r","status":"delivered"}`
 		api.checkAnnounce(`{"request_id":"r","version":"1.0","changelog":"<b>new</b>\nand \"better\""}`, answer)
@@ -59,14 +57,9 @@ e-1 version {"version":"1.0","changelog":"<b>new</b>\nand \"better\""}
 e-2 version {"version":"1.1"}
 e-3 version {"version":"1.2"}
 `
-		if got := stream.text(); got != want {
-			t.Errorf("got\n%s\nwant\n%s", got, want)
-		}
+		stream.wantText(want)
 	})
-}
-
-func TestVersionQueuedThenFlushed(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "queued, then flushed", "", func(t *testing.T, api *apiFixture) {
 		for _, version := range []string{"1", "2", "3"} {
 			api.checkAnnounced("r", version, false)
 		}
@@ -80,12 +73,9 @@ func TestVersionQueuedThenFlushed(t *testing.T) {
 		api.subscribe("r").checkStory("connection_open version:5") // each is delivered once
 		api.subscribe("other").checkStory("connection_open")
 	})
-}
 
-// It is not known whether the browser has the event. So its stream is ended
-// at the next opportunity, and it comes back for what it lacks.
-func TestVersionKeptWhenSendFails(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+	// The browser may or may not have the event, so its stream is ended at the next event, and it comes back for the rest.
+	apiStory(t, "kept when a send fails", "", func(t *testing.T, api *apiFixture) {
 		stream := api.subscribe("r")
 		api.gateway.fail(errors.New("no gateway"))
 		api.checkAnnounced("r", "1", false)
@@ -95,40 +85,13 @@ func TestVersionKeptWhenSendFails(t *testing.T) {
 		stream.leave()
 		api.connect("/api/sse/utils/version?request_id=r", "e-0").checkStory("connection_open version:1 version:2")
 	})
-}
-
-func TestVersionPendingLimit(t *testing.T) {
-	for settings, want := range map[string]int{"": 100, "VERSION_PENDING_LIMIT=3": 3, "VERSION_PENDING_LIMIT=0": 150} {
-		t.Run(settings, func(t *testing.T) {
-			apiTest(t, settings, func(t *testing.T, api *apiFixture) {
-				story := "connection_open"
-				for version := range 150 {
-					api.checkAnnounced("r", fmt.Sprint(version), false)
-					if version >= 150-want {
-						story += fmt.Sprint(" version:", version)
-					}
-				}
-				if got := api.metric(`sse_outbox_dropped_total{service="version",reason="limit"}`); got != float64(150-want) {
-					t.Errorf("got %v dropped, want %d", got, 150-want)
-				}
-				api.subscribe("r").checkStory(story)
-			})
-		})
-	}
-}
-
-func TestVersionOutboxExpires(t *testing.T) {
-	apiTest(t, "VERSION_PENDING_SECONDS=1000", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "expires", "VERSION_PENDING_SECONDS=1000", func(t *testing.T, api *apiFixture) {
 		go api.version.Tidy(t.Context())
 		checkEvents := func(want, wantExpired float64) {
 			t.Helper()
 			api.settle()
-			if got := api.metric(`sse_outbox_events{service="version"}`); got != want {
-				t.Errorf("got %v events, want %v", got, want)
-			}
-			if got := api.metric(`sse_outbox_dropped_total{service="version",reason="expired"}`); got != wantExpired {
-				t.Errorf("got %v expired, want %v", got, wantExpired)
-			}
+			api.wantMetric(`sse_outbox_events{service="version"}`, want)
+			api.wantMetric(`sse_outbox_dropped_total{service="version",reason="expired"}`, wantExpired)
 		}
 		api.subscribe("connected")
 		api.checkAnnounced("connected", "1", true)
@@ -146,12 +109,9 @@ func TestVersionOutboxExpires(t *testing.T) {
 		checkEvents(1, 3)                          // left's too
 		api.subscribe("never").checkStory("connection_open")
 	})
-}
 
-// A laptop that slept for longer than its log was kept comes back with the
-// ID of an event that is not the one with the same number now.
-func TestVersionAfterExpiryIsNotSkipped(t *testing.T) {
-	apiTest(t, "VERSION_PENDING_SECONDS=1000", func(t *testing.T, api *apiFixture) {
+	// A laptop that slept until its log had expired comes back with the ID of an event of the old log.
+	apiStory(t, "nothing is skipped after it expired", "VERSION_PENDING_SECONDS=1000", func(t *testing.T, api *apiFixture) {
 		api.version.policy.epoch = newEpoch
 		go api.version.Tidy(t.Context())
 		stream := api.subscribe("r")
@@ -163,8 +123,26 @@ func TestVersionAfterExpiryIsNotSkipped(t *testing.T) {
 	})
 }
 
+func TestVersionPendingLimit(t *testing.T) {
+	for settings, want := range map[string]int{"": 100, "VERSION_PENDING_LIMIT=3": 3, "VERSION_PENDING_LIMIT=0": 150} {
+		t.Run(settings, func(t *testing.T) {
+			apiTest(t, settings, func(t *testing.T, api *apiFixture) {
+				story := "connection_open"
+				for version := range 150 {
+					api.checkAnnounced("r", fmt.Sprint(version), false)
+					if version >= 150-want {
+						story += fmt.Sprint(" version:", version)
+					}
+				}
+				api.wantMetric(`sse_outbox_dropped_total{service="version",reason="limit"}`, float64(150-want))
+				api.subscribe("r").checkStory(story)
+			})
+		})
+	}
+}
+
 func TestVersionBroadcast(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "to all", "", func(t *testing.T, api *apiFixture) {
 		api.checkAnnouncedToAll("1", 0, 0)
 		api.checkAnnounced("b", "own", false)
 		a, b := api.subscribe("a"), api.subscribe("b")
@@ -184,11 +162,9 @@ func TestVersionBroadcast(t *testing.T) {
 		api.subscribe("lost").checkStory("connection_open version:2 version:3")
 		api.subscribe("a").checkStory("connection_open") // it has everything
 	})
-}
 
-// A page that gets a newer version first, and then an older one, would offer the older one.
-func TestVersionsArriveAsAnnounced(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+	// If an older version came after a newer one, the page would offer the older one.
+	apiStory(t, "in the order of the announcements", "", func(t *testing.T, api *apiFixture) {
 		away := api.subscribe("away")
 		away.leave()
 		api.checkAnnounced("waits", "0", false)
@@ -207,11 +183,9 @@ func TestVersionsArriveAsAnnounced(t *testing.T) {
 		api.subscribe("waits").checkStory("connection_open version:3")
 		api.checkAnnouncedToAll("3", 0, 0)
 	})
-}
 
-// A browser that has a version would offer its user to reload, for nothing.
-func TestVersionNotTwiceInARow(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
+	// A version that the browser already has would make the page offer a reload for nothing.
+	apiStory(t, "not twice in a row", "", func(t *testing.T, api *apiFixture) {
 		a, b := api.subscribe("a"), api.subscribe("b")
 		api.checkAnnounced("a", "1", true)
 		api.checkAnnouncedToAll("1", 1, 0) // only b lacks it
@@ -275,16 +249,14 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 		api.checkAnnounced("b", "1", false)
 		full := `503 {"error":"too many announcements or request IDs","code":"no_room"}`
 		api.checkAnnounce(`{"request_id":"c","version":"1"}`, full)
-		if got := api.do("POST", "/api/sse/callback", apiConnect("t", "/api/sse/utils/version?request_id=c")); got != full {
-			t.Errorf("a connection: got %s, want %s", got, full)
-		}
+		api.wantConnect("t", "/api/sse/utils/version?request_id=c", full)
 		api.subscribe("a").checkStory("connection_open version:1") // is known already
 		if got := len(api.version.streams); got != 2 {
 			t.Errorf("got %d logs, want 2", got)
 		}
 		time.Sleep(settleTime)
 		api.conns.sweep(0)
-		api.version.tidy() // keeps what waits, and whoever is there
+		api.version.tidy() // keeps pending announcements and open streams
 		if got := len(api.version.streams); got != 2 {
 			t.Errorf("got %d logs after tidying, want 2", got)
 		}
@@ -293,9 +265,9 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 	})
 }
 
-// What the limit has dropped is not held any more.
-func TestVersionMemoryIsWhatIsKept(t *testing.T) {
-	apiTest(t, "VERSION_PENDING_LIMIT=1", func(t *testing.T, api *apiFixture) {
+func TestVersionMemory(t *testing.T) {
+	// Dropped announcements do not count as held.
+	apiStory(t, "is what is kept", "VERSION_PENDING_LIMIT=1", func(t *testing.T, api *apiFixture) {
 		api.checkAnnounced("a", "1", false)
 		api.checkAnnounced("a", "2", false)
 		one := api.version.memory.held
@@ -306,9 +278,34 @@ func TestVersionMemoryIsWhatIsKept(t *testing.T) {
 			t.Errorf("got %d bytes held, want %d", got, one)
 		}
 	})
+
+	// A client that opens streams under many IDs must not fill the memory either.
+	apiStory(t, "idle request IDs make room", "", func(t *testing.T, api *apiFixture) {
+		api.checkAnnouncedToAll("1", 0, 0)
+		api.checkAnnounced("waits", "own", false)
+		idle, here, lost := api.subscribe("idle"), api.subscribe("here"), api.subscribe("lost")
+		for _, s := range []*apiStream{idle, here, lost} {
+			s.checkStory("connection_open version:1")
+		}
+		idle.leave()
+		lost.lose()
+		api.checkAnnouncedToAll("2", 1, 1)
+		api.version.tidy()
+		if got := len(api.version.streams); got != 4 {
+			t.Errorf("with memory left: got %d logs, want 4", got)
+		}
+		api.version.memory.limit = 2*api.version.memory.held - 1
+		api.version.tidy()
+		if got, want := slices.Sorted(maps.Keys(api.version.streams)), []string{"here", "waits"}; !slices.Equal(got, want) {
+			t.Errorf("got logs of %q, want of %q", got, want)
+		}
+		here.checkStory("connection_open version:1 version:2")
+		api.subscribe("lost").checkStory("connection_open version:2") // as it had been waiting
+		api.subscribe("waits").checkStory("connection_open version:1 version:own version:2")
+	})
 }
 
-// checkCounted wants what was counted to be what the heap has, within a tenth.
+// checkCounted checks that the bytes counted match the growth of the heap, within a tenth.
 func checkCounted(t *testing.T, what string, parts, counted int, before uint64) {
 	t.Helper()
 	held := int(heapInUse() - before)
@@ -318,7 +315,7 @@ func checkCounted(t *testing.T, what string, parts, counted int, before uint64) 
 	}
 }
 
-// A bound is only true if what is counted is what is held.
+// The bound holds only if the bytes counted match those on the heap.
 func TestVersionMemoryIsCounted(t *testing.T) {
 	if !alone(t) {
 		return
@@ -363,33 +360,6 @@ func TestVersionMemoryIsCounted(t *testing.T) {
 			runtime.KeepAlive(api)
 		})
 	}
-}
-
-// Whoever opens streams with one ID after the other must not fill the memory either.
-func TestVersionForgetsIdleWhenMemoryIsShort(t *testing.T) {
-	apiTest(t, "", func(t *testing.T, api *apiFixture) {
-		api.checkAnnouncedToAll("1", 0, 0)
-		api.checkAnnounced("waits", "own", false)
-		idle, here, lost := api.subscribe("idle"), api.subscribe("here"), api.subscribe("lost")
-		for _, s := range []*apiStream{idle, here, lost} {
-			s.checkStory("connection_open version:1")
-		}
-		idle.leave()
-		lost.lose()
-		api.checkAnnouncedToAll("2", 1, 1)
-		api.version.tidy()
-		if got := len(api.version.streams); got != 4 {
-			t.Errorf("with memory left: got %d logs, want 4", got)
-		}
-		api.version.memory.limit = 2*api.version.memory.held - 1
-		api.version.tidy()
-		if got, want := slices.Sorted(maps.Keys(api.version.streams)), []string{"here", "waits"}; !slices.Equal(got, want) {
-			t.Errorf("got logs of %q, want of %q", got, want)
-		}
-		here.checkStory("connection_open version:1 version:2")
-		api.subscribe("lost").checkStory("connection_open version:2") // as it had been waiting
-		api.subscribe("waits").checkStory("connection_open version:1 version:own version:2")
-	})
 }
 
 // raceConnect connects a stream many times, while something else happens, and then checks its request_id.
@@ -438,18 +408,18 @@ func TestRaceConnectDuringBroadcast(t *testing.T) {
 	})
 }
 
-// A log that is forgotten while a stream connects would leave that stream deaf.
+// If a log were forgotten while a stream connects, that stream would get no more events.
 func TestRaceConnectWhileMemoryIsShort(t *testing.T) {
 	raceConnect(t, func(api *apiFixture, i int) {
 		api.version.tidy()
 	}, func(st *versionStream, i int) {
 		if st == nil {
-			t.Error("nobody knows the log of an open stream")
+			t.Error("the log of an open stream was forgotten")
 		}
 	})
 }
 
-// versionFile is a server of a version.json whose every answer the test gives.
+// versionFile serves a version.json; the test gives each answer.
 type versionFile struct {
 	polls   chan *http.Request
 	answers chan http.HandlerFunc
@@ -480,7 +450,7 @@ func versionAnswer(status int, body string) http.HandlerFunc {
 	}
 }
 
-// A gateway that hangs must not keep the next version from being seen.
+// A gateway that hangs must not delay the next poll.
 func TestVersionPollWaitsForNoDelivery(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
@@ -490,8 +460,7 @@ func TestVersionPollWaitsForNoDelivery(t *testing.T) {
 	})
 	api.version.OnConnect("r", connectRequest{token: "t"})
 	file := versionFile{make(chan *http.Request), make(chan http.HandlerFunc)}
-	server := httptest.NewServer(file)
-	t.Cleanup(server.Close)
+	server := serveTest(t, file)
 	go api.version.Poll(t.Context(), server.URL, time.Millisecond)
 	for _, version := range []string{"1", "1", "2", "2"} {
 		receive(t, file.polls)
@@ -501,12 +470,11 @@ func TestVersionPollWaitsForNoDelivery(t *testing.T) {
 	file.answers <- versionAnswer(500, "")
 }
 
-// After a start the version is not known for as long as it was not seen twice, which must not take an interval.
+// A version counts only when it was seen twice. After a start, the second poll must not wait for a whole interval.
 func TestVersionPollIsQuickToStart(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
-	server := httptest.NewServer(versionAnswer(200, `{"version":"1"}`))
-	t.Cleanup(server.Close)
+	server := serveTest(t, versionAnswer(200, `{"version":"1"}`))
 	go api.version.Poll(t.Context(), server.URL, time.Hour)
 	eventually(t, patience, "the version is known", func() bool { return api.version.Latest() == "1" })
 }
