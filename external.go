@@ -206,10 +206,9 @@ func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) (sta
 // report carries out the body of a single report.
 func (s *TaskService) report(id string, body []byte) (status int, answer any, err error) {
 	said, err := parseReport(body)
-	if err != nil {
-		return 0, nil, err
+	if err == nil {
+		answer, err = s.Progress(id, said)
 	}
-	answer, err = s.Progress(id, said)
 	return http.StatusOK, answer, err
 }
 

@@ -72,10 +72,6 @@ func writeError(w http.ResponseWriter, err error) {
 	writeBody(w, jsonType, status, body)
 }
 
-func writeJSON(w http.ResponseWriter, status int, v any) {
-	writeBody(w, jsonType, status, append(marshal(v), '\n'))
-}
-
 func writeBody(w http.ResponseWriter, mediaType string, status int, body []byte) {
 	w.Header().Set("Content-Type", mediaType)
 	w.WriteHeader(status)
@@ -101,20 +97,17 @@ type handler func(w http.ResponseWriter, r *http.Request) (status int, answer an
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	status, answer, err := h(w, r)
-	if err != nil {
-		writeRefusal(w, r, err)
-		return
-	}
-	writeJSON(w, status, answer)
+	writeAnswer(w, r, status, answer, err)
 }
 
-// writeRefusal is writeError for a request whose body may go on: net/http reads it before it answers.
-func writeRefusal(w http.ResponseWriter, r *http.Request, err error) {
-	if hasMediaType(r, ndjson) {
+// writeAnswer writes the answer of a handler.
+func writeAnswer(w http.ResponseWriter, r *http.Request, status int, answer any, err error) {
+	if err != nil && hasMediaType(r, ndjson) { // the body may go on, and net/http reads it before it answers
 		w.Header().Set("Connection", "close")
 		http.NewResponseController(w).SetReadDeadline(time.Now().Add(refusedBody))
 	}
-	writeError(w, err)
+	status, body := encodeAnswer(status, answer, err)
+	writeBody(w, jsonType, status, body)
 }
 
 // readiness returns the answer of /readyz.

@@ -383,11 +383,10 @@ func (b *backend) protect(h handler) handler {
 func (b *backend) serveReport(w http.ResponseWriter, r *http.Request) {
 	status, answer, err := b.protect(b.tasks.serveProgress)(w, r)
 	if err != nil {
-		writeRefusal(w, r, err)
+		writeAnswer(w, r, 0, nil, err)
 		return
 	}
-	_, body := encodeAnswer(status, answer, nil)
-	b.reports.respond(w, r, jsonType, status, body)
+	b.reports.respond(w, r, jsonType, status, append(marshal(answer), '\n'))
 }
 
 // plainLimit is for plainPoster.

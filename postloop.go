@@ -87,7 +87,8 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 	begun := false // a request has begun, and must be there by deadline
 	now := time.Now()
 	for {
-		p, plain := l.parse(buf)
+		p, plain := parsePlain(buf)
+		plain = plain && (p.size == 0 || int64(p.size-p.head) <= l.poster.plainLimit(p))
 		if plain && p.size > 0 && len(buf) >= p.size {
 			var err error
 			if plain, err = l.reply(conn, p, buf, now, &out); err != nil {
@@ -106,7 +107,11 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 		}
 		if !plain {
 			conn.SetDeadline(time.Time{})
-			l.giveBack(&returnedConn{conn.(*net.TCPConn), bytes.NewReader(buf)})
+			select {
+			case l.conns <- &returnedConn{conn.(*net.TCPConn), bytes.NewReader(buf)}:
+			case <-l.closed:
+				conn.Close()
+			}
 			return
 		}
 		switch {
@@ -127,14 +132,6 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 			return
 		}
 	}
-}
-
-// parse is parsePlain, but for the poster's limit.
-func (l *postLoop) parse(buf []byte) (p plainPost, plain bool) {
-	if p, plain = parsePlain(buf); plain && p.size > 0 {
-		plain = int64(p.size-p.head) <= l.poster.plainLimit(p)
-	}
-	return p, plain
 }
 
 // replyBuffers are kept from one request to the next: the body of the answer, and the whole.
@@ -173,21 +170,24 @@ type plainPost struct {
 	head, size                int    // bytes of the head, and of the whole request; size is 0 while the head is incomplete
 }
 
-// hostBytes are the bytes of a host with a port. harmless are the headers that clients add by themselves, and that mean
-// nothing here.
+// hostBytes are the bytes of a host with a port. plainHeaders are those that parsePlain reads, and those that clients add
+// by themselves and that mean nothing here.
 const hostBytes = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-_:[]"
 
-var harmless = []string{"user-agent", "accept-encoding", "accept", "accept-language", "sec-fetch-mode", "traceparent", "tracestate"}
+var (
+	plainTypes   = []string{jsonType, ndjson}
+	plainHeaders = []string{"authorization", "connection", "content-length", "content-type",
+		"user-agent", "accept-encoding", "accept", "accept-language", "sec-fetch-mode", "traceparent", "tracestate"}
+)
 
-func isHarmless(name string) bool {
-	return slices.ContainsFunc(harmless, func(known string) bool { return strings.EqualFold(name, known) })
+func isPlainHeader(name string) bool {
+	return slices.ContainsFunc(plainHeaders, func(known string) bool { return strings.EqualFold(name, known) })
 }
 
 // parsePlain looks at the head of a request. plain is false if it is anything but a POST to a plain path with a
 // Content-Length and one of the media types.
 func parsePlain(buf []byte) (p plainPost, plain bool) {
-	const method, version = "POST /", " HTTP/1.1"
-	if n := min(len(buf), len(method)); string(buf[:n]) != method[:n] {
+	if n := min(len(buf), len("POST /")); string(buf[:n]) != "POST /"[:n] {
 		return p, false
 	}
 	head := bytes.Index(buf, []byte("\r\n\r\n"))
@@ -195,7 +195,7 @@ func parsePlain(buf []byte) (p plainPost, plain bool) {
 		return p, len(buf) <= maxHeader && bytes.Count(buf, []byte("\n")) == bytes.Count(buf, []byte("\r\n"))
 	}
 	line, rest, _ := bytes.Cut(buf[:head+2], []byte("\r\n"))
-	target, ok := bytes.CutSuffix(line[len("POST "):], []byte(version))
+	target, ok := bytes.CutSuffix(line[len("POST "):], []byte(" HTTP/1.1"))
 	if !ok || len(bytes.Trim(target, plainChars+"/")) > 0 {
 		return p, false
 	}
@@ -220,15 +220,13 @@ func parsePlain(buf []byte) (p plainPost, plain bool) {
 			ok = err == nil && length < 0
 			length = int(n)
 		case strings.EqualFold(name, "content-type"):
-			ok = p.mediaType == "" && (string(value) == jsonType || string(value) == ndjson)
-			p.mediaType = jsonType
-			if string(value) == ndjson {
-				p.mediaType = ndjson
-			}
+			i := slices.Index(plainTypes, string(value))
+			ok = p.mediaType == "" && i >= 0
+			p.mediaType = plainTypes[max(i, 0)]
 		case strings.EqualFold(name, "connection"):
 			ok = strings.EqualFold(string(value), "keep-alive")
 		default: // others might change what the request means
-			ok = isHarmless(name)
+			ok = isPlainHeader(name)
 		}
 		if !ok {
 			return p, false
@@ -240,31 +238,18 @@ func parsePlain(buf []byte) (p plainPost, plain bool) {
 
 // isVisible reports whether a part of a header has only visible ASCII and spaces.
 func isVisible(part []byte) bool {
-	for _, c := range part {
-		if c < ' ' || c > '~' {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(part, func(c byte) bool { return c < ' ' || c > '~' })
 }
 
 // isPlain reports whether a request was one that parsePlain knows, with a body of that media type. Others of its client
 // will have the same form, and going to and fro would cost more than it saves.
 func isPlain(r *http.Request, mediaType string) bool {
 	for name := range r.Header {
-		switch name {
-		case "Authorization", "Connection", "Content-Length":
-		case "Content-Type":
-			if r.Header.Get(name) != mediaType {
-				return false
-			}
-		default:
-			if !isHarmless(name) {
-				return false
-			}
+		if !isPlainHeader(name) {
+			return false
 		}
 	}
-	return r.ProtoAtLeast(1, 1) && !r.Close && r.ContentLength >= 0 && r.Header["Content-Type"] != nil
+	return r.ProtoAtLeast(1, 1) && !r.Close && r.ContentLength >= 0 && r.Header.Get("Content-Type") == mediaType
 }
 
 // appendAnswer appends a response, and counts it.
@@ -297,14 +282,6 @@ func (c *returnedConn) Read(b []byte) (int, error) {
 		return c.first.Read(b)
 	}
 	return c.TCPConn.Read(b)
-}
-
-func (l *postLoop) giveBack(c net.Conn) {
-	select {
-	case l.conns <- c:
-	case <-l.closed:
-		c.Close()
-	}
 }
 
 func (l *postLoop) Accept() (net.Conn, error) {

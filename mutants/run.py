@@ -62,8 +62,11 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("gateway.go", "if f := c.features.Load(); f != nil && !f.known {", "if f := c.features.Load(); f != nil && !f.known && false {", "Reset"),
     ("gateway.go", "next.turn.Done()", "_ = next", "Gateway"),
     ("callback.go", "a.Close = a.Close || h.closing.Load()", "_ = 0", "Callback|Closing"),
-    ("sendloop.go", 'strings.EqualFold(string(value), "keep-alive")', 'true', "SendConnection"),
-    ("sendloop.go", "ok = err == nil && length < 0", "ok = err == nil", "SendConnection"),
+    ("postloop.go", 'strings.EqualFold(string(value), "keep-alive")', 'true', "SendConnection"),
+    ("postloop.go", "ok = err == nil && length < 0", "ok = err == nil", "SendConnection"),
+    ("postloop.go", "ok = p.host == nil && ", "ok = ", "Connection|FuzzPlain"),
+    ("postloop.go", "l.busy.Add(1)", "", "PlainPosts"),
+    ("main.go", "b.reports.wait(drain)", "", "ReportConnections"),
     ("client.go", 'net.JoinHostPort("::1", port)', 'net.JoinHostPort("127.0.0.1", port)', "Dial|Localhost"),
     ("config.go", 'host == "localhost" || ip.IsLoopback() ||', 'host == "localhost" ||', "TestDevelopment"),
 ]
