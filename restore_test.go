@@ -125,7 +125,7 @@ func TestRestoreTasks(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		api.checkStatus("runs", taskFailed, "worker lost")
 		time.Sleep(10 * time.Second) // 101 s after its end
-		api.check("GET", "/api/tasks/done/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		api.checkGone("done")
 	})
 }
 
@@ -171,7 +171,7 @@ func TestRestoreMemory(t *testing.T) {
 		if got := api.do("GET", "/api/tasks/new/events", ""); strings.Count(got, "xxxx\"") != 50 {
 			t.Errorf("got %d events, want 50", strings.Count(got, `"id"`))
 		}
-		api.check("GET", "/api/tasks/old/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		api.checkGone("old")
 	})
 	synctest.Test(t, func(t *testing.T) { // a task that only waits has no progress to lose
 		api := restart(t, "TASK_MAX_WORKERS=1", nil)
@@ -207,7 +207,7 @@ func TestSnapshotForgets(t *testing.T) {
 			}
 		})
 		must(t, r.finish())
-		again.check("GET", "/api/tasks/b/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		again.checkGone("b")
 	})
 }
 
@@ -631,7 +631,7 @@ func TestRestoreShowsWhatIsStored(t *testing.T) {
 		const task = `{"type":"external","params":{"task_id":"a"}}`
 		cannotStore := `503 {"error":"cannot store","code":"cannot_store"}`
 		api.check("POST", "/api/tasks", task, cannotStore)
-		api.check("GET", "/api/tasks/a/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		api.checkGone("a")
 		api.check("GET", "/api/tasks", "", `200 {"tasks":[]}`)
 		d.mu.Lock()
 		d.room = 0

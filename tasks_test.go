@@ -79,6 +79,14 @@ func (api *apiFixture) status(id string) string {
 	return api.do("GET", "/api/tasks/"+id+"/status", "")
 }
 
+// checkGone wants a task to be unknown.
+func (api *apiFixture) checkGone(id string) {
+	api.t.Helper()
+	if got, want := api.status(id), `404 {"error":"task not found","code":"task_not_found"}`; got != want {
+		api.t.Errorf("status of task %q: got %s, want %s", id, got, want)
+	}
+}
+
 // checkStatus wants that status of a task, and that error unless it is "".
 func (api *apiFixture) checkStatus(id string, want taskStatus, wantError string) {
 	api.t.Helper()
@@ -427,7 +435,7 @@ func TestTaskAnswers(t *testing.T) {
 				t.Errorf("got  %s\nwant %s", got, want)
 			}
 		}
-		api.check("GET", "/api/tasks/"+"unknown"+"/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		api.checkGone("unknown")
 	})
 	apiStory(t, "list, newest first", "", func(t *testing.T, api *apiFixture) {
 		var want []string
@@ -455,7 +463,7 @@ func TestTaskAnswers(t *testing.T) {
 		api.checkPost("a/cancel", "", `404 {"error":"task is already finished","code":"task_finished"}`)
 		api.check("DELETE", "/api/tasks/a", "", `200 {"success":true,"message":"task deleted"}`)
 		api.check("DELETE", "/api/tasks/a", "", `404 {"error":"task not found","code":"task_not_found"}`)
-		api.check("GET", "/api/tasks/a/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		api.checkGone("a")
 		api.check("GET", "/api/tasks", "", `200 {"tasks":[]}`)
 	})
 	apiStory(t, "history", "TASK_EVENT_LIMIT=5000", func(t *testing.T, api *apiFixture) {
@@ -626,7 +634,7 @@ func TestTaskForgotten(t *testing.T) {
 		time.Sleep(10*time.Second - time.Nanosecond)
 		api.checkStatus("a", taskCompleted, "")
 		time.Sleep(time.Nanosecond)
-		api.check("GET", "/api/tasks/"+"a"+"/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		api.checkGone("a")
 	})
 
 	// A browser of the first task may come back to the second one, whose events have the same numbers.
@@ -1003,7 +1011,7 @@ func TestTaskMemoryOfRunningTasks(t *testing.T) {
 		api.follow("b").checkStory("connection_open task_started task_completed connection_close:task_completed")
 		api.checkStatus("b", taskCompleted, "")
 		api.external("c") // for which b is forgotten
-		api.check("GET", "/api/tasks/b/status", "", `404 {"error":"task not found","code":"task_not_found"}`)
+		api.checkGone("b")
 	})
 }
 
