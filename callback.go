@@ -21,7 +21,7 @@ const maxCallback = 256 << 10
 
 // streamService is a service that a connect is routed to.
 type streamService interface {
-	// OnConnect makes the stream the connection of the service's id, which is a good one. It returns the event that
+	// OnConnect makes the stream the connection of the service's id, which checkID has passed. It returns the event that
 	// begins the stream, and whether it ends after that. The error is errBadID (of a task on a page stream), errNoRoom,
 	// errTooManyTasks or errAskFirst.
 	OnConnect(id string, c connectRequest) (open event, end bool, err error)

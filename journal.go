@@ -66,7 +66,7 @@ type commit struct {
 	last   int           // where the last of them begins
 	then   []func()      // called in order once the commit is on disk
 	done   chan struct{} // closed by finish once the commit is on disk or has been refused
-	once   sync.Once     // it may be on disk after it was refused
+	once   sync.Once     // closes done: what was refused is finished again when it is on disk
 	stored atomic.Bool   // it is on disk
 }
 

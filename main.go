@@ -331,8 +331,8 @@ func (b *backend) work(ctx context.Context) {
 	}
 }
 
-// stop fails the tasks that run here, waits until their last events are out, and ends the streams at a gateway that
-// stays.
+// stop fails the tasks that run here, waits for reports under way and until the last events are out, and ends the
+// streams at a gateway that stays.
 func (b *backend) stop(ctx context.Context) {
 	b.closing.Store(true)
 	b.version.tidy() // stores what has been received
