@@ -279,8 +279,8 @@ func TestBackendUnreachable(t *testing.T) {
 	}
 }
 
-// A busy gateway may get to a request whose browser has left and tried again. It must not ask the backend about that
-// request, which would look like a newer tab.
+// When a busy gateway gets to a request, the browser may have left and tried again. The gateway must not ask the
+// backend about that request, which would look like a newer tab.
 func TestClientHasLeft(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)
@@ -401,7 +401,7 @@ func TestRequestsThatOpenNoStream(t *testing.T) {
 	const noBody = `400 {"error":"a stream request has no body"}`
 	for _, tt := range []struct {
 		name, request string
-		want          string // the beginning of status and body; net/http's own answers are no JSON
+		want          string // the beginning of status and body; net/http's own answers are not JSON
 	}{
 		{"body", "GET /x HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc", noBody},
 		{"chunked body", "GET /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", noBody},
@@ -425,8 +425,8 @@ func TestRequestsThatOpenNoStream(t *testing.T) {
 	g.open("/" + strings.Repeat("x", 8<<10-1))
 }
 
-// More at once would exhaust the sockets of backend and gateway. The rest must wait, not fail. The test is not parallel,
-// because all clients must be there before the first callback times out.
+// More callbacks at once would exhaust the sockets of backend and gateway, so the rest must wait, not fail. The test is
+// not parallel, because all clients must be there before the first callback times out.
 func TestConnectCallbacksAreBounded(t *testing.T) {
 	const clients, bound = 300, 256
 	underWay := make(chan struct{}, bound)
@@ -558,8 +558,8 @@ func TestClientLeavesDuringCallback(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 }
 
-// The backend may hold a lock of its own while it ends a stream, so the end must not wait for its callback. There are
-// more streams here than disconnect callbacks may be under way.
+// The backend may hold a lock of its own while it ends a stream, so the end must not wait for its callback. The test
+// ends more streams than disconnect callbacks may be under way.
 func TestEndDoesNotWaitForTheCallback(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
@@ -575,7 +575,7 @@ func TestEndDoesNotWaitForTheCallback(t *testing.T) {
 	close(gate)
 }
 
-// A backend that has just started knows no streams. A reset ends all that are open, but none that open later.
+// A backend that has just started knows no streams. A reset ends all that are open or being opened, but no later ones.
 func TestReset(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
@@ -688,8 +688,8 @@ func TestGatewayShutdownIsBounded(t *testing.T) {
 	c.wantEnd()
 }
 
-// If a connection ended without an answer, a proxy would send 502 and the browser would give up for good. The test is not
-// parallel, because all clients must be there before the first callback times out.
+// If a connection ended without an answer, a proxy would send 502 and the browser would give up for good. The test is
+// not parallel, because all clients must be there before the first callback times out.
 func TestGatewayShutdownAnswersThoseThatConnect(t *testing.T) {
 	g := newGatewayFixture(t, "", holding("connect", nil, answering(200, "")))
 	var asked []*streamClient
@@ -832,7 +832,7 @@ func TestGatewayMetrics(t *testing.T) {
 	first.begin()
 	refused.reply()
 	g.send(token, "3")
-	g.probe(token) // is no event
+	g.probe(token) // not an event
 	g.probe("")
 	g.post("text/plain", `{"token":"`+token+`"}`)
 	second := g.open("/yes")
