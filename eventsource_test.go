@@ -375,7 +375,7 @@ func TestEventSourceResumes(t *testing.T) {
 	}
 }
 
-// A browser takes every answer but an event stream as final. So the gateway's temporary refusals are event streams, too.
+// A browser takes any answer but an event stream as final. So the gateway's temporary refusals are event streams.
 func TestEventSourceGivesUp(t *testing.T) {
 	for _, tt := range []struct {
 		status      int
