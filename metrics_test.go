@@ -55,8 +55,8 @@ func scrapeValue(text, series string) float64 {
 	return v
 }
 
-// bothRoles returns the registry of a backend with an embedded gateway, made of both as by main: every family that the
-// program has, with the gauges of their owners.
+// bothRoles returns the registry of a backend with an embedded gateway, made as in main: it has every family of the
+// program, with the gauges of their owners.
 func bothRoles(t testing.TB) (*registry, *backendMetrics, *gatewayMetrics) {
 	cfg, err := loadBackendConfig(getenvFrom(nil))
 	must(t, err)
@@ -67,7 +67,7 @@ func bothRoles(t testing.TB) (*registry, *backendMetrics, *gatewayMetrics) {
 	return r, b.conns.met, g.met
 }
 
-// A family of the contract that is not on the page would be missed by nothing but a dashboard.
+// If a family of the contract were not on the page, only a dashboard would notice.
 func TestMetricsFamilies(t *testing.T) {
 	r, _, _ := bothRoles(t)
 	text := scrapeAll(r)
