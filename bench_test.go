@@ -43,7 +43,7 @@ func BenchmarkParseSend(b *testing.B) {
 	}
 }
 
-// BenchmarkSend sends an event to each of 10,000 streams by turns, over a connection that stays open, and waits for each
+// BenchmarkSend sends an event to each of 10,000 streams in turn, over a connection that stays open, and waits for each
 // answer: the whole way through the gateway.
 func BenchmarkSend(b *testing.B) {
 	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
@@ -65,8 +65,8 @@ func BenchmarkSendBatch(b *testing.B) {
 	g.benchExchange(b, []string{sendText("application/x-ndjson", batch)})
 }
 
-// BenchmarkGroupCommit sends from 64 goroutines, and from one, through a real gateway process to 1,000
-// clients: with a POST for each event, and in batches of what comes together.
+// BenchmarkGroupCommit sends from 64 goroutines, and from one, through a real gateway process to 1,000 clients: with a
+// POST for each event, and in batches of what comes together.
 func BenchmarkGroupCommit(b *testing.B) {
 	for _, features := range []string{"", featureBatch} {
 		for _, senders := range []int{1, 64} {
@@ -86,8 +86,8 @@ func BenchmarkGroupCommit(b *testing.B) {
 	}
 }
 
-// BenchmarkLogs is BenchmarkGroupCommit with logs, so that nobody waits for an answer. It ends when the gateway
-// has taken all.
+// BenchmarkLogs is BenchmarkGroupCommit with logs, so nobody waits for an answer. It ends when the gateway has taken
+// all events.
 func BenchmarkLogs(b *testing.B) {
 	for _, features := range []string{"", featureBatch} {
 		b.Run("features="+features, func(b *testing.B) {
@@ -127,7 +127,7 @@ func benchConns(b *testing.B, features string) (m *ConnectionManager, tokens []s
 	return m, tokens
 }
 
-// benchEach calls f for 1 to b.N, from so many goroutines.
+// benchEach calls f for 1 to b.N, from this many goroutines.
 func benchEach(b *testing.B, goroutines int, f func(i int)) {
 	var next atomic.Int64
 	var work sync.WaitGroup
@@ -141,7 +141,7 @@ func benchEach(b *testing.B, goroutines int, f func(i int)) {
 	work.Wait()
 }
 
-// BenchmarkConnect is the life of a stream, from the connection to its disconnect callback.
+// BenchmarkConnect measures the life of a stream, from the connection to its disconnect callback.
 func BenchmarkConnect(b *testing.B) {
 	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
 	b.ReportAllocs()
@@ -175,7 +175,7 @@ func BenchmarkHeartbeatRound(b *testing.B) {
 	}
 }
 
-// openMany opens about so many streams, whose clients read whatever comes. It returns their tokens.
+// openMany opens up to n streams and returns their tokens. The clients read whatever comes.
 func (g *gatewayFixture) openMany(n int) (tokens []string) {
 	var clients quietClients
 	for range atMost(g.t, n) {
@@ -191,7 +191,7 @@ func (g *gatewayFixture) openMany(n int) (tokens []string) {
 	return tokens
 }
 
-// atMost is n, or less if there are not enough file descriptors for both ends of n connections.
+// atMost returns n, or less if there are not enough file descriptors for both ends of n connections.
 func atMost(t testing.TB, n int) int {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
@@ -204,11 +204,11 @@ func atMost(t testing.TB, n int) int {
 	return n
 }
 
-// quietClients are sockets that only read looks at. Goroutines that wait for what comes would take as much of the
-// processors as the gateway does; browsers are on other machines.
+// quietClients are sockets that only read looks at. Goroutines that wait for events would take as much CPU as the
+// gateway does; browsers are on other machines.
 type quietClients []int
 
-// quiet returns the socket of a connection, which it closes.
+// quiet returns a copy of the socket of a connection, and closes the connection.
 func quiet(t testing.TB, conn *net.TCPConn) (fd int) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -232,7 +232,7 @@ func (c quietClients) read(got func(text []byte)) {
 	}
 }
 
-// benchExchange sends the requests by turns over one connection. Their answers must be equally long.
+// benchExchange sends the requests in turn over one connection. Their answers must be equally long.
 func (g *gatewayFixture) benchExchange(b *testing.B, requests []string) {
 	conn := g.dial(requests[0])
 	if got := conn.reply(); !strings.HasPrefix(got, sentOK) {
@@ -254,8 +254,8 @@ func (g *gatewayFixture) benchExchange(b *testing.B, requests []string) {
 	}
 }
 
-// BenchmarkReports is from a report to the answer, embedded, each task with a follower that reads all: single reports of
-// one worker and of 64, and one body with all of them as lines; in memory, and with DATA_DIR. CPU is that of the process.
+// BenchmarkReports measures reports up to their answer, with a follower of each task: single reports of one worker and
+// of 64, and one body with all of them as lines, in memory and with DATA_DIR. CPU is that of the process.
 func BenchmarkReports(b *testing.B) {
 	for _, env := range [][]string{nil, {"DATA_DIR"}} {
 		for _, workers := range []int{1, 64, 0} {
@@ -306,7 +306,7 @@ func BenchmarkReports(b *testing.B) {
 	}
 }
 
-// cpuSeconds is what a process has used so far, in hundredths.
+// cpuSeconds returns the CPU time that a process has used so far.
 func cpuSeconds(b *testing.B, pid int) float64 {
 	b.Helper()
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)) // proc(5): utime and stime are fields 14 and 15
