@@ -16,12 +16,12 @@ import (
 	"time"
 )
 
-// getenvFrom is an environment of just these variables.
+// getenvFrom returns os.Getenv for an environment of just these variables.
 func getenvFrom(env map[string]string) func(string) string {
 	return func(name string) string { return env[name] }
 }
 
-// configProblems are what both roles and the logger say about an environment, one a line.
+// configProblems returns what both roles and the logger say about an environment, one problem a line.
 func configProblems(env map[string]string) string {
 	_, backend := loadBackendConfig(getenvFrom(env))
 	_, gateway := loadGatewayConfig(getenvFrom(env))
@@ -56,7 +56,7 @@ func TestConfigDefaults(t *testing.T) {
 	}
 }
 
-// Every variable has a value of its own here, so that one that lands in the wrong field shows.
+// Every variable has a value of its own here, so one that lands in the wrong field is noticed.
 func TestConfigEveryVariable(t *testing.T) {
 	env := map[string]string{
 		"APP_ENV": "production", "ADDR": ":1", "SSE_GATEWAY_URL": "http://localhost:3000/",
@@ -205,7 +205,7 @@ func TestConfigProduction(t *testing.T) {
 	}
 }
 
-// A callback URL that was put into the wrong variable must not bring its secret into the log of a failed start.
+// A callback URL in the wrong variable must not put its secret into the log of a failed start.
 func TestConfigErrorsHideSecrets(t *testing.T) {
 	env := map[string]string{"APP_ENV": "production"}
 	for _, name := range []string{"SSE_CALLBACK_SECRET", "API_TOKEN", "CALLBACK_URL"} {
@@ -299,7 +299,7 @@ func TestGatewayHost(t *testing.T) {
 	}
 }
 
-// Of a setting whose name is misspelt nobody would hear anything. What other programs or Kubernetes set is none.
+// A misspelt setting has no effect, so the log says so. Variables of other programs or of Kubernetes are no settings.
 func TestMisspeltVariables(t *testing.T) {
 	t.Parallel()
 	environ := []string{
