@@ -209,6 +209,12 @@ func (t *connTest) onDisconnect(token string) {
 	t.rest()
 }
 
+func (t *connTest) sweep(interval time.Duration) {
+	t.Helper()
+	go t.conns.sweep(interval)
+	t.rest()
+}
+
 // send begins a send of an event without ID. Its outcome comes through the channel.
 func (t *connTest) send(identifier, token, data string) <-chan string {
 	t.Helper()
@@ -440,12 +446,10 @@ func TestSweep(t *testing.T) {
 		time.Sleep(time.Minute / 2)
 		t.onConnect("task:2", "b")
 		time.Sleep(time.Minute / 2)
-		go t.conns.sweep(time.Minute)
-		t.rest()
+		t.sweep(time.Minute)
 		t.wantUnderWay("a ?")
 		t.ok("a ?")
-		go t.conns.sweep(time.Minute) // a was checked just now, b is still young
-		t.rest()
+		t.sweep(time.Minute) // a was checked just now, b is still young
 		t.wantUnderWay()
 		t.wantConnections("task:1 a", "task:2 b")
 	})
@@ -453,8 +457,7 @@ func TestSweep(t *testing.T) {
 		for i, token := range []string{"a", "b", "c", "d", "e"} {
 			t.onConnect(fmt.Sprint("task:", i), token)
 		}
-		go t.conns.sweep(0)
-		t.rest()
+		t.sweep(0)
 		t.ok("a ?")
 		t.buffered("b ?")
 		t.fails("c ?")
@@ -468,8 +471,7 @@ func TestSweep(t *testing.T) {
 		t.onConnect("task:2", "b")
 		t.send("task:1", "a", "one")
 		t.fails("a one")
-		go t.conns.sweep(0)
-		t.rest()
+		t.sweep(0)
 		t.wantUnderWay("a end", "b ?")
 	})
 
@@ -479,16 +481,13 @@ func TestSweep(t *testing.T) {
 		t.rest()
 		t.fails(closing("a", "replaced"))
 		for range 2 {
-			t.conns.sweep(time.Minute)
-			t.rest()
+			t.sweep(time.Minute)
 			t.wantUnderWay(closing("a", "replaced"))
 			t.fails(closing("a", "replaced"))
 		}
-		t.conns.sweep(time.Minute)
-		t.rest()
+		t.sweep(time.Minute)
 		t.notFound(closing("a", "replaced"))
-		t.conns.sweep(time.Minute)
-		t.rest()
+		t.sweep(time.Minute)
 		t.wantUnderWay()
 	})
 	testConns(t, "bounds its sends", func(t *connTest) {

@@ -618,8 +618,7 @@ func TestFollowerEnd(t *testing.T) {
 		t.end("task_completed")
 		t.fails(closing("a", "task_completed"))
 		t.wantUnderWay()
-		go t.conns.sweep(0)
-		t.rest()
+		t.sweep(0)
 		t.ok("a end")
 		t.onDisconnect("a")
 		t.connect("b", "x-0", "x-0")
@@ -856,17 +855,14 @@ func TestFollowerOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
 		"replaced later":       {func(t *logTest) { time.Sleep(settleTime) }, "x-1"},
 		"lost at once": {func(t *logTest) { // the gateway crashed, and the backend learns of it much later
 			time.Sleep(time.Hour)
-			go t.conns.sweep(0)
-			t.rest()
+			t.sweep(0)
 			t.notFound("a ?")
 		}, "x-0"},
 		"lost after a sweep": {func(t *logTest) {
 			time.Sleep(settleTime)
-			go t.conns.sweep(0)
-			t.rest()
+			t.sweep(0)
 			t.connTest.ok("a ?")
-			go t.conns.sweep(0)
-			t.rest()
+			t.sweep(0)
 			t.notFound("a ?")
 		}, "x-1"},
 	} {
@@ -1069,7 +1065,7 @@ func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
 	for name, next := range map[string]func(t *logTest){
 		"event": func(t *logTest) { t.append("two") },
 		"end":   func(t *logTest) { t.end("task_completed") },
-		"sweep": func(t *logTest) { go t.conns.sweep(0); t.rest() },
+		"sweep": func(t *logTest) { t.sweep(0) },
 	} {
 		testLog(t, name, taskLike(), func(t *logTest) {
 			t.append("one")
@@ -1450,8 +1446,7 @@ func (w *world) step() {
 	case n < 58:
 		w.crash()
 	case n < 60:
-		go w.conns.sweep(0)
-		w.rest()
+		w.sweep(0)
 	case n < 63: // the gateway performs a send that nobody waits for any more
 		if len(w.late) > 0 {
 			w.perform(w.late[0])
@@ -1487,8 +1482,7 @@ func (w *world) network() {
 func (w *world) calm() {
 	w.Helper()
 	for range 200 {
-		go w.conns.sweep(0)
-		w.rest()
+		w.sweep(0)
 		for _, s := range w.streams {
 			if s.underWay() {
 				w.arrives(s)
