@@ -70,12 +70,7 @@ func openSite(t *testing.T) (*site, *tab) {
 // post posts to the backend, as a script would.
 func (s *site) post(t *testing.T, path, body string) (answer map[string]any) {
 	t.Helper()
-	resp, err := http.Post(s.backend.URL+path, "application/json", strings.NewReader(body))
-	must(t, err)
-	defer resp.Body.Close()
-	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || resp.StatusCode/100 != 2 {
-		t.Fatalf("POST %s: got %s, %v", path, resp.Status, err)
-	}
+	must(t, json.Unmarshal([]byte(mustAsk(t, "POST", s.backend.URL+path, body)), &answer))
 	return answer
 }
 
@@ -283,10 +278,7 @@ func TestBrowserTable(t *testing.T) {
 
 	// A deleted task disappears, whether it was deleted here or elsewhere.
 	tab.run(row("b") + `.querySelector(".act").click()`)
-	req, _ := http.NewRequest("DELETE", site.backend.URL+"/api/tasks/c", nil)
-	resp, err := http.DefaultClient.Do(req)
-	must(t, err)
-	resp.Body.Close()
+	mustAsk(t, "DELETE", site.backend.URL+"/api/tasks/c", "")
 	looked()
 	tab.wait(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId).join() == "d,a"`)
 }
