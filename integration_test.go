@@ -509,14 +509,7 @@ func TestIntegrationOutOfDescriptors(t *testing.T) {
 	if took := time.Since(began); float64(n) > took.Seconds()+2 {
 		t.Errorf("%d lines of log in %v, want one a second", n, took)
 	}
-	eventually(t, soon, "recovered", func() bool {
-		status, err := http.Get(p.URL + "/readyz")
-		if err != nil {
-			return false
-		}
-		status.Body.Close()
-		return status.StatusCode == http.StatusOK
-	})
+	eventually(t, soon, "recovered", p.isUp)
 }
 
 // Profiles reveal too much for a public address, and can keep a core busy.

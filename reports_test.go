@@ -155,21 +155,11 @@ func TestReportsDuringShutdown(t *testing.T) {
 	r := reportAtLength(t, v, id)
 	r.say(`{"text":"one"}` + "\n" + `{"text":"two"}` + "\n")
 	eventually(t, soon, "the reports are taken", func() bool {
-		resp, err := http.Get(v.api + "/api/tasks/" + id + "/events")
-		if err != nil {
-			return false
-		}
-		defer resp.Body.Close()
-		text, _ := io.ReadAll(resp.Body)
-		return strings.Contains(string(text), `"two"`)
+		return strings.Contains(v.getText("/api/tasks/"+id+"/events"), `"two"`)
 	})
-	if code := backend.stop(t); code != 0 {
-		t.Errorf("exit code %d", code)
-	}
+	backend.wantStop(t)
 	r.want(`503 {"error":"shutting down","code":"shutting_down","reports":2}`)
-	if err := backend.start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, backend.start())
 	r = reportAtLength(t, v, id)
 	for n := range 5000 {
 		r.say(fmt.Sprintf(`{"text":"report %d","seq":%d}`+"\n", n, n+1))
