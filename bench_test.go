@@ -194,9 +194,7 @@ func (g *gatewayFixture) openMany(n int) (tokens []string) {
 // atMost returns n, or less if there are not enough file descriptors for both ends of n connections.
 func atMost(t testing.TB, n int) int {
 	var limit syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		t.Fatal(err)
-	}
+	must(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
 	if most := int(limit.Cur/2) - 200; n > most {
 		t.Logf("%d streams instead of %d: RLIMIT_NOFILE is %d", most, n, limit.Cur)
 		return most
@@ -211,13 +209,9 @@ type quietClients []int
 // quiet returns a copy of the socket of a connection, and closes the connection.
 func quiet(t testing.TB, conn *net.TCPConn) (fd int) {
 	raw, err := conn.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	raw.Control(func(polled uintptr) { fd, err = syscall.Dup(int(polled)) })
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	conn.Close()
 	t.Cleanup(func() { syscall.Close(fd) })
 	return fd
@@ -275,9 +269,7 @@ func BenchmarkReports(b *testing.B) {
 					id := v.start("external", "{}")
 					reports[i] = "/api/tasks/" + id + "/progress"
 					resp, err := v.client.Get(v.streams + taskPath(id))
-					if err != nil {
-						b.Fatal(err)
-					}
+					must(b, err)
 					b.Cleanup(func() { resp.Body.Close() })
 					go io.Copy(io.Discard, resp.Body)
 				}
@@ -287,9 +279,7 @@ func BenchmarkReports(b *testing.B) {
 				if workers == 0 {
 					body := strings.NewReader(strings.Repeat(report+"\n", b.N))
 					resp, err := v.client.Post(v.api+reports[0], ndjson, body)
-					if err != nil {
-						b.Fatal(err)
-					}
+					must(b, err)
 					if text, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK {
 						b.Fatal(resp.Status, string(text))
 					}
@@ -310,9 +300,7 @@ func BenchmarkReports(b *testing.B) {
 func cpuSeconds(b *testing.B, pid int) float64 {
 	b.Helper()
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)) // proc(5): utime and stime are fields 14 and 15
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	_, rest, _ := strings.Cut(string(stat), ") ")
 	var user, system float64
 	fields := strings.Fields(rest)

@@ -132,9 +132,7 @@ func retryScale(factor float64) func(*eventSource) {
 func openEventSource(t testing.TB, url string, opts ...func(*eventSource)) *eventSource {
 	t.Helper()
 	req, err := http.NewRequest(http.MethodGet, url, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	req.Header.Set("Accept", "text/event-stream")
 	req.Header.Set("Cache-Control", "no-cache") // what browsers send for the cache mode of 9.2.2
 	ctx, cancel := context.WithCancel(context.Background())

@@ -220,9 +220,7 @@ func TestGatewayClientConnectLimit(t *testing.T) {
 			err = syscall.Listen(fd, 0)
 		}
 		addr, nameErr := syscall.Getsockname(fd)
-		if err = errors.Join(err, nameErr); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(err, nameErr))
 		target := fmt.Sprint("127.0.0.1:", addr.(*syscall.SockaddrInet4).Port)
 		for start := time.Now(); ; start = time.Now() { // until the queue of connections that nobody accepts is full
 			conn, err := dial(context.Background(), "tcp", target)

@@ -665,9 +665,8 @@ func TestRestoreRefuses(t *testing.T) {
 	if info, err := file.Stat(); err != nil || info.Mode() != 0o600 {
 		t.Errorf("the journal has mode %v, want 0600", info.Mode())
 	}
-	if _, err := file.WriteAt([]byte("?"), int64(len(journalHeader)+30)); err != nil {
-		t.Fatal(err)
-	}
+	_, err = file.WriteAt([]byte("?"), int64(len(journalHeader)+30))
+	must(t, err)
 	other(fmt.Sprintf("%s/journal: damaged at offset %d", dir, len(journalHeader)))
 }
 

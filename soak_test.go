@@ -23,9 +23,8 @@ func TestSoak(t *testing.T) {
 	length, tell := 2*time.Second, t.Log
 	if text := os.Getenv("SIDECAST_SOAK"); text != "" {
 		var err error
-		if length, err = time.ParseDuration(text); err != nil {
-			t.Fatal(err)
-		}
+		length, err = time.ParseDuration(text)
+		must(t, err)
 		tell = func(report ...any) { fmt.Println(report...) } // go test shows no log of a test that passes
 	}
 	s := newSoak(t)
