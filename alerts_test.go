@@ -23,7 +23,7 @@ var alertTests = map[string]struct {
 		map[string]string{"job": "sidecast-backend", "instance": "b"}, "sidecast-backend at b does not answer"},
 	"SidecastRestarts": {
 		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x60"},
-		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x20 2x5 3x5 4x30"}, // three deployments
+		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x20 2x5 3x5 4x30"}, // deployments
 		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x30 2x4 3x4 4x4 5x4 6x4 7x4"},
 		map[string]string{"job": "sidecast-backend", "instance": "b"},
 		"sidecast-backend at b keeps restarting, and ends what it runs each time"},

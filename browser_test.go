@@ -152,7 +152,7 @@ func TestBrowserManyTasks(t *testing.T) {
 		tab.call(tab.session, "Page.bringToFront", nil, &struct{}{}) // otherwise it does not ask for the list
 		tab.wait(count("#tasks tbody[data-status=running][data-state=open]", 20))
 		tab.wait(count("#tasks li", 20))
-		tab.run(`fetch("/healthz").then(() => window.answered = true)`) // no task ends before
+		tab.run(`fetch("/healthz").then(() => window.answered = true)`) // no task has ended by then
 		tab.wait(`window.answered`)
 		tab.get(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId)`, &ids)
 	}
@@ -532,7 +532,7 @@ func TestBrowserOtherSite(t *testing.T) {
 }
 
 // A page can make its own name point at this machine. To its browser that is the same site, so the page could do
-// everything to a backend in development, which asks for no token.
+// anything to a backend in development, which asks for no token.
 func TestBrowserRebinding(t *testing.T) {
 	t.Parallel()
 	backend := startBackend(t)

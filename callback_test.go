@@ -348,7 +348,7 @@ func TestCallbackTakesOnlyPlainTargets(t *testing.T) {
 	}
 	for _, target := range []string{
 		"/api/sse/tasks?task_id=a&task_id=a", "/api/sse/tasks?task_id=a&task_id=", "/api/sse/utils/version?request_id=a&request_id=b",
-		"/api/sse/tasks?task_id=a&request_id=x&request_id=y", "/api/sse/utils/version?request_id=a&task_id=x&task_id=y", // even if the route reads no such field
+		"/api/sse/tasks?task_id=a&request_id=x&request_id=y", "/api/sse/utils/version?request_id=a&task_id=x&task_id=y", // unread fields, too
 	} {
 		if got := api.callback(apiConnect("t", target)); !strings.HasSuffix(got, `"code":"duplicate_field"}`) {
 			t.Errorf("%s: got %s, want 400", target, got)
@@ -367,8 +367,8 @@ func TestCallbackLastEventIDInTheQuery(t *testing.T) {
 		api.post("a/progress", `{"text":"","value":0.5}`)
 		const target = "/api/sse/tasks?task_id=a"
 		api.connect(target + "&lastEventId=e-1").checkStory("connection_open progress_update")
-		api.connect(target + "&lastEventId=e-1&lastEventId=e-2").checkStory("connection_open")      // the last one counts
-		api.connect(target+"&lastEventId=e-2", "e-1").checkStory("connection_open progress_update") // the header comes first
+		api.connect(target + "&lastEventId=e-1&lastEventId=e-2").checkStory("connection_open")      // the last counts
+		api.connect(target+"&lastEventId=e-2", "e-1").checkStory("connection_open progress_update") // header first
 		api.connect(target+"&lastEventId=e-2", "").checkStory("connection_open")
 		for _, query := range []string{"&lastEventId=close", "&lastEventId=e-1&lastEventId=close"} {
 			api.wantConnect("t", target+query, "410 ")
@@ -399,9 +399,9 @@ func TestCallbackReplaces(t *testing.T) {
 		const target, features = "/api/sse/utils/version?request_id=r", "Sse-Gateway-Features: batch, id, retry"
 		living := api.connect(target)
 		const gone = `503 {"error":"the gateway does not know this stream","code":"gateway_gone"}`
-		api.check("POST", "/api/sse/callback", apiConnect("ghost", target), gone, features) // the gateway does not know this token
+		api.check("POST", "/api/sse/callback", apiConnect("ghost", target), gone, features) // unknown token
 		api.gateway.fail(errNoAnswer)
-		api.check("POST", "/api/sse/callback", apiConnect("ghost", target), gone, features) // the gateway does not answer
+		api.check("POST", "/api/sse/callback", apiConnect("ghost", target), gone, features) // no answer
 		api.gateway.fail(nil)
 		living.checkStory("connection_open")
 		if got := api.conns.tokens[living.token]; got != "version:r" {

@@ -299,7 +299,7 @@ func TestGatewayHost(t *testing.T) {
 	}
 }
 
-// A misspelt setting has no effect, so the log says so. Variables of other programs or of Kubernetes are no settings.
+// A misspelt setting has no effect, so it is logged. Variables of other programs or of Kubernetes are not.
 func TestMisspeltVariables(t *testing.T) {
 	t.Parallel()
 	environ := []string{
@@ -311,7 +311,7 @@ func TestMisspeltVariables(t *testing.T) {
 	}
 	for _, args := range [][]string{nil, {"gateway"}} {
 		var out bytes.Buffer
-		bad := map[string]string{"ADDR": "192.0.2.1:1", "HOST": "192.0.2.1", "PORT": "1"} // not of this machine, so that it ends at once
+		bad := map[string]string{"ADDR": "192.0.2.1:1", "HOST": "192.0.2.1", "PORT": "1"} // not ours, so it ends at once
 		run(t.Context(), args, getenvFrom(bad), io.Discard, &out, environ...)
 		var got []string
 		for _, m := range regexp.MustCompile(`level=WARN msg="no such setting: is its name misspelt\?" variable=(\S*)`).FindAllStringSubmatch(out.String(), -1) {

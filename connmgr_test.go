@@ -83,7 +83,7 @@ func (f senderFunc) send(token string, events []event, end bool) sendResult { re
 // errNoAnswer is any failure but a 404.
 var errNoAnswer = errors.New("no answer")
 
-// steppedGateway is a gateway that leaves every answer to the test, which gives it with reply.
+// steppedGateway is a gateway that answers only when the test calls reply.
 type steppedGateway struct {
 	batches  bool // it takes several events at once
 	mu       sync.Mutex

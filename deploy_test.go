@@ -26,8 +26,8 @@ import (
 
 // These tests use the Dockerfile and the files in deploy, with only addresses, paths, intervals and limits changed.
 
-// needs skips the test if a tool is missing: a command or, as "root", root privileges. If CI is set the test fails
-// instead, because a skipped test proves nothing.
+// needs skips the test if a command is missing or, for "root", root privileges are. If CI is set it fails the test, as
+// a skipped test proves nothing.
 func needs(t testing.TB, tools ...string) {
 	t.Helper()
 	const text = "this test needs %s; run it as root, with the tools that .ci/run installs"
@@ -385,8 +385,8 @@ func TestNginx(t *testing.T) {
 	wantHidden(t, site)
 }
 
-// A temporary error that nginx itself answers never makes an EventSource give up, over HTTP/1.1 or HTTP/2, even on a
-// page of another site.
+// A temporary error from nginx itself never makes an EventSource give up, over HTTP/1.1 or HTTP/2, even on a page of
+// another site.
 func TestNginxErrors(t *testing.T) {
 	needs(t, "nginx", "root")
 	t.Parallel()
@@ -662,7 +662,7 @@ func TestReplicas(t *testing.T) {
 		waitFinished(t, es)
 	}
 
-	// Then its backend dies. Until it is back, no other says that its tasks are unknown. Afterwards it resumes them.
+	// Then its backend dies. Until it is back, no other replica says that its tasks are unknown. Then it resumes them.
 	paths := map[string]string{}
 	for i := range 20 {
 		id := fmt.Sprintf("third-%d", i)

@@ -343,7 +343,7 @@ func TestFollowerResume(t *testing.T) {
 		{"x-0", "x-0", "x-0"},
 		{"x-1", "x-1", "x-1"},
 		{"x-3", "x-3", "x-3"},
-		{"x-4", "x-0", "x-3"}, // this and all below are no events of this log
+		{"x-4", "x-0", "x-3"}, // this and all below are not events of this log
 		{"", "x-0", "x-3"},
 		{"y-1", "x-0", "x-3"}, // the backend was restarted
 		{"-1", "x-0", "x-3"},
@@ -482,7 +482,7 @@ func TestFollowerLimit(t *testing.T) {
 		t.delivers("b x-1 1", "b x-2 2", "b x-3 3")
 	})
 
-	// Events held back for a stream that never opened were delivered to nobody.
+	// Events held back for a stream that never opened were delivered to nobody, so they count as dropped.
 	testLog(t, "drops what was held back and lost", limited(versionLike(), 2), func(t *logTest) {
 		t.append("1", "2")
 		t.connect("a", "", "x-0")
@@ -1085,8 +1085,8 @@ func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
 // the connect callback), opens (the gateway gets the answer), read, ends, and disconnect (the backend gets the
 // disconnect callback). A send of the backend takes two steps: perform and reply.
 //
-// Streams have the tokens t0, t1 and so on. The first log has the epoch x, further ones, of tasks, have a, b and so on.
-// The data of an event is the epoch of its log, by which a browser tells which position an event ID moves on.
+// Streams have the tokens t0, t1 and so on. The first log has the epoch x, the further logs of a page a, b and so on.
+// The data of an event is the epoch of its log, so a browser can tell which position in the event ID must move on.
 
 // world is a gateway, its streams, and the browsers that follow one identifier: one log or, as a page, several.
 type world struct {

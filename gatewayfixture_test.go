@@ -299,7 +299,7 @@ func (c *streamClient) rest() (string, error) {
 	return string(text), err
 }
 
-// wantData reads events and checks that they have nothing but this data, of one line each.
+// wantData reads events and checks that they have only this data, of one line each.
 func (c *streamClient) wantData(want ...string) {
 	c.t.Helper()
 	for i, data := range want {
@@ -382,7 +382,7 @@ func (c callbackCall) await(gate <-chan struct{}) {
 	}
 }
 
-// number is 410 for the target /410.
+// number returns 410 for the target /410.
 func (c callbackCall) number() int {
 	n, _ := strconv.Atoi(strings.TrimPrefix(c.Request.URL, "/"))
 	return n

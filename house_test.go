@@ -19,7 +19,7 @@ func productFiles(t *testing.T) []string {
 	return slices.DeleteFunc(names, func(name string) bool { return strings.HasSuffix(name, "_test.go") })
 }
 
-// fileGraph returns which files of the product use what is declared in which others.
+// fileGraph returns, for each file of the product, which other files declare what it uses.
 func fileGraph(t *testing.T) map[string]map[string]bool {
 	t.Helper()
 	fset := token.NewFileSet()

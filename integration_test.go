@@ -249,7 +249,7 @@ func (s *system) serve(l net.Listener) {
 	go s.server.Serve(l)
 }
 
-// down makes the backend unreachable, and up reachable again. Its work goes on all the while.
+// down makes the backend unreachable, and up makes it reachable again. It keeps working all the while.
 func (s *system) down() { s.server.Close() }
 func (s *system) up()   { s.serve(listen(s.t, s.cfg.Addr)) }
 
@@ -478,13 +478,13 @@ func TestIntegrationBackendRestarts(t *testing.T) {
 				eventually(t, soon, "stream ended", func() bool { return es.attempts() > 1 })
 			}
 			backend.restart(t)
-			v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`) // delivered now or when it is back
+			v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`) // delivered now or later
 			wantStory(t, es, "version 1.0", "version 1.1")
 		})
 	}
 }
 
-// A gateway that is out of file descriptors can accept no connections. It must neither crash nor spin, and recover.
+// A gateway that is out of file descriptors can accept no connections. It must not crash or spin, and must recover.
 func TestIntegrationOutOfDescriptors(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)

@@ -299,8 +299,8 @@ func TestJournalCrashes(t *testing.T) {
 	}
 }
 
-// A compaction that fails because the disk is full frees the room that it took, and the journal, which lacked it
-// meanwhile, works again.
+// A compaction that fails because the disk is full frees the room that it took. Then the journal, which had no room
+// either, works again.
 func TestJournalCompactionWithoutRoom(t *testing.T) {
 	journalTest(t, compactPart+2500, func(t *testing.T, d *crashDisk, j *journal) {
 		full := make(chan error, 1)

@@ -216,7 +216,7 @@ func decodeBoth(t *testing.T, raw []byte) string {
 	return want
 }
 
-// Objects are read by a parser of our own, which must agree with encoding/json on what is one, and on what is in it.
+// Objects are read by a parser of our own, which must agree with encoding/json on what is one, and on its members.
 func FuzzParseObject(f *testing.F) {
 	f.Add([]byte(`{"a":{"b":[1,"}",{"c":null}]},"d":"\"\\" , "e" : -1.5e3}`))
 	f.Add([]byte(" {\t\"a\"\r\n:\n[ ] }\n"))

@@ -495,7 +495,7 @@ func TestMalformedBodiesAreTheClientsFault(t *testing.T) {
 		for range 1000 {
 			route := routes[r.IntN(len(routes))][1]
 			id := "a"
-			if good[route] == "" { // it takes no body: what may be wrong is the ID
+			if good[route] == "" { // it takes no body, so the ID is wrong instead
 				id = "unknown"
 			}
 			body := apiMalformed(r, cmp.Or(good[route], "{}"))
@@ -535,7 +535,7 @@ func TestCommands(t *testing.T) {
 	}
 }
 
-// Whoever deploys should see every mistake at the first try, and only those: nothing was started that would log more.
+// Whoever deploys should see every mistake at the first try, and nothing else: nothing is started that could log.
 func TestBadConfigurationStartsNothing(t *testing.T) {
 	t.Parallel()
 	env := map[string]string{
@@ -677,7 +677,7 @@ func TestNoDependencies(t *testing.T) {
 		file, err := goparser.ParseFile(token.NewFileSet(), name, nil, goparser.ImportsOnly)
 		must(t, err)
 		for _, spec := range file.Imports {
-			// Only in the standard library has the first element of a path no dot.
+			// Only paths of the standard library have a first element without a dot.
 			path, _ := strconv.Unquote(spec.Path.Value)
 			if first, _, _ := strings.Cut(path, "/"); strings.Contains(first, ".") {
 				t.Errorf("%s imports %s", name, path)

@@ -58,9 +58,9 @@ func TestPage(t *testing.T) {
 				t.Errorf("got\n%s\nwant version 1 once, and no end", got)
 			}
 		}
-		own.checkStory("connection_open task_started progress_update") // beside any number of pages
+		own.checkStory("connection_open task_started progress_update") // alongside any number of pages
 
-		// With another set of tasks, and the ID that it has, a page gets each event once.
+		// A page that comes back with its last ID and another set of tasks gets each event once.
 		api.external("c")
 		two.leave()
 		api.post("a/progress", `{"text":"","value":0.6}`)
@@ -196,7 +196,7 @@ func TestPage(t *testing.T) {
 	})
 }
 
-// If a task is created while its page connects, its events follow the one that it is unknown, with the IDs of all logs.
+// If a task is created while its page connects, its events come after the error, and their IDs have all positions.
 func TestRacePageConnectsWhileItsTaskIsMade(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		api.tasks.policy.epoch = newEpoch

@@ -258,7 +258,7 @@ func TestSendBufferGrowsWithTheRequest(t *testing.T) {
 			if most := max(postBufferMax, 3*len(buf)); cap(buf) > most {
 				t.Fatalf("%d bytes of %d: room for %d, want at most %d", len(buf), size, cap(buf), most)
 			}
-			more := bytes.Repeat([]byte{byte(len(sent) >> 10)}, min(cap(buf), size)-len(buf)) // of one read
+			more := bytes.Repeat([]byte{byte(len(sent) >> 10)}, min(cap(buf), size)-len(buf)) // at most one read
 			buf, sent = append(buf, more...), append(sent, more...)
 		}
 		if !bytes.Equal(buf, sent) {

@@ -40,7 +40,7 @@ type process struct {
 	command []string
 	env     []string        // all of its environment
 	probe   string          // the path that answers 200 once it is up
-	limit   time.Duration   // for it to be up
+	limit   time.Duration   // how long it may take to be up
 	out     *os.File        // stdout and stderr of all runs
 	cmd     *exec.Cmd       // the latest run
 	exited  context.Context // done once cmd has been waited for

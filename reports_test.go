@@ -106,7 +106,7 @@ func TestReports(t *testing.T) {
 	}
 	r.say(`{"half of`) // not an error of the worker
 	v.wantPost("/api/tasks/"+id+"/cancel", "", `200 {"success":true,"message":"task cancelled"}`)
-	r.want(`409 {"error":"task cancelled","code":"task_cancelled","status":"cancelled"}`) // at once, without a further line
+	r.want(`409 {"error":"task cancelled","code":"task_cancelled","status":"cancelled"}`) // at once, with no more lines
 	post(id, `{"text":"x","seq":2}`, `200 {"event_id":"`+epoch+`-14","reports":1}`)
 	post(id, `{"text":"x"}`, `409 {"error":"task cancelled","code":"task_cancelled","status":"cancelled"}`)
 

@@ -108,7 +108,7 @@ func TestRestoreTasks(t *testing.T) {
 		if got := status("running"); !strings.Contains(got, `"status":"failed"`) || !strings.Contains(got, `"error":"interrupted by a restart"`) {
 			t.Errorf("a task that ran here: got %s", got)
 		}
-		if got := status("waiting"); !strings.Contains(got, `"error":"interrupted by a restart"`) { // it ran after the first
+		if got := status("waiting"); !strings.Contains(got, `"error":"interrupted by a restart"`) { // it ran in between
 			t.Errorf("a task that waited: got %s", got)
 		}
 		api.check("POST", "/api/tasks/runs/progress", `{"text":"half","value":0.5,"seq":7}`, `200 {"event_id":"e-2","repeated":true}`)

@@ -250,7 +250,7 @@ func TestBatchRefusesWholeRows(t *testing.T) {
 	}
 }
 
-// A body that is taken means what encoding/json reads in it. So does the body that appendSend makes of that.
+// A body that is taken is read as encoding/json reads it, and so is the body that appendSend makes of it.
 func FuzzSendBody(f *testing.F) {
 	f.Add([]byte(`{"token":"a","event":{"id":"1","name":"n","data":"a\nb"},"close":true}`))
 	f.Add([]byte(`{"token":"a"}`))

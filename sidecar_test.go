@@ -220,7 +220,7 @@ func TestOddCallbackAnswers(t *testing.T) {
 
 // Refusing
 
-// transient are the statuses after which a browser must come back. It gives up for good on any status but 200.
+// transient are the statuses after which a browser must come back. Browsers give up for good on any status but 200.
 var transient = []int{408, 425, 429, 500, 502, 503, 504, 599}
 
 func TestRefusedByBackend(t *testing.T) {
@@ -342,7 +342,7 @@ func TestBackendTooSlow(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 }
 
-// Where localhost has no address of its own, both loopback addresses are tried.
+// For localhost, which may be unknown in a container, both loopback addresses are tried.
 func TestDialLocalhost(t *testing.T) {
 	t.Parallel()
 	for _, network := range []string{"tcp4", "tcp6"} {
@@ -504,7 +504,7 @@ func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	gateway := newGateway(gatewayConfig{CallbackURL: secret(backend.server.URL + callbackTarget), Retry: time.Second},
 		slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
 	for range maxConnecting {
-		gateway.connecting <- struct{}{} // none is free
+		gateway.connecting <- struct{}{} // no slot is free
 	}
 	server := httptest.NewServer(http.HandlerFunc(gateway.serveStream))
 	defer server.Close()

@@ -17,7 +17,7 @@ import (
 // TestSoak mixes all that a gateway may meet, for SIDECAST_SOAK (a duration, 2s by default). Nothing may be left of it:
 // no stream, goroutine, descriptor or memory. The metrics must agree, and the backend must know of every end.
 //
-// A run of more than some minutes needs -timeout, too. With SIDECAST_SOAK set, it prints what it did and left behind.
+// A run of more than a few minutes needs -timeout, too. With SIDECAST_SOAK set, it prints what it did and left behind.
 func TestSoak(t *testing.T) {
 	t.Parallel()
 	length, tell := 2*time.Second, t.Log
@@ -28,7 +28,7 @@ func TestSoak(t *testing.T) {
 		tell = func(report ...any) { fmt.Println(report...) } // go test shows no log of a test that passes
 	}
 	s := newSoak(t)
-	s.stall() // what is allocated once is allocated now
+	s.stall() // so that what is allocated once is there
 	s.wait("the first stream has ended", func() bool { return s.metric("gateway_streams") == 0 })
 	began := s.left()
 

@@ -316,8 +316,7 @@ func TestConcurrentSenders(t *testing.T) {
 	}
 }
 
-// When a client is looked at, it may not have had the time to acknowledge an event, be it the first or one after a long
-// pause.
+// When a client is looked at, it may not have had time to acknowledge an event: the first, or one after a long pause.
 func TestUptake(t *testing.T) {
 	t.Parallel()
 	var u uptake

@@ -199,7 +199,7 @@ func TestVersionBroadcast(t *testing.T) {
 		a.checkStory("connection_open version:1 version:2 version:1")
 		api.checkAnnounced("a", "own", true)
 		time.Sleep(settleTime)
-		api.subscribe("a").checkStory("connection_open") // nor the one before its last
+		api.subscribe("a").checkStory("connection_open") // and not the one before its last
 	})
 }
 
