@@ -135,12 +135,12 @@ func TestCallbackBody(t *testing.T) {
 	const good = `{"action":"connect","token":"t","request":{"url":"/api/sse/utils/version?request_id=r","headers":{"user-agent":"x"}}}`
 	bad := map[string]string{
 		"no body":       ``,
-		"no JSON":       `action=connect`,
-		"no object":     `[` + good + `]`,
+		"not JSON":      `action=connect`,
+		"not an object": `[` + good + `]`,
 		"null":          `null`,
 		"not UTF-8":     strings.Replace(good, `"x"`, "\"\xff\"", 1),
 		"two values":    good + good,
-		"twice a field": strings.Replace(good, `"token":"t"`, `"token":"t","token":"t"`, 1),
+		"a field twice": strings.Replace(good, `"token":"t"`, `"token":"t","token":"t"`, 1),
 		"other case":    strings.Replace(good, `"token"`, `"Token"`, 1),
 		"other action":  strings.Replace(good, `"connect"`, `"reconnect"`, 1),
 	}
@@ -412,7 +412,7 @@ func TestCallbackReplaces(t *testing.T) {
 	})
 
 	// A gateway of another make would write an empty event if it were asked during its callback.
-	apiStory(t, "asks no foreign gateway", "", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "does not ask a foreign gateway", "", func(t *testing.T, api *apiFixture) {
 		const target = "/api/sse/utils/version?request_id=r"
 		api.connect(target)
 		api.wantConnect("unknown", target, "200 ")
@@ -438,7 +438,7 @@ func TestCallbackReplaces(t *testing.T) {
 			}
 		}
 		if api.conns.tokens["six"] == "" {
-			t.Error("the older request replaced the newer")
+			t.Error("the older request replaced the newer one")
 		}
 	})
 }

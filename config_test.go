@@ -103,7 +103,7 @@ func TestConfigEveryVariable(t *testing.T) {
 	}
 }
 
-func TestConfigTellsEveryProblemAtOnce(t *testing.T) {
+func TestConfigReportsEveryProblemAtOnce(t *testing.T) {
 	env := map[string]string{
 		"APP_ENV": "staging", "ADDR": "8080", "SSE_GATEWAY_URL": "ftp://gateway",
 		"SSE_CALLBACK_SECRET": "a\nb", "API_TOKEN": " c", "TASK_MAX_WORKERS": "0", "TASK_QUEUE_LIMIT": "-1",

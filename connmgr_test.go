@@ -243,7 +243,7 @@ func (t *connTest) answer(send string, r sendResult) {
 	all := t.gateway.all()
 	i := slices.IndexFunc(all, func(s *stepped) bool { return s.String() == send })
 	if i < 0 {
-		t.Fatalf("%q is not under way, but %q", send, all)
+		t.Fatalf("%q is not under way; these are: %q", send, all)
 	}
 	r.taken = min(r.taken, len(all[i].events))
 	t.gateway.reply(all[i], r)

@@ -99,7 +99,7 @@ func TestProductionCommands(t *testing.T) {
 	for _, p := range []*process{gateway, backend} {
 		for _, addr := range listening(t, p.pid()) {
 			if addr != "0100007F" {
-				t.Errorf("%q listens on %s, want 127.0.0.1 alone", p.command, addr)
+				t.Errorf("%q listens on %s, want only 127.0.0.1", p.command, addr)
 			}
 		}
 	}

@@ -704,7 +704,7 @@ func TestFollowerWait(t *testing.T) {
 
 	// An event is not sent while it is unknown what became of earlier ones that were held back. If those are lost, the
 	// wait for it must end.
-	testLog(t, "behind what was held back and lost", versionLike(), func(t *logTest) {
+	testLog(t, "after what was held back and lost", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
@@ -739,7 +739,7 @@ func TestFollowerWait(t *testing.T) {
 	})
 
 	// The answer to a refused event does not tell whether the stream has opened.
-	testLog(t, "behind what is held back", versionLike(), func(t *logTest) {
+	testLog(t, "after what is held back", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		result := t.wait(1)
@@ -827,7 +827,7 @@ func TestFollowerHeldBack(t *testing.T) {
 	})
 
 	// If the gateway cannot be asked whether the stream opened, a page must still get later events.
-	testLog(t, "a page waits for no foreign gateway", versionLike(), func(t *logTest) {
+	testLog(t, "a page does not wait for a foreign gateway", versionLike(), func(t *logTest) {
 		task := logOf("t", 1)
 		t.page("a", task)
 		t.buffered("a t-1.x-0 t")
@@ -843,7 +843,7 @@ func TestFollowerHeldBack(t *testing.T) {
 }
 
 // A browser that leaves within a second may not have read a byte. Its next stream gets the same events again.
-func TestFollowerOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
+func TestFollowerOfVersionResendsWhatAYoungConnectionGot(t *testing.T) {
 	for name, test := range map[string]struct {
 		end  func(t *logTest)
 		want string // the event after which the next connection begins
@@ -1518,7 +1518,7 @@ func (w *world) calm() {
 			return
 		}
 	}
-	w.Fatal("does not come to rest")
+	w.Fatal("the world does not come to rest")
 }
 
 // pickOne returns one of all that are good, at random, or nil.
@@ -1545,7 +1545,7 @@ func (w *world) check() {
 		for _, log := range w.logs {
 			follows := current && slices.Contains(b.stream.logs, log) || !current && log == w.events
 			if follows && b.has[log.epoch] != log.last {
-				w.Errorf("a browser has %v, but the last is %s", b.has, log.id(log.last))
+				w.Errorf("a browser has %v, but the last event is %s", b.has, log.id(log.last))
 			}
 		}
 		complete++

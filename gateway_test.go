@@ -226,7 +226,7 @@ func TestGatewayClientConnectLimit(t *testing.T) {
 			conn, err := dial(context.Background(), "tcp", target)
 			if err != nil {
 				if got := time.Since(start); got < dialLimit || got > 2*dialLimit {
-					t.Errorf("got %v after %s, want that after %s", err, got, dialLimit)
+					t.Errorf("got %v after %s, want a timeout after %s", err, got, dialLimit)
 				}
 				return
 			}
@@ -236,7 +236,7 @@ func TestGatewayClientConnectLimit(t *testing.T) {
 }
 
 // A 101 is an error. What follows it would have no end, and no time limit of the client applies to it.
-func TestGatewayClientSwitchesNoProtocol(t *testing.T) {
+func TestGatewayClientDoesNotSwitchProtocols(t *testing.T) {
 	t.Parallel()
 	c := newGatewayTest(t, func(w http.ResponseWriter, r *http.Request) {
 		conn, _, err := http.NewResponseController(w).Hijack()
@@ -459,7 +459,7 @@ func TestGatewayClientResetsASlowGateway(t *testing.T) {
 }
 
 // A gateway that announces no features does not know resets, so it is not asked again.
-func TestGatewayClientResetsNoForeignGateway(t *testing.T) {
+func TestGatewayClientDoesNotResetForeignGateways(t *testing.T) {
 	testPosts(t, func(t *postTest) {
 		tried := 0
 		t.client.transport = slowGateway(func(context.Context) error {

@@ -72,7 +72,7 @@ func (g *gatewayFixture) check() {
 	_, isBenchmark := g.t.(*testing.B) // a busy machine may not end all of its streams in the 5 s of a shutdown
 	for token, n := range g.balance {
 		if n != 0 && !isBenchmark {
-			g.t.Errorf("a stream was accepted, less its disconnect callbacks: got %d, want 0", n)
+			g.t.Errorf("connects accepted for a token, less its disconnect callbacks: got %d, want 0", n)
 		}
 		if strings.Contains(logged, token) {
 			g.t.Errorf("a whole token is in the log: %s", token)

@@ -624,7 +624,7 @@ func TestRunUntilStopped(t *testing.T) {
 }
 
 // The readiness of the backend does not depend on the gateway's.
-func TestStartBesideASilentGateway(t *testing.T) {
+func TestStartWithASilentGateway(t *testing.T) {
 	t.Parallel()
 	silent, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)

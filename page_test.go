@@ -148,7 +148,7 @@ func TestPage(t *testing.T) {
 			api.settle()
 		}
 		if !strings.Contains(got[1], `{"error":"Task not found","task_id":"y"}`) || !strings.Contains(got[2], "task_started") {
-			t.Errorf("got %q, want that y is not known before its start", got)
+			t.Errorf("got %q, want the error about y before its start", got)
 		}
 	})
 
@@ -179,7 +179,7 @@ func TestPage(t *testing.T) {
 	})
 
 	// The version stream and the page stream of one request_id are two connections; a broadcast counts them once.
-	apiStory(t, "beside a version stream", "", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "alongside a version stream", "", func(t *testing.T, api *apiFixture) {
 		page, own := api.page("r", ""), api.subscribe("r")
 		api.checkAnnouncedToAll("1", 1, 0)
 		api.checkAnnounced("r", "2", true)

@@ -325,7 +325,7 @@ func TestRefusalMetrics(t *testing.T) {
 }
 
 // Browsers and caches keep an answer that does not forbid it, and would serve a 410 to the next request.
-func TestNobodyKeepsAnswers(t *testing.T) {
+func TestAnswersAreNotCached(t *testing.T) {
 	t.Parallel()
 	internal := func() string { return fmt.Sprint("INTERNAL_ADDR=127.0.0.1:", freePort(t)) }
 	backendInternal, gatewayInternal := internal(), internal()

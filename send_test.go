@@ -118,7 +118,7 @@ func TestSendWhileConnecting(t *testing.T) {
 		t.Errorf("close: got %s, want %s", got, sentBuffered)
 	}
 	if got := g.send(token, "too late"); got != sentGone {
-		t.Errorf("send behind the close: got %s, want %s", got, sentGone)
+		t.Errorf("send after the close: got %s, want %s", got, sentGone)
 	}
 	close(gate)
 	c.begin()
@@ -291,7 +291,7 @@ func FuzzSendBody(f *testing.F) {
 				got = &event{ID: string(m.event.id), Name: string(m.event.name), Data: string(m.event.data)}
 			}
 			if m.event.oneLine && bytes.ContainsAny(m.event.data, "\r\n") {
-				t.Errorf("%q: the data %q are said to be one line", body, m.event.data)
+				t.Errorf("%q: the data %q counts as one line", body, m.event.data)
 			}
 			if err != nil || string(m.token) != wantToken || m.end != wantEnd || !reflect.DeepEqual(got, want) {
 				t.Errorf("%q: got %q, %+v, %v, %v; want %q, %+v, %v", body, m.token, got, m.end, err, wantToken, want, wantEnd)

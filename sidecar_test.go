@@ -85,7 +85,7 @@ func TestTargetByteForByte(t *testing.T) {
 }
 
 // Callbacks may overtake each other, so each connect callback carries the number of its request. A disconnect has none.
-func TestCallbacksTellTheOrder(t *testing.T) {
+func TestCallbacksCarryTheOrder(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
 	var run string
@@ -690,7 +690,7 @@ func TestGatewayShutdownIsBounded(t *testing.T) {
 
 // If a connection ended without an answer, a proxy would send 502 and the browser would give up for good. The test is
 // not parallel, because all clients must be there before the first callback times out.
-func TestGatewayShutdownAnswersThoseThatConnect(t *testing.T) {
+func TestGatewayShutdownAnswersConnectingClients(t *testing.T) {
 	g := newGatewayFixture(t, "", holding("connect", nil, answering(200, "")))
 	var asked []*streamClient
 	for range maxConnecting {
@@ -743,7 +743,7 @@ func TestHeartbeat(t *testing.T) {
 		}
 	}
 	if took := time.Since(began); took < interval*(beats-2) {
-		t.Errorf("%d heartbeats came within %v, want one each %v", beats, took, interval)
+		t.Errorf("%d heartbeats came within %v, want one every %v", beats, took, interval)
 	}
 }
 

@@ -196,7 +196,7 @@ func TestEventLargerThanTheBuffer(t *testing.T) {
 }
 
 // A client that reads gets every accepted event. If it lost those under way, it would come back forever.
-func TestBufferOverflowLeavesWhatWasAccepted(t *testing.T) {
+func TestBufferOverflowKeepsWhatWasAccepted(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
 	c := g.open("/x")

@@ -520,7 +520,7 @@ func TestTaskAnswers(t *testing.T) {
 }
 
 // A task_id that a client chooses must be usable in the path of its reports.
-func TestTaskIDsMayStandInPaths(t *testing.T) {
+func TestTaskIDsWorkInPaths(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		for _, id := range []string{plainChars, strings.Repeat("x", maxID), "...", "import-7"} {
 			api.external(id)
@@ -798,7 +798,7 @@ func TestExternalReports(t *testing.T) {
 	})
 
 	// A worker that did not get the answer to its last report repeats it.
-	apiStory(t, "an end again", "", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "repeated end", "", func(t *testing.T, api *apiFixture) {
 		for _, id := range []string{"completed", "empty", "failed"} {
 			api.external(id)
 		}
@@ -823,7 +823,7 @@ func TestExternalReports(t *testing.T) {
 	})
 
 	// A worker that numbers its reports may repeat one.
-	apiStory(t, "progress again", "TASK_TIMEOUT_SECONDS=10", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "repeated progress", "TASK_TIMEOUT_SECONDS=10", func(t *testing.T, api *apiFixture) {
 		api.external("a")
 		stream := api.follow("a")
 		const again = `200 {"event_id":"e-3","repeated":true}`
@@ -846,7 +846,7 @@ func TestExternalReports(t *testing.T) {
 	})
 
 	// A worker that creates its task may do so again when it did not get the answer.
-	apiStory(t, "creation again", "", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "repeated creation", "", func(t *testing.T, api *apiFixture) {
 		checkCreate := func(id, title, want string) {
 			t.Helper()
 			api.check("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`","title":"`+title+`"}}`, want)
@@ -1097,7 +1097,7 @@ func TestExternalTimeout(t *testing.T) {
 			api.checkStatus(id, taskFailed, "worker lost")
 		}
 		if accepted == 0 || accepted == 300 {
-			t.Errorf("got %d of 300 reports accepted, want some or this was no race", accepted)
+			t.Errorf("got %d of 300 reports accepted, want some but not all, or this was no race", accepted)
 		}
 	})
 }

@@ -451,7 +451,7 @@ func versionAnswer(status int, body string) http.HandlerFunc {
 }
 
 // A gateway that hangs must not delay the next poll.
-func TestVersionPollWaitsForNoDelivery(t *testing.T) {
+func TestVersionPollDoesNotWaitForDelivery(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
 	api.conns.gateway = senderFunc(func([]event) sendResult {
@@ -471,7 +471,7 @@ func TestVersionPollWaitsForNoDelivery(t *testing.T) {
 }
 
 // A version counts only once it was seen twice. After a start, the second poll must not wait for a whole interval.
-func TestVersionPollIsQuickToStart(t *testing.T) {
+func TestVersionPollStartsQuickly(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
 	server := serveTest(t, versionAnswer(200, `{"version":"1"}`))
