@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"strings"
 	"sync"
@@ -153,17 +152,7 @@ func BenchmarkConnect(b *testing.B) {
 
 // BenchmarkHeartbeatRound writes a heartbeat to each of 10,000 streams.
 func BenchmarkHeartbeatRound(b *testing.B) {
-	backend := newStubBackend(b, nil)
-	defer backend.server.Close()
-	gateway := newGateway(gatewayConfig{
-		CallbackURL:  secret(backend.server.URL + callbackTarget),
-		StreamBuffer: 1 << 20,
-		WriteTimeout: 10 * time.Second,
-		Retry:        time.Second,
-	}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
-	server := httptest.NewServer(http.HandlerFunc(gateway.serveStream))
-	defer server.Close()
-	g := &gatewayFixture{stubBackend: backend, t: b, addr: server.Listener.Addr().String()}
+	gateway, g := serveStreams(b, gatewayConfig{StreamBuffer: 1 << 20, WriteTimeout: 10 * time.Second, Retry: time.Second})
 	g.openMany(10000)
 	b.ReportAllocs()
 	for b.Loop() {

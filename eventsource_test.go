@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"net/http/httptest"
 	"slices"
 	"strconv"
 	"strings"
@@ -316,11 +315,10 @@ func scriptedServer(t *testing.T, handlers ...http.HandlerFunc) (url string, las
 	for _, h := range handlers {
 		next <- h
 	}
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	srv := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked <- r.Header.Get("Last-Event-ID")
 		(<-next)(w, r)
 	}))
-	t.Cleanup(srv.Close)
 	return srv.URL, asked
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -61,6 +62,16 @@ func newGatewayFixture(t testing.TB, settings string, answer backendAnswer) *gat
 		g.internal = "http://" + addr
 	}
 	return g
+}
+
+// serveStreams serves only the streams of a gateway. The fixture has its backend and clients, and nothing else.
+func serveStreams(t testing.TB, cfg gatewayConfig) (*gateway, *gatewayFixture) {
+	backend := newStubBackend(t, nil)
+	t.Cleanup(backend.server.Close)
+	cfg.CallbackURL = secret(backend.server.URL + callbackTarget)
+	gateway := newGateway(cfg, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+	server := serveTest(t, http.HandlerFunc(gateway.serveStream))
+	return gateway, &gatewayFixture{stubBackend: backend, t: t, addr: server.Listener.Addr().String()}
 }
 
 // check checks what must hold for every gateway that has ended.

@@ -642,8 +642,7 @@ func TestStartWithASilentGateway(t *testing.T) {
 func TestHealthcheckFails(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
-	server := httptest.NewServer(api.handler)
-	defer server.Close()
+	server := serveTest(t, api.handler)
 	api.stop(t.Context())
 	addr := server.Listener.Addr().String()
 	check := func(addr, want string) {
@@ -655,8 +654,7 @@ func TestHealthcheckFails(t *testing.T) {
 		}
 	}
 	check(addr, "http://"+addr+"/readyz: answered 503")
-	elsewhere := httptest.NewServer(http.RedirectHandler("/healthz", http.StatusFound))
-	defer elsewhere.Close()
+	elsewhere := serveTest(t, http.RedirectHandler("/healthz", http.StatusFound))
 	check(elsewhere.Listener.Addr().String(), "/readyz: answered 302")
 	check(fmt.Sprintf("127.0.0.1:%d", freePort(t)), "connection refused")
 	check("localhost", "ADDR must be host:port")

@@ -3,10 +3,8 @@ package main
 import (
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"reflect"
 	"regexp"
@@ -499,16 +497,10 @@ func TestPipelinedBytesEndTheStream(t *testing.T) {
 // A client that leaves while its callback waits for a free slot does not count as a stream any longer.
 func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	t.Parallel()
-	backend := newStubBackend(t, nil)
-	defer backend.server.Close()
-	gateway := newGateway(gatewayConfig{CallbackURL: secret(backend.server.URL + callbackTarget), Retry: time.Second},
-		slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+	gateway, g := serveStreams(t, gatewayConfig{Retry: time.Second})
 	for range maxConnecting {
 		gateway.connecting <- struct{}{} // no slot is free
 	}
-	server := httptest.NewServer(http.HandlerFunc(gateway.serveStream))
-	defer server.Close()
-	g := &gatewayFixture{stubBackend: backend, t: t, addr: server.Listener.Addr().String()}
 	count := func(n int64) {
 		t.Helper()
 		eventually(t, patience, fmt.Sprint(n, " streams"), func() bool { return gateway.count.Load() == n })
@@ -521,9 +513,7 @@ func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	if got := gateway.met.callbacks.with("connect", "timeout").Load(); got != 0 {
 		t.Errorf("got %d callbacks that were given up, want none: the clients had left", got)
 	}
-	if n := len(backend.connects); n != 0 {
-		t.Errorf("the backend was asked %d times, want never", n)
-	}
+	g.wantNotAsked()
 }
 
 // The client may leave before or after the backend's answer: both orders must work.

@@ -8,7 +8,6 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/http"
-	"net/http/httptest"
 	"runtime"
 	"slices"
 	"strings"
@@ -484,8 +483,7 @@ func TestVersionPoll(t *testing.T) {
 	api := newAPI(t, "")
 	stream := api.subscribe("r")
 	file := versionFile{make(chan *http.Request), make(chan http.HandlerFunc)}
-	server := httptest.NewServer(file)
-	defer server.Close()
+	server := serveTest(t, file)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	stopped := make(chan bool)
