@@ -8,9 +8,9 @@ import (
 	"testing"
 )
 
-// alertTests has for each alert an hour of a quiet site, of a busy one, and of one that is broken, all of a minute a
-// sample in promtool's notation. The first two fire nothing at any time, and the last one fires, with these labels and
-// this summary, at its end.
+// alertTests has for each alert an hour at a quiet site, at a busy one and at a broken one, in promtool's notation with
+// a sample each minute. The alert must never fire at the first two. At the broken one it must fire at the end, with
+// these labels and this summary.
 var alertTests = map[string]struct {
 	quiet, busy, broken inputs
 	labels              map[string]string
@@ -23,7 +23,7 @@ var alertTests = map[string]struct {
 		map[string]string{"job": "sidecast-backend", "instance": "b"}, "sidecast-backend at b does not answer"},
 	"SidecastRestarts": {
 		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x60"},
-		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x20 2x5 3x5 4x30"}, // three deployments
+		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x20 2x5 3x5 4x30"}, // deployments
 		inputs{`process_start_time_seconds{job="sidecast-backend",instance="b"}`: "1x30 2x4 3x4 4x4 5x4 6x4 7x4"},
 		map[string]string{"job": "sidecast-backend", "instance": "b"},
 		"sidecast-backend at b keeps restarting, and ends what it runs each time"},
@@ -118,7 +118,7 @@ func fds(which string) string {
 	return `process_` + which + `_fds{job="sidecast-gateway",instance="g"}`
 }
 
-// An alert that fires on a quiet site is soon ignored on all of them.
+// An alert that fires at a quiet site is soon ignored at every site.
 func TestAlerts(t *testing.T) {
 	needs(t, "promtool")
 	t.Parallel()
@@ -133,7 +133,7 @@ func TestAlerts(t *testing.T) {
 		if !ok {
 			t.Errorf("%s has no test", alert)
 		}
-		broken3 := inputs{} // Prometheus 3 writes all bounds with a point
+		broken3 := inputs{} // Prometheus 3 writes all bounds with a decimal point
 		for key, values := range tt.broken {
 			broken3[strings.Replace(key, `le="1"`, `le="1.0"`, 1)] = values
 		}

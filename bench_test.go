@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"strings"
 	"sync"
@@ -43,7 +42,7 @@ func BenchmarkParseSend(b *testing.B) {
 	}
 }
 
-// BenchmarkSend sends an event to each of 10,000 streams by turns, over a connection that stays open, and waits for each
+// BenchmarkSend sends an event to each of 10,000 streams in turn, over a connection that stays open, and waits for each
 // answer: the whole way through the gateway.
 func BenchmarkSend(b *testing.B) {
 	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
@@ -65,8 +64,8 @@ func BenchmarkSendBatch(b *testing.B) {
 	g.benchExchange(b, []string{sendText("application/x-ndjson", batch)})
 }
 
-// BenchmarkGroupCommit sends from 64 goroutines, and from one, through a real gateway process to 1,000
-// clients: with a POST for each event, and in batches of what comes together.
+// BenchmarkGroupCommit sends from 64 goroutines, and from one, through a real gateway process to 1,000 clients: with a
+// POST for each event, and in batches of what comes together.
 func BenchmarkGroupCommit(b *testing.B) {
 	for _, features := range []string{"", featureBatch} {
 		for _, senders := range []int{1, 64} {
@@ -86,8 +85,8 @@ func BenchmarkGroupCommit(b *testing.B) {
 	}
 }
 
-// BenchmarkLogs is BenchmarkGroupCommit with logs, so that nobody waits for an answer. It ends when the gateway
-// has taken all.
+// BenchmarkLogs is BenchmarkGroupCommit with logs, so nobody waits for an answer. It ends when the gateway has taken
+// all events.
 func BenchmarkLogs(b *testing.B) {
 	for _, features := range []string{"", featureBatch} {
 		b.Run("features="+features, func(b *testing.B) {
@@ -127,7 +126,7 @@ func benchConns(b *testing.B, features string) (m *ConnectionManager, tokens []s
 	return m, tokens
 }
 
-// benchEach calls f for 1 to b.N, from so many goroutines.
+// benchEach calls f for 1 to b.N, from this many goroutines.
 func benchEach(b *testing.B, goroutines int, f func(i int)) {
 	var next atomic.Int64
 	var work sync.WaitGroup
@@ -141,7 +140,7 @@ func benchEach(b *testing.B, goroutines int, f func(i int)) {
 	work.Wait()
 }
 
-// BenchmarkConnect is the life of a stream, from the connection to its disconnect callback.
+// BenchmarkConnect measures the life of a stream, from the connection to its disconnect callback.
 func BenchmarkConnect(b *testing.B) {
 	g := newGatewayFixture(b, "LOG_LEVEL=info", nil)
 	b.ReportAllocs()
@@ -153,17 +152,7 @@ func BenchmarkConnect(b *testing.B) {
 
 // BenchmarkHeartbeatRound writes a heartbeat to each of 10,000 streams.
 func BenchmarkHeartbeatRound(b *testing.B) {
-	backend := newStubBackend(b, nil)
-	defer backend.server.Close()
-	gateway := newGateway(gatewayConfig{
-		CallbackURL:  secret(backend.server.URL + callbackTarget),
-		StreamBuffer: 1 << 20,
-		WriteTimeout: 10 * time.Second,
-		Retry:        time.Second,
-	}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
-	server := httptest.NewServer(http.HandlerFunc(gateway.serveStream))
-	defer server.Close()
-	g := &gatewayFixture{stubBackend: backend, t: b, addr: server.Listener.Addr().String()}
+	gateway, g := serveStreams(b, gatewayConfig{StreamBuffer: 1 << 20, WriteTimeout: 10 * time.Second, Retry: time.Second})
 	g.openMany(10000)
 	b.ReportAllocs()
 	for b.Loop() {
@@ -175,7 +164,7 @@ func BenchmarkHeartbeatRound(b *testing.B) {
 	}
 }
 
-// openMany opens about so many streams, whose clients read whatever comes. It returns their tokens.
+// openMany opens up to n streams and returns their tokens. The clients read whatever comes.
 func (g *gatewayFixture) openMany(n int) (tokens []string) {
 	var clients quietClients
 	for range atMost(g.t, n) {
@@ -191,12 +180,10 @@ func (g *gatewayFixture) openMany(n int) (tokens []string) {
 	return tokens
 }
 
-// atMost is n, or less if there are not enough file descriptors for both ends of n connections.
+// atMost returns n, or less if there are not enough file descriptors for both ends of n connections.
 func atMost(t testing.TB, n int) int {
 	var limit syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		t.Fatal(err)
-	}
+	must(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
 	if most := int(limit.Cur/2) - 200; n > most {
 		t.Logf("%d streams instead of %d: RLIMIT_NOFILE is %d", most, n, limit.Cur)
 		return most
@@ -204,20 +191,16 @@ func atMost(t testing.TB, n int) int {
 	return n
 }
 
-// quietClients are sockets that only read looks at. Goroutines that wait for what comes would take as much of the
-// processors as the gateway does; browsers are on other machines.
+// quietClients are sockets that only read looks at. Goroutines that wait for events would take as much CPU as the
+// gateway does; browsers are on other machines.
 type quietClients []int
 
-// quiet returns the socket of a connection, which it closes.
+// quiet returns a copy of the socket of a connection, and closes the connection.
 func quiet(t testing.TB, conn *net.TCPConn) (fd int) {
 	raw, err := conn.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	raw.Control(func(polled uintptr) { fd, err = syscall.Dup(int(polled)) })
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	conn.Close()
 	t.Cleanup(func() { syscall.Close(fd) })
 	return fd
@@ -232,7 +215,7 @@ func (c quietClients) read(got func(text []byte)) {
 	}
 }
 
-// benchExchange sends the requests by turns over one connection. Their answers must be equally long.
+// benchExchange sends the requests in turn over one connection. Their answers must be equally long.
 func (g *gatewayFixture) benchExchange(b *testing.B, requests []string) {
 	conn := g.dial(requests[0])
 	if got := conn.reply(); !strings.HasPrefix(got, sentOK) {
@@ -254,8 +237,8 @@ func (g *gatewayFixture) benchExchange(b *testing.B, requests []string) {
 	}
 }
 
-// BenchmarkReports is from a report to the answer, embedded, each task with a follower that reads all: single reports of
-// one worker and of 64, and one body with all of them as lines; in memory, and with DATA_DIR. CPU is that of the process.
+// BenchmarkReports measures reports up to their answer, with a follower of each task: single reports of one worker and
+// of 64, and one body with all of them as lines, in memory and with DATA_DIR. CPU is that of the process.
 func BenchmarkReports(b *testing.B) {
 	for _, env := range [][]string{nil, {"DATA_DIR"}} {
 		for _, workers := range []int{1, 64, 0} {
@@ -275,9 +258,7 @@ func BenchmarkReports(b *testing.B) {
 					id := v.start("external", "{}")
 					reports[i] = "/api/tasks/" + id + "/progress"
 					resp, err := v.client.Get(v.streams + taskPath(id))
-					if err != nil {
-						b.Fatal(err)
-					}
+					must(b, err)
 					b.Cleanup(func() { resp.Body.Close() })
 					go io.Copy(io.Discard, resp.Body)
 				}
@@ -287,9 +268,7 @@ func BenchmarkReports(b *testing.B) {
 				if workers == 0 {
 					body := strings.NewReader(strings.Repeat(report+"\n", b.N))
 					resp, err := v.client.Post(v.api+reports[0], ndjson, body)
-					if err != nil {
-						b.Fatal(err)
-					}
+					must(b, err)
 					if text, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK {
 						b.Fatal(resp.Status, string(text))
 					}
@@ -306,13 +285,11 @@ func BenchmarkReports(b *testing.B) {
 	}
 }
 
-// cpuSeconds is what a process has used so far, in hundredths.
+// cpuSeconds returns the CPU time that a process has used so far.
 func cpuSeconds(b *testing.B, pid int) float64 {
 	b.Helper()
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)) // proc(5): utime and stime are fields 14 and 15
-	if err != nil {
-		b.Fatal(err)
-	}
+	must(b, err)
 	_, rest, _ := strings.Cut(string(stat), ") ")
 	var user, system float64
 	fields := strings.Fields(rest)

@@ -21,8 +21,8 @@ import (
 	"time"
 )
 
-// These tests have the last word on what a browser does: they drive Chromium by the DevTools protocol. It is spoken
-// over a pair of pipes, --remote-debugging-pipe, which needs no WebSocket: JSON messages that end in a NUL.
+// These tests have the last word on what a browser does: they drive Chromium with the DevTools protocol. It is spoken
+// over a pair of pipes, --remote-debugging-pipe, which needs no WebSocket. Each message is JSON that ends in a NUL.
 
 // A site is what a browser sees: one origin, with a gateway process for the streams and a backend process for the rest.
 type site struct {
@@ -31,7 +31,7 @@ type site struct {
 	backend *process
 }
 
-// startSite starts a site whose gateway also has env.
+// startSite starts a site, with env added to the environment of its gateway.
 func startSite(t *testing.T, env ...string) *site {
 	backendAddr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	s := &site{gateway: startOwnGateway(t, append(env, "RETRY_MILLISECONDS=100",
@@ -47,7 +47,7 @@ func startSite(t *testing.T, env ...string) *site {
 			u, _ := url.Parse(target)
 			r.SetURL(u)
 		},
-		ErrorLog: log.New(io.Discard, "", 0), // streams break, that is the test
+		ErrorLog: log.New(io.Discard, "", 0), // streams break: that is the test
 		// As a proxy should: an answer with another status would end the EventSource for good.
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { panic(http.ErrAbortHandler) },
 	}
@@ -70,12 +70,7 @@ func openSite(t *testing.T) (*site, *tab) {
 // post posts to the backend, as a script would.
 func (s *site) post(t *testing.T, path, body string) (answer map[string]any) {
 	t.Helper()
-	resp, err := http.Post(s.backend.URL+path, "application/json", strings.NewReader(body))
-	must(t, err)
-	defer resp.Body.Close()
-	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || resp.StatusCode/100 != 2 {
-		t.Fatalf("POST %s: got %s, %v", path, resp.Status, err)
-	}
+	must(t, json.Unmarshal([]byte(mustAsk(t, "POST", s.backend.URL+path, body)), &answer))
 	return answer
 }
 
@@ -105,7 +100,7 @@ func TestBrowserPage(t *testing.T) {
 		document.querySelector("#version-banner").textContent.includes("browser-2")`)
 	tab.wait(`document.querySelector("#version-current").textContent == "browser-2"`)
 
-	// A page that is loaded afterwards is of that version: it shows a banner only for the next one.
+	// A page that is loaded afterwards has that version, and shows a banner only for the next one.
 	second := tab.browser.open(site.URL + "/")
 	second.wait(`document.querySelector("#version-name").textContent == "browser-2"`)
 	second.wait(`document.querySelector("#version-banner").hidden`)
@@ -114,8 +109,8 @@ func TestBrowserPage(t *testing.T) {
 		document.querySelector("#version-banner").textContent.includes("browser-3")`)
 }
 
-// A link to a download or to mailto: makes a browser announce that the page is left, and the page closes its streams.
-// As it stays, it opens them again where they were.
+// A link to a download or to mailto: makes the browser announce that the page is being left, and the page closes its
+// streams. But then the page stays, so it opens them again where they were.
 func TestBrowserPageThatStays(t *testing.T) {
 	t.Parallel()
 	site, tab := openSite(t)
@@ -125,7 +120,7 @@ func TestBrowserPageThatStays(t *testing.T) {
 		form.elements.task_id.value = "` + task + `";
 		form.requestSubmit()`)
 	open := `document.querySelectorAll("[data-state=open]").length == 2 && document.querySelectorAll("#tasks li").length == %d`
-	tab.wait(fmt.Sprintf(open, 1)) // the stream's state stands at the top and at the task
+	tab.wait(fmt.Sprintf(open, 1)) // the state of the stream is shown at the top and at the task
 	for i, link := range []string{"/report.csv", "mailto:somebody@example.com"} {
 		tab.run(`location.href = "` + link + `"`)
 		tab.wait(fmt.Sprintf(`left == %d && document.querySelector("#connection").dataset.state == "reconnecting"`, i+1))
@@ -149,15 +144,15 @@ func TestBrowserManyTasks(t *testing.T) {
 	count := func(selector string, n int) string {
 		return fmt.Sprintf("document.querySelectorAll(`%s`).length == %d", selector, n)
 	}
-	for _, tab := range tabs { // each starts ten tasks, and follows those of the other, too
+	for _, tab := range tabs { // each starts ten tasks, and also follows those of the other
 		tab.run(`for (let i = 0; i < 10; i++) document.querySelector("#start-external").click()`)
 	}
 	var ids []string
 	for _, tab := range tabs {
-		tab.call(tab.session, "Page.bringToFront", nil, &struct{}{}) // else it asks for no list
+		tab.call(tab.session, "Page.bringToFront", nil, &struct{}{}) // otherwise it does not ask for the list
 		tab.wait(count("#tasks tbody[data-status=running][data-state=open]", 20))
 		tab.wait(count("#tasks li", 20))
-		tab.run(`fetch("/healthz").then(() => window.answered = true)`) // no task ends before
+		tab.run(`fetch("/healthz").then(() => window.answered = true)`) // no task has ended by then
 		tab.wait(`window.answered`)
 		tab.get(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId)`, &ids)
 	}
@@ -215,7 +210,7 @@ func TestBrowserTable(t *testing.T) {
 	external := func(id string) {
 		site.post(t, "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`","title":"Task `+id+`"}}`)
 	}
-	looked := func() { tab.run(`dispatchEvent(new Event("focus"))`) } // else the page asks every few seconds
+	looked := func() { tab.run(`dispatchEvent(new Event("focus"))`) } // otherwise the page asks only every few seconds
 	for _, id := range []string{"a", "b", "c"} {
 		external(id)
 		if id != "a" {
@@ -250,7 +245,7 @@ func TestBrowserTable(t *testing.T) {
 	filter("completed", "a")
 	filter("all", "c", "b", "a")
 
-	// One key opens the log, and another one takes the focus to the next row.
+	// One key moves the focus to the next row, and another opens the log.
 	if shown := tab.count(`document.querySelectorAll("#tasks .log:not([hidden])").length`); shown != 0 {
 		t.Errorf("got %d open logs before any click, want 0", shown)
 	}
@@ -265,7 +260,7 @@ func TestBrowserTable(t *testing.T) {
 	tab.wait(row("a") + `.querySelector(".log").getClientRects().length == 1`)
 	tab.wantEvents(t, "[data-task-id=a]", "task_started null", `progress_update {"text":"a third","value":0.33}`, "task_completed 1")
 
-	// While the pointer moves, no row moves below it.
+	// While the pointer moves, no row moves under it.
 	tab.run(`window.moving = setInterval(() => document.querySelector("#tasks").dispatchEvent(new PointerEvent("pointermove")), 50);
 		window.lists = 0;
 		const ask = fetch;
@@ -283,16 +278,13 @@ func TestBrowserTable(t *testing.T) {
 
 	// A deleted task disappears, whether it was deleted here or elsewhere.
 	tab.run(row("b") + `.querySelector(".act").click()`)
-	req, _ := http.NewRequest("DELETE", site.backend.URL+"/api/tasks/c", nil)
-	resp, err := http.DefaultClient.Do(req)
-	must(t, err)
-	resp.Body.Close()
+	mustAsk(t, "DELETE", site.backend.URL+"/api/tasks/c", "")
 	looked()
 	tab.wait(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId).join() == "d,a"`)
 }
 
-// A page whose stream is taken over goes on as another page: a request of its own may have been overtaken by a later
-// one.
+// A page that loses its stream to another goes on with a new request_id: a request of its own may have been overtaken
+// by a later one.
 func TestBrowserReplaced(t *testing.T) {
 	t.Parallel()
 	site, tab := openSite(t)
@@ -310,7 +302,7 @@ func TestBrowserReplaced(t *testing.T) {
 	tab.wantEvents(t, "#tasks tbody", "task_started null", "task_completed 1")
 }
 
-// Beyond 50 tasks the newest are followed, and the others when a place gets free.
+// A page follows the newest 50 tasks, and others when a place becomes free.
 func TestBrowserTooManyTasks(t *testing.T) {
 	t.Parallel()
 	site, tab := openSite(t)
@@ -319,7 +311,7 @@ func TestBrowserTooManyTasks(t *testing.T) {
 	}
 	state := `document.querySelectorAll("#tasks tbody[data-state=%s]").length == %d`
 	tab.wait(fmt.Sprintf(state+" && "+state, "open", maxPageTasks, "waiting", 2))
-	// The one whose log is open comes first, and one that had to leave for it comes back whole.
+	// The task with the open log comes first. The one that had to make room for it comes back with all its events.
 	openLog := `document.querySelector("[data-task-id=t0] .open-log").click()`
 	tab.run(openLog)
 	tab.wait(`document.querySelectorAll("[data-task-id=t0][data-state=open] li").length == 1`)
@@ -348,7 +340,7 @@ func TestBrowserTooManyTasks(t *testing.T) {
 	}
 }
 
-// A page that goes on with another set of tasks hears each event from one of its two streams.
+// While a page changes to another set of tasks it has two streams, but gets each event only once.
 func TestBrowserChange(t *testing.T) {
 	t.Parallel()
 	queries := make(chan string, 10)
@@ -365,7 +357,7 @@ func TestBrowserChange(t *testing.T) {
 		default:
 			queries <- r.URL.RawQuery
 			close(second)
-			time.Sleep(200 * time.Millisecond) // gives the older one time to be heard
+			time.Sleep(200 * time.Millisecond) // gives the older stream time to be heard
 			streamThat("event: connection_open\ndata: {}\nid: a-1.b-0\n\nevent: task_event\ndata: 2\nid: a-2.b-0\n\n", true)(w, r)
 		}
 	}))
@@ -387,7 +379,7 @@ func TestBrowserChange(t *testing.T) {
 	}
 }
 
-// wantEvents checks what the log of a row lists: exactly these events, each with an ID of its own.
+// wantEvents checks that the log of a row lists exactly these events, each with an ID of its own.
 func (tab *tab) wantEvents(t *testing.T, row string, want ...string) {
 	t.Helper()
 	var got []string
@@ -400,7 +392,7 @@ func (tab *tab) wantEvents(t *testing.T, row string, want ...string) {
 	}
 }
 
-// pageClient returns the function of the page that README.md shows, too.
+// pageClient returns the function openStream of the page, which README.md must have, too.
 func pageClient(t *testing.T) string {
 	t.Helper()
 	_, client, _ := strings.Cut(edited(t, "index.html"), "\nfunction openStream(")
@@ -457,7 +449,7 @@ func TestBrowserSilence(t *testing.T) {
 	}
 }
 
-// A gateway that is stopped keeps its connections open, so that no browser sees a loss. The page does.
+// A gateway that is suspended keeps its connections open, so a browser sees no loss. The page does.
 func TestBrowserSilentGateway(t *testing.T) {
 	t.Parallel()
 	site := startSite(t, "HEARTBEAT_INTERVAL_SECONDS=0.5")
@@ -539,8 +531,8 @@ func TestBrowserOtherSite(t *testing.T) {
 	}
 }
 
-// A page whose name comes to point at this machine is of the same site for its browser, and could do everything to a
-// backend in development, which asks for no token.
+// A page can make its own name point at this machine. To its browser that is the same site, so the page could do
+// anything to a backend in development, which asks for no token.
 func TestBrowserRebinding(t *testing.T) {
 	t.Parallel()
 	backend := startBackend(t)
@@ -558,7 +550,7 @@ func TestBrowserRebinding(t *testing.T) {
 	}
 }
 
-// A page of another origin lives on when the gateway restarts behind nginx, and when nginx has a limit.
+// A page of another origin survives a restart of the gateway behind nginx, and a limit of nginx.
 func TestBrowserOtherOrigin(t *testing.T) {
 	needs(t, "nginx", "root")
 	t.Parallel()
@@ -589,10 +581,10 @@ func TestBrowserOtherOrigin(t *testing.T) {
 	}
 }
 
-// browserPatience is for what takes milliseconds, but not on a machine that is busy with other tests.
+// browserPatience is for what takes milliseconds unless the machine is busy with other tests.
 const browserPatience = time.Minute
 
-// A chromium is a headless Chromium. All tests that run at the same time share one, for it takes seconds of CPU to
+// A chromium is a headless Chromium. All tests that run at the same time share one, as it takes seconds of CPU to
 // start.
 type chromium struct {
 	cmd     *exec.Cmd
@@ -606,7 +598,7 @@ type chromium struct {
 
 var sharedChromium struct {
 	mu    sync.Mutex // guards the rest
-	users int        // while there are some, it runs
+	users int        // it runs while there are some
 	*chromium
 }
 
@@ -672,7 +664,7 @@ func (c *chromium) kill() {
 	os.RemoveAll(c.profile)
 }
 
-// read hands out the answers, and passes over events.
+// read hands out the answers, and ignores events.
 func (c *chromium) read() {
 	for r := bufio.NewReader(c.pipes[1]); ; {
 		message, err := r.ReadBytes(0)

@@ -11,7 +11,7 @@ import (
 	"unicode/utf8"
 )
 
-// identifiers returns those that have a connection, sorted and joined by a space.
+// identifiers returns the identifiers that have a connection, sorted and joined by spaces.
 func (api *apiFixture) identifiers() string {
 	api.conns.mu.Lock()
 	defer api.conns.mu.Unlock()
@@ -42,7 +42,7 @@ func (api *apiFixture) wantConnect(token, target, want string) {
 // callbackAccepted is the answer to a connect callback.
 const callbackAccepted = `200 {"event":{"id":"e-0","name":"connection_open","data":"{\"status\":\"connected\"}"}}`
 
-// checkCallbackRoutes connects to each target and wants that identifier.
+// checkCallbackRoutes connects to each target and checks the identifier of the connection.
 func checkCallbackRoutes(t *testing.T, api *apiFixture, routes map[string]string) {
 	t.Helper()
 	for target, want := range routes {
@@ -80,16 +80,16 @@ func TestCallbackUnknownURLReturns400(t *testing.T) {
 	for _, target := range []string{
 		"/", "/?task_id=a", "*", "not a path",
 		"/api/sse?task_id=a",
-		"/api/sse/tasksfoo?task_id=a",             // no segment border
+		"/api/sse/tasksfoo?task_id=a",             // not the end of a segment
 		"/api/sse/utils/versions?request_id=a",    // the same
 		"/api/sse/utils?request_id=a",             // too short
-		"/API/sse/tasks?task_id=a",                // paths have a case
+		"/API/sse/tasks?task_id=a",                // paths are case-sensitive
 		"//api/sse/tasks?task_id=a",               // another path
-		"/v1/api/sse/tasks?task_id=a",             // a prefix it is not
+		"/v1/api/sse/tasks?task_id=a",             // not at the beginning
 		"/other?then=/api/sse/tasks&task_id=a",    // not in the path
-		"api/sse/tasks?task_id=a",                 // no request target
-		"/api/sse/%zztasks?task_id=a",             // no URL
-		"/api/sse/tasks\x7f?task_id=a",            // no URL
+		"api/sse/tasks?task_id=a",                 // not a request target
+		"/api/sse/%zztasks?task_id=a",             // not a URL
+		"/api/sse/tasks\x7f?task_id=a",            // the same
 		"/api/sse/utils/../tasksx?task_id=a",      // not cleaned
 		"/elsewhere/../api/sse/tasks?task_id=a#x", // the same
 	} {
@@ -110,7 +110,7 @@ func TestCallbackSecret(t *testing.T) {
 		"?secret=":                           false,
 		"?secret=wr0ng":                      false,
 		"?secret=s3cret":                     false,
-		"?secret=s3cret&+%/ü":                false, // unescaped it is another one
+		"?secret=s3cret&+%/ü":                false, // unescaped, so another one
 		"?Secret=" + url.QueryEscape(secret): false,
 		"?secret=" + url.QueryEscape(secret): true,
 	} {
@@ -122,7 +122,7 @@ func TestCallbackSecret(t *testing.T) {
 	}
 	log := api.logged.String()
 	if got := strings.Count(log, `level=WARN msg="callback with a missing or wrong secret"`); got == 0 || got == 6 {
-		t.Errorf("got %d warnings for 6 callbacks, want fewer, but one:\n%s", got, log)
+		t.Errorf("got %d warnings for 6 callbacks, want at least one, but fewer than 6:\n%s", got, log)
 	}
 	if strings.Contains(log, "s3cret") || strings.Contains(log, "wr0ng") {
 		t.Errorf("a secret is in the log:\n%s", log)
@@ -135,12 +135,12 @@ func TestCallbackBody(t *testing.T) {
 	const good = `{"action":"connect","token":"t","request":{"url":"/api/sse/utils/version?request_id=r","headers":{"user-agent":"x"}}}`
 	bad := map[string]string{
 		"no body":       ``,
-		"no JSON":       `action=connect`,
-		"no object":     `[` + good + `]`,
+		"not JSON":      `action=connect`,
+		"not an object": `[` + good + `]`,
 		"null":          `null`,
 		"not UTF-8":     strings.Replace(good, `"x"`, "\"\xff\"", 1),
 		"two values":    good + good,
-		"twice a field": strings.Replace(good, `"token":"t"`, `"token":"t","token":"t"`, 1),
+		"a field twice": strings.Replace(good, `"token":"t"`, `"token":"t","token":"t"`, 1),
 		"other case":    strings.Replace(good, `"token"`, `"Token"`, 1),
 		"other action":  strings.Replace(good, `"connect"`, `"reconnect"`, 1),
 	}
@@ -178,7 +178,7 @@ func TestCallbackBody(t *testing.T) {
 	}
 }
 
-// The browser of a stream that was finished comes back by itself; only a status such as this stops it for good.
+// The browser of a finished stream comes back by itself. Only a status such as 410 stops it for good.
 func TestCallbackFinishedStreamIsGone(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
@@ -230,7 +230,7 @@ func TestCallbackStop(t *testing.T) {
 	})
 }
 
-// stoppingService is a service during whose work the process ends.
+// stoppingService is a service that stops the process during a connect callback.
 type stoppingService struct {
 	streamService
 	stop func()
@@ -257,7 +257,7 @@ func TestCallbackRefusesBadIDs(t *testing.T) {
 		for id, logged := range map[string]string{
 			"":                             "",
 			"&other=a":                     "",
-			"a:b":                          "a:b", // two services could come to share an identifier
+			"a:b":                          "a:b", // two services could share an identifier
 			"%3A":                          ":",
 			"%zz":                          "",
 			"a%0Alevel=INFO":               "nlevel=INFO",
@@ -303,7 +303,7 @@ func TestCallbackMalformedBodies(t *testing.T) {
 	api.wantConnected("")
 }
 
-// Whatever comes, the answer is JSON and says whose fault it is, and only a body with the right fields is accepted.
+// Every body gets an answer in JSON, with 200 or a 4xx, and only a body with the right fields is accepted.
 func FuzzCallbackBody(f *testing.F) {
 	f.Add(apiConnect("t", "/api/sse/tasks?task_id=a"))
 	f.Add(apiConnect("t", "/api/sse/utils/version?request_id=r", "e-1"))
@@ -348,7 +348,7 @@ func TestCallbackTakesOnlyPlainTargets(t *testing.T) {
 	}
 	for _, target := range []string{
 		"/api/sse/tasks?task_id=a&task_id=a", "/api/sse/tasks?task_id=a&task_id=", "/api/sse/utils/version?request_id=a&request_id=b",
-		"/api/sse/tasks?task_id=a&request_id=x&request_id=y", "/api/sse/utils/version?request_id=a&task_id=x&task_id=y", // also of fields that the route does not read
+		"/api/sse/tasks?task_id=a&request_id=x&request_id=y", "/api/sse/utils/version?request_id=a&task_id=x&task_id=y", // unread fields, too
 	} {
 		if got := api.callback(apiConnect("t", target)); !strings.HasSuffix(got, `"code":"duplicate_field"}`) {
 			t.Errorf("%s: got %s, want 400", target, got)
@@ -368,7 +368,7 @@ func TestCallbackLastEventIDInTheQuery(t *testing.T) {
 		const target = "/api/sse/tasks?task_id=a"
 		api.connect(target + "&lastEventId=e-1").checkStory("connection_open progress_update")
 		api.connect(target + "&lastEventId=e-1&lastEventId=e-2").checkStory("connection_open")      // the last counts
-		api.connect(target+"&lastEventId=e-2", "e-1").checkStory("connection_open progress_update") // the header counts more
+		api.connect(target+"&lastEventId=e-2", "e-1").checkStory("connection_open progress_update") // header first
 		api.connect(target+"&lastEventId=e-2", "").checkStory("connection_open")
 		for _, query := range []string{"&lastEventId=close", "&lastEventId=e-1&lastEventId=close"} {
 			api.wantConnect("t", target+query, "410 ")
@@ -394,14 +394,14 @@ func TestCallbackHeartbeatEvents(t *testing.T) {
 }
 
 func TestCallbackReplaces(t *testing.T) {
-	// The gateway of the first callback has died, or has given it up. It must not take the page's living stream away.
+	// A callback may come from a gateway that has died or given it up. It must not replace the page's live stream.
 	apiStory(t, "asks first", "", func(t *testing.T, api *apiFixture) {
 		const target, features = "/api/sse/utils/version?request_id=r", "Sse-Gateway-Features: batch, id, retry"
 		living := api.connect(target)
 		const gone = `503 {"error":"the gateway does not know this stream","code":"gateway_gone"}`
-		api.check("POST", "/api/sse/callback", apiConnect("ghost", target), gone, features) // the gateway does not know this token
+		api.check("POST", "/api/sse/callback", apiConnect("ghost", target), gone, features) // unknown token
 		api.gateway.fail(errNoAnswer)
-		api.check("POST", "/api/sse/callback", apiConnect("ghost", target), gone, features) // the gateway does not answer
+		api.check("POST", "/api/sse/callback", apiConnect("ghost", target), gone, features) // no answer
 		api.gateway.fail(nil)
 		living.checkStory("connection_open")
 		if got := api.conns.tokens[living.token]; got != "version:r" {
@@ -411,14 +411,14 @@ func TestCallbackReplaces(t *testing.T) {
 		living.checkStory("connection_open connection_close:replaced")
 	})
 
-	// Another implementation would write an empty event if it were asked during its callback.
-	apiStory(t, "asks no foreign gateway", "", func(t *testing.T, api *apiFixture) {
+	// A gateway of another make would write an empty event if it were asked during its callback.
+	apiStory(t, "does not ask a foreign gateway", "", func(t *testing.T, api *apiFixture) {
 		const target = "/api/sse/utils/version?request_id=r"
 		api.connect(target)
 		api.wantConnect("unknown", target, "200 ")
 	})
 
-	// The order of requests outlives the task: else the older request of a browser would replace its newer one.
+	// The order of requests outlives the task. Otherwise the older request of a browser would replace its newer one.
 	apiStory(t, "the order outlives the task", "", func(t *testing.T, api *apiFixture) {
 		connect := func(token, order string) string {
 			return api.do("POST", "/api/sse/callback", apiConnect(token, "/api/sse/tasks?task_id=a"), "Sse-Gateway-Request: "+order)
@@ -438,7 +438,7 @@ func TestCallbackReplaces(t *testing.T) {
 			}
 		}
 		if api.conns.tokens["six"] == "" {
-			t.Error("the older request replaced the newer")
+			t.Error("the older request replaced the newer one")
 		}
 	})
 }

@@ -21,8 +21,7 @@ type job struct {
 	clients []*eventSource
 }
 
-// event tells event n of the job, as story does: "nothing" when it has none of that number. The job must have all its
-// reports.
+// event returns event n of the job as story tells it, or "nothing" if there is none. The job must have all its reports.
 func (j *job) event(n int) string {
 	switch reports := len(j.texts); {
 	case n < 1:
@@ -73,7 +72,7 @@ func (j *job) current() (clients []*eventSource) {
 type chaos struct {
 	*system
 	jobs  []*job
-	limit time.Duration // for the rest to arrive: the longer the chaos, the more events has a task
+	limit time.Duration // for the rest to arrive: the longer the chaos, the more events a task has
 }
 
 // start starts n jobs, each with a report at every interval until stop is called. It calls begin for each before its
@@ -103,7 +102,7 @@ func (c *chaos) start(n int, interval time.Duration, begin func(j *job)) (stop f
 	return stop
 }
 
-// rivals makes a further client follow each of n tasks.
+// rivals makes one more client follow each of n tasks, chosen at random.
 func (c *chaos) rivals(n int) {
 	for range n {
 		j := c.jobs[rand.IntN(len(c.jobs))]
@@ -127,11 +126,11 @@ func (c *chaos) disturb(d time.Duration) {
 }
 
 // Whatever happens between the backend and a browser, the browser ends up with every event once and in order, and no
-// two of them fight for one task. Which of several wins is open: one that was cut when it was replaced does not know of
-// it, comes back and replaces its successor. So each client gets the first events of its task, and then, for good,
-// either the rest or connection_close "replaced"; and exactly one client of each task gets the rest.
+// two of them fight for one task. Any of them may win: one that was cut when it was replaced does not know that, so it
+// comes back and replaces its successor. So each client gets the first events of its task, and then, for good, either
+// the rest or connection_close "replaced"; and exactly one client of each task gets the rest.
 //
-// SIDECAST_CHAOS_ROUNDS makes it last longer: 1.5 s and a crash of the gateway each.
+// SIDECAST_CHAOS_ROUNDS sets the number of rounds, each of 1.5 s and a crash of the gateway.
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	rounds := 3
@@ -209,7 +208,7 @@ func (c *chaos) finish(j *job, ids bool) {
 	}
 }
 
-// A pageReader is a page that follows some jobs by a page stream, now these and now others.
+// A pageReader is a page that follows a changing set of jobs with a page stream.
 type pageReader struct {
 	path  string
 	parts []*pagePart // the last one goes on
@@ -223,8 +222,8 @@ type pagePart struct {
 	events []message // once it is over
 }
 
-// turn has the page follow 3 to 8 jobs, after the last event that it has. A page opens its new stream before it closes
-// the old one, and hears no more of that.
+// turn makes the page follow 3 to 8 jobs, after the last event that it has. It opens the new stream before it closes
+// the old one, and takes no more events from that.
 func (c *chaos) turn(r *pageReader) {
 	next := &pagePart{}
 	target := c.streams + r.path
@@ -245,8 +244,8 @@ func (c *chaos) turn(r *pageReader) {
 	r.parts = append(r.parts, next)
 }
 
-// check reports whether the events are those that follow the last event ID of the part, each once and in the order of
-// its job, and how many each job has in the end. All jobs must have all their reports.
+// check checks that the events are those that follow the last event ID of the part, each once and in the order of its
+// job, and returns how many of each job the page has in the end. All jobs must have all their reports.
 func (p *pagePart) check() (n map[*job]int, err error) {
 	n = map[*job]int{}
 	for _, j := range p.jobs {
@@ -275,8 +274,8 @@ func (p *pagePart) check() (n map[*job]int, err error) {
 	return n, nil
 }
 
-// Pages that follow overlapping sets of tasks, and change them, get each event of each task once and in order, from
-// where their last event ID stood, beside the streams of the tasks, and while the gateway crashes.
+// Pages that follow overlapping sets of tasks, and change them, get each event of each task once and in order after
+// their last event ID, although the tasks have streams of their own and the gateway crashes.
 func TestChaosPages(t *testing.T) {
 	t.Parallel()
 	c := &chaos{system: newSystem(t, startOwnGateway, "TASK_EVENT_LIMIT=1000000000")}
@@ -295,7 +294,7 @@ func TestChaosPages(t *testing.T) {
 		for end := time.Now().Add(d); time.Now().Before(end); <-tick.C {
 			r := readers[rand.IntN(len(readers))]
 			switch es := r.parts[len(r.parts)-1].eventSource; {
-			case es.state() != "open": // else its own request might come after that of its successor
+			case es.state() != "open": // otherwise its request might come after that of its successor
 			case rand.IntN(3) == 0:
 				es.cut()
 			default:

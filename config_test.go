@@ -16,12 +16,12 @@ import (
 	"time"
 )
 
-// getenvFrom is an environment of just these variables.
+// getenvFrom returns os.Getenv for an environment of just these variables.
 func getenvFrom(env map[string]string) func(string) string {
 	return func(name string) string { return env[name] }
 }
 
-// configProblems are what both roles and the logger say about an environment, one a line.
+// configProblems returns what both roles and the logger say about an environment, one problem a line.
 func configProblems(env map[string]string) string {
 	_, backend := loadBackendConfig(getenvFrom(env))
 	_, gateway := loadGatewayConfig(getenvFrom(env))
@@ -56,7 +56,7 @@ func TestConfigDefaults(t *testing.T) {
 	}
 }
 
-// Every variable has a value of its own here, so that one that lands in the wrong field shows.
+// Every variable has a value of its own here, so one that lands in the wrong field is noticed.
 func TestConfigEveryVariable(t *testing.T) {
 	env := map[string]string{
 		"APP_ENV": "production", "ADDR": ":1", "SSE_GATEWAY_URL": "http://localhost:3000/",
@@ -103,7 +103,7 @@ func TestConfigEveryVariable(t *testing.T) {
 	}
 }
 
-func TestConfigTellsEveryProblemAtOnce(t *testing.T) {
+func TestConfigReportsEveryProblemAtOnce(t *testing.T) {
 	env := map[string]string{
 		"APP_ENV": "staging", "ADDR": "8080", "SSE_GATEWAY_URL": "ftp://gateway",
 		"SSE_CALLBACK_SECRET": "a\nb", "API_TOKEN": " c", "TASK_MAX_WORKERS": "0", "TASK_QUEUE_LIMIT": "-1",
@@ -205,7 +205,7 @@ func TestConfigProduction(t *testing.T) {
 	}
 }
 
-// A callback URL that was put into the wrong variable must not bring its secret into the log of a failed start.
+// A callback URL in the wrong variable must not put its secret into the log of a failed start.
 func TestConfigErrorsHideSecrets(t *testing.T) {
 	env := map[string]string{"APP_ENV": "production"}
 	for _, name := range []string{"SSE_CALLBACK_SECRET", "API_TOKEN", "CALLBACK_URL"} {
@@ -299,7 +299,7 @@ func TestGatewayHost(t *testing.T) {
 	}
 }
 
-// Of a setting whose name is misspelt nobody would hear anything. What other programs or Kubernetes set is none.
+// A misspelt setting has no effect, so it is logged. Variables of other programs or of Kubernetes are not.
 func TestMisspeltVariables(t *testing.T) {
 	t.Parallel()
 	environ := []string{
@@ -311,7 +311,7 @@ func TestMisspeltVariables(t *testing.T) {
 	}
 	for _, args := range [][]string{nil, {"gateway"}} {
 		var out bytes.Buffer
-		bad := map[string]string{"ADDR": "192.0.2.1:1", "HOST": "192.0.2.1", "PORT": "1"} // not of this machine, so that it ends at once
+		bad := map[string]string{"ADDR": "192.0.2.1:1", "HOST": "192.0.2.1", "PORT": "1"} // not ours, so it ends at once
 		run(t.Context(), args, getenvFrom(bad), io.Discard, &out, environ...)
 		var got []string
 		for _, m := range regexp.MustCompile(`level=WARN msg="no such setting: is its name misspelt\?" variable=(\S*)`).FindAllStringSubmatch(out.String(), -1) {

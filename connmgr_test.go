@@ -18,20 +18,20 @@ import (
 	"time"
 )
 
-// checkConsistency compares both maps, and the gauge with them, as they are at one instant.
+// checkConsistency checks that both maps and the gauge agree at one instant.
 func checkConsistency(m *ConnectionManager) error {
 	m.mu.Lock()
 	now := &ConnectionManager{connections: maps.Clone(m.connections), tokens: maps.Clone(m.tokens)}
 	m.mu.Unlock()
 	for identifier, c := range now.connections {
 		if got, ok := now.tokens[c.token]; !ok || got != identifier {
-			return fmt.Errorf("connections[%q] has token %q, whose identifier is %q", identifier, c.token, got)
+			return fmt.Errorf("connections[%q] has token %q, but tokens has %q for it", identifier, c.token, got)
 		}
 	}
 	gauge := map[string]float64{}
 	for token, identifier := range now.tokens {
 		if c := now.connections[identifier]; c == nil || c.token != token {
-			return fmt.Errorf("tokens[%q] is %q, whose connection is %+v", token, identifier, c)
+			return fmt.Errorf("tokens[%q] is %q, but connections has %+v for it", token, identifier, c)
 		}
 		gauge[serviceOf(identifier)]++
 	}
@@ -41,10 +41,10 @@ func checkConsistency(m *ConnectionManager) error {
 	return nil
 }
 
-// unreadMetrics are counters that nobody reads.
+// unreadMetrics returns counters that nobody reads.
 func unreadMetrics() *backendMetrics { return newBackendMetrics(newRegistry("test"), nil) }
 
-// nobody owns a connection and does not mind its end.
+// nobody is an owner that ignores what it is told.
 type nobody struct{}
 
 func (nobody) seen(time.Time)  {}
@@ -56,7 +56,7 @@ func connectToken(m *ConnectionManager, identifier, token string) (replaced stri
 	return replaced
 }
 
-// What became of a send, in a word.
+// The outcomes of a send.
 const (
 	delivered    = "delivered"
 	heldBack     = "buffered"
@@ -75,7 +75,7 @@ func outcomeOf(r sendResult) string {
 	return delivered
 }
 
-// senderFunc is a gateway that answers by itself.
+// senderFunc is a gateway that answers at once, with what the function returns.
 type senderFunc func(events []event) sendResult
 
 func (f senderFunc) send(token string, events []event, end bool) sendResult { return f(events) }
@@ -83,7 +83,7 @@ func (f senderFunc) send(token string, events []event, end bool) sendResult { re
 // errNoAnswer is any failure but a 404.
 var errNoAnswer = errors.New("no answer")
 
-// steppedGateway is a gateway whose every answer waits for the test to decide it.
+// steppedGateway is a gateway that answers only when the test calls reply.
 type steppedGateway struct {
 	batches  bool // it takes several events at once
 	mu       sync.Mutex
@@ -114,8 +114,8 @@ func (g *steppedGateway) send(token string, events []event, end bool) sendResult
 	return <-s.answer
 }
 
-// String is how tests write a send: "a x-1 one" gives the stream a the event x-1 with the data one, "a close … end"
-// also ends it, "a end" does only that, and "a ?" asks for it.
+// String returns a send as tests write it: "a x-1 one" gives stream a the event x-1 with the data one, "a close … end"
+// also ends the stream, "a end" only ends it, and "a ?" asks whether it is there.
 func (s *stepped) String() string {
 	words := []string{s.token}
 	for _, e := range s.events {
@@ -130,7 +130,7 @@ func (s *stepped) String() string {
 	return strings.Join(words, " ")
 }
 
-// all returns what is under way, in the order of the words.
+// all returns what is under way, sorted by String.
 func (g *steppedGateway) all() []*stepped {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -146,7 +146,6 @@ func (g *steppedGateway) sends() (words []string) {
 	return words
 }
 
-// reply answers a send.
 func (g *steppedGateway) reply(s *stepped, r sendResult) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -154,7 +153,7 @@ func (g *steppedGateway) reply(s *stepped, r sendResult) {
 	s.answer <- r
 }
 
-// close answers 404 from now on, so that every sender comes to its end.
+// close answers 404 from now on, so that every sender ends.
 func (g *steppedGateway) close() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -165,8 +164,8 @@ func (g *steppedGateway) close() {
 	g.underWay = nil
 }
 
-// connTest is a ConnectionManager in a synctest bubble, with a gateway that only answers when the test says so. After
-// each step of the test everything else has come to rest and the invariants are checked.
+// connTest is a ConnectionManager in a synctest bubble, with a gateway that only answers when the test says so. Each
+// step of the test waits until everything else is at rest, and checks the invariants.
 type connTest struct {
 	*testing.T
 	gateway *steppedGateway
@@ -174,7 +173,6 @@ type connTest struct {
 	log     bytes.Buffer
 }
 
-// testConns runs a subtest with a connTest.
 func testConns(t *testing.T, name string, f func(t *connTest)) {
 	t.Helper()
 	t.Run(name, func(t *testing.T) {
@@ -191,7 +189,7 @@ func newConnTest(t *testing.T) *connTest {
 	return c
 }
 
-// rest lets everything come to rest, and checks the invariants.
+// rest waits until everything is at rest, and checks the invariants.
 func (t *connTest) rest() {
 	t.Helper()
 	synctest.Wait()
@@ -211,7 +209,13 @@ func (t *connTest) onDisconnect(token string) {
 	t.rest()
 }
 
-// send begins to send an event without ID. Its outcome comes through the channel.
+func (t *connTest) sweep(interval time.Duration) {
+	t.Helper()
+	go t.conns.sweep(interval)
+	t.rest()
+}
+
+// send begins a send of an event without ID. Its outcome comes through the channel.
 func (t *connTest) send(identifier, token, data string) <-chan string {
 	t.Helper()
 	outcome := make(chan string, 1)
@@ -220,7 +224,7 @@ func (t *connTest) send(identifier, token, data string) <-chan string {
 	return outcome
 }
 
-// The gateway answers a send that is under way.
+// These answer a send that is under way.
 
 func (t *connTest) ok(send string) { t.Helper(); t.answer(send, sendResult{taken: len(send)}) }
 func (t *connTest) buffered(send string) {
@@ -233,13 +237,13 @@ func (t *connTest) notFound(send string) {
 }
 func (t *connTest) fails(send string) { t.Helper(); t.answer(send, sendResult{err: errNoAnswer}) }
 
-// answer answers a send; of its events, no more than it has are taken.
+// answer answers a send. It caps r.taken at the number of its events.
 func (t *connTest) answer(send string, r sendResult) {
 	t.Helper()
 	all := t.gateway.all()
 	i := slices.IndexFunc(all, func(s *stepped) bool { return s.String() == send })
 	if i < 0 {
-		t.Fatalf("%q is not under way, but %q", send, all)
+		t.Fatalf("%q is not under way; these are: %q", send, all)
 	}
 	r.taken = min(r.taken, len(all[i].events))
 	t.gateway.reply(all[i], r)
@@ -262,7 +266,7 @@ func (t *connTest) wantOutcome(outcome <-chan string, want string) {
 	}
 }
 
-// wantConnections checks what is connected, each "identifier token".
+// wantConnections checks the connections, each as "identifier token".
 func (t *connTest) wantConnections(want ...string) {
 	t.Helper()
 	t.conns.mu.Lock()
@@ -300,7 +304,7 @@ func TestOnConnect(t *testing.T) {
 			t.Errorf("replaced %q, want %q", got, want)
 		}
 		t.wantConnections("task:1 b")
-		t.wantUnderWay() // the caller may hold a lock, so closing is a call of its own
+		t.wantUnderWay() // closing is a separate call, as the caller may hold a lock
 		t.conns.CloseReplaced("task:1", "a")
 		t.rest()
 		t.wantUnderWay(`a close {"reason":"replaced"} end`)
@@ -351,7 +355,7 @@ func TestOnDisconnect(t *testing.T) {
 }
 
 func TestSend(t *testing.T) {
-	// A 404 says that one stream is gone. By then its identifier may have another.
+	// A 404 says that one stream is gone. By then its identifier may have another stream.
 	testConns(t, "404 removes only the token used", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		outcome := t.send("task:1", "a", "one")
@@ -380,7 +384,7 @@ func TestSend(t *testing.T) {
 		t.wantOutcome(outcome, heldBack)
 	})
 
-	// After a failure the browser may lack that event. A later one would hide the gap, so the stream is ended instead.
+	// After a failure the browser may lack the event. A later one would hide the gap, so the stream is ended instead.
 	testConns(t, "after a failure ends the stream", func(t *connTest) {
 		const token = "0123456789abcdef"
 		t.onConnect("task:1", token)
@@ -437,17 +441,15 @@ func TestSend(t *testing.T) {
 }
 
 func TestSweep(t *testing.T) {
-	testConns(t, "asks only for old connections", func(t *connTest) {
+	testConns(t, "asks only about old connections", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		time.Sleep(time.Minute / 2)
 		t.onConnect("task:2", "b")
 		time.Sleep(time.Minute / 2)
-		go t.conns.sweep(time.Minute)
-		t.rest()
+		t.sweep(time.Minute)
 		t.wantUnderWay("a ?")
 		t.ok("a ?")
-		go t.conns.sweep(time.Minute) // a was asked for just now, b is still young
-		t.rest()
+		t.sweep(time.Minute) // a was checked just now, b is still young
 		t.wantUnderWay()
 		t.wantConnections("task:1 a", "task:2 b")
 	})
@@ -455,8 +457,7 @@ func TestSweep(t *testing.T) {
 		for i, token := range []string{"a", "b", "c", "d", "e"} {
 			t.onConnect(fmt.Sprint("task:", i), token)
 		}
-		go t.conns.sweep(0)
-		t.rest()
+		t.sweep(0)
 		t.ok("a ?")
 		t.buffered("b ?")
 		t.fails("c ?")
@@ -470,27 +471,23 @@ func TestSweep(t *testing.T) {
 		t.onConnect("task:2", "b")
 		t.send("task:1", "a", "one")
 		t.fails("a one")
-		go t.conns.sweep(0)
-		t.rest()
+		t.sweep(0)
 		t.wantUnderWay("a end", "b ?")
 	})
 
-	// Without the sweep, a replaced stream whose close failed would stay open and get no more events.
+	// A close may fail. Without the sweep, the replaced stream would stay open and get no more events.
 	testConns(t, "closes replaced streams again", func(t *connTest) {
 		t.conns.CloseReplaced("task:1", "a")
 		t.rest()
 		t.fails(closing("a", "replaced"))
 		for range 2 {
-			t.conns.sweep(time.Minute)
-			t.rest()
+			t.sweep(time.Minute)
 			t.wantUnderWay(closing("a", "replaced"))
 			t.fails(closing("a", "replaced"))
 		}
-		t.conns.sweep(time.Minute)
-		t.rest()
+		t.sweep(time.Minute)
 		t.notFound(closing("a", "replaced"))
-		t.conns.sweep(time.Minute)
-		t.rest()
+		t.sweep(time.Minute)
 		t.wantUnderWay()
 	})
 	testConns(t, "bounds its sends", func(t *connTest) {
@@ -506,11 +503,11 @@ func TestSweep(t *testing.T) {
 			t.ok(t.gateway.sends()[0])
 		}
 		if want := 3 * sweepers; asked != want {
-			t.Errorf("asked for %d connections, want %d", asked, want)
+			t.Errorf("asked about %d connections, want %d", asked, want)
 		}
 	})
 
-	// A gateway that crashed sends no disconnect callbacks. One sweep makes the gauge true again.
+	// A gateway that crashed sends no disconnect callbacks. One sweep corrects the gauge.
 	testConns(t, "heals the gauge", func(t *connTest) {
 		ctx, cancel := context.WithCancel(t.Context())
 		go t.conns.Sweep(ctx, time.Minute)
@@ -539,7 +536,7 @@ func TestStop(t *testing.T) {
 		defer cancel()
 		<-drain(ctx)
 		if ctx.Err() == nil || !strings.Contains(t.log.String(), "level=WARN") {
-			t.Errorf("got %v and log %s\nwant the time to be over, and a warning", ctx.Err(), t.log.String())
+			t.Errorf("got %v and log %s\nwant a timeout and a warning", ctx.Err(), t.log.String())
 		}
 		drained := drain(t.Context())
 		t.ok(`a close {"reason":"replaced"} end`)
@@ -564,7 +561,7 @@ func TestStop(t *testing.T) {
 	})
 }
 
-// The counters tell connects and disconnect callbacks. What a 404 or a newer connection removes shows in the gauge.
+// The counters count connects and disconnect callbacks. What a 404 or a newer connection removes shows in the gauge.
 func TestRecordSSEGatewayConnection(t *testing.T) {
 	t.Parallel()
 	reg := newRegistry("test")
@@ -597,7 +594,7 @@ func TestRecordSSEGatewayEvent(t *testing.T) {
 	m.Send("task:1", "a", []event{{}}, false)
 	answer = sendResult{err: errNoAnswer}
 	m.Send("task:1", "a", []event{{}}, false)
-	m.Send("task:1", "a", []event{{}}, false) // is not tried any more
+	m.Send("task:1", "a", []event{{}}, false) // not tried any more
 	connectToken(m, "task:1", "b")
 	answer = sendResult{taken: 2, err: errUnknownToken}
 	m.Send("task:1", "b", make([]event, 4), false)
@@ -618,8 +615,8 @@ func wantSeries(t *testing.T, text string, want map[string]float64) {
 	}
 }
 
-// mutexWatch is a gateway and a log handler that must not be called under the ConnectionManager's mutex: the
-// gateway's next callback may need it before the call returns.
+// mutexWatch is a gateway and a log handler that must not be called under the ConnectionManager's mutex. The gateway
+// may make a callback that needs the mutex before its call returns.
 type mutexWatch struct {
 	slog.Handler
 	t     *testing.T
@@ -669,12 +666,12 @@ func TestNothingIsCalledUnderTheMutex(t *testing.T) {
 		m.OnDisconnect("b")
 	}
 	if w.calls.Load() == 0 {
-		t.Error("nothing was called at all")
+		t.Error("nothing was called")
 	}
 }
 
-// Two identifiers and three streams: what happens to them, in every order that the network may choose. Only within a
-// sequence is the order given.
+// What happens to three streams of two identifiers, in every order that the network may choose. Only the order within
+// each sequence is fixed.
 func TestEveryInterleaving(t *testing.T) {
 	t.Parallel()
 	type state = map[string]string // token by identifier
@@ -766,8 +763,7 @@ func interleave[S any](sequences [][]S, begun []S, f func(order []S)) {
 	}
 }
 
-// Thousands of steps, many at the same time. After each one its worker looks at the invariants, in the middle of what
-// the others do.
+// Several workers take thousands of steps. Each checks the invariants after each of its steps, while the others go on.
 func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
 	t.Parallel()
 	const workers, steps = 8, 4000
@@ -795,7 +791,7 @@ func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
 				m.CloseReplaced(identifier, replaced)
 			}
 		case 2:
-			connectToken(m, identifier, oldToken()) // moves, or comes back
+			connectToken(m, identifier, oldToken()) // which moves here, or comes back
 		case 3:
 			m.OnDisconnect(oldToken())
 		case 4:

@@ -24,13 +24,13 @@ import (
 	"time"
 )
 
-// These tests run what the Dockerfile and the files in deploy say, with nothing changed but addresses and intervals.
+// These tests use the Dockerfile and the files in deploy, with only addresses, paths, intervals and limits changed.
 
-// needs skips the test when the machine lacks a tool, which is a command or "root". Where CI is set it fails instead: a
-// skipped test proves nothing, so CI must install the tool.
+// needs skips the test if a command is missing or, for "root", root privileges are. If CI is set it fails the test, as
+// a skipped test proves nothing.
 func needs(t testing.TB, tools ...string) {
 	t.Helper()
-	const text = "this test needs %s: it runs as root, where what .ci/run installs is there"
+	const text = "this test needs %s; run it as root, with the tools that .ci/run installs"
 	for _, tool := range tools {
 		_, err := exec.LookPath(tool)
 		has := err == nil || tool == "root" && os.Geteuid() == 0
@@ -44,7 +44,7 @@ func needs(t testing.TB, tools ...string) {
 	}
 }
 
-// edited returns the text of a file, with each old string replaced by the new one that follows it. All must be there.
+// edited returns the text of a file, with each old string, which must occur, replaced by the new one that follows it.
 func edited(t testing.TB, file string, oldNew ...string) string {
 	t.Helper()
 	content, err := os.ReadFile(file)
@@ -64,7 +64,7 @@ func writeFile(t testing.TB, file, text string) {
 	must(t, os.WriteFile(file, []byte(text), 0o644))
 }
 
-// tool runs a command that ends by itself and must succeed, and returns what it printed.
+// tool runs a command to completion and returns its output. The command must succeed.
 func tool(t testing.TB, stdin, name string, args ...string) (out string) {
 	t.Helper()
 	cmd := exec.Command(name, args...)
@@ -79,10 +79,10 @@ func tool(t testing.TB, stdin, name string, args ...string) (out string) {
 const (
 	deployToken    = "api-token-of-a-test"
 	deploySecret   = "callback-secret-of-a-test"
-	deployPatience = 20 * time.Second // for what takes milliseconds, but not on a machine that is busy with other tests
+	deployPatience = 20 * time.Second // for what takes milliseconds unless the machine is busy with other tests
 )
 
-// ask makes a request as a page of that site would, with the API token, and returns the answer's status and body.
+// ask makes a request as a page of the same site would, with the API token, and returns the answer's status and body.
 func ask(t testing.TB, method, target, body string) (status int, answer string) {
 	t.Helper()
 	req, err := http.NewRequest(method, target, strings.NewReader(body))
@@ -101,7 +101,7 @@ func ask(t testing.TB, method, target, body string) (status int, answer string) 
 	return resp.StatusCode, string(content)
 }
 
-// mustAsk is ask for what has to succeed.
+// mustAsk is like ask, but the request must succeed.
 func mustAsk(t testing.TB, method, target, body string) (answer string) {
 	t.Helper()
 	status, answer := ask(t, method, target, body)
@@ -111,7 +111,7 @@ func mustAsk(t testing.TB, method, target, body string) (answer string) {
 	return answer
 }
 
-// startTask starts a task at the site of base and returns the path of its stream. The query is for an ingress.
+// startTask starts a task at the site base and returns the path of its stream. An ingress may route by the query.
 func startTask(t testing.TB, base, query, body string) (streamPath string) {
 	t.Helper()
 	var answer struct {
@@ -121,7 +121,8 @@ func startTask(t testing.TB, base, query, body string) (streamPath string) {
 	return answer.StreamURL
 }
 
-// told returns what a page was told, but for connection_open, which comes with each connection: "1 task_started".
+// told returns what a page was told, without connection_open: the number of each event and what it says, as in
+// "1 task_started".
 func told(events []message) (all []string) {
 	for _, m := range events {
 		var data struct {
@@ -137,7 +138,7 @@ func told(events []message) (all []string) {
 	return all
 }
 
-// waitTold waits until a page was told exactly this.
+// waitTold waits until a page was told as much as want has, and checks that it is want; see told.
 func waitTold(t testing.TB, es *eventSource, want ...string) {
 	t.Helper()
 	es.waitFor(t, deployPatience, func(got []message) bool { return len(told(got)) >= len(want) })
@@ -156,7 +157,7 @@ func waitFinished(t testing.TB, es *eventSource) {
 
 // The container
 
-// An image is the final stage of the Dockerfile, laid out in a folder. It is run with chroot(8), without any engine.
+// An image is the final stage of the Dockerfile, laid out in a folder. It runs under chroot(8), without any engine.
 type image struct {
 	root                    string // the folder
 	user                    string // uid:gid
@@ -165,8 +166,8 @@ type image struct {
 	volumes                 []string
 }
 
-// buildImage interprets the Dockerfile, as far as ours goes. It runs the go build here; what is copied from the build
-// stage besides, the CA roots, comes from this machine.
+// buildImage interprets our Dockerfile, and knows only the instructions that it uses. It runs go build on this machine,
+// and takes the CA roots from it.
 func buildImage(t testing.TB) (img image) {
 	build, final, _ := strings.Cut(edited(t, "Dockerfile"), "\nFROM scratch\n")
 	stage := t.TempDir()
@@ -193,7 +194,7 @@ func buildImage(t testing.TB) (img image) {
 			if owner, ok := strings.CutPrefix(fields[1], "--chown="); ok {
 				tool(t, "", "chown", owner, destination)
 			}
-		case "VOLUME": // here the folder of the image, whose owner an engine gives to a new volume
+		case "VOLUME": // the image's folder serves as the volume: an engine gives a new volume the owner of that folder
 			json.Unmarshal([]byte("["+array), &img.volumes)
 		case "USER":
 			img.user = rest
@@ -215,7 +216,7 @@ func (img image) inside(command []string, args ...string) []string {
 	return slices.Concat([]string{"chroot", "--userspec=" + img.user, "--groups=", img.root}, command, args)
 }
 
-// start runs the image as a container that answers at a port.
+// start runs the image as a container that listens on port.
 func (img image) start(t testing.TB, port int, env []string, args ...string) *process {
 	t.Helper()
 	url := fmt.Sprintf("http://127.0.0.1:%d", port)
@@ -230,7 +231,7 @@ func (img image) healthy(p *process) bool {
 	return cmd.Run() == nil
 }
 
-// The image has nothing but what the Dockerfile copies: no libc, so only a static binary runs, no shell, no /etc/hosts.
+// The image has only what the Dockerfile copies: no libc, so only a static binary runs, no shell, no /etc/hosts.
 func TestContainer(t *testing.T) {
 	needs(t, "root", "go", "sh", "chroot")
 	t.Parallel()
@@ -288,7 +289,7 @@ func TestContainer(t *testing.T) {
 // A host is a machine with a backend and its gateway.
 type host struct{ backend, gateway *process }
 
-// startHost starts a host whose backend also has env.
+// startHost starts a host, with env added to the environment of its backend.
 func startHost(t testing.TB, env ...string) host {
 	t.Helper()
 	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
@@ -301,15 +302,15 @@ func startHost(t testing.TB, env ...string) host {
 // address is where a process listens: host:port.
 func address(p *process) string { return strings.TrimPrefix(p.URL, "http://") }
 
-// front starts the nginx of a host, with its configuration edited as well.
+// front starts the nginx of a host, with its configuration edited to reach the host, and as oldNew says.
 func (h host) front(t testing.TB, oldNew ...string) *process {
 	t.Helper()
 	return startNginx(t, "deploy/nginx.conf", append(oldNew,
 		"server 127.0.0.1:8080", "server "+address(h.backend), "server 127.0.0.1:3000", "server "+address(h.gateway))...)
 }
 
-// startNginx starts nginx with a configuration of ours, edited so that it reaches what the test has. It takes root,
-// because Debian's nginx has its temporary folders in /var/lib.
+// startNginx starts nginx with one of our configurations, edited as oldNew says. It needs root, because Debian's nginx
+// has its temporary folders in /var/lib.
 func startNginx(t testing.TB, file string, oldNew ...string) *process {
 	t.Helper()
 	dir, addr := t.TempDir(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
@@ -320,7 +321,7 @@ func startNginx(t testing.TB, file string, oldNew ...string) *process {
 		"nginx", "-e", "stderr", "-c", conf, "-g", "daemon off; pid "+dir+"/pid;").mustStart(t)
 }
 
-// wantHidden tests that what is not for browsers is not found at a proxy, however it is spelled.
+// wantHidden checks that a proxy answers 404 for every path that is not for browsers, however the path is spelled.
 func wantHidden(t *testing.T, site string) {
 	t.Helper()
 	for _, request := range []string{
@@ -342,7 +343,7 @@ func TestNginx(t *testing.T) {
 	t.Parallel()
 	host := startHost(t)
 
-	// What Kubernetes adds: a port for metrics, and for nothing else.
+	// Kubernetes adds a port that serves only metrics.
 	metrics := regexp.MustCompile(`metrics\.conf: \|\n((?:    .*\n)+)`).FindStringSubmatch(edited(t, "deploy/kubernetes.yaml",
 		"listen 9100;", fmt.Sprintf("listen 127.0.0.1:%d;", freePort(t)),
 		"127.0.0.1:8080/", address(host.backend)+"/", "127.0.0.1:3001/", address(host.gateway)+"/"))
@@ -369,9 +370,9 @@ func TestNginx(t *testing.T) {
 	es := openEventSource(t, site+path, retryScale(0.05))
 	progress := func() { mustAsk(t, "POST", site+"/api/tasks/t/progress", `{"value":0.5}`) }
 	progress()
-	waitTold(t, es, "1 task_started", "2 progress_update") // at once: nothing is held back in a buffer
+	waitTold(t, es, "1 task_started", "2 progress_update") // at once: nginx buffers nothing
 
-	// Without the gateway nginx keeps the page trying, and then the page gets what it has missed.
+	// While the gateway is down, nginx keeps the page trying. Afterwards the page gets what it has missed.
 	host.gateway.kill(t)
 	before := es.opens()
 	eventually(t, deployPatience, "nginx answered in the gateway's place", func() bool { return es.opens() >= before+2 })
@@ -384,15 +385,15 @@ func TestNginx(t *testing.T) {
 	wantHidden(t, site)
 }
 
-// Whatever nginx itself says for a while in place of the gateway, no EventSource takes it for the end: over either
-// version of HTTP, and with pages of another site.
+// A temporary error from nginx itself never makes an EventSource give up, over HTTP/1.1 or HTTP/2, even on a page of
+// another site.
 func TestNginxErrors(t *testing.T) {
 	needs(t, "nginx", "root")
 	t.Parallel()
 	for _, tt := range []struct {
 		name   string
-		oldNew []string // what brings nginx into trouble
-		log    string   // what it says then
+		oldNew []string // what causes the error
+		log    string   // what nginx logs then
 	}{
 		{"500, no descriptors", []string{"worker_rlimit_nofile 65536", "worker_rlimit_nofile 50"}, "24: Too many open files"},
 		{"500, no connections", []string{"worker_connections 32768", "worker_connections 40"}, "worker_connections are not enough"},
@@ -408,7 +409,7 @@ func TestNginxErrors(t *testing.T) {
 		} {
 			for _, scheme := range []string{"http", "https"} { // 1.1 and 2
 				if scheme == "http" && strings.Contains(tt.name, "no connections") {
-					continue // none to accept, so nothing is answered
+					continue // nginx can accept no connection, so it answers nothing
 				}
 				t.Run(tt.name+", "+file+", "+scheme, func(t *testing.T) {
 					t.Parallel()
@@ -436,7 +437,7 @@ func TestNginxErrors(t *testing.T) {
 					}
 					away := askForStreams(t, base+"/api/sse/x", 45)
 					if away == 0 || !strings.Contains(nginx.output(), tt.log) {
-						t.Errorf("%d of 45 pages were told to come back; nginx' log has %q: %v", away, tt.log,
+						t.Errorf("%d of 45 pages were told to come back; nginx logged %q: %v", away, tt.log,
 							strings.Contains(nginx.output(), tt.log))
 					}
 				})
@@ -446,7 +447,7 @@ func TestNginxErrors(t *testing.T) {
 }
 
 // askForStreams opens n streams at once, as pages of another site would, and returns how many the proxy told to come
-// back. All the others must have a stream; some may have to wait for the proxy, or for a network error.
+// back. Each of the others must get a stream or a network error, unless it still waits for the proxy.
 func askForStreams(t testing.TB, target string, n int) (away int) {
 	t.Helper()
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
@@ -484,12 +485,12 @@ func askForStreams(t testing.TB, target string, n int) (away int) {
 			switch answer {
 			case "200 text/event-stream, no-store, https://other.example, true, retry: 3000":
 				away++
-				patience = time.Second // the rest may wait for the proxy
+				patience = time.Second // the rest may be waiting for the proxy
 			case "200 Text/Event-Stream ;charset=utf-8; odd, , , , : stream":
 				streams++
 			case "network error":
 			default:
-				t.Errorf("%s: a page was answered %q", target, answer)
+				t.Errorf("%s: a page got the answer %q", target, answer)
 			}
 		case <-time.After(patience):
 			answered = n
@@ -513,7 +514,7 @@ func writeCertificate(t testing.TB) (file string) {
 	return file
 }
 
-// A limit counts the streams of a client, also behind a trusted proxy, and ignores X-Forwarded-For from any other.
+// A limit counts the streams of each client. It uses X-Forwarded-For from a trusted proxy, and ignores any other.
 func TestNginxLimitsClients(t *testing.T) {
 	needs(t, "nginx", "root")
 	t.Parallel()
@@ -540,7 +541,7 @@ func TestNginxLimitsClients(t *testing.T) {
 	}
 }
 
-// Replicas know nothing of each other. An ingress that hashes the id is all that makes them one service.
+// Replicas do not know each other. All that makes them one service is an ingress that hashes the id.
 func TestReplicas(t *testing.T) {
 	needs(t, "nginx", "root")
 	t.Parallel()
@@ -564,7 +565,7 @@ func TestReplicas(t *testing.T) {
 	ingress := startNginx(t, "deploy/nginx-replicas.conf", "10.0.0.1:80", address(dyingNginx),
 		"10.0.0.2:80", address(staying.front(t)), "10.0.0.3:80", address(embedded)).URL
 
-	// follow starts some external tasks, with a follower each.
+	// follow starts n external tasks, each with a follower.
 	follow := func(name string, n int) map[string]*eventSource {
 		followers := map[string]*eventSource{}
 		for i := range n {
@@ -595,7 +596,7 @@ func TestReplicas(t *testing.T) {
 		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
 	}
 
-	// An id that a backend chose says nothing of the replica; the route does.
+	// An id that a backend chose does not lead to its replica; the route does.
 	for i := range 6 {
 		route := fmt.Sprintf("route=%d", i)
 		path := startTask(t, ingress, "?"+route, `{"type":"demo","params":{"steps":1}}`)
@@ -603,7 +604,7 @@ func TestReplicas(t *testing.T) {
 		waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
 	}
 
-	// Each replica polls for itself, and together they tell everybody.
+	// Each replica polls on its own, and together they tell every page.
 	eventually(t, deployPatience, "every replica has polled", func() bool {
 		mu.Lock()
 		defer mu.Unlock()
@@ -629,7 +630,7 @@ func TestReplicas(t *testing.T) {
 		waitTold(t, tab, "1 1.0", "2 1.1")
 	}
 
-	// One replica is away. No other answers for its IDs, and their own are not affected.
+	// While one replica is away, no other answers for its IDs, and the other replicas' IDs are not affected.
 	followers = follow("second", 60)
 	away := map[string]bool{}
 	for id := range followers {
@@ -638,7 +639,7 @@ func TestReplicas(t *testing.T) {
 	}
 	dyingNginx.kill(t)
 	for id, es := range followers {
-		if away[id] { // twice: a proxy that gives a server up has done so by then
+		if away[id] { // twice: by then a proxy that gives up on a server has done so
 			before := es.opens()
 			eventually(t, deployPatience, "told to come back", func() bool { return es.opens() >= before+2 })
 		}
@@ -647,7 +648,7 @@ func TestReplicas(t *testing.T) {
 			want = http.StatusBadGateway
 		}
 		if got := complete(id); got != want {
-			t.Errorf("completing %s, away: %v: got %d, want %d", id, away[id], got, want)
+			t.Errorf("completing %s (replica away: %v): got %d, want %d", id, away[id], got, want)
 		}
 	}
 	dyingNginx.restart(t)
@@ -661,7 +662,7 @@ func TestReplicas(t *testing.T) {
 		waitFinished(t, es)
 	}
 
-	// Its backend dies. Until it is back no other says that its tasks are unknown, and then it goes on with them.
+	// Then its backend dies. Until it is back, no other replica says that its tasks are unknown. Then it resumes them.
 	paths := map[string]string{}
 	for i := range 20 {
 		id := fmt.Sprintf("third-%d", i)
@@ -699,7 +700,7 @@ func TestReplicas(t *testing.T) {
 
 // metricNames returns the metrics that a PromQL expression names.
 func metricNames(expr string) (names []string) {
-	// What is in the way: matchers, ranges, labels, functions.
+	// These are not metrics: matchers, ranges, labels, functions.
 	other := regexp.MustCompile(`\{.*?\}|\[.*?\]|\b(by|on|group_left) \(.*?\)|\w+\(`)
 	for _, word := range regexp.MustCompile(`\b[a-z]\w+`).FindAllString(other.ReplaceAllString(expr, " "), -1) {
 		if word != "sum" && word != "and" && word != "up" { // up is Prometheus' own
@@ -751,7 +752,7 @@ func TestMonitoring(t *testing.T) {
 		return series("up == 1") == 2 && series("count_over_time(up[1m]) > 1") == 2
 	})
 
-	// No graph of the dashboard is empty, and no family is missing there.
+	// No graph of the dashboard is empty, and no family of metrics is missing.
 	var dashboard struct {
 		Panels []struct {
 			Title   string
@@ -765,7 +766,7 @@ func TestMonitoring(t *testing.T) {
 			for _, name := range metricNames(target.Expr) {
 				shown[name] = true
 			}
-			// A scrape that failed, as they do on a busy machine, hides its series until the next one.
+			// On a busy machine a scrape may fail. That hides its series until the next one.
 			eventually(t, deployPatience, panel.Title+": something for "+target.Expr, func() bool { return series(target.Expr) > 0 })
 		}
 	}
@@ -775,7 +776,7 @@ func TestMonitoring(t *testing.T) {
 		}
 	}
 
-	// The alerts can be evaluated, are about what there is, and are quiet while all is well.
+	// The alerts can be evaluated, use only metrics that exist, and are quiet while all is well.
 	type rule struct{ Name, Query, Health, LastError, State string }
 	var rules struct{ Groups []struct{ Rules []rule } }
 	eventually(t, deployPatience, "the alerts were evaluated", func() bool {
@@ -794,7 +795,7 @@ func TestMonitoring(t *testing.T) {
 	}
 }
 
-// Files that run outside of CI, in deploy/check-systemd.sh and deploy/check-kubernetes.sh
+// Files that are run outside CI, by deploy/check-systemd.sh and deploy/check-kubernetes.sh
 
 func TestSystemdUnit(t *testing.T) {
 	needs(t, "systemd-analyze")
@@ -805,7 +806,7 @@ func TestSystemdUnit(t *testing.T) {
 	writeFile(t, template, edited(t, "deploy/sidecast@.service", "/usr/local/bin/sidecast", os.Args[0]))
 	for _, role := range []string{"gateway", "backend"} {
 		out := tool(t, "", "systemd-analyze", "verify", filepath.Join(dir, "sidecast@"+role+".service"))
-		if strings.Contains(out, "sidecast") { // it may also have something to say of the machine's own units
+		if strings.Contains(out, "sidecast") { // it may also complain about the machine's own units
 			t.Errorf("%s: %s", role, out)
 		}
 	}
@@ -813,7 +814,7 @@ func TestSystemdUnit(t *testing.T) {
 	tool(t, "", "systemd-analyze", "security", "--offline=true", "--threshold=9", template)
 }
 
-// What the command in kubernetes.yaml makes of nginx-replicas.conf names the Service of each pod.
+// The command in kubernetes.yaml edits nginx-replicas.conf to name the Service of each pod.
 func TestKubernetesReplicas(t *testing.T) {
 	needs(t, "sh")
 	file := edited(t, "deploy/kubernetes.yaml")
@@ -832,7 +833,7 @@ func TestKubernetesReplicas(t *testing.T) {
 	}
 }
 
-// The program cannot notice a missing variable whose name is misspelt.
+// To the program, a misspelt variable is just one that is not set, so the names are checked here.
 func TestDeployedVariables(t *testing.T) {
 	config := edited(t, "config.go")
 	files := []string{"Dockerfile", "deploy/kubernetes.yaml", "deploy/sidecast@.service", "deploy/sidecast@backend.service.d/data.conf"}

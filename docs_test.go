@@ -11,9 +11,9 @@ import (
 	"testing"
 )
 
-// These tests run what README.md and the files in examples say, with nothing changed but addresses and pauses.
+// These tests run the commands in README.md and the files in examples, with only addresses, secrets and pauses changed.
 
-// readme returns what in README.md follows a line, up to another one.
+// readme returns what is in README.md between two lines.
 func readme(t testing.TB, after, before string) string {
 	t.Helper()
 	_, text, found := strings.Cut(edited(t, "README.md"), after+"\n")
@@ -65,7 +65,7 @@ func TestWorkers(t *testing.T) {
 	}
 }
 
-// What README.md says to run in production leaves nothing open: everything is on loopback, and what is not for browsers
+// The commands for production in README.md leave nothing open: everything is on loopback, and what is not for browsers
 // is on a port of its own.
 func TestProductionCommands(t *testing.T) {
 	t.Parallel()
@@ -99,7 +99,7 @@ func TestProductionCommands(t *testing.T) {
 	for _, p := range []*process{gateway, backend} {
 		for _, addr := range listening(t, p.pid()) {
 			if addr != "0100007F" {
-				t.Errorf("%q listens on %s, want 127.0.0.1 alone", p.command, addr)
+				t.Errorf("%q listens on %s, want only 127.0.0.1", p.command, addr)
 			}
 		}
 	}
@@ -134,7 +134,7 @@ func listening(t testing.TB, pid int) (addrs []string) {
 	return addrs
 }
 
-// Every promise of SECURITY.md has a test that is there.
+// Every test that SECURITY.md names exists.
 func TestSecurityNamesItsTests(t *testing.T) {
 	files, err := filepath.Glob("*_test.go")
 	must(t, err)

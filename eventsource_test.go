@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"net/http/httptest"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,8 +13,8 @@ import (
 	"time"
 )
 
-// The client that counts is a browser, so tests of streams use one: this file follows WHATWG HTML 9.2 "Server-sent
-// events" and shares no code with the product. The sections cited are of that text.
+// The client that matters is a browser, so tests of streams use one. This file follows WHATWG HTML 9.2 "Server-sent
+// events", whose section numbers it cites, and shares no code with the product.
 
 // A message is a dispatched event (9.2.6). Name is "message" when the event had none.
 type message struct {
@@ -23,9 +22,9 @@ type message struct {
 }
 
 // A parser interprets one event stream (9.2.6) in pieces of any size; its zero value is ready. What follows the last
-// blank line is never dispatched, which is what the section asks for at the end of a stream.
+// blank line is never dispatched, as the section requires for the end of a stream.
 type parser struct {
-	lastEventID string         // last event ID string; changes on dispatch alone
+	lastEventID string         // last event ID string; changes only on dispatch
 	retry       *time.Duration // the latest reconnection time that the stream has set; nil: none
 
 	line           []byte // so far
@@ -34,7 +33,7 @@ type parser struct {
 	data, name, id string // data, event type and last event ID buffers
 }
 
-// feed returns the messages that piece completes. A CR ends its line at once: the next byte may be long in coming.
+// feed returns the messages that piece completes. A CR ends its line at once, as the next byte may take long to come.
 func (p *parser) feed(piece []byte) (dispatched []message) {
 	for _, b := range piece {
 		secondHalf := b == '\n' && p.afterCR
@@ -49,8 +48,8 @@ func (p *parser) feed(piece []byte) (dispatched []message) {
 			p.begun = true
 			p.line = bytes.TrimPrefix(p.line, []byte("\uFEFF"))
 		}
-		// Lines can be decoded one by one, for UTF-8 uses CR and LF for nothing else. A browser may write several
-		// U+FFFD for the bad bytes that become one here.
+		// Lines can be decoded one by one, as UTF-8 uses CR and LF for nothing else. A browser may write several U+FFFD
+		// for the bad bytes that become one here.
 		line := strings.ToValidUTF8(string(p.line), "\uFFFD")
 		p.line = p.line[:0]
 		if line != "" {
@@ -62,7 +61,7 @@ func (p *parser) feed(piece []byte) (dispatched []message) {
 	return dispatched
 }
 
-// field processes a line that is not blank. A comment is one with an empty name, which like any unknown one is ignored.
+// field processes a line that is not blank. A comment has an empty name, which is ignored like any unknown name.
 func (p *parser) field(line string) {
 	name, value, _ := strings.Cut(line, ":")
 	value = strings.TrimPrefix(value, " ")
@@ -96,8 +95,8 @@ func (p *parser) dispatch() (m message, ok bool) {
 }
 
 // An eventSource is the EventSource of a browser (9.2.2): it connects in the background, comes back with Last-Event-ID
-// when the network fails or the stream ends, and gives up on any answer but an event stream. As in a browser there is
-// no time limit for an answer; the end of the test is. Any goroutine may call its methods.
+// when the network fails or the stream ends, and gives up on any answer but an event stream. As in a browser, an answer
+// has no time limit but the end of the test. Any goroutine may call its methods.
 type eventSource struct {
 	request    *http.Request // cloned for each attempt
 	retryScale float64       // applied to the reconnection times that streams set
@@ -119,10 +118,10 @@ type sourceState struct {
 	events     []message // of all connections
 }
 
-// longestDelay is the longest that an eventSource waits before it comes back. At its end a stream asks for up to 20 s.
+// longestDelay is the longest that an eventSource waits before it comes back. A stream that ends asks for up to 20 s.
 const longestDelay = 500 * time.Millisecond
 
-// retryScale is an option: tests would wait too long for what a real stream asks of a browser.
+// retryScale is an option that scales the reconnection times that streams set, as they are too long for tests.
 func retryScale(factor float64) func(*eventSource) {
 	return func(s *eventSource) { s.retryScale = factor }
 }
@@ -132,11 +131,9 @@ func retryScale(factor float64) func(*eventSource) {
 func openEventSource(t testing.TB, url string, opts ...func(*eventSource)) *eventSource {
 	t.Helper()
 	req, err := http.NewRequest(http.MethodGet, url, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	req.Header.Set("Accept", "text/event-stream")
-	req.Header.Set("Cache-Control", "no-cache") // what browsers make of the cache mode of 9.2.2
+	req.Header.Set("Cache-Control", "no-cache") // what browsers send for the cache mode of 9.2.2
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &eventSource{request: req, retryScale: 1, cancel: cancel, done: make(chan struct{}), dropConn: func() {}}
 	s.now.readyState = "connecting"
@@ -153,15 +150,15 @@ func openEventSource(t testing.TB, url string, opts ...func(*eventSource)) *even
 	return s
 }
 
-// run is the processing model (9.2.3): connect, and again after the reconnection time, until it fails or is closed.
+// run implements the processing model (9.2.3): it connects, and reconnects after a pause, until it fails or is closed.
 func (s *eventSource) run(ctx context.Context) {
 	defer close(s.done)
 	defer s.update(func(now *sourceState) { now.readyState = "closed" })
 	delay := 100 * time.Millisecond // a few seconds in a browser
 	lastEventID := ""
 	for {
-		// By the letter of 9.2.6 the buffers of each new stream are empty, so that its first blank line forgets the last
-		// event ID unless an id came before. Some browsers begin with the one they have; streams must do without.
+		// According to 9.2.6 the buffers of each new stream are empty, so its first blank line clears the last event ID
+		// unless an id came before. Some browsers begin with the ID that they have, but streams must not rely on that.
 		p := &parser{lastEventID: lastEventID}
 		if status := s.connect(ctx, p); status != 0 {
 			s.update(func(now *sourceState) { now.failure = status })
@@ -286,7 +283,7 @@ func TestParser(t *testing.T) {
 			messages{{"1", "message", "first"}, {"", "message", "second"}, {"", "message", " third"}}, "", 0},
 		{"empty data", "data\n\ndata\ndata\n\ndata:", messages{{"", "message", ""}, {"", "message", "\n"}}, "", 0},
 		{"one space", "data:test\n\ndata: test\n\n", messages{{"", "message", "test"}, {"", "message", "test"}}, "", 0},
-		// Its less visible rules.
+		// Less obvious rules.
 		{"line ends", "data:1\rdata:2\r\ndata:3\n\rdata:4\r\n\r\ndata:5\r\r\n\n",
 			messages{{"", "message", "1\n2\n3"}, {"", "message", "4"}, {"", "message", "5"}}, "", 0},
 		{"one BOM", "\uFEFFdata:1\n\n\uFEFFdata:2\n\n", messages{{"", "message", "1"}}, "", 0},
@@ -318,11 +315,10 @@ func scriptedServer(t *testing.T, handlers ...http.HandlerFunc) (url string, las
 	for _, h := range handlers {
 		next <- h
 	}
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	srv := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked <- r.Header.Get("Last-Event-ID")
 		(<-next)(w, r)
 	}))
-	t.Cleanup(srv.Close)
 	return srv.URL, asked
 }
 
@@ -369,13 +365,13 @@ func TestEventSourceResumes(t *testing.T) {
 		}
 	}
 	es.close()
-	// There is one attempt more when a connection that was kept turns out to have been closed.
+	// There is one more attempt if a connection that was kept turns out to have been closed.
 	if n := es.attempts(); es.state() != "closed" || n < 5 || n > 6 || es.opens() != 4 || es.failure() != 0 {
 		t.Errorf("got %+v, want closed, 5 or 6 attempts, 4 opens, no failure", es.look())
 	}
 }
 
-// Why the gateway answers what will pass with an event stream: a browser takes every other answer for final.
+// A browser takes any answer but an event stream as final. So the gateway's temporary refusals are event streams.
 func TestEventSourceGivesUp(t *testing.T) {
 	for _, tt := range []struct {
 		status      int

@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// taskLike and versionLike are policies like those of the services, with a short epoch and without a limit.
+// taskLike and versionLike are policies like those of the services, but with the epoch x and without a limit.
 func epochX() string { return "x" }
 
 func taskLike() logPolicy {
@@ -34,7 +34,9 @@ func limited(policy logPolicy, n int) logPolicy {
 	return policy
 }
 
-// logTest is a connTest with an event log. Its streams have tokens of one letter.
+// logTest is a connTest with an event log, which task:1 follows. The events of the log have the IDs x-1, x-2 and so on;
+// a stream that begins after x-0 gets all of them. The tokens of streams are one letter. Sends are written as
+// stepped.String does: "a x-1 one" gives stream a the event x-1 with the data one.
 type logTest struct {
 	*connTest
 	events *eventLog
@@ -52,15 +54,14 @@ func newLogTest(t *connTest, policy logPolicy) *logTest {
 	return o
 }
 
-// Append adds an event that everybody may see, and returns its number, or 0 after End. It does not wait for its
-// delivery.
+// Append adds and publishes an event. It returns its number, or 0 after End, and does not wait for its delivery.
 func (l *eventLog) Append(data string, keep bool) (n uint64) {
 	n = l.Add(entry{data: data, keep: keep})
 	l.Publish(n)
 	return n
 }
 
-// wantDropped checks how many events the limit has dropped so far.
+// wantDropped checks how many events count as dropped so far.
 func (t *logTest) wantDropped(want int) {
 	t.Helper()
 	if got := int(t.events.policy.dropped.Load()); got != want {
@@ -76,7 +77,6 @@ func (t *logTest) append(data ...string) {
 	}
 }
 
-// end ends the log.
 func (t *logTest) end(reason string) {
 	t.Helper()
 	t.events.End(reason)
@@ -90,7 +90,7 @@ func (t *logTest) keep(data string) {
 	t.rest()
 }
 
-// follow connects a stream of which the gateway has said that it knows it.
+// follow connects a stream as if the gateway had been asked, and knew both this stream and the present one.
 func (t *logTest) follow(c connectRequest) (open event, end bool) {
 	t.Helper()
 	c.probes = true
@@ -117,7 +117,7 @@ func (t *logTest) connect(token, lastEventID, wantOpen string) {
 	t.rest()
 }
 
-// ok lets the gateway take a send, and then say that the stream is there.
+// ok has the gateway take a send, and then say that the stream is still there.
 func (t *logTest) ok(send string) {
 	t.Helper()
 	t.connTest.ok(send)
@@ -127,7 +127,7 @@ func (t *logTest) ok(send string) {
 	}
 }
 
-// delivers lets the gateway take everything, and checks what that was: one stream after the other, each in its order.
+// delivers has the gateway take everything, and checks what that was, stream by stream, each in its order.
 func (t *logTest) delivers(want ...string) {
 	t.Helper()
 	var got []string
@@ -141,12 +141,12 @@ func (t *logTest) delivers(want ...string) {
 	}
 }
 
-// closing is how a stream is ended for a reason.
+// closing is the send that ends a stream with connection_close and a reason.
 func closing(token, reason string) string {
 	return token + ` close {"reason":"` + reason + `"} end`
 }
 
-// Where a connection begins, and with what.
+// Where a connection begins, and with which events.
 func TestFollowerBegins(t *testing.T) {
 	testLog(t, "numbers", taskLike(), func(t *logTest) {
 		open, _ := t.follow(connectRequest{token: "a"})
@@ -192,7 +192,7 @@ func TestFollowerBegins(t *testing.T) {
 		t.delivers()
 	})
 
-	// An event that a browser names has arrived, even if the gateway's answer has not, and so have all before it.
+	// The last event ID proves that this event and all before it have arrived, whatever the gateway answered.
 	testLog(t, "the last event ID tells what arrived", versionLike(), func(t *logTest) {
 		t.append("one", "two", "three")
 		t.connect("a", "x-2", "x-2")
@@ -226,8 +226,8 @@ func TestFollowerBegins(t *testing.T) {
 }
 
 func TestRace(t *testing.T) {
-	// A browser gave up an attempt whose callback then came after that of its next one. To take the dead stream for the
-	// newer one would tell the only page that it was replaced.
+	// The callback of an attempt that the browser gave up may arrive after that of its next attempt. If the dead stream
+	// were taken for the newer one, the only page would be told that it was replaced.
 	testLog(t, "a callback overtakes another", taskLike(), func(t *logTest) {
 		connect := func(token, order string) (event, bool) {
 			return t.follow(connectRequest{token: token, order: parseOrder(order)})
@@ -244,26 +244,27 @@ func TestRace(t *testing.T) {
 		t.delivers(closing("c", "replaced"), "d x-1 one")
 	})
 
-	// The callback of a stream that the gateway has given up may arrive while another is decided on.
+	// While the gateway is asked about a late callback, another stream may become the connection. The answer is about
+	// the old one, so the gateway must be asked again.
 	testLog(t, "the connection changes while the gateway is asked", taskLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		ghost := connectRequest{token: "g", probes: true}
 		_, _, err := follow(t.conns, "task:1", ghost, t.events)
 		if err != errAskFirst {
-			t.Fatalf("got %v, want that the gateway is asked", err)
+			t.Fatalf("got %v, want errAskFirst", err)
 		}
 		asked := make(chan bool)
 		go func() { asked <- t.conns.Ask("task:1", &ghost) }()
 		t.rest()
 		t.connTest.ok("a ?")
-		t.connTest.ok("g ?") // and then it died, and its answer is late
+		t.connTest.ok("g ?") // then the stream dies, but this answer is still under way
 		t.connect("b", "", "x-0")
 		t.delivers(closing("a", "replaced"))
 		if !<-asked {
 			t.Error("Ask: got false, want true: the gateway knew the stream")
 		}
 		if _, _, err := follow(t.conns, "task:1", ghost, t.events); err != errAskFirst {
-			t.Errorf("got %v, want that the gateway is asked again", err)
+			t.Errorf("got %v, want errAskFirst again", err)
 		}
 		t.wantConnections("task:1 b")
 	})
@@ -298,7 +299,7 @@ func TestRace(t *testing.T) {
 		t.delivers(closing("a", "replaced"), "b x-2 two", "b x-3 three")
 	})
 
-	// The second one is the connection, in both maps and for the log.
+	// The later one is the connection, in both maps and for the log.
 	testLog(t, "two at once", taskLike(), func(t *logTest) {
 		t.append("one", "two")
 		for range 100 {
@@ -322,7 +323,7 @@ func TestRace(t *testing.T) {
 		}
 	})
 
-	// Appending never waits for the network, and what is appended during a flush comes at its end.
+	// Appending never waits for the network. An event appended during a flush is sent at the end of it.
 	testLog(t, "append during a flush", versionLike(), func(t *logTest) {
 		t.append("one", "two")
 		t.connect("a", "", "x-0")
@@ -338,13 +339,13 @@ func TestRace(t *testing.T) {
 }
 
 func TestFollowerResume(t *testing.T) {
-	tests := []struct{ lastEventID, task, version string }{ // the event after which delivery goes on
+	tests := []struct{ lastEventID, task, version string }{ // the event after which delivery resumes
 		{"x-0", "x-0", "x-0"},
 		{"x-1", "x-1", "x-1"},
 		{"x-3", "x-3", "x-3"},
-		{"x-4", "x-0", "x-3"}, // from here on it is not an event of this log
+		{"x-4", "x-0", "x-3"}, // this and all below are not events of this log
 		{"", "x-0", "x-3"},
-		{"y-1", "x-0", "x-3"}, // the backend was started again
+		{"y-1", "x-0", "x-3"}, // the backend was restarted
 		{"-1", "x-0", "x-3"},
 		{"1", "x-0", "x-3"},
 		{"x", "x-0", "x-3"},
@@ -353,7 +354,7 @@ func TestFollowerResume(t *testing.T) {
 		{"x-+1", "x-0", "x-3"},
 		{"x-1-2", "x-0", "x-3"},
 		{"x-1.5", "x-0", "x-3"},
-		{"x-1, x-2", "x-0", "x-3"}, // a header given twice
+		{"x-1, x-2", "x-0", "x-3"}, // the header was sent twice
 		{"x-18446744073709551616", "x-0", "x-3"},
 		{"close", "x-0", "x-3"},
 	}
@@ -375,7 +376,7 @@ func TestFollowerResume(t *testing.T) {
 }
 
 func TestFollowerRuns(t *testing.T) {
-	// A backlog goes out in runs, more at once with each that was taken.
+	// A backlog goes out in runs, each up to twice as long as what was taken of the one before.
 	testLog(t, "grow", taskLike(), func(t *logTest) {
 		t.gateway.batches = true
 		t.append("1", "2", "3", "4", "5", "6")
@@ -402,7 +403,7 @@ func TestFollowerRuns(t *testing.T) {
 	})
 }
 
-// The part of a run that the gateway took is with the browser, even if the rest failed.
+// The part of a run that the gateway took counts as sent, even if the rest failed.
 func TestFollowerRunTakenInPart(t *testing.T) {
 	for name, test := range map[string]struct {
 		answer   sendResult
@@ -424,8 +425,8 @@ func TestFollowerRunTakenInPart(t *testing.T) {
 	}
 }
 
-// Events under way are not dropped until it is known whether the gateway took them.
-func TestFollowerKeepsWhatIsUnderWay(t *testing.T) {
+// Events that are dropped while under way do not count as dropped until it is known whether the gateway took them.
+func TestFollowerDropsWhatIsUnderWay(t *testing.T) {
 	for name, test := range map[string]struct {
 		answer  sendResult
 		dropped int
@@ -463,9 +464,9 @@ func TestFollowerLimit(t *testing.T) {
 		t.onDisconnect("a")
 
 		t.keep("very last")
-		t.keep("the end")            // nothing is left that may be dropped
-		t.wantDropped(3)             // the fifth had been delivered when it went
-		t.connect("b", "x-2", "x-2") // was dropped, but the order still tells where to go on
+		t.keep("the end")            // nothing left may be dropped
+		t.wantDropped(3)             // 5 had been delivered before it was dropped
+		t.connect("b", "x-2", "x-2") // x-2 was dropped, but its number tells where to resume
 		t.delivers("b x-6 last", "b x-7 very last", "b x-8 the end")
 	})
 
@@ -481,7 +482,7 @@ func TestFollowerLimit(t *testing.T) {
 		t.delivers("b x-1 1", "b x-2 2", "b x-3 3")
 	})
 
-	// Events held back for a stream that never opened were delivered to nobody.
+	// Events held back for a stream that never opened were delivered to nobody, so they count as dropped.
 	testLog(t, "drops what was held back and lost", limited(versionLike(), 2), func(t *logTest) {
 		t.append("1", "2")
 		t.connect("a", "", "x-0")
@@ -494,7 +495,7 @@ func TestFollowerLimit(t *testing.T) {
 		t.delivers("b x-3 3", "b x-4 4")
 	})
 
-	// The events that a browser is resuming with are still needed.
+	// The events that a resuming browser has yet to get are still needed.
 	testLog(t, "sheds nothing under way", versionLike(), func(t *logTest) {
 		t.append("1", "2", "3")
 		t.connect("a", "", "x-0")
@@ -506,7 +507,7 @@ func TestFollowerLimit(t *testing.T) {
 		t.delivers("b x-2 2", "b x-3 3")
 	})
 
-	// The limit is for events that a fresh connection would get. Delivered events do not displace those.
+	// The limit applies to the events that a fresh connection would get. Delivered events do not displace them.
 	testLog(t, "of versions", limited(versionLike(), 2), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		for i := range 5 {
@@ -522,7 +523,7 @@ func TestFollowerLimit(t *testing.T) {
 		t.delivers("b x-7 seven", "b x-8 eight")
 	})
 
-	// Even if the gateway took all events that the limit allows, the browser may have none of them.
+	// The gateway may have taken all the events that the limit allows, and the browser may have none of them.
 	testLog(t, "keeps what the gateway took", limited(versionLike(), 4), func(t *logTest) {
 		t.append("1", "2", "3", "4")
 		t.connect("a", "", "x-0")
@@ -594,7 +595,7 @@ func TestFollowerEnd(t *testing.T) {
 		t.delivers(closing("a", "task_cancelled"))
 	})
 
-	// The end is the next event, so the stream is ended at once.
+	// After a failed send, the next event ends the stream. The end of the log counts as an event, so this is at once.
 	testLog(t, "after a failed send", taskLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
@@ -617,8 +618,7 @@ func TestFollowerEnd(t *testing.T) {
 		t.end("task_completed")
 		t.fails(closing("a", "task_completed"))
 		t.wantUnderWay()
-		go t.conns.sweep(0)
-		t.rest()
+		t.sweep(0)
 		t.ok("a end")
 		t.onDisconnect("a")
 		t.connect("b", "x-0", "x-0")
@@ -626,7 +626,7 @@ func TestFollowerEnd(t *testing.T) {
 	})
 }
 
-// waited is what came of waiting for an event, and after how long.
+// waited is the result of Wait, and how long it took.
 type waited struct {
 	given bool
 	after time.Duration
@@ -684,7 +684,7 @@ func TestFollowerWait(t *testing.T) {
 		t.wantWaited(t.wait(2), waited{true, 0})
 	})
 
-	// A browser that comes back with the event's ID has it, so nothing more is sent that could end the wait.
+	// A browser that comes back with the event's ID has the event. This must end the wait, as nothing more is sent.
 	testLog(t, "until the browser names the event", versionLike(), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.append("one")
@@ -702,9 +702,9 @@ func TestFollowerWait(t *testing.T) {
 		t.wantWaited(result, waited{false, 0})
 	})
 
-	// The event behind those that were held back is not sent while it is unknown what became of them. It must not be
-	// waited for when they are lost.
-	testLog(t, "behind what was held back and lost", versionLike(), func(t *logTest) {
+	// An event is not sent while it is unknown what became of earlier ones that were held back. If those are lost, the
+	// wait for it must end.
+	testLog(t, "after what was held back and lost", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		t.buffered("a x-1 one")
@@ -738,8 +738,8 @@ func TestFollowerWait(t *testing.T) {
 		t.wantWaited(result, waited{false, 0})
 	})
 
-	// The answer to an event that is refused does not tell whether the stream has opened.
-	testLog(t, "behind what is held back", versionLike(), func(t *logTest) {
+	// The answer to a refused event does not tell whether the stream has opened.
+	testLog(t, "after what is held back", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
 		result := t.wait(1)
@@ -751,10 +751,10 @@ func TestFollowerWait(t *testing.T) {
 	})
 }
 
-// What the gateway holds back is with the browser only once its stream has opened.
+// Events that the gateway holds back reach the browser only if its stream opens.
 func TestFollowerHeldBack(t *testing.T) {
-	// While the connect callback is under way the gateway holds events back. If the browser leaves before its stream
-	// opens, it never had them.
+	// The gateway holds events back while the connect callback is under way. If the browser leaves before its stream
+	// opens, it never gets them.
 	testLog(t, "sent again when lost", versionLike(), func(t *logTest) {
 		t.append("one", "two")
 		t.connect("a", "", "x-0")
@@ -785,7 +785,7 @@ func TestFollowerHeldBack(t *testing.T) {
 		t.delivers("b x-2 two")
 	})
 
-	// No connect callback takes longer than this. After that the stream is taken to be open.
+	// No connect callback takes longer than openLimit. The next send then tells whether the stream is open.
 	testLog(t, "asks for a limited time", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
@@ -800,12 +800,12 @@ func TestFollowerHeldBack(t *testing.T) {
 			t.Errorf("asked for %s, want %s", got, openLimit)
 		}
 		t.append("two")
-		t.delivers("a x-2 two") // the stream is taken to be open, and the browser to have both
+		t.delivers("a x-2 two") // taken and not held back, so the stream is open
 		time.Sleep(settleTime)
 		t.connect("b", "", "x-2")
 	})
 
-	// A new stream of a task gets all of its events anyway.
+	// A fresh stream of a task gets all of its events anyway.
 	testLog(t, "does not ask for a task", taskLike(), func(t *logTest) {
 		t.append("one")
 		t.connect("a", "", "x-0")
@@ -814,7 +814,7 @@ func TestFollowerHeldBack(t *testing.T) {
 	})
 
 	// A gateway that announces no features writes an empty event if it is asked before the stream is open.
-	testLog(t, "asks no foreign gateway", versionLike(), func(t *logTest) {
+	testLog(t, "asks a foreign gateway only at the end", versionLike(), func(t *logTest) {
 		t.append("one")
 		follow(t.conns, "task:1", connectRequest{token: "a"}, t.events)
 		t.rest()
@@ -823,11 +823,11 @@ func TestFollowerHeldBack(t *testing.T) {
 		t.wantUnderWay()
 		time.Sleep(time.Nanosecond)
 		t.rest()
-		t.connTest.ok("a ?") // now it is open, or given up
+		t.connTest.ok("a ?") // by now the stream is open, or was given up
 	})
 
 	// If the gateway cannot be asked whether the stream opened, a page must still get later events.
-	testLog(t, "a page waits for no foreign gateway", versionLike(), func(t *logTest) {
+	testLog(t, "a page does not wait for a foreign gateway", versionLike(), func(t *logTest) {
 		task := logOf("t", 1)
 		t.page("a", task)
 		t.buffered("a t-1.x-0 t")
@@ -843,7 +843,7 @@ func TestFollowerHeldBack(t *testing.T) {
 }
 
 // A browser that leaves within a second may not have read a byte. Its next stream gets the same events again.
-func TestFollowerOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
+func TestFollowerOfVersionResendsWhatAYoungConnectionGot(t *testing.T) {
 	for name, test := range map[string]struct {
 		end  func(t *logTest)
 		want string // the event after which the next connection begins
@@ -855,17 +855,14 @@ func TestFollowerOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
 		"replaced later":       {func(t *logTest) { time.Sleep(settleTime) }, "x-1"},
 		"lost at once": {func(t *logTest) { // the gateway crashed, and the backend learns of it much later
 			time.Sleep(time.Hour)
-			go t.conns.sweep(0)
-			t.rest()
+			t.sweep(0)
 			t.notFound("a ?")
 		}, "x-0"},
 		"lost after a sweep": {func(t *logTest) {
 			time.Sleep(settleTime)
-			go t.conns.sweep(0)
-			t.rest()
+			t.sweep(0)
 			t.connTest.ok("a ?")
-			go t.conns.sweep(0)
-			t.rest()
+			t.sweep(0)
 			t.notFound("a ?")
 		}, "x-1"},
 	} {
@@ -880,7 +877,7 @@ func TestFollowerOfVersionGivesAgainWhatAYoungConnectionGot(t *testing.T) {
 }
 
 func TestFollowerSettles(t *testing.T) {
-	// An answer of the gateway to a send after the first second shows that the stream is still open.
+	// The gateway's answer to a send after the first second shows that the stream is still open.
 	testLog(t, "with a later event", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.follow(connectRequest{token: "a"})
@@ -893,7 +890,7 @@ func TestFollowerSettles(t *testing.T) {
 		t.connect("b", "", "x-2")
 	})
 
-	// A late answer to a send from before does not show that the stream is still open.
+	// A late answer to an earlier send does not show that the stream is still open.
 	testLog(t, "not with a late answer", versionLike(), func(t *logTest) {
 		t.append("one")
 		t.follow(connectRequest{token: "a"})
@@ -930,11 +927,11 @@ func TestFollowerGives(t *testing.T) {
 		t.follow(connectRequest{token: "b"})
 		t.connTest.ok("a x-1 one")
 		if t.events.given != 0 {
-			t.Error("a replaced connection was given an event")
+			t.Error("an event that a replaced connection was given counts as delivered")
 		}
 	})
 
-	// Without this, an event that the gateway always refuses would be replayed and refused forever.
+	// A refused event is skipped. Otherwise it would be replayed and refused forever.
 	testLog(t, "nothing that is refused", taskLike(), func(t *logTest) {
 		t.append("one", "two")
 		t.connect("a", "", "x-0")
@@ -946,7 +943,8 @@ func TestFollowerGives(t *testing.T) {
 	})
 }
 
-// page connects a page that follows the log and other logs.
+// page connects a page that follows other logs, then the log. Event IDs have the position in each: "a t-1.x-0 t" gives
+// stream a the first event of the log with the epoch t.
 func (t *logTest) page(token string, others ...*eventLog) {
 	t.Helper()
 	f := &follower{identifier: "page:1", page: true}
@@ -954,7 +952,7 @@ func (t *logTest) page(token string, others ...*eventLog) {
 	t.rest()
 }
 
-// logOf makes a log with events of its epoch's name.
+// logOf makes a task log with some events. The data of each is the epoch.
 func logOf(epoch string, events int) *eventLog {
 	policy := taskLike()
 	policy.epoch = func() string { return epoch }
@@ -965,7 +963,8 @@ func logOf(epoch string, events int) *eventLog {
 	return log
 }
 
-// The answer that confirms that the stream is open is also about a run, whose events may already have been dropped.
+// The answer that shows that the stream is open is also about a run. Wait must return true for an event of this run
+// even if the limit has dropped it by then.
 func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
 	t.Parallel()
 	for range 100 {
@@ -975,7 +974,7 @@ func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
 		log.Append("1", false)
 		log.Append("2", false)
 		logs := []*eventLog{log}
-		for i := range 1000 { // so that it takes a moment
+		for i := range 1000 { // so that noting the answer takes a moment
 			logs = append(logs, logOf(fmt.Sprint(i), 0))
 		}
 		waited := make(chan bool, 1)
@@ -999,7 +998,8 @@ func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
 	}
 }
 
-// An event that was dropped while under way to a connection that then ended was delivered to nobody.
+// An event may be dropped while it is under way to a connection that then ends. It counts as dropped only if its send
+// fails.
 func TestFollowerDropsWhatWasUnderWayToNobody(t *testing.T) {
 	for name, test := range map[string]struct {
 		answer  sendResult
@@ -1019,7 +1019,7 @@ func TestFollowerDropsWhatWasUnderWayToNobody(t *testing.T) {
 	}
 }
 
-// The races: every step of each story is one that network and goroutines may choose.
+// The races. Each test is an order of steps that the network and the scheduler may choose.
 
 func TestRaceConnectDuringSend(t *testing.T) {
 	for name, answer := range map[string]func(t *logTest, send string){
@@ -1032,21 +1032,21 @@ func TestRaceConnectDuringSend(t *testing.T) {
 			t.connect("a", "", "x-0")
 			t.connect("b", "", "x-0")
 			t.wantUnderWay("a x-1 one", closing("a", "replaced"), "b x-1 one")
-			answer(t, "a x-1 one") // does not affect b, and a gets no more
+			answer(t, "a x-1 one") // this does not affect b, and a gets no more
 			t.delivers(closing("a", "replaced"), "b x-1 one", "b x-2 two")
 		})
 	}
 }
 
-// The gateway took the event and its answer came too late, or it did not take it: nobody but the browser knows. It is
-// sent away, and comes back with the last ID that it has.
+// After a timeout only the browser knows whether the gateway took the event. So its stream is ended, and it comes back
+// with the ID of the last event it has.
 func TestRaceTimeoutOfSend(t *testing.T) {
 	timeout := func(name string, policy logPolicy, lastEventID string, want ...string) {
 		testLog(t, name+" of "+policy.event, policy, func(t *logTest) {
 			t.append("one", "two")
 			t.connect("a", "", "x-0")
 			t.fails("a x-1 one")
-			t.wantUnderWay("a end") // and no second try
+			t.wantUnderWay("a end") // no second try
 			t.ok("a end")
 			t.wantUnderWay()
 			t.connect("b", lastEventID, lastEventID)
@@ -1060,12 +1060,12 @@ func TestRaceTimeoutOfSend(t *testing.T) {
 	}
 }
 
-// Without a later event nobody sees a gap, so the stream stays until there is something to send, or until the sweep.
+// While the lost event is the last there is no gap, so the stream stays until there is more to send or until the sweep.
 func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
 	for name, next := range map[string]func(t *logTest){
 		"event": func(t *logTest) { t.append("two") },
 		"end":   func(t *logTest) { t.end("task_completed") },
-		"sweep": func(t *logTest) { go t.conns.sweep(0); t.rest() },
+		"sweep": func(t *logTest) { t.sweep(0) },
 	} {
 		testLog(t, name, taskLike(), func(t *logTest) {
 			t.append("one")
@@ -1078,40 +1078,47 @@ func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
 	}
 }
 
-// The model: an event log with its followers, and around them a network, a gateway and browsers that do at random
-// whatever they may do. A browser that sees an event twice, not in order, or after a gap fails the test at once.
+// The model. Event logs and their followers run against a simulated network, gateway and browsers, which do at random
+// whatever real ones may do. A browser that gets an event twice, out of order or after a gap fails the test at once.
+//
+// The life of a stream is a sequence of methods of world: connect (the browser asks for it), arrives (the backend gets
+// the connect callback), opens (the gateway gets the answer), read, ends, and disconnect (the backend gets the
+// disconnect callback). A send of the backend takes two steps: perform and reply.
+//
+// Streams have the tokens t0, t1 and so on. The first log has the epoch x, the further logs of a page a, b and so on.
+// The data of an event is the epoch of its log, so a browser can tell which position in the event ID must move on.
 
-// world is a gateway, its streams and the browsers that follow one identifier: a log, or as a page several.
+// world is a gateway, its streams, and the browsers that follow one identifier: one log or, as a page, several.
 type world struct {
 	*logTest
-	logs        []*eventLog // the first is log
+	logs        []*eventLog // the first is logTest.events
 	rand        *rand.Rand
-	pages       int // that may be loaded besides the first
+	pages       int // how many pages may be loaded besides the first
 	browsers    []*simBrowser
-	run         int // of the gateway
+	run         int // how often the gateway has crashed
 	streams     []*simStream
-	performed   map[*stepped]sendResult // sends that were done but not answered
-	late        []*stepped              // sends that failed, but that the gateway may yet do
-	disconnects []*simStream            // disconnect callbacks on the way
+	performed   map[*stepped]sendResult // sends that the gateway has performed but not answered
+	late        []*stepped              // sends that failed, but that the gateway may still perform
+	disconnects []*simStream            // those with a disconnect callback under way
 }
 
-// promptly bounds how long a browser takes to read, a callback's answer to arrive and a disconnect callback to be made,
-// if it is made at all. Together they are less than settleTime.
+// promptly is the longest that a browser takes to read, the answer to a callback to arrive, or a disconnect callback to
+// be made, if it is made at all. All three together take less than settleTime.
 const promptly = settleTime / 4
 
-// simBrowser is a page with an EventSource. What it has of each log is in its last event ID.
+// simBrowser is a page with an EventSource. Its last event ID tells what it has of each log.
 type simBrowser struct {
 	t      *testing.T
 	stream *simStream        // nil after its end, until the browser reconnects
 	lastID string            // last event ID
-	has    map[string]uint64 // what that says, or the one before connection_close
-	reason string            // data of connection_close, after which it does not come back
+	has    map[string]uint64 // the positions in lastID, or in the one before connection_close
+	reason string            // data of connection_close; the browser does not come back after it
 }
 
 func (b *simBrowser) follows() bool { return b.stream != nil }
 func (b *simBrowser) away() bool    { return b.stream == nil && b.reason == "" }
 
-// receive takes an event as it comes out of the stream.
+// receive takes the next event of the stream, and checks that it is the one that must follow.
 func (b *simBrowser) receive(e event) {
 	b.t.Helper()
 	had, has := parsePositions(b.lastID), parsePositions(e.ID)
@@ -1126,8 +1133,8 @@ func (b *simBrowser) receive(e event) {
 		switch {
 		case e.ID == closeID:
 		case e.Name == "connection_open" && (after == before || !known && !log.policy.replay):
-		case e.Name != "connection_open" && after == before && e.Data != log.epoch:
-		case e.Name != "connection_open" && after == before+1 && e.Data == log.epoch:
+		case e.Name != "connection_open" && after == before && e.Data != log.epoch: // an event of another log
+		case e.Name != "connection_open" && after == before+1 && e.Data == log.epoch: // the next event of this log
 		default:
 			b.t.Errorf("a browser that has %s gets %s %s %s", b.lastID, e.ID, e.Name, e.Data)
 		}
@@ -1138,20 +1145,20 @@ func (b *simBrowser) receive(e event) {
 // simStream is a stream as the gateway knows it.
 type simStream struct {
 	token    string
-	browser  *simBrowser // may have left without the gateway's knowledge
+	browser  *simBrowser // may have left without the gateway noticing
 	logs     []*eventLog
 	request  connectRequest
-	sent     bool      // the connect callback has reached the backend, be it late
-	answered time.Time // when the backend has decided
+	sent     bool      // the connect callback has reached the backend
+	answered time.Time // when the backend decided
 	err      error     // its refusal
-	first    event     // its answer, and whether that ends the stream
-	end      bool
-	opened   time.Time // when the answer has reached the gateway
-	buffer   []event   // for when it opens
+	first    event     // its answer: the event that begins the stream
+	end      bool      // its answer ends the stream
+	opened   time.Time // when the answer reached the gateway
+	buffer   []event   // held back until the stream opens
 	wire     []event   // written, but not read by the browser
-	written  []string  // IDs of all that was written
-	ending   bool      // when the buffer is written
-	ended    time.Time
+	written  []string  // IDs of all events written, without connection_open
+	ending   bool      // ends once the buffer is written
+	ended    time.Time // when it ended
 }
 
 func (s *simStream) gone() bool     { return !s.ended.IsZero() }
@@ -1162,7 +1169,7 @@ func (s *simStream) left() bool     { return !s.gone() && s.browser.stream != s 
 func (s *simStream) unread() bool   { return s.isOpen() && len(s.wire) > 0 }
 func (s *simStream) underWay() bool { return !s.sent }
 
-// newWorld makes a world with one log, or with that and some of tasks.
+// newWorld makes a world with a log of this policy, and with the logs of some tasks.
 func newWorld(t *testing.T, policy logPolicy, tasks int, seed uint64) *world {
 	w := &world{
 		logTest:   newLogTest(newConnTest(t), policy),
@@ -1208,7 +1215,7 @@ func (w *world) follow(s *simStream) (open event, end bool, err error) {
 	return f.connect(w.conns, s.request, func() []*eventLog { return s.logs })
 }
 
-// arrives is when the connect callback reaches the backend, which may have to ask the gateway before it decides.
+// arrives lets the connect callback reach the backend, which may have to ask the gateway before it decides.
 func (w *world) arrives(s *simStream) {
 	w.Helper()
 	s.sent = true
@@ -1227,7 +1234,7 @@ func (w *world) arrives(s *simStream) {
 	w.rest()
 }
 
-// received reports whether a browser has event n, or had the time to read it on a stream of its own.
+// received reports whether a browser has event n, or had the time to read it from its stream.
 func (w *world) received(n uint64) bool {
 	for _, b := range w.browsers {
 		if b.has["x"] >= n {
@@ -1244,7 +1251,7 @@ func (w *world) received(n uint64) bool {
 	})
 }
 
-// opens is when the answer to the connect callback reaches the gateway.
+// opens lets the answer to the connect callback reach the gateway.
 func (w *world) opens(s *simStream) {
 	w.Helper()
 	if s.err != nil { // the browser comes back
@@ -1268,7 +1275,7 @@ func (w *world) write(s *simStream, e event) {
 	s.wire = append(s.wire, e)
 }
 
-// read is when the browser takes what was written.
+// read lets the browser read what was written.
 func (w *world) read(s *simStream) {
 	w.Helper()
 	for _, e := range s.wire {
@@ -1282,7 +1289,8 @@ func (w *world) read(s *simStream) {
 	s.wire = nil
 }
 
-// ends ends a stream. If it was open the gateway tells the backend, and what was written may arrive before.
+// ends ends a stream. The browser may first read what was written, and does if the end is clean. If the stream was
+// open, the gateway tells the backend.
 func (w *world) ends(s *simStream, clean bool) {
 	w.Helper()
 	if clean || w.rand.IntN(2) == 0 {
@@ -1297,7 +1305,7 @@ func (w *world) ends(s *simStream, clean bool) {
 	}
 }
 
-// crash is SIGKILL for the gateway: what it knew is gone, and what it had sent may arrive yet.
+// crash kills the gateway: what it knew is gone, but what it had written may still arrive.
 func (w *world) crash() {
 	w.Helper()
 	for _, s := range w.streams {
@@ -1309,7 +1317,7 @@ func (w *world) crash() {
 	w.run++
 }
 
-// pass lets some time pass. What takes longer than promptly happens before, or not at all.
+// pass lets d pass. What would then have taken longer than promptly happens first, or not at all.
 func (w *world) pass(d time.Duration) {
 	w.Helper()
 	now := time.Now().Add(d)
@@ -1317,7 +1325,7 @@ func (w *world) pass(d time.Duration) {
 		if s.waits() && now.Sub(s.answered) > promptly {
 			if w.rand.IntN(2) == 0 {
 				w.opens(s)
-			} else { // the gateway has given the callback up
+			} else { // the gateway has given up the callback
 				w.ends(s, false)
 			}
 		}
@@ -1334,7 +1342,7 @@ func (w *world) pass(d time.Duration) {
 	w.rest()
 }
 
-// disconnect is when a disconnect callback arrives, or is lost.
+// disconnect lets a disconnect callback arrive, or loses it.
 func (w *world) disconnect(s *simStream) {
 	w.Helper()
 	w.disconnects = slices.DeleteFunc(w.disconnects, func(other *simStream) bool { return other == s })
@@ -1343,12 +1351,12 @@ func (w *world) disconnect(s *simStream) {
 	}
 }
 
-// perform is what the gateway does with a send.
+// perform has the gateway perform a send, and returns its answer.
 func (w *world) perform(p *stepped) (r sendResult) {
 	w.Helper()
 	s := w.streams[slices.IndexFunc(w.streams, func(s *simStream) bool { return s.token == p.token })]
 	for i, e := range p.events {
-		switch n := w.rand.IntN(20); { // before the next of a batch
+		switch n := w.rand.IntN(20); { // what may happen between the events of a batch
 		case i > 0 && n == 0 && s.isOpen():
 			w.ends(s, false)
 		case i > 0 && n < 3 && s.waits():
@@ -1377,7 +1385,7 @@ func (w *world) perform(p *stepped) (r sendResult) {
 	return r
 }
 
-// reply ends a send: with what the gateway did, or with an error.
+// reply answers a send, with what the gateway did or with an error.
 func (w *world) reply(p *stepped, r sendResult) {
 	w.Helper()
 	delete(w.performed, p)
@@ -1385,7 +1393,7 @@ func (w *world) reply(p *stepped, r sendResult) {
 	w.rest()
 }
 
-// step is one thing that happens.
+// step lets one thing happen, at random.
 func (w *world) step() {
 	w.Helper()
 	switch n := w.rand.IntN(100); {
@@ -1403,7 +1411,7 @@ func (w *world) step() {
 		if b := pickOne(w.rand, w.browsers, (*simBrowser).away); b != nil {
 			w.connect(b)
 		}
-	case n < 24: // any of those under way: callbacks overtake each other
+	case n < 24: // any callback under way, as they overtake each other
 		if s := pickOne(w.rand, w.streams, (*simStream).underWay); s != nil {
 			w.arrives(s)
 		}
@@ -1411,7 +1419,7 @@ func (w *world) step() {
 		if s := pickOne(w.rand, w.streams, (*simStream).waits); s != nil {
 			w.opens(s)
 		}
-	case n < 34: // the gateway gives a callback up, which may reach the backend nevertheless
+	case n < 34: // the gateway gives up a callback, which may still reach the backend
 		if s := pickOne(w.rand, w.streams, (*simStream).opening); s != nil {
 			w.ends(s, false)
 		}
@@ -1438,9 +1446,8 @@ func (w *world) step() {
 	case n < 58:
 		w.crash()
 	case n < 60:
-		go w.conns.sweep(0)
-		w.rest()
-	case n < 63: // the gateway does something that nobody waits for any more
+		w.sweep(0)
+	case n < 63: // the gateway performs a send that nobody waits for any more
 		if len(w.late) > 0 {
 			w.perform(w.late[0])
 			w.late = w.late[1:]
@@ -1450,7 +1457,7 @@ func (w *world) step() {
 	}
 }
 
-// network takes a send that is under way one step further.
+// network takes a send one step further: the gateway performs it, or it is answered, or it fails.
 func (w *world) network() {
 	w.Helper()
 	p := pickOne(w.rand, w.gateway.all(), func(*stepped) bool { return true })
@@ -1461,7 +1468,7 @@ func (w *world) network() {
 	switch fails := w.rand.IntN(10) == 0; {
 	case fails && done:
 		w.reply(p, sendResult{err: errNoAnswer})
-	case fails: // a 404 that is not the gateway's own is like this, too
+	case fails: // also stands for a 404 that is not the gateway's own
 		w.late = append(w.late, p)
 		w.reply(p, sendResult{err: errNoAnswer})
 	case done:
@@ -1471,12 +1478,11 @@ func (w *world) network() {
 	}
 }
 
-// calm lets everything go well until no browser is away.
+// calm lets everything succeed until no browser is away and nothing is under way.
 func (w *world) calm() {
 	w.Helper()
 	for range 200 {
-		go w.conns.sweep(0)
-		w.rest()
+		w.sweep(0)
 		for _, s := range w.streams {
 			if s.underWay() {
 				w.arrives(s)
@@ -1512,10 +1518,10 @@ func (w *world) calm() {
 			return
 		}
 	}
-	w.Fatal("does not come to rest")
+	w.Fatal("the world does not come to rest")
 }
 
-// pickOne returns one of those that are good, or nil.
+// pickOne returns one of all that are good, at random, or nil.
 func pickOne[T any](r *rand.Rand, all []*T, good func(*T) bool) *T {
 	all = slices.DeleteFunc(slices.Clone(all), func(x *T) bool { return !good(x) })
 	if len(all) == 0 {
@@ -1524,7 +1530,7 @@ func pickOne[T any](r *rand.Rand, all []*T, good func(*T) bool) *T {
 	return all[r.IntN(len(all))]
 }
 
-// check looks for what each browser lacks, except those that another one has replaced.
+// check checks that every browser has everything, except those that another one has replaced.
 func (w *world) check() {
 	w.Helper()
 	complete := 0
@@ -1539,17 +1545,17 @@ func (w *world) check() {
 		for _, log := range w.logs {
 			follows := current && slices.Contains(b.stream.logs, log) || !current && log == w.events
 			if follows && b.has[log.epoch] != log.last {
-				w.Errorf("a browser has %v, but the last is %s", b.has, log.id(log.last))
+				w.Errorf("a browser has %v, but the last event is %s", b.has, log.id(log.last))
 			}
 		}
 		complete++
 	}
 	if complete == 0 {
-		w.Error("nobody came to the end")
+		w.Error("no browser got to the end")
 	}
 }
 
-// SIDECAST_SEEDS is how many worlds of each kind there are, for a longer run.
+// SIDECAST_SEEDS sets the number of worlds of each kind, for a longer run.
 func TestDeliveryModel(t *testing.T) {
 	t.Parallel()
 	worlds := uint64(2000)
@@ -1603,7 +1609,7 @@ func BenchmarkAppendWithoutConnection(b *testing.B) {
 	}
 }
 
-// What an identifier costs that waits for its first event, with its strings and its places in the maps.
+// The memory of an identifier that waits for its first event, with its strings and map entries.
 func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 	const identifiers = 100_000
 	measure := func(name string, connect bool) {
@@ -1630,12 +1636,11 @@ func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 	measure("connected", true)
 }
 
-// heapInUse returns the bytes of what is still needed.
+// heapInUse returns the bytes of the heap that are still reachable.
 func heapInUse() uint64 {
 	var m runtime.MemStats
 	runtime.GC()
-	runtime.GC() // what pools held is free only now
-	runtime.GC() // of what the first one left in pools
+	runtime.GC() // frees what pools held before the first
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc
 }

@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// newGatewayTest returns a client of a gateway that answers like this. No error may tell the path in its URL, /hush.
+// newGatewayTest returns a client of a gateway that answers with answer. No error may reveal the path /hush in its URL.
 func newGatewayTest(t *testing.T, answer http.HandlerFunc) *gatewayClient {
 	server := serveTest(t, answer)
 	c := newGatewayClient(server.URL + "/hush")
@@ -78,7 +78,7 @@ func TestGatewayClientAnswers(t *testing.T) {
 		{200, "", false, ""},
 		{404, `{"error":"unknown token"}`, false, "unknown token"},
 		{302, "", false, "posting to the gateway: status 302"},
-		{307, "", false, "posting to the gateway: status 307"}, // with this a client would POST again
+		{307, "", false, "posting to the gateway: status 307"}, // an http.Client would POST again
 		{400, `{"status":"buffered"}`, false, "posting to the gateway: status 400"},
 		{500, strings.Repeat("x", 1<<20), false, "posting to the gateway: status 500"},
 		{503, "", false, "posting to the gateway: status 503"},
@@ -101,7 +101,7 @@ func TestGatewayClientAnswers(t *testing.T) {
 	}
 }
 
-// A send that failed is in doubt: nothing may be tried again, and the log of it must not tell the URL.
+// Nobody knows what became of a failed send, so it must not be tried again. Its error must not reveal the URL.
 func TestGatewayClientFailures(t *testing.T) {
 	t.Parallel()
 	var answer string
@@ -155,7 +155,7 @@ func TestGatewayClientFailures(t *testing.T) {
 	}
 }
 
-// The limit counts until the whole answer is there. Time is that of the bubble, so the network is a pipe.
+// The limit is for the whole answer, not for its beginning. The network is a pipe, so time is that of the bubble.
 func TestGatewayClientLimit(t *testing.T) {
 	t.Parallel()
 	for name, answer := range map[string]string{
@@ -193,7 +193,7 @@ func TestGatewayClientLimit(t *testing.T) {
 	}
 }
 
-// A Transport goes on to connect for a request that has ended, so that must end by itself.
+// A Transport keeps connecting when its request has ended, so connecting needs a limit of its own.
 func TestGatewayClientConnectLimit(t *testing.T) {
 	t.Run("handshake", func(t *testing.T) {
 		t.Parallel()
@@ -207,7 +207,7 @@ func TestGatewayClientConnectLimit(t *testing.T) {
 			start := time.Now()
 			io.Copy(io.Discard, far) // until the client gives up
 			if got := time.Since(start); got > dialLimit {
-				t.Errorf("the connection was open for %s, want %s", got, dialLimit)
+				t.Errorf("the connection was open for %s, want at most %s", got, dialLimit)
 			}
 		})
 	})
@@ -220,15 +220,13 @@ func TestGatewayClientConnectLimit(t *testing.T) {
 			err = syscall.Listen(fd, 0)
 		}
 		addr, nameErr := syscall.Getsockname(fd)
-		if err = errors.Join(err, nameErr); err != nil {
-			t.Fatal(err)
-		}
+		must(t, errors.Join(err, nameErr))
 		target := fmt.Sprint("127.0.0.1:", addr.(*syscall.SockaddrInet4).Port)
 		for start := time.Now(); ; start = time.Now() { // until the queue of connections that nobody accepts is full
 			conn, err := dial(context.Background(), "tcp", target)
 			if err != nil {
 				if got := time.Since(start); got < dialLimit || got > 2*dialLimit {
-					t.Errorf("got %v after %s, want that after %s", err, got, dialLimit)
+					t.Errorf("got %v after %s, want a timeout after %s", err, got, dialLimit)
 				}
 				return
 			}
@@ -237,8 +235,8 @@ func TestGatewayClientConnectLimit(t *testing.T) {
 	})
 }
 
-// What follows a 101 is read by nobody: it has no end, and no time limit of the client reaches it.
-func TestGatewayClientSwitchesNoProtocol(t *testing.T) {
+// A 101 is an error. What follows it would have no end, and no time limit of the client applies to it.
+func TestGatewayClientDoesNotSwitchProtocols(t *testing.T) {
 	t.Parallel()
 	c := newGatewayTest(t, func(w http.ResponseWriter, r *http.Request) {
 		conn, _, err := http.NewResponseController(w).Hijack()
@@ -254,7 +252,7 @@ func TestGatewayClientSwitchesNoProtocol(t *testing.T) {
 	}
 }
 
-// An answer that was not read to its end costs a new connection for every event.
+// Answers are read to their end. Otherwise every event would cost a new connection.
 func TestGatewayClientReusesItsConnection(t *testing.T) {
 	t.Parallel()
 	status := http.StatusOK
@@ -313,7 +311,7 @@ func (t *postTest) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: a.status, Body: io.NopCloser(strings.NewReader(a.body))}, nil
 }
 
-// send gives events to a stream, or asks for it. The result, as "taken buffered error", comes through the channel.
+// send begins a send of events, or a probe if there are none. Its result, "taken buffered error", is in the channel.
 func (t *postTest) send(token string, events ...event) <-chan string {
 	result := make(chan string, 1)
 	go func() {
@@ -324,14 +322,14 @@ func (t *postTest) send(token string, events ...event) <-chan string {
 	return result
 }
 
-// single and batch are the POSTs that ask for streams.
+// single and batch return the POSTs that probe one stream or several.
 func single(token string) string { return `application/json {"token":"` + token + `"}` }
 
 func batch(tokens ...string) string {
 	return `application/x-ndjson {"token":"` + strings.Join(tokens, "\"}\n{\"token\":\"") + "\"}\n"
 }
 
-// next returns the first POST that is under way and has not been looked at.
+// next returns the oldest POST that the test has not seen yet, and checks that it is want.
 func (t *postTest) next(want string) *steppedPost {
 	t.Helper()
 	select {
@@ -386,7 +384,7 @@ func TestGatewayClientBoundsItsPosts(t *testing.T) {
 				t.reply(t.next(single("t")), 200, "")
 			}
 		}
-		last := t.send("t") // finds that all have left
+		last := t.send("t") // by now all others are done
 		t.reply(t.next(single("t")), 200, "")
 		t.wantResult(last, "1 false <nil>")
 		for _, s := range t.client.waiting[:cap(t.client.waiting)] {
@@ -397,7 +395,7 @@ func TestGatewayClientBoundsItsPosts(t *testing.T) {
 	})
 }
 
-// The gateway may not run yet when the backend starts, or not be reached for a while. Its streams wait for the reset.
+// The gateway may not be running or reachable when the backend starts. The reset is tried until the gateway answers.
 func TestGatewayClientResets(t *testing.T) {
 	testPosts(t, func(t *postTest) {
 		const post = "application/json {}"
@@ -417,7 +415,7 @@ func TestGatewayClientResets(t *testing.T) {
 		t.next(post).answer <- steppedPostAnswer{err: errors.New("refused")}
 		<-returned
 		for _, answer := range []steppedPostAnswer{
-			{status: 503}, {status: 404, body: "404 page not found"}, {status: 200, body: "<p>Hello"}, // something between
+			{status: 503}, {status: 404, body: "404 page not found"}, {status: 200, body: "<p>Hello"}, // a proxy's
 			{status: 404, body: `{"error":"not found"}`}, {status: 401}, // a gateway's other address, a proxy's login
 			{status: 401, body: `{"error":"missing or wrong secret"}`},
 		} {
@@ -437,8 +435,8 @@ level=INFO msg="the gateway answers now"
 	})
 }
 
-// A gateway that answers too late for a start is asked again with more patience: each reset ends all of its streams, so
-// that one which is always slow would otherwise lose them once a second.
+// A gateway that is too slow for the first try gets more time for the next. Each reset ends all of its streams, so a
+// gateway that is always slow would otherwise lose them once a second.
 func TestGatewayClientResetsASlowGateway(t *testing.T) {
 	testPosts(t, func(t *postTest) {
 		tried, answered := 0, 0
@@ -460,8 +458,8 @@ func TestGatewayClientResetsASlowGateway(t *testing.T) {
 	})
 }
 
-// A gateway that announces nothing knows of no reset, and so is not asked again.
-func TestGatewayClientResetsNoForeignGateway(t *testing.T) {
+// A gateway that announces no features does not know resets, so it is not asked again.
+func TestGatewayClientDoesNotResetForeignGateways(t *testing.T) {
 	testPosts(t, func(t *postTest) {
 		tried := 0
 		t.client.transport = slowGateway(func(context.Context) error {
@@ -479,7 +477,7 @@ func TestGatewayClientResetsNoForeignGateway(t *testing.T) {
 	})
 }
 
-// A slowGateway answers 200 to what it returns nil for.
+// A slowGateway is called for each request, and answers 200 if it returns nil.
 type slowGateway func(context.Context) error
 
 func (wait slowGateway) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -490,7 +488,7 @@ func (wait slowGateway) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: http.StatusOK, Header: header, Body: io.NopCloser(strings.NewReader(`{"status":"ok"}`))}, nil
 }
 
-// beBusy makes the client wait for its gateway until the returned POSTs are answered.
+// beBusy keeps the client busy: further sends wait until one of the returned POSTs is answered.
 func (t *postTest) beBusy() (busy [maxPostingBatches]*steppedPost) {
 	t.client.heard(features{known: true, batch: true})
 	for i := range busy {
@@ -500,7 +498,7 @@ func (t *postTest) beBusy() (busy [maxPostingBatches]*steppedPost) {
 	return busy
 }
 
-// What comes while POSTs are under way goes out with the next one, and each send gets its own result.
+// Sends that come while the client is busy go out in the next POST together, and each gets its own result.
 func TestGatewayClientBatches(t *testing.T) {
 	testPosts(t, func(t *postTest) {
 		busy := t.beBusy()
@@ -528,8 +526,8 @@ func TestGatewayClientBatches(t *testing.T) {
 	})
 }
 
-// Several events for one stream are lines of a batch of their own, or of one with others. Without batches the first
-// goes alone.
+// Several events for one stream are lines of one batch, which may have other sends too. Without batches only the first
+// event is sent.
 func TestGatewayClientSendsRuns(t *testing.T) {
 	testPosts(t, func(t *postTest) {
 		run := []event{{Data: "1"}, {Data: "2"}}
@@ -562,12 +560,12 @@ func TestGatewayClientSendsRuns(t *testing.T) {
 `)
 		t.wantResult(a, "2 true <nil>")
 		t.wantResult(b, "1 false unknown token")
-		t.wantResult(c, "2 false <nil>") // the one that was refused for good is skipped
+		t.wantResult(c, "2 false <nil>") // the event that was refused for good is skipped
 
 		t.send("busy")
 		busy[0] = t.next(single("busy"))
 		a = t.send("a", run...)
-		t.client.heard(features{}) // of another gateway, while a waits
+		t.client.heard(features{}) // another gateway calls back while a waits
 		t.reply(busy[0], 200, "")
 		t.reply(t.next("application/json "+line("a", "1")), 200, "")
 		t.wantResult(a, "1 false <nil>")
@@ -575,7 +573,7 @@ func TestGatewayClientSendsRuns(t *testing.T) {
 	})
 }
 
-// A batch that failed is in doubt as a whole.
+// If a batch fails, nobody knows what became of any of its sends.
 func TestGatewayClientBatchFailures(t *testing.T) {
 	for name, test := range map[string]struct {
 		answer steppedPostAnswer
@@ -597,7 +595,7 @@ func TestGatewayClientBatchFailures(t *testing.T) {
 				t.wantResult(d, test.want)
 				t.finish(busy[1:])
 				if !t.client.can().batch { // only a callback says what a gateway can do
-					t.Error("takes no batches any more")
+					t.Error("the client sends no batches any more")
 				}
 			})
 		})
@@ -644,8 +642,8 @@ func TestParseFeatures(t *testing.T) {
 	}
 }
 
-// Something between the roles may answer for a moment. Only what is in the gateway's own words is the gateway's, unless
-// its words are not known.
+// A proxy in between may answer in the gateway's place. So an answer counts only if it has the gateway's own words. If
+// the gateway is of another make, any words will do.
 func TestGatewayClientForeignAnswers(t *testing.T) {
 	t.Parallel()
 	var status int
@@ -708,7 +706,7 @@ func TestGatewayClientRetryIsAFeature(t *testing.T) {
 	}
 }
 
-// Clients that ask again after a 410 must not do so at once, nor all together.
+// Clients that come back after a 410 must not do so at once, or all together.
 func TestCloseEventRetry(t *testing.T) {
 	t.Parallel()
 	seen := map[int]bool{}
@@ -720,6 +718,6 @@ func TestCloseEventRetry(t *testing.T) {
 		seen[retry] = true
 	}
 	if len(seen) < 100 {
-		t.Errorf("got only %d different ones of 1,000", len(seen))
+		t.Errorf("got only %d different values in 1,000", len(seen))
 	}
 }

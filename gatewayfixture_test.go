@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -24,9 +25,9 @@ const (
 	callbackSecret = "secret-in-the-callback-url"
 )
 
-// A gatewayFixture is `sidecast gateway` in this process. The test plays the backend behind it and the clients before
-// it. When the test is over, the backend must have heard of the end of each stream that it accepted, once, and the log
-// must hold neither the secret nor a whole token.
+// A gatewayFixture is `sidecast gateway` in this process. The test plays the backend behind it and the clients in front
+// of it. When the test is over, the backend must have been told once of the end of each stream that it accepted, and
+// the log must contain neither the secret nor a whole token.
 type gatewayFixture struct {
 	*stubBackend
 	t        testing.TB
@@ -63,16 +64,26 @@ func newGatewayFixture(t testing.TB, settings string, answer backendAnswer) *gat
 	return g
 }
 
-// check is what must hold of every gateway that has ended.
+// serveStreams serves only the streams of a gateway. The fixture has its backend and clients, and nothing else.
+func serveStreams(t testing.TB, cfg gatewayConfig) (*gateway, *gatewayFixture) {
+	backend := newStubBackend(t, nil)
+	t.Cleanup(backend.server.Close)
+	cfg.CallbackURL = secret(backend.server.URL + callbackTarget)
+	gateway := newGateway(cfg, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+	server := serveTest(t, http.HandlerFunc(gateway.serveStream))
+	return gateway, &gatewayFixture{stubBackend: backend, t: t, addr: server.Listener.Addr().String()}
+}
+
+// check checks what must hold for every gateway that has ended.
 func (g *gatewayFixture) check() {
 	logged := g.logged.String()
 	if strings.Contains(logged, callbackSecret) {
 		g.t.Error("the secret of CALLBACK_URL is in the log")
 	}
-	_, isBenchmark := g.t.(*testing.B) // with more streams than a busy machine ends in the 5 s of a shutdown
+	_, isBenchmark := g.t.(*testing.B) // a busy machine may not end all of its streams in the 5 s of a shutdown
 	for token, n := range g.balance {
 		if n != 0 && !isBenchmark {
-			g.t.Errorf("a stream was accepted, less its disconnect callbacks: got %d, want 0", n)
+			g.t.Errorf("connects accepted for a token, less its disconnect callbacks: got %d, want 0", n)
 		}
 		if strings.Contains(logged, token) {
 			g.t.Errorf("a whole token is in the log: %s", token)
@@ -98,8 +109,8 @@ func dialTo(t testing.TB, addr, text string) *streamClient {
 	return c
 }
 
-// smallSocket makes a connection like one over a network. Over loopback, 4 MiB may be under way to a client that reads
-// nothing, so that it would take long to look slow.
+// smallSocket makes a connection behave like one over a network. Over loopback, 4 MiB may be under way to a client that
+// reads nothing, so it would take long to look slow.
 func smallSocket(_, _ string, raw syscall.RawConn) (err error) {
 	controlErr := raw.Control(func(fd uintptr) {
 		err = errors.Join(
@@ -153,8 +164,8 @@ const (
 	sentGone     = `404 {"error":"unknown token"}`
 )
 
-// probe asks whether a stream is alive, send sends an event that has no more than data, and end ends the stream. They
-// return what post does.
+// probe asks whether a stream is alive, send sends an event that has only data, and end ends the stream. They return
+// what post does.
 func (g *gatewayFixture) probe(token string) string {
 	return g.post("application/json", fmt.Sprintf(`{"token":%q}`, token))
 }
@@ -172,7 +183,7 @@ func (g *gatewayFixture) metric(series string) float64 {
 	return scrapeValue(scrapeURL(g.client, g.internal), series)
 }
 
-// waitMetric waits until a series has the value that it must come to.
+// waitMetric waits until a series has the value that it must reach.
 func (g *gatewayFixture) waitMetric(series string, want float64) {
 	g.t.Helper()
 	eventually(g.t, patience, fmt.Sprint(series, " ", want), func() bool { return g.metric(series) == want })
@@ -186,7 +197,7 @@ func (g *gatewayFixture) wantMetric(series string, want float64) {
 	}
 }
 
-// wantSend sends an event that has no more than data, and checks the answer.
+// wantSend sends an event that has only data, and checks the answer.
 func (g *gatewayFixture) wantSend(token, data, want string) {
 	g.t.Helper()
 	if got := g.send(token, data); got != want {
@@ -210,7 +221,7 @@ type streamClient struct {
 	request  string // its first line
 	wire     *bufio.Reader
 	body     *bufio.Reader // of the answer, without the framing
-	callback callbackCall  // by which the stream came about, for those that were opened
+	callback callbackCall  // the connect callback of the stream, once the test has received it
 }
 
 func (c *streamClient) write(text string) {
@@ -282,7 +293,7 @@ func (c *streamClient) line() string {
 	return line[:len(line)-1]
 }
 
-// event reads up to the next blank line, and returns what stands before it.
+// event reads up to the next blank line, and returns what is before it.
 func (c *streamClient) event() string {
 	c.t.Helper()
 	lines := []string{c.line()}
@@ -292,14 +303,14 @@ func (c *streamClient) event() string {
 	return strings.Join(lines[:len(lines)-1], "\n")
 }
 
-// rest reads to the end, which is without an error only if the gateway ended the body as HTTP asks for.
+// rest reads to the end. The error is nil only if the gateway ended the body as HTTP requires.
 func (c *streamClient) rest() (string, error) {
 	c.SetReadDeadline(time.Now().Add(patience))
 	text, err := io.ReadAll(c.body)
 	return string(text), err
 }
 
-// wantData reads events that have no more than data of one line.
+// wantData reads events and checks that they have only this data, of one line each.
 func (c *streamClient) wantData(want ...string) {
 	c.t.Helper()
 	for i, data := range want {
@@ -341,7 +352,7 @@ func (c *streamClient) reset() {
 	c.Close()
 }
 
-// A backendAnswer answers a callback; nil accepts. What it says to a disconnect callback means nothing.
+// A backendAnswer answers a callback; nil accepts. Its answer to a disconnect callback has no effect.
 type backendAnswer func(w http.ResponseWriter, c callbackCall)
 
 func answering(status int, body string) backendAnswer {
@@ -370,10 +381,10 @@ type callbackCall struct {
 	}
 	body    string
 	header  http.Header
-	givenUp <-chan struct{} // closed when the gateway waits for the answer no more
+	givenUp <-chan struct{} // closed when the gateway no longer waits for the answer
 }
 
-// await holds the answer back until gate is closed. What the gateway gave up meanwhile gets none.
+// await holds the answer back until gate is closed. If the gateway gives up the callback meanwhile, it gets no answer.
 func (c callbackCall) await(gate <-chan struct{}) {
 	select {
 	case <-gate:
@@ -382,7 +393,7 @@ func (c callbackCall) await(gate <-chan struct{}) {
 	}
 }
 
-// number is 410 for the target /410.
+// number returns 410 for the target /410.
 func (c callbackCall) number() int {
 	n, _ := strconv.Atoi(strings.TrimPrefix(c.Request.URL, "/"))
 	return n
@@ -484,7 +495,7 @@ func (w *statusWriter) WriteHeader(status int) {
 
 func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// receive receives what must come.
+// receive receives a value that must come within patience.
 func receive[T any](t testing.TB, from <-chan T) (v T) {
 	t.Helper()
 	select {
@@ -495,7 +506,7 @@ func receive[T any](t testing.TB, from <-chan T) (v T) {
 	return v
 }
 
-// jsonValue is what encoding/json makes of text.
+// jsonValue returns text as encoding/json decodes it.
 func jsonValue(t testing.TB, text string) (v any) {
 	t.Helper()
 	if err := json.Unmarshal([]byte(text), &v); err != nil {

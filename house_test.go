@@ -19,7 +19,7 @@ func productFiles(t *testing.T) []string {
 	return slices.DeleteFunc(names, func(name string) bool { return strings.HasSuffix(name, "_test.go") })
 }
 
-// fileGraph returns which files of the product use what is declared in which others.
+// fileGraph returns, for each file of the product, which other files declare what it uses.
 func fileGraph(t *testing.T) map[string]map[string]bool {
 	t.Helper()
 	fset := token.NewFileSet()
@@ -30,7 +30,7 @@ func fileGraph(t *testing.T) map[string]map[string]bool {
 		files = append(files, f)
 	}
 	info := types.Info{Uses: map[*ast.Ident]types.Object{}}
-	config := types.Config{Importer: noImports{}, Error: func(error) {}} // what others declare is of no interest
+	config := types.Config{Importer: noImports{}, Error: func(error) {}} // other packages do not matter
 	pkg, _ := config.Check("main", fset, files, &info)
 	uses := map[string]map[string]bool{}
 	for ident, obj := range info.Uses {
@@ -53,13 +53,13 @@ func (noImports) Import(path string) (*types.Package, error) {
 	return p, nil
 }
 
-// What a file uses can be read before it: of files that use each other, directly or not, there are only those that hold
-// the methods of one type.
+// What a file uses can be read before it. The only files that use each other, directly or not, are those with the
+// methods of one type.
 func TestGraph(t *testing.T) {
 	uses := fileGraph(t)
 	allowed := []string{
 		"ask.go refuse.go send.go sidecar.go",                                    // gateway
-		"external.go kinds.go page.go restore.go taskapi.go tasks.go version.go", // TaskService; restore.go also makes versions again
+		"external.go kinds.go page.go restore.go taskapi.go tasks.go version.go", // TaskService; restore.go also restores versions
 		"compact.go journal.go journalfile.go",                                   // journal
 	}
 	reach := map[string]map[string]bool{}
@@ -97,8 +97,8 @@ func TestGraph(t *testing.T) {
 	}
 }
 
-// The product stays what one person can read: no file is longer than 500 lines, and none begins without saying what
-// lives there.
+// The product stays readable for one person: no file is longer than 500 lines, and each begins by saying what lives
+// there.
 func TestHouse(t *testing.T) {
 	for _, name := range productFiles(t) {
 		text := edited(t, name)

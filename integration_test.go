@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// Both roles together, as a browser and an API client see them: a gateway is always a process of its own here.
+// Both roles together, as browsers and API clients see them. The gateway is always a process of its own here.
 
 // soon is how long to wait for what takes milliseconds on an idle machine.
 const soon = 20 * time.Second
@@ -61,7 +61,7 @@ func (v visitor) wantPost(path, body, want string) {
 	}
 }
 
-// status returns that of a GET.
+// status returns the status of a GET.
 func (v visitor) status(target string) int {
 	v.t.Helper()
 	resp, err := v.client.Get(target)
@@ -80,7 +80,7 @@ func (v visitor) getText(path string) string {
 	return string(text)
 }
 
-// field returns a string of the answer to a POST that must succeed.
+// field posts, and returns a string field of the answer, which must be there.
 func (v visitor) field(path, body, name string) string {
 	v.t.Helper()
 	answer := v.post(path, body)
@@ -123,7 +123,7 @@ func (v visitor) wantBroadcast(version string, delivered int) {
 		fmt.Sprintf(`202 {"delivered":%d,"failed":0,"version":%q}`, delivered, version))
 }
 
-// follow opens the stream of a task, and subscribe that of the versions for a request_id.
+// follow opens the stream of a task, and subscribe the version stream of a request_id.
 func (v visitor) follow(id string, opts ...func(*eventSource)) *eventSource {
 	v.t.Helper()
 	return openEventSource(v.t, v.streams+taskPath(id), opts...)
@@ -144,8 +144,8 @@ func waitOpen(t testing.TB, sources ...*eventSource) {
 	}
 }
 
-// story tells events in a few words each, without connection_open: a gateway need not pass on what the backend answers
-// to its callback.
+// story returns a few words about each event. It leaves out connection_open: a gateway need not pass on what the
+// backend answers to its callback.
 func story(events []message) (lines []string) {
 	for _, m := range events {
 		var data struct {
@@ -153,7 +153,7 @@ func story(events []message) (lines []string) {
 			Data                   struct{ Text, Error string } // of a task_event
 			Error, Reason, Version string                       // of the others
 		}
-		json.Unmarshal([]byte(m.Data), &data) // a result is no such Data
+		json.Unmarshal([]byte(m.Data), &data) // fails for a result, which is no such Data
 		detail := cmp.Or(data.Data.Text, data.Data.Error, data.Error, data.Reason, data.Version)
 		if m.Name != "connection_open" {
 			lines = append(lines, strings.TrimSpace(cmp.Or(data.EventType, m.Name)+" "+detail))
@@ -162,7 +162,7 @@ func story(events []message) (lines []string) {
 	return lines
 }
 
-// wantStory waits until es has as many events as want tells of, and compares. It does not mind what follows them.
+// wantStory waits until es has as many events as want, and compares them. It ignores what follows.
 func wantStory(t testing.TB, es *eventSource, want ...string) {
 	t.Helper()
 	var got []string
@@ -173,7 +173,7 @@ func wantStory(t testing.TB, es *eventSource, want ...string) {
 }
 
 // wantEnd is wantStory for a stream that ends with connection_close. A browser comes back with the ID of that event, is
-// told 410, and stays away. A gateway that sends no IDs cannot bring that about.
+// told 410, and stays away. With a gateway that sends no IDs this does not work, and is not checked.
 func wantEnd(t testing.TB, es *eventSource, want ...string) {
 	t.Helper()
 	wantStory(t, es, want...)
@@ -184,7 +184,7 @@ func wantEnd(t testing.TB, es *eventSource, want ...string) {
 		t.Errorf("the event source gave up at status %d, want 410", got)
 	}
 	if got := story(es.events()); len(got) != len(want) {
-		t.Errorf("after the end came %q", got[len(want):])
+		t.Errorf("got %q after the end", got[len(want):])
 	}
 }
 
@@ -232,8 +232,8 @@ func newSystem(t testing.TB, start func(testing.TB, ...string) *process, env ...
 	return s
 }
 
-// listen waits for an address that is free but for a process which another test is starting: until its exec it has a
-// copy of all our descriptors.
+// listen listens on addr. It tries again and again, as a process that another test is starting may have a copy of the
+// old descriptor until its exec.
 func listen(t testing.TB, addr string) (l net.Listener) {
 	t.Helper()
 	eventually(t, soon, "listening on "+addr, func() (ok bool) {
@@ -249,7 +249,7 @@ func (s *system) serve(l net.Listener) {
 	go s.server.Serve(l)
 }
 
-// down makes the backend unreachable, and up reachable again. Its work goes on all the while.
+// down makes the backend unreachable, and up makes it reachable again. It keeps working all the while.
 func (s *system) down() { s.server.Close() }
 func (s *system) up()   { s.serve(listen(s.t, s.cfg.Addr)) }
 
@@ -327,7 +327,7 @@ func TestIntegrationReplacement(t *testing.T) {
 	wantEnd(t, first, "task_started", "connection_close replaced")
 }
 
-// Otherwise tabs that reconnect would replace each other forever, each with a replay of the whole task.
+// If they came back, tabs would replace each other forever, each with a replay of the whole task.
 func TestIntegrationReplacedTabStaysAway(t *testing.T) {
 	t.Parallel()
 	s := newSystem(t, startOwnGateway)
@@ -387,7 +387,7 @@ func TestIntegrationRejectedConnect(t *testing.T) {
 	wantGivenUp(t, openEventSource(t, s.streams+"/api/sse/elsewhere"), http.StatusBadRequest)
 }
 
-// wantGivenUp checks that the first answer, of this status, ends an event source for good.
+// wantGivenUp checks that an event source gives up for good at its first answer, which has this status.
 func wantGivenUp(t *testing.T, es *eventSource, status int) {
 	t.Helper()
 	if got := es.waitClosed(t, soon); got != status || es.attempts() != 1 {
@@ -445,7 +445,7 @@ func startSplit(t testing.TB, start func(testing.TB, ...string) *process, env ..
 	return newVisitor(t, backend.URL, gateway.URL), backend
 }
 
-// One command and two commands do the same.
+// One process and two processes do the same.
 func TestIntegrationProcesses(t *testing.T) {
 	t.Parallel()
 	check := func(v visitor) {
@@ -463,8 +463,8 @@ func TestIntegrationProcesses(t *testing.T) {
 	})
 }
 
-// The streams that a gateway holds for a backend must end with it, as the next one does not know of them: a backend
-// that stops ends them, and for one that is killed the next one has the gateway do it.
+// The streams that a gateway holds for a backend must end with it, as the next backend does not know them. A backend
+// that stops ends them. If it is killed, the next backend has the gateway end them.
 func TestIntegrationBackendRestarts(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]func(*process, testing.TB){"stopped": (*process).wantStop, "killed": (*process).kill} {
@@ -478,13 +478,13 @@ func TestIntegrationBackendRestarts(t *testing.T) {
 				eventually(t, soon, "stream ended", func() bool { return es.attempts() > 1 })
 			}
 			backend.restart(t)
-			v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`) // delivered now or when it is back
+			v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`) // delivered now or later
 			wantStory(t, es, "version 1.0", "version 1.1")
 		})
 	}
 }
 
-// Out of file descriptors the gateway cannot accept connections. It must neither crash nor spin, and recover by itself.
+// A gateway that is out of file descriptors can accept no connections. It must not crash or spin, and must recover.
 func TestIntegrationOutOfDescriptors(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)
@@ -509,14 +509,7 @@ func TestIntegrationOutOfDescriptors(t *testing.T) {
 	if took := time.Since(began); float64(n) > took.Seconds()+2 {
 		t.Errorf("%d lines of log in %v, want one a second", n, took)
 	}
-	eventually(t, soon, "recovered", func() bool {
-		status, err := http.Get(p.URL + "/readyz")
-		if err != nil {
-			return false
-		}
-		status.Body.Close()
-		return status.StatusCode == http.StatusOK
-	})
+	eventually(t, soon, "recovered", p.isUp)
 }
 
 // Profiles reveal too much for a public address, and can keep a core busy.
@@ -567,7 +560,7 @@ func TestIntegrationGatewayStops(t *testing.T) {
 	s.wantConnections("version", streams)
 	s.gateway.wantStop(t)
 	if got := len(s.conns.Active()); got != 0 {
-		t.Errorf("%d services have connections after the gateway's exit, want 0: it tells the backend before", got)
+		t.Errorf("%d services have connections after the gateway's exit, want 0: it tells the backend first", got)
 	}
 	for range streams {
 		if err := <-ended; err != nil {
@@ -673,7 +666,7 @@ func TestIntegrationUnaskedAnswerIsNotPrinted(t *testing.T) {
 				io.WriteString(conn, answer)
 				time.Sleep(50 * time.Millisecond) // until it has been read, and the connection is idle
 				io.WriteString(conn, answer+"leak")
-				io.Copy(io.Discard, conn) // until the gateway is through with it
+				io.Copy(io.Discard, conn) // until the gateway closes it
 				callbacks <- struct{}{}
 			}()
 		}
@@ -689,8 +682,8 @@ func TestIntegrationUnaskedAnswerIsNotPrinted(t *testing.T) {
 	}
 }
 
-// An EventSource gives up for good at any status but 200, so that a backend which is away for seconds would cost every
-// page its stream.
+// An EventSource gives up for good at any status but 200. A backend that is away for seconds must not cost every page
+// its stream.
 func TestIntegrationBackendUnreachable(t *testing.T) {
 	t.Parallel()
 	s := newSystem(t, startOwnGateway, "RETRY_MILLISECONDS=200")
@@ -749,7 +742,7 @@ func BenchmarkReplay(b *testing.B) {
 	b.ReportMetric(events*float64(b.N)/b.Elapsed().Seconds(), "events/s")
 }
 
-// BenchmarkBroadcast announces a version to 5,000 streams with one POST, until all of them have it.
+// BenchmarkBroadcast announces a version to 5,000 streams with one POST, and waits until all of them have it.
 func BenchmarkBroadcast(b *testing.B) {
 	s := newSystem(b, startGateway)
 	clients := make(quietClients, atMost(b, 5000))

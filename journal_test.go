@@ -20,17 +20,17 @@ import (
 	"time"
 )
 
-// A crashDisk is a disk in memory. It crashes after a number of writes, syncs and the like, and then has of what was
-// not synced any part, or zeroes in its place.
+// A crashDisk is a disk in memory. It crashes after a number of writes, syncs and the like. Any part of what was not
+// synced is then lost, or zero.
 type crashDisk struct {
 	rand *rand.Rand
 
 	mu      sync.Mutex // guards the rest
-	left    int        // what may still be done
-	room    int        // bytes that all files may have; 0 for no limit
+	left    int        // how many steps it still works
+	room    int        // bytes that all files together may have; 0 for no limit
 	renames int
 	now     map[string]*crashFile
-	durable map[string]*crashFile // the names as they were when the folder was synced
+	durable map[string]*crashFile // the files that were there when the folder was last synced
 }
 
 type crashFile struct {
@@ -44,7 +44,7 @@ func (d *crashDisk) disk() disk {
 	return disk{open: d.open, rename: d.rename, remove: d.remove, sync: d.sync}
 }
 
-// step locks the disk and reports whether it works on.
+// step locks the disk and reports whether it still works.
 func (d *crashDisk) step() bool {
 	d.mu.Lock()
 	d.left--
@@ -109,7 +109,7 @@ func (f *crashFile) WriteAt(b []byte, off int64) (n int, err error) {
 		if f.disk.left < -1 {
 			return 0, errCrashed
 		}
-		b, err = b[:f.disk.rand.IntN(len(b)+1)], errCrashed // a write is cut, too
+		b, err = b[:f.disk.rand.IntN(len(b)+1)], errCrashed // a write may be cut short
 	}
 	f.data = append(f.data, make([]byte, max(0, int(off)+len(b)-len(f.data)))...)
 	return copy(f.data[off:], b), err
@@ -135,7 +135,7 @@ func (f *crashFile) Truncate(size int64) error {
 
 func (f *crashFile) Close() error { return nil }
 
-// reboot has the disk work on for some steps, with what the crash has left.
+// reboot makes the disk work for some more steps, with what the crash has left.
 func (d *crashDisk) reboot(steps int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -163,7 +163,7 @@ func (d *crashDisk) reboot(steps int) {
 	d.now, d.durable = maps.Clone(d.now), maps.Clone(d.now)
 }
 
-// counts are records "key=n" with a number that grows by one for each key.
+// counts is the last number of each key. The records are "key n", with an n that grows by one.
 type counts map[string]int
 
 func (c counts) apply(record []byte) error {
@@ -188,8 +188,7 @@ func openTestJournal(t testing.TB, dir string, d disk, apply func([]byte) error)
 	return j, err
 }
 
-// journalTest runs a story in a bubble, with an empty journal on a disk that has room for some bytes, or any number if
-// 0.
+// journalTest runs a story in a bubble, with an empty journal on a disk with this much room, or without a limit if 0.
 func journalTest(t *testing.T, room int, story func(t *testing.T, d *crashDisk, j *journal)) {
 	t.Helper()
 	t.Parallel()
@@ -202,8 +201,8 @@ func journalTest(t *testing.T, room int, story func(t *testing.T, d *crashDisk, 
 	})
 }
 
-// unlocked calls open until no other process has the folder: one that another test is starting has a copy of all our
-// descriptors until its exec.
+// unlocked calls open until no other process has the folder. A process that another test is starting has copies of all
+// our descriptors until its exec.
 func unlocked(open func() error) (err error) {
 	for range 1 << 16 {
 		if err = open(); !errors.Is(err, syscall.EWOULDBLOCK) {
@@ -214,8 +213,8 @@ func unlocked(open func() error) (err error) {
 	return err
 }
 
-// Whatever the crash and the power cut leave, a record that was waited for is there afterwards, and none is that was
-// not written; also when the file was being made smaller.
+// After a crash or a power cut, even during a compaction, every record that was waited for is there, and none that was
+// not written.
 func TestJournalCrashes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -247,7 +246,7 @@ func TestJournalCrashes(t *testing.T) {
 						t.Fatalf("seed %d: %s is %d, want %d to %d", seed, key, read[key], n, written[key])
 					}
 				}
-				var mu sync.Mutex // guards read, which is what is live, and the other two
+				var mu sync.Mutex // guards read, which is what is live, written and stored
 				j.slack = int64(d.rand.IntN(3000))
 				j.live = func() int { return 0 }
 				j.snapshot = func(record func([]byte)) {
@@ -271,7 +270,7 @@ func TestJournalCrashes(t *testing.T) {
 							c := j.write(fmt.Appendf(nil, "%s %d %s", key, n, strings.Repeat("x", n%50)), func() {})
 							mu.Unlock()
 							if n%7 < 5 {
-								continue // another is under way at the same time
+								continue // so that several are under way at the same time
 							}
 							if c.wait() != nil {
 								return
@@ -300,8 +299,8 @@ func TestJournalCrashes(t *testing.T) {
 	}
 }
 
-// The room that making the file smaller takes is free again when that fails for want of room, and the journal, which
-// lacked it meanwhile, goes on.
+// A compaction that fails because the disk is full frees the room that it took. Then the journal, which had no room
+// either, works again.
 func TestJournalCompactionWithoutRoom(t *testing.T) {
 	journalTest(t, compactPart+2500, func(t *testing.T, d *crashDisk, j *journal) {
 		full := make(chan error, 1)
@@ -322,7 +321,7 @@ func TestJournalCompactionWithoutRoom(t *testing.T) {
 		}
 		go j.run()
 		must(t, j.write(make([]byte, 600), nil).wait())
-		j.write(make([]byte, 600), nil).wait() // makes the journal smaller, and may itself find no room
+		j.write(make([]byte, 600), nil).wait() // starts the compaction, and may itself find no room
 		if err := <-full; err != errCannotStore || !j.full() {
 			t.Errorf("got %v, want no room", err)
 		}
@@ -339,7 +338,7 @@ func TestJournalCompactionWithoutRoom(t *testing.T) {
 	})
 }
 
-// badFile is a file of which a part cannot be read.
+// badFile is a file that can only be read up to good.
 type badFile struct {
 	*crashFile
 	good int64
@@ -353,7 +352,7 @@ func (f badFile) ReadAt(b []byte, off int64) (int, error) {
 	return n, syscall.EIO
 }
 
-// What cannot be read is not taken for the end of the file, and nothing is written over it.
+// A part that cannot be read is not taken for the end of the file, and nothing is written over it.
 func TestJournalUnreadable(t *testing.T) {
 	t.Parallel()
 	var records []string
@@ -373,7 +372,7 @@ func TestJournalUnreadable(t *testing.T) {
 	}
 }
 
-// When a sync fails nobody waits any longer, and serve is told.
+// When a sync fails, nobody waits any longer, and failed has the error.
 func TestJournalSyncFails(t *testing.T) {
 	journalTest(t, 0, func(t *testing.T, d *crashDisk, j *journal) {
 		j.live = func() int { return 0 }
@@ -391,7 +390,7 @@ func TestJournalSyncFails(t *testing.T) {
 	})
 }
 
-// A disk that is full of what is forgotten has room again without anybody's help.
+// If the disk is full of forgotten records, the journal makes room by itself.
 func TestJournalCompactsForRoom(t *testing.T) {
 	journalTest(t, 10_000, func(t *testing.T, _ *crashDisk, j *journal) {
 		j.live = func() int { return 1000 }
@@ -411,7 +410,7 @@ func TestJournalCompactsForRoom(t *testing.T) {
 	})
 }
 
-// A snapshot that is larger than what it is thought to be is not made again and again.
+// A snapshot that turns out larger than live said is not made again at once.
 func TestJournalRestsAfterCompaction(t *testing.T) {
 	journalTest(t, 0, func(t *testing.T, _ *crashDisk, j *journal) {
 		snapshots := 0
@@ -440,7 +439,7 @@ func (f slowFile) Sync() error {
 	return f.crashFile.Sync()
 }
 
-// A writer that arrives while another syncs waits for the next sync, even without a record.
+// A writer without a record that arrives during a sync needs no sync of its own.
 func TestJournalWaitsBehindAnother(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -470,7 +469,7 @@ func TestJournalWaitsBehindAnother(t *testing.T) {
 	})
 }
 
-// journalOf returns the bytes of a journal of some records, in commits of one to three, and where each record begins.
+// journalOf returns the bytes of a journal with records, in commits of one to three, and where each record begins.
 func journalOf(t *testing.T, records []string) (file []byte, begins []int) {
 	d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 	j, err := openTestJournal(t, t.TempDir(), d.disk(), func([]byte) error { return nil })
@@ -510,8 +509,8 @@ func readJournal(t *testing.T, dir string, file []byte) (records []string, said 
 	return records, log.String(), err
 }
 
-// A journal that was cut off anywhere gives the records before the cut, and says what it drops. One with a spoilt byte
-// is refused, with the place, unless the byte is in the last commit, which a crash may have left so.
+// A journal that is cut off anywhere gives the records before the cut, and logs how much it drops. One with a spoilt
+// byte is refused, and the error says where, unless the byte is in the last commit: a crash may have left it like that.
 func TestJournalDamage(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -520,7 +519,7 @@ func TestJournalDamage(t *testing.T) {
 		records = append(records, fmt.Sprint("record ", i))
 	}
 	file, begins := journalOf(t, records)
-	whole := func(end int) int { // how many records are before
+	whole := func(end int) int { // how many whole records there are before
 		n, found := slices.BinarySearch(append(begins, len(file)), end)
 		if !found {
 			n--
@@ -528,7 +527,7 @@ func TestJournalDamage(t *testing.T) {
 		return n
 	}
 	step := 1
-	if underRace { // .ci/run has them all without it
+	if underRace { // .ci/run tries them all without it
 		step = 16
 	}
 	for end := 0; end < len(file); end += step {
@@ -573,7 +572,7 @@ func FuzzJournal(f *testing.F) {
 	frame := appendFrame([]byte(journalHeader), frameLast, commitStep, encodeEvent(1, 2, 3, true, `{"event_type":"task_started"}`))
 	f.Add(frame, false)
 	f.Fuzz(func(t *testing.T, file []byte, seal bool) {
-		if seal { // gets further
+		if seal { // a good checksum lets the fuzzer get further
 			file = appendFrame([]byte(journalHeader), frameLast, commitStep, file)
 		}
 		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{"journal": {data: file}}}

@@ -20,7 +20,7 @@ func TestParseObject(t *testing.T) {
 		want    object
 		wantErr error
 	}{
-		// Members keep their text, whatever it is and whatever stands around it.
+		// Members keep their text, whatever it is and whatever is around it.
 		{`{}`, object{}, nil},
 		{" \t\r\n{ \t\r\n} \t\r\n", object{}, nil},
 		{`{"a":1}`, object{"a": []byte(`1`)}, nil},
@@ -31,13 +31,13 @@ func TestParseObject(t *testing.T) {
 		{`{"a":[ 1 , [ ] , { } ] }`, object{"a": []byte(`[ 1 , [ ] , { } ]`)}, nil},
 		{`{"a":"\"}\\","b":"{[,: ]}"}`, object{"a": []byte(`"\"}\\"`), "b": []byte(`"{[,: ]}"`)}, nil},
 
-		// Names are exact, but an escape in one means what it says.
+		// Names are case-sensitive, and may have escapes.
 		{`{"a":1,"A":2," a":3,"":4}`, object{"a": []byte(`1`), "A": []byte(`2`), " a": []byte(`3`), "": []byte(`4`)}, nil},
 		{`{"\u0061\"}":1}`, object{`a"}`: []byte(`1`)}, nil},
 		{`{"é":"\ud83d\ude00"}`, object{"é": []byte(`"\ud83d\ude00"`)}, nil},
 		{`{"a":1,"a":1}`, nil, errDuplicate},
 		{`{"a":1,"\u0061":2}`, nil, errDuplicate},
-		{`{"a":{"b":1,"b":2}}`, object{"a": []byte(`{"b":1,"b":2}`)}, nil}, // whoever reads a looks at it
+		{`{"a":{"b":1,"b":2}}`, object{"a": []byte(`{"b":1,"b":2}`)}, nil}, // whoever reads a checks this
 
 		// One object, and nothing else.
 		{``, nil, errNotJSON}, {` `, nil, errNotJSON}, {`null`, nil, errNotJSON}, {`[]`, nil, errNotJSON},
@@ -56,17 +56,17 @@ func TestParseObject(t *testing.T) {
 	}
 }
 
-// A megabyte of brackets must cost no more stack than we mean to give.
+// A megabyte of brackets must not take more stack than intended.
 func TestParseObjectDepth(t *testing.T) {
 	for depth, want := range map[int]error{maxDepth: nil, maxDepth + 1: errNotJSON, 1 << 20: errNotJSON} {
 		text := `{"a":` + strings.Repeat("[", depth) + strings.Repeat("]", depth) + `}`
 		if _, got := parseObject([]byte(text)); got != want {
-			t.Errorf("%d arrays in each other: got %v, want %v", depth, got, want)
+			t.Errorf("%d nested arrays: got %v, want %v", depth, got, want)
 		}
 	}
 }
 
-// Strings are looked at many bytes at a time, which must not hide what stands anywhere among them.
+// Strings are scanned many bytes at a time. No byte that matters may be missed, wherever it is.
 func TestStringEnd(t *testing.T) {
 	for n := range 80 {
 		for _, filler := range []string{"x", "\x7f", "!", "#", "[", "]", "é"} {
@@ -173,7 +173,7 @@ func TestReadJSON(t *testing.T) {
 	}
 }
 
-// A page never holds our JSON, so HTML in it stays readable.
+// Our JSON is never part of a page, so HTML in it is not escaped.
 func TestMarshal(t *testing.T) {
 	const text = "<&>\u2028\n\"é"
 	want := `"<&>\u2028\n\"é"`
@@ -203,7 +203,7 @@ func FuzzString(f *testing.F) {
 	})
 }
 
-// decodeBoth decodes a JSON string by parseString and by encoding/json.
+// decodeBoth decodes a JSON string with encoding/json, and checks that parseString agrees.
 func decodeBoth(t *testing.T, raw []byte) string {
 	t.Helper()
 	var want string
@@ -216,7 +216,7 @@ func decodeBoth(t *testing.T, raw []byte) string {
 	return want
 }
 
-// Objects are read by a parser of our own, which must agree with encoding/json on what is one, and on what is in it.
+// Objects are read by a parser of our own, which must agree with encoding/json on what is one, and on its members.
 func FuzzParseObject(f *testing.F) {
 	f.Add([]byte(`{"a":{"b":[1,"}",{"c":null}]},"d":"\"\\" , "e" : -1.5e3}`))
 	f.Add([]byte(" {\t\"a\"\r\n:\n[ ] }\n"))
@@ -234,7 +234,7 @@ func FuzzParseObject(f *testing.F) {
 	})
 }
 
-// slowObject is parseObject by means of encoding/json's own reader of tokens.
+// slowObject is parseObject, but with the tokens of encoding/json.
 func slowObject(text []byte) (object, error) {
 	dec := json.NewDecoder(bytes.NewReader(text))
 	if start, err := dec.Token(); err != nil || start != json.Delim('{') || !utf8.Valid(text) || !json.Valid(text) {

@@ -24,7 +24,7 @@ import (
 	"time"
 )
 
-// apiFixture is a backend, put together and routed as by main, on a gateway in memory. The epoch of its events is "e".
+// apiFixture is a backend, put together and routed as in main, with a gateway in memory. The epoch of events is "e".
 type apiFixture struct {
 	*backend
 	t       testing.TB
@@ -34,7 +34,7 @@ type apiFixture struct {
 	settle  func() // waits until nothing is under way, if that can be known
 }
 
-// newAPI makes one from settings like "API_TOKEN=x TASK_MAX_WORKERS=1".
+// newAPI returns a fixture with settings like "API_TOKEN=x TASK_MAX_WORKERS=1".
 func newAPI(t testing.TB, settings string) *apiFixture {
 	t.Helper()
 	env := settingsEnv("LOG_LEVEL=debug " + settings)
@@ -52,7 +52,7 @@ func newAPI(t testing.TB, settings string) *apiFixture {
 	return api
 }
 
-// settingsEnv returns the environment for settings like "API_TOKEN=x TASK_MAX_WORKERS=1"; the last of a name counts.
+// settingsEnv returns the environment for settings like "API_TOKEN=x TASK_MAX_WORKERS=1". Later settings win.
 func settingsEnv(settings string) map[string]string {
 	env := map[string]string{}
 	for setting := range strings.FieldsSeq(settings) {
@@ -62,8 +62,8 @@ func settingsEnv(settings string) map[string]string {
 	return env
 }
 
-// apiTest runs a story in a bubble of its own, where time begins at
-// 2000-01-01T00:00:00Z and passes only while everybody waits for it.
+// apiTest runs a story in a bubble of its own, where time begins at 2000-01-01T00:00:00Z and passes only while
+// everybody waits for it.
 func apiTest(t *testing.T, settings string, story func(t *testing.T, api *apiFixture)) {
 	t.Helper()
 	t.Parallel()
@@ -102,7 +102,7 @@ func (api *apiFixture) do(method, target, body string, headers ...string) string
 	return strconv.Itoa(w.Code) + " " + strings.TrimSpace(w.Body.String())
 }
 
-// check sends a request and wants this answer, see do.
+// check sends a request and checks the answer, in the form of do.
 func (api *apiFixture) check(method, target, body, want string, headers ...string) {
 	api.t.Helper()
 	if got := api.do(method, target, body, headers...); got != want {
@@ -125,7 +125,7 @@ func (api *apiFixture) wantMetric(series string, want float64) {
 type apiGateway struct {
 	mu      sync.Mutex
 	streams map[string]*apiStream // open ones by token
-	err     error                 // what every send ends in; nil works
+	err     error                 // the error of every send; nil if sends work
 }
 
 // apiStream is a stream that the backend has accepted.
@@ -152,7 +152,7 @@ func (g *apiGateway) send(token string, events []event, end bool) sendResult {
 	return sendResult{taken: len(events)}
 }
 
-// fail makes every send from now on end in err; nil makes them work.
+// fail makes every send fail with err from now on; nil makes them work again.
 func (g *apiGateway) fail(err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -199,13 +199,13 @@ func (s *apiStream) lose() {
 	delete(s.api.gateway.streams, s.token)
 }
 
-// leave is the browser closing the stream, of which the gateway tells.
+// leave has the browser close the stream, and the gateway tell the backend.
 func (s *apiStream) leave() {
 	s.lose()
 	s.api.do("POST", "/api/sse/callback", apiDisconnect(s.token))
 }
 
-// lastID is the last event ID that the browser got.
+// lastID returns the last event ID that the browser got.
 func (s *apiStream) lastID() (id string) {
 	for _, e := range s.events() {
 		id = cmp.Or(e.ID, id)
@@ -220,7 +220,7 @@ func (s *apiStream) events() []event {
 	return append([]event(nil), s.got...)
 }
 
-// text is all that the browser got, one line "id name data" an event.
+// text returns all that the browser got, with a line "id name data" for each event.
 func (s *apiStream) text() string {
 	var lines strings.Builder
 	for _, e := range s.events() {
@@ -237,7 +237,7 @@ func (s *apiStream) wantText(want string) {
 	}
 }
 
-// story is all that the browser got in short: "connection_open task_started task_completed
+// story returns all that the browser got, in short: "connection_open task_started task_completed
 // connection_close:task_completed", "connection_open version:1 version:2".
 func (s *apiStream) story() string {
 	var words []string
@@ -257,7 +257,7 @@ func (s *apiStream) story() string {
 	return strings.Join(words, " ")
 }
 
-// checkStory wants what a browser got.
+// checkStory checks the story of a stream.
 func (s *apiStream) checkStory(want string) {
 	s.api.t.Helper()
 	if got := s.story(); got != want {
@@ -265,8 +265,8 @@ func (s *apiStream) checkStory(want string) {
 	}
 }
 
-// apiRoutes are the backend's routes with one of some methods, "POST|DELETE",
-// as main.go lists them: one that is added there is tested here.
+// apiRoutes returns the backend's routes with certain methods, like "POST|DELETE". It reads them from main.go, so that
+// a route added there is tested here.
 func apiRoutes(t *testing.T, methods string) (routes [][2]string) {
 	t.Helper()
 	for _, m := range regexp.MustCompile(`"(`+methods+`) (/api/[^"]*)"`).FindAllStringSubmatch(edited(t, "main.go"), -1) {
@@ -342,7 +342,7 @@ func TestMetricsRoute(t *testing.T) {
 func TestAPIToken(t *testing.T) {
 	t.Parallel()
 	const token = "a-long-enough-token"
-	headers := map[string]bool{ // value, and whether it opens
+	headers := map[string]bool{ // value, and whether it is accepted
 		"":                      false,
 		token:                   false,
 		"Bearer":                false,
@@ -368,7 +368,7 @@ func TestAPIToken(t *testing.T) {
 		}
 		for _, route := range apiRoutes(t, "POST|DELETE") {
 			target := strings.Replace(route[1], "{task_id}", "x", 1)
-			check(route[0], target, target != "/api/sse/callback") // that has a secret of its own
+			check(route[0], target, target != "/api/sse/callback") // the callback has a secret of its own
 		}
 		check("GET", "/api/tasks", environment == "production")
 		check("GET", "/api/tasks/x/status", false)
@@ -382,7 +382,7 @@ func TestAPIToken(t *testing.T) {
 	}
 }
 
-// A page of another site must not make the browser of somebody who can reach this server change anything here.
+// A page of another site must not change anything here through the browser of somebody who can reach this server.
 func TestCrossSitePostRefused(t *testing.T) {
 	t.Parallel()
 	const refused = `403 {"error":"request from another site","code":"cross_site"}`
@@ -417,8 +417,8 @@ func TestStopping(t *testing.T) {
 		stream.checkStory("connection_open task_started task_failed connection_close:task_failed")
 	})
 
-	// A gateway that stays would hold streams that nobody sends to any more. They
-	// end without a last word, so that the browsers come back to the next backend.
+	// A gateway that stays would hold streams that nobody sends to any more. They end without connection_close, so that
+	// the browsers come back to the next backend.
 	apiStory(t, "separate gateway", "SSE_GATEWAY_URL=http://gateway.invalid", func(t *testing.T, api *apiFixture) {
 		stream := api.subscribe("r")
 		api.stop(t.Context())
@@ -430,7 +430,7 @@ func TestStopping(t *testing.T) {
 }
 
 func TestLoggedOnceASecond(t *testing.T) {
-	// Out of file descriptors, a server logs without end what it cannot do.
+	// A server that is out of file descriptors logs errors without end.
 	apiStory(t, "server errors", "", func(t *testing.T, api *apiFixture) {
 		server := newServer(api.log, api.reg, api.handler)
 		for range 1000 {
@@ -439,11 +439,11 @@ func TestLoggedOnceASecond(t *testing.T) {
 		}
 		log := api.logged.String()
 		if got := strings.Count(log, "level=WARN"); got > 3 || !regexp.MustCompile(`err="no luck" count=(499|500|501)\n`).MatchString(log) {
-			t.Errorf("got %d lines, want 3 at most, of which the second tells how many there were:\n%s", got, log)
+			t.Errorf("got %d lines, want at most 3, and the second with a count of about 500:\n%s", got, log)
 		}
 	})
 
-	// Somebody who tries tokens must not fill the log, nor go unseen.
+	// Somebody who guesses tokens must neither fill the log nor go unnoticed.
 	apiStory(t, "wrong tokens", "API_TOKEN=s3cret", func(t *testing.T, api *apiFixture) {
 		for try := range 1000 {
 			if try == 999 {
@@ -459,13 +459,13 @@ func TestLoggedOnceASecond(t *testing.T) {
 	})
 }
 
-// apiMalformed makes a body that is no JSON of a good one.
+// apiMalformed returns a body that is not JSON, made from a good one.
 func apiMalformed(r *rand.Rand, good string) string {
 	i := r.IntN(len(good))
 	switch r.IntN(4) {
 	case 0:
 		return good[:i]
-	case 1: // a byte that is nowhere valid: a control character, or one that UTF-8 has not
+	case 1: // a byte that is valid nowhere: a control character, or one that is not in UTF-8
 		bad := [...]string{"\x00", "\x08", "\x1f", "\xc0", "\xff"}
 		return good[:i] + bad[r.IntN(len(bad))] + good[i+1:]
 	case 2:
@@ -495,7 +495,7 @@ func TestMalformedBodiesAreTheClientsFault(t *testing.T) {
 		for range 1000 {
 			route := routes[r.IntN(len(routes))][1]
 			id := "a"
-			if good[route] == "" { // it takes no body: what may be wrong is the ID
+			if good[route] == "" { // it takes no body, so the ID is wrong instead
 				id = "unknown"
 			}
 			body := apiMalformed(r, cmp.Or(good[route], "{}"))
@@ -535,8 +535,7 @@ func TestCommands(t *testing.T) {
 	}
 }
 
-// Whoever deploys should see every mistake at the first try, and nothing but
-// the mistakes: nothing was started that would log.
+// Whoever deploys should see every mistake at the first try, and nothing else: nothing is started that could log.
 func TestBadConfigurationStartsNothing(t *testing.T) {
 	t.Parallel()
 	env := map[string]string{
@@ -598,8 +597,7 @@ func startRun(t testing.TB, args []string, env map[string]string) (addr string, 
 	return "127.0.0.1:" + started.FindStringSubmatch(output.String())[1], output, stop
 }
 
-// Every way to run the program becomes ready, as its own health check sees
-// it, and ends without an error when it is told to.
+// However the program is run, it becomes ready by its own health check, and ends without an error when it is told to.
 func TestRunUntilStopped(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -626,7 +624,7 @@ func TestRunUntilStopped(t *testing.T) {
 }
 
 // The readiness of the backend does not depend on the gateway's.
-func TestStartBesideASilentGateway(t *testing.T) {
+func TestStartWithASilentGateway(t *testing.T) {
 	t.Parallel()
 	silent, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
@@ -644,8 +642,7 @@ func TestStartBesideASilentGateway(t *testing.T) {
 func TestHealthcheckFails(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
-	server := httptest.NewServer(api.handler)
-	defer server.Close()
+	server := serveTest(t, api.handler)
 	api.stop(t.Context())
 	addr := server.Listener.Addr().String()
 	check := func(addr, want string) {
@@ -657,14 +654,13 @@ func TestHealthcheckFails(t *testing.T) {
 		}
 	}
 	check(addr, "http://"+addr+"/readyz: answered 503")
-	elsewhere := httptest.NewServer(http.RedirectHandler("/healthz", http.StatusFound))
-	defer elsewhere.Close()
+	elsewhere := serveTest(t, http.RedirectHandler("/healthz", http.StatusFound))
 	check(elsewhere.Listener.Addr().String(), "/readyz: answered 302")
 	check(fmt.Sprintf("127.0.0.1:%d", freePort(t)), "connection refused")
 	check("localhost", "ADDR must be host:port")
 }
 
-// One can build and review the program with nothing but Go.
+// The program can be built and reviewed with nothing but Go.
 func TestNoDependencies(t *testing.T) {
 	t.Parallel()
 	mod, err := os.ReadFile("go.mod")
@@ -679,7 +675,7 @@ func TestNoDependencies(t *testing.T) {
 		file, err := goparser.ParseFile(token.NewFileSet(), name, nil, goparser.ImportsOnly)
 		must(t, err)
 		for _, spec := range file.Imports {
-			// Only the standard library has paths whose first element has no dot.
+			// Only paths of the standard library have a first element without a dot.
 			path, _ := strconv.Unquote(spec.Path.Value)
 			if first, _, _ := strings.Cut(path, "/"); strings.Contains(first, ".") {
 				t.Errorf("%s imports %s", name, path)
@@ -688,7 +684,7 @@ func TestNoDependencies(t *testing.T) {
 	}
 }
 
-// A page whose name comes to point at this machine would otherwise be of the same site, and start and cancel tasks.
+// Otherwise a page could make its own name point at this machine, be of the same site, and start and cancel tasks.
 func TestDevelopmentServesThisMachineOnly(t *testing.T) {
 	t.Parallel()
 	const refused = `403 {"error":"request to another host","code":"other_host"}`

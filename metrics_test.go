@@ -55,8 +55,8 @@ func scrapeValue(text, series string) float64 {
 	return v
 }
 
-// bothRoles returns the registry of a backend with an embedded gateway, made of both as by main: every family that the
-// program has, with the gauges of their owners.
+// bothRoles returns the registry of a backend with an embedded gateway, made as in main: it has every family of the
+// program, with the gauges of their owners.
 func bothRoles(t testing.TB) (*registry, *backendMetrics, *gatewayMetrics) {
 	cfg, err := loadBackendConfig(getenvFrom(nil))
 	must(t, err)
@@ -67,7 +67,7 @@ func bothRoles(t testing.TB) (*registry, *backendMetrics, *gatewayMetrics) {
 	return r, b.conns.met, g.met
 }
 
-// A family of the contract that is not on the page would be missed by nothing but a dashboard.
+// If a family of the contract were not on the page, only a dashboard would notice.
 func TestMetricsFamilies(t *testing.T) {
 	r, _, _ := bothRoles(t)
 	text := scrapeAll(r)
@@ -106,7 +106,7 @@ func TestMetricsText(t *testing.T) {
 	check(func(r *registry) { gauge(nil)(r); r.counters("c_total", "h") }, // in the order of registration
 		"# HELP g h", "# TYPE g gauge", "g 0", "# HELP c_total h", "# TYPE c_total counter", "c_total 0")
 
-	// Counters: every series is there from the start, each handle has its own, numbers are without exponent.
+	// Counters: every series is there from the start, each handle has its own, numbers have no exponent.
 	check(counters(func(v *family) {}),
 		"# HELP c_total h", "# TYPE c_total counter", "c_total 0")
 	check(counters(func(v *family) { v.with().Add(1e6); v.with().Inc() }),
@@ -117,7 +117,7 @@ func TestMetricsText(t *testing.T) {
 		"# HELP c_total h", "# TYPE c_total counter",
 		`c_total{l="a",m="x"} 0`, `c_total{l="a",m="y"} 1`, `c_total{l="b",m="x"} 2`, `c_total{l="b",m="y"} 0`)
 
-	// Gauges: what is not in the map is 0, what is no label value is ignored, a zero label is no label.
+	// Gauges: a value that is not in the map is 0, one that is not of the label is ignored, a zero label is no label.
 	check(gauge(nil),
 		"# HELP g h", "# TYPE g gauge", "g 0")
 	check(gauge(map[string]float64{"": 1e6, "a": 7}),
@@ -142,7 +142,7 @@ func TestMetricsText(t *testing.T) {
 		`h_bucket{l="a",le="+Inf"} 0`, `h_sum{l="a"} 0`, `h_count{l="a"} 0`,
 		`h_bucket{l="b",le="+Inf"} 2`, `h_sum{l="b"} 0`, `h_count{l="b"} 2`)
 
-	// Escaping: what the format knows and nothing else; %q would also rewrite the tab.
+	// Escaping: only what the format escapes; %q would also rewrite the tab.
 	raw := "a\\b\nc \"d\" é\t"
 	check(func(r *registry) { r.counters("c_total", raw, label{"l", []string{raw}}).with(raw).Inc() },
 		`# HELP c_total a\\b\nc "d" é`+"\t", "# TYPE c_total counter", `c_total{l="a\\b\nc \"d\" é`+"\t"+`"} 1`)
@@ -295,7 +295,7 @@ func TestMetricsProcess(t *testing.T) {
 	}
 }
 
-// What /proc does not show is left out, and the rest of the page stays: an empty chroot has no /proc at all.
+// What /proc does not have is left out, and the rest of the page stays: an empty chroot has no /proc at all.
 func TestMetricsProcFiles(t *testing.T) {
 	page := float64(os.Getpagesize())
 	missing := math.NaN()

@@ -23,10 +23,10 @@ import (
 	"time"
 )
 
-// These tests hold openapi.yaml and the program together. They read as much of YAML as that file uses; whether it is
-// good OpenAPI is for other tools to say.
+// These tests check that openapi.yaml and the program agree. They know only the YAML that this file uses, and do not
+// check that it is valid OpenAPI.
 
-// An apiOperation is what the file says of one method on one path.
+// An apiOperation is what the file says about one method on one path.
 type apiOperation struct {
 	name    string           // such as "GET /api/sse/tasks"
 	query   string           // of the example parameter, such as "?task_id=import-7"
@@ -34,29 +34,29 @@ type apiOperation struct {
 	answers map[int]*apiBody // by status
 }
 
-// An apiBody is what the file says of the body of a request or an answer.
+// An apiBody is what the file says about the body of a request or an answer.
 type apiBody struct {
 	mediaType string
-	examples  map[string]string // by name; that of a single "example:" is ""
+	examples  map[string]string // by name; a single "example:" has the name ""
 }
 
 var (
 	yamlKey   = regexp.MustCompile(`^( *)"?([^\s":]+)"?:(?: \{\$ref: "#/components/responses/(\w+)"\})?`)
 	yamlQuery = regexp.MustCompile(`\{name: (\w+), in: query, .* example: "(.+)"\}`)
 	yamlMedia = regexp.MustCompile(`(?:^ +|content: \{)(\w+/[\w-]+):`)
-	yamlText  = regexp.MustCompile(`^ +example: \|\+$`)                  // and what is indented below is the example
-	yamlJSON  = regexp.MustCompile(`(?:(\w+): \{value|example): (\{.*)`) // which may go on below
+	yamlText  = regexp.MustCompile(`^ +example: \|\+$`)                  // the indented lines below are the example
+	yamlJSON  = regexp.MustCompile(`(?:(\w+): \{value|example): (\{.*)`) // may continue below
 )
 
-// readOpenAPI reads the operations in openapi.yaml, by name. Where a line is in it is told by the keys above, one for
-// each step of indentation.
+// readOpenAPI returns the operations in openapi.yaml, by name. It knows where a line belongs by the keys above it, one
+// for each level of indentation.
 func readOpenAPI(t *testing.T) map[string]*apiOperation {
 	t.Helper()
 	file := edited(t, "openapi.yaml")
 	operations, answers := map[string]*apiOperation{}, map[string]*apiBody{}
 	var keys []string
 	var op *apiOperation
-	at := &apiBody{examples: map[string]string{}} // what examples belong to
+	at := &apiBody{examples: map[string]string{}} // the body that examples belong to
 	enter := func(name string) *apiBody {         // an answer that may have been referred to before
 		at = cmp.Or(answers[name], &apiBody{examples: map[string]string{}})
 		answers[name] = at
@@ -192,7 +192,7 @@ func serveAPI(t *testing.T, appEnv string) (b *backend, url string) {
 		defer cancel()
 		b.stop(ctx)
 		g.shutdown(ctx)
-		public.Config.Close() // not public.Close, which waits half a second for whom a 413 was sent
+		public.Config.Close() // not public.Close, which waits half a second after a 413
 		internal.Config.Close()
 	})
 	return b, url
@@ -204,7 +204,7 @@ type apiRequest struct {
 	header               http.Header
 }
 
-// example is the request with one of the operation's examples, by somebody who may.
+// example returns an authorized request with one of the operation's examples.
 func (op *apiOperation) example(name string) apiRequest {
 	method, path, _ := strings.Cut(op.name, " ")
 	target := strings.Replace(path, "{task_id}", apiTask, 1) + op.query
@@ -219,7 +219,7 @@ func (op *apiOperation) example(name string) apiRequest {
 	return r
 }
 
-// exampleNames are those of the requests, or only "" if there is nothing to choose.
+// exampleNames returns the names of the examples of the request, or just "" if there are none.
 func (op *apiOperation) exampleNames() []string {
 	if len(op.request.examples) == 0 {
 		return []string{""}
@@ -227,7 +227,7 @@ func (op *apiOperation) exampleNames() []string {
 	return slices.Sorted(maps.Keys(op.request.examples))
 }
 
-// send returns the answer, with its body if that is JSON.
+// send sends the request and returns the answer, with its body if that is JSON.
 func (r apiRequest) send(t *testing.T, url string) (status int, mediaType, text string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), r.method, url+r.target, strings.NewReader(r.body))
@@ -246,7 +246,7 @@ func (r apiRequest) send(t *testing.T, url string) (status int, mediaType, text 
 	return resp.StatusCode, mediaType, text
 }
 
-// startAPITask starts the external task of the examples, for all that need one.
+// startAPITask starts the external task that the examples are about.
 func startAPITask(t *testing.T, operations map[string]*apiOperation, url string) {
 	t.Helper()
 	if status, _, text := operations["POST /api/tasks"].example("external").send(t, url); status != http.StatusAccepted {
@@ -254,7 +254,7 @@ func startAPITask(t *testing.T, operations map[string]*apiOperation, url string)
 	}
 }
 
-// apiShape is a JSON text without its values: objects with their names, arrays, and null for all else.
+// apiShape returns a JSON text without its values: objects with their names, arrays, and nil for everything else.
 func apiShape(t *testing.T, text string) any {
 	t.Helper()
 	var v any
@@ -280,8 +280,8 @@ func apiShape(t *testing.T, text string) any {
 	return strip(v)
 }
 
-// testAPIExamples tests that each example of a request is taken, and that the answer has exactly the fields of its own
-// example. A request without a body is its own only example.
+// testAPIExamples tests that each example of a request succeeds, and that the answer has exactly the fields of its own
+// example. A request without a body counts as one example.
 func testAPIExamples(t *testing.T, operations map[string]*apiOperation) {
 	for name, op := range operations {
 		for _, example := range op.exampleNames() {
@@ -313,7 +313,7 @@ func testAPIExamples(t *testing.T, operations map[string]*apiOperation) {
 	}
 }
 
-// testAPIStreams tests that the streams bring the events that they have as an example, after the other examples.
+// testAPIStreams tests that each stream has the events of its example, after requests from the other examples.
 func testAPIStreams(t *testing.T, operations map[string]*apiOperation) {
 	epoch := regexp.MustCompile(`^[a-z2-7]+-`)
 	for name, op := range operations {
@@ -342,8 +342,8 @@ func testAPIStreams(t *testing.T, operations map[string]*apiOperation) {
 	}
 }
 
-// testAPIErrors tries each operation with requests that are wrong in one way each. A status must be documented exactly
-// where it is given, and every error must be one of its examples.
+// testAPIErrors tries each operation with requests that are each wrong in one way. A status must be documented if, and
+// only if, an operation answers with it, and every error must be one of its examples.
 func testAPIErrors(t *testing.T, operations map[string]*apiOperation) {
 	wrongs := []struct {
 		status int
@@ -377,19 +377,19 @@ func testAPIErrors(t *testing.T, operations map[string]*apiOperation) {
 			r.target = strings.Replace(r.target+"?", "?", "?a="+strings.Repeat("a", 8<<10)+"&", 1)
 		}},
 		{http.StatusUnsupportedMediaType, func(b *backend, r *apiRequest) { r.header.Set("Content-Type", "text/plain") }},
-		{http.StatusConflict, func(b *backend, r *apiRequest) { // whatever the examples before made of the task
+		{http.StatusConflict, func(b *backend, r *apiRequest) { // whatever earlier examples did to the task
 			b.tasks.Cancel(apiTask)
 			b.tasks.Delete(apiTask)
 			b.tasks.Start(externalTask, object{"task_id": marshal(apiTask), "title": marshal("Nightly import")})
 			b.tasks.Cancel(apiTask)
 		}},
-		{http.StatusServiceUnavailable, func(b *backend, r *apiRequest) { b.closing.Store(true) }}, // the last: it stays so
+		{http.StatusServiceUnavailable, func(b *backend, r *apiRequest) { b.closing.Store(true) }}, // last: it stays
 	}
 	for name, op := range operations {
 		t.Run(name, func(t *testing.T) {
 			b, url := serveAPI(t, "production")
 			startAPITask(t, operations, url)
-			tried := map[int]bool{http.StatusGatewayTimeout: true} // takes callbackLimit
+			tried := map[int]bool{http.StatusGatewayTimeout: true} // would take callbackLimit
 			for _, wrong := range wrongs {
 				given := false
 				for _, example := range op.exampleNames() {
@@ -411,7 +411,7 @@ func testAPIErrors(t *testing.T, operations map[string]*apiOperation) {
 			}
 			for status := range op.answers {
 				if status >= 400 && !tried[status] {
-					t.Errorf("%d is documented, but nothing here is answered with it", status)
+					t.Errorf("%d is documented, but no request here gets it", status)
 				}
 			}
 		})
@@ -433,14 +433,14 @@ func (b *apiBody) hasExample(text string) bool {
 
 // testAPICodes tests that the codes of errors in the source are those that the file lists.
 func testAPICodes(t *testing.T, _ map[string]*apiOperation) {
-	codes := map[string]bool{"not_found": true, "method_not_allowed": true} // what jsonErrors makes of statuses
+	codes := map[string]bool{"not_found": true, "method_not_allowed": true} // jsonErrors makes these from statuses
 	call := regexp.MustCompile(`(?:newError\([^,()]+|badRequest\()(?:, )?(\S+?),`)
 	for _, name := range productFiles(t) {
 		for _, m := range call.FindAllStringSubmatch(edited(t, name), -1) {
 			if code, err := strconv.Unquote(m[1]); err == nil && code != "" {
 				codes[code] = true
 			} else if err != nil && m[1] != "code" && !strings.HasPrefix(m[1], "strings.ReplaceAll(") {
-				t.Errorf("%s: a code that is no literal in %s", name, m[0])
+				t.Errorf("%s: the code is not a literal in %s", name, m[0])
 			}
 		}
 	}
@@ -459,7 +459,7 @@ func testAPICodes(t *testing.T, _ map[string]*apiOperation) {
 	}
 }
 
-// An apiSchema is as much of a schema as those of the events use.
+// An apiSchema is a schema, with only the keywords that the schemas of events use.
 type apiSchema struct {
 	Type             string
 	Const            any
@@ -469,7 +469,7 @@ type apiSchema struct {
 	Properties       map[string]*apiSchema
 }
 
-// fits reports whether a value is as described. A member that is not described does not fit.
+// fits reports whether a value is as described. An object with a member that is not described does not fit.
 func (s *apiSchema) fits(v any) bool {
 	kind := map[string]reflect.Kind{"object": reflect.Map, "string": reflect.String, "number": reflect.Float64}[s.Type]
 	switch {

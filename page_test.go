@@ -19,7 +19,7 @@ func (api *apiFixture) page(requestID, lastEventID string, taskIDs ...string) *a
 	return api.connect(target, lastEventID)
 }
 
-// taskStory is what a page got of one task, in short.
+// taskStory returns what a page got of one task, in short.
 func (s *apiStream) taskStory(id string) (words []string) {
 	for _, e := range s.events() {
 		if strings.Contains(e.Data, fmt.Sprintf(`"task_id":%q`, id)) {
@@ -58,9 +58,9 @@ func TestPage(t *testing.T) {
 				t.Errorf("got\n%s\nwant version 1 once, and no end", got)
 			}
 		}
-		own.checkStory("connection_open task_started progress_update") // beside any number of pages
+		own.checkStory("connection_open task_started progress_update") // alongside any number of pages
 
-		// With another set of tasks, and the ID that it has, a page gets each event once.
+		// A page that comes back with its last ID and another set of tasks gets each event once.
 		api.external("c")
 		two.leave()
 		api.post("a/progress", `{"text":"","value":0.6}`)
@@ -94,7 +94,7 @@ func TestPage(t *testing.T) {
 		if !slices.Equal(ids, want) {
 			t.Errorf("got IDs %q, want %q", ids, want)
 		}
-		// A task's own stream finds its part, too.
+		// A task's own stream finds its position in it, too.
 		api.connect("/api/sse/tasks?task_id=a", page.lastID()).checkStory("connection_open")
 	})
 
@@ -148,11 +148,11 @@ func TestPage(t *testing.T) {
 			api.settle()
 		}
 		if !strings.Contains(got[1], `{"error":"Task not found","task_id":"y"}`) || !strings.Contains(got[2], "task_started") {
-			t.Errorf("got %q, want that y is not known before its start", got)
+			t.Errorf("got %q, want the error about y before its start", got)
 		}
 	})
 
-	// A page stays when a task is forgotten. It must not keep the events in memory, which are no longer counted.
+	// A page stays when a task is forgotten. It must not keep the events in memory, as they are no longer counted.
 	apiStory(t, "lets forgotten tasks go", "", func(t *testing.T, api *apiFixture) {
 		text := strings.Repeat("x", 1000)
 		api.external("a")
@@ -179,7 +179,7 @@ func TestPage(t *testing.T) {
 	})
 
 	// The version stream and the page stream of one request_id are two connections; a broadcast counts them once.
-	apiStory(t, "beside a version stream", "", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "alongside a version stream", "", func(t *testing.T, api *apiFixture) {
 		page, own := api.page("r", ""), api.subscribe("r")
 		api.checkAnnouncedToAll("1", 1, 0)
 		api.checkAnnounced("r", "2", true)
@@ -190,13 +190,13 @@ func TestPage(t *testing.T) {
 			api.wantMetric(fmt.Sprintf("sse_gateway_active_connections{service=%q}", service), want)
 		}
 		time.Sleep(settleTime)
-		api.page("r", "").checkStory("connection_open") // replaces the first page alone
+		api.page("r", "").checkStory("connection_open") // replaces only the first page
 		page.checkStory("connection_open version:1 version:2 connection_close:replaced")
 		own.checkStory("connection_open version:1 version:2")
 	})
 }
 
-// A task that is created while its page connects comes after the event that it is unknown, with the IDs of all logs.
+// If a task is created while its page connects, its events come after the error, and their IDs have all positions.
 func TestRacePageConnectsWhileItsTaskIsMade(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		api.tasks.policy.epoch = newEpoch
@@ -247,7 +247,7 @@ func TestPageTargets(t *testing.T) {
 func TestPageFollowersAreBounded(t *testing.T) {
 	t.Parallel()
 	for _, known := range []bool{true, false} {
-		if known && underRace { // which takes ten times as long
+		if known && underRace { // it takes ten times as long
 			continue
 		}
 		api := newAPI(t, "LOG_LEVEL=error")
@@ -274,13 +274,13 @@ func TestPageFollowersAreBounded(t *testing.T) {
 	}
 }
 
-// takeAll is a gateway that takes everything.
+// takeAll returns a ConnectionManager with a gateway that takes everything.
 func takeAll() *ConnectionManager {
 	gateway := senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
 	return newConnectionManager(gateway, slog.New(slog.DiscardHandler), unreadMetrics())
 }
 
-// BenchmarkAppend appends to a task that pages follow, and has it delivered.
+// BenchmarkAppend appends to a task that pages follow, and delivers the events.
 func BenchmarkAppend(b *testing.B) {
 	for _, followers := range []int{0, 1, 100} {
 		b.Run(fmt.Sprint("followers=", followers), func(b *testing.B) {
@@ -301,7 +301,7 @@ func BenchmarkAppend(b *testing.B) {
 	}
 }
 
-// BenchmarkCatchUp gives 50,000 events to a page that has none of them: of one task, and of 50, whose IDs are longer.
+// BenchmarkCatchUp gives 50,000 events to a page that has none of them: of one task, and of 50, with longer event IDs.
 func BenchmarkCatchUp(b *testing.B) {
 	for _, tasks := range []int{1, maxPageTasks} {
 		b.Run(fmt.Sprint("tasks=", tasks), func(b *testing.B) {

@@ -19,8 +19,8 @@ import (
 	"time"
 )
 
-// The gateway serves a connection that has brought one send by code of its own. Nobody must see where that code knows
-// no further and gives the connection back to net/http, so every request is answered as on a fresh connection.
+// A postLoop serves a connection after its first send, and gives it back to net/http for any request that it does not
+// know. Clients must not notice this: every request is answered as on a fresh connection.
 func TestSendConnection(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -28,7 +28,7 @@ func TestSendConnection(t *testing.T) {
 	sameAnswers(t, g.addr, "/internal/send", body, sentOK, func(text string) string { return text })
 }
 
-// So it is with a connection that has brought a worker's report.
+// The same holds for a connection that has brought a worker's report.
 func TestReportConnection(t *testing.T) {
 	t.Parallel()
 	backend := startBackend(t, "API_TOKEN=k")
@@ -41,7 +41,7 @@ func TestReportConnection(t *testing.T) {
 		}
 	}
 	first("/api/tasks", `{"type":"external","params":{"task_id":"a"}}`, "202 ")
-	first("/api/tasks/a/progress", report, "200 ") // from now on it is repeated
+	first("/api/tasks/a/progress", report, "200 ") // all later ones repeat it
 	epochs := regexp.MustCompile(`"[0-9a-z]{8}-`)
 	sameAnswers(t, addr, "/api/tasks/a/progress", report, `200 {"event_id":"-2","repeated":true}`, func(text string) string {
 		return epochs.ReplaceAllString(text, `"-`)
@@ -62,7 +62,7 @@ func TestReportConnection(t *testing.T) {
 }
 
 // sameAnswers compares the answers to requests on fresh connections with those on connections that have brought a plain
-// one. normal takes from an answer what differs by chance.
+// request before. normal removes from an answer what differs by chance.
 func sameAnswers(t *testing.T, addr, path, body, plainAnswer string, normal func(string) string) {
 	t.Helper()
 	length := fmt.Sprintf("Content-Length: %d\r\n", len(body))
@@ -156,15 +156,15 @@ func sameAnswers(t *testing.T, addr, path, body, plainAnswer string, normal func
 	}
 }
 
-// A request has its time from its first byte on, as with net/http, however it drips; a silent connection has longer.
+// A request must be complete within postDue of its first byte, as with net/http. A silent connection has longer.
 func TestSendConnectionTimes(t *testing.T) {
 	t.Parallel()
 	const pause = 9 * time.Second
 	plain := sendText("application/json", []byte(`{"token":"x"}`))
 	for _, tt := range []struct {
 		name  string
-		begun string // of the next request, with the one before
-		next  string // of it, a byte each pause
+		begun string // the start of the next request, sent with the one before
+		next  string // the rest of it, sent a byte each pause
 		least time.Duration
 		most  time.Duration
 	}{
@@ -210,7 +210,7 @@ func TestSendConnectionTimes(t *testing.T) {
 	}
 }
 
-// Requests need not come one at a time, nor whole; and a stream may follow them.
+// Requests may come several at a time or in pieces, and a stream may follow them.
 func TestSendConnectionPipelined(t *testing.T) {
 	t.Parallel()
 	const events = 200
@@ -247,7 +247,7 @@ func TestSendConnectionPipelined(t *testing.T) {
 	conn.wantData("live")
 }
 
-// A head that claims much, and then nothing, must not take the memory for it.
+// A head that announces a large body must not take the memory for it before the body comes.
 func TestSendBufferGrowsWithTheRequest(t *testing.T) {
 	for _, size := range []int{1, postBuffer, 64<<10 + 1, postBufferMax, postBufferMax + 1, maxBatch + 200} {
 		var sent, buf []byte
@@ -258,7 +258,7 @@ func TestSendBufferGrowsWithTheRequest(t *testing.T) {
 			if most := max(postBufferMax, 3*len(buf)); cap(buf) > most {
 				t.Fatalf("%d bytes of %d: room for %d, want at most %d", len(buf), size, cap(buf), most)
 			}
-			more := bytes.Repeat([]byte{byte(len(sent) >> 10)}, min(cap(buf), size)-len(buf)) // as far as one read may go
+			more := bytes.Repeat([]byte{byte(len(sent) >> 10)}, min(cap(buf), size)-len(buf)) // at most one read
 			buf, sent = append(buf, more...), append(sent, more...)
 		}
 		if !bytes.Equal(buf, sent) {
@@ -267,7 +267,7 @@ func TestSendBufferGrowsWithTheRequest(t *testing.T) {
 	}
 }
 
-// What is taken for plain means to net/http what it means here, so that nothing in front of the two can tell them apart.
+// A request that is taken for plain means the same to net/http, so nothing in front of the two can tell them apart.
 func FuzzPlainPost(f *testing.F) {
 	head := "POST /api/tasks/a/progress HTTP/1.1\r\nHost: h:1\r\nAuthorization: Bearer k\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
 	f.Add([]byte(head + "\r\n{}"))
@@ -290,12 +290,12 @@ func FuzzPlainPost(f *testing.F) {
 		got := []string{string(p.path), string(p.host), string(p.authorization), p.mediaType}
 		want := []string{r.URL.EscapedPath(), r.Host, r.Header.Get("Authorization"), r.Header.Get("Content-Type")}
 		if !slices.Equal(got, want) || !isPlain(r, p.mediaType) {
-			t.Errorf("%q: got %q, want %q, which net/http takes for plain: %v", text, got, want, isPlain(r, p.mediaType))
+			t.Errorf("%q: got %q, want %q; isPlain: %v, want true", text, got, want, isPlain(r, p.mediaType))
 		}
 	})
 }
 
-// A shutdown is for net/http to tell of, and waits for the answers that are under way.
+// During a shutdown net/http answers all requests. The shutdown waits for the answers that are under way.
 func TestReportConnectionsDuringShutdown(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
@@ -328,7 +328,7 @@ func TestReportConnectionsDuringShutdown(t *testing.T) {
 	})
 }
 
-// heldPoster answers when the test lets it.
+// heldPoster answers when the test says so.
 type heldPoster struct{ asked, answered chan struct{} }
 
 func (heldPoster) plainLimit(plainPost) int64 { return maxSend }
@@ -339,7 +339,7 @@ func (h heldPoster) answerPlain(text []byte, _ plainPost, _ []byte) (int, []byte
 	return http.StatusOK, text
 }
 
-// What is being answered counts until the answer has been written.
+// A request counts as under way until its answer has been written.
 func TestPlainPostsAreTracked(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

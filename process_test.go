@@ -22,7 +22,7 @@ import (
 // the code under test, with its race detector and coverage and without a build of their own.
 func TestMain(m *testing.M) {
 	if os.Getenv("SIDECAST_TEST_MAIN") != "1" {
-		flag.Set("test.parallel", "6") // unless the command line says otherwise: most of the time they wait
+		flag.Set("test.parallel", "6") // unless the command line says otherwise: tests mostly wait
 		os.Exit(m.Run())
 	}
 	go func() { // a test binary that panics or runs into -timeout cleans nothing up: follow it
@@ -34,20 +34,20 @@ func TestMain(m *testing.M) {
 	main()
 }
 
-// A process is a gateway or a backend in a process of its own. Its methods are for the goroutine of its test alone.
+// A process is a gateway or a backend in a process of its own. Only the goroutine of its test may call its methods.
 type process struct {
 	URL     string // base URL, without a trailing slash
 	command []string
 	env     []string        // all of its environment
 	probe   string          // the path that answers 200 once it is up
-	limit   time.Duration   // for getting up
+	limit   time.Duration   // how long it may take to be up
 	out     *os.File        // stdout and stderr of all runs
 	cmd     *exec.Cmd       // the latest run
-	exited  context.Context // done when that has been waited for
+	exited  context.Context // done once cmd has been waited for
 }
 
-// startGateway starts a gateway and waits until it is up. That is SSE_GATEWAY_CMD when set, so that the same tests
-// hold another implementation to the contract, or else our own. env is KEY=value; PORT is chosen if not given.
+// startGateway starts a gateway and waits until it is up. It runs SSE_GATEWAY_CMD if that is set, so that the same
+// tests hold another implementation to the contract, or else our own. env is KEY=value; PORT is chosen if not given.
 func startGateway(t testing.TB, env ...string) *process {
 	t.Helper()
 	if cmd := os.Getenv("SSE_GATEWAY_CMD"); cmd != "" {
@@ -92,7 +92,7 @@ func gatewayProcess(t testing.TB, env []string, command ...string) *process {
 	return p
 }
 
-// newProcess starts nothing yet. The process sees only what any program needs of our own environment: no
+// newProcess returns a process without starting it. It sees only what any program needs of our own environment, so no
 // API_TOKEN or PORT of a developer decides how a test ends.
 func newProcess(t testing.TB, url string, env []string, command ...string) *process {
 	out, err := os.CreateTemp(t.TempDir(), "output")
@@ -104,13 +104,13 @@ func newProcess(t testing.TB, url string, env []string, command ...string) *proc
 			p.env = append(p.env, key+"="+value)
 		}
 	}
-	p.env = append(p.env, "SIDECAST_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0") // else -race sleeps 1 s at each exit
+	p.env = append(p.env, "SIDECAST_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0") // otherwise -race sleeps 1 s at each exit
 	p.env = append(p.env, env...)
 	return p
 }
 
-// mustStart ties the process to its test: it ends with it, its output is logged if the test failed, and a data race in
-// it fails the test.
+// mustStart starts the process and ties it to its test: it ends with the test, its output is logged if the test failed,
+// and a data race in it fails the test.
 func (p *process) mustStart(t testing.TB) *process {
 	t.Helper()
 	must(t, p.start())
@@ -126,8 +126,8 @@ func (p *process) mustStart(t testing.TB) *process {
 	return p
 }
 
-// start runs the command and returns once it is up. When it exits instead, or is not up within p.limit, the error
-// tells what it printed, and it is not left running.
+// start runs the command and returns once it is up. If it exits instead, or is not up within p.limit, it is not left
+// running, and the error has its output.
 func (p *process) start() error {
 	cmd := exec.Command(p.command[0], p.command[1:]...)
 	cmd.Env, cmd.Stdout, cmd.Stderr = p.env, p.out, p.out
@@ -144,7 +144,7 @@ func (p *process) start() error {
 	}()
 	deadline := time.After(p.limit)
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
-		if p.isUp() && exited.Err() == nil { // else another process answered on that port
+		if p.isUp() && exited.Err() == nil { // otherwise another process answered on that port
 			return nil
 		}
 		select {
@@ -159,7 +159,7 @@ func (p *process) start() error {
 	}
 }
 
-// isUp probes once and leaves no connection open: the process is to see the streams of the test alone.
+// isUp probes once. It leaves no connection open, as the process should have only those of the test.
 func (p *process) isUp() bool {
 	client := http.Client{Timeout: min(time.Second, p.limit), Transport: &http.Transport{DisableKeepAlives: true}}
 	resp, err := client.Get(p.URL + p.probe)
@@ -171,7 +171,7 @@ func (p *process) isUp() bool {
 }
 
 // stop asks the process to end (SIGTERM), kills it after the 5 s that the program promises, and returns the exit code,
-// -1 when a signal ended it. If it has ended before, it only gives the exit code.
+// -1 if a signal ended it. If the process has ended before, stop just returns the exit code.
 func (p *process) stop(t testing.TB) int {
 	t.Helper()
 	p.signal(syscall.SIGTERM)
@@ -234,8 +234,8 @@ func envValue(env []string, key string) (value string) {
 // portsGiven has the ports that freePort returned: tests run in parallel.
 var portsGiven sync.Map
 
-// freePort returns a TCP port without a listener. It is below the range that outgoing connections and ":0" get theirs
-// from on Linux and macOS, so none of those takes it before the process binds it, nor during a restart.
+// freePort returns a TCP port without a listener. It is below the range from which Linux and macOS serve outgoing
+// connections and ":0", so none of those takes it before the process binds it, or during a restart.
 func freePort(t testing.TB) int {
 	t.Helper()
 	for range 100 {
@@ -252,8 +252,8 @@ func freePort(t testing.TB) int {
 	return 0
 }
 
-// alone runs a test in a process of its own, for what others leave on the heap. It reports whether this is that
-// process.
+// alone runs a test in a process of its own, because of what other tests leave on the heap. It reports whether this is
+// that process.
 func alone(t *testing.T) bool {
 	t.Helper()
 	t.Parallel()
@@ -301,7 +301,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// eventually waits until cond holds, and fails the test if it does not within limit; what says what was waited for.
+// eventually waits until cond, which what describes, holds. It fails the test if that takes longer than limit.
 func eventually(t testing.TB, limit time.Duration, what string, cond func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(limit)
@@ -313,7 +313,7 @@ func eventually(t testing.TB, limit time.Duration, what string, cond func() bool
 	}
 }
 
-// A process that does not start must fail its test soon and in its own words, or every cause looks like a timeout.
+// A process that does not start must fail its test soon and with its own output, or every cause looks like a timeout.
 func TestGatewayStartupTimeoutFails(t *testing.T) {
 	needs(t, "sh")
 	t.Setenv("API_TOKEN", "the developer's")

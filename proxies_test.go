@@ -18,9 +18,9 @@ import (
 type proxyFile struct {
 	file        string
 	command     string
-	oldNew      []string      // what a test needs in any case
-	http, https []string      // what makes it serve one of the two there
-	heartbeat   time.Duration // of the gateway, whose next but one tells who left; 0: it is told at once
+	oldNew      []string      // edits that every test needs
+	http, https []string      // edits that make it serve one of the two at SITE
+	heartbeat   time.Duration // of the gateway, if only the second one tells who left; 0: it is told at once
 }
 
 var proxyFiles = []proxyFile{
@@ -59,8 +59,8 @@ var proxyFiles = []proxyFile{
 	},
 }
 
-// Over both versions of HTTP each proxy serves, hides what is not for browsers, holds nothing back, tells who left, and
-// keeps every page while the gateway is away.
+// Over HTTP/1.1 and HTTP/2 each proxy serves, hides what is not for browsers, holds nothing back, tells who left, and
+// loses no page while the gateway is away.
 func TestProxies(t *testing.T) {
 	if os.Getenv("SIDECAST_PROXIES") == "" {
 		t.Skip("this takes twenty seconds: .ci/run runs it in a step of its own, with SIDECAST_PROXIES=1")
@@ -98,7 +98,7 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	// What is not for browsers.
 	wantHidden(t, site)
 
-	// Each event at once. The median: this machine may be busy.
+	// Each event comes at once. The median counts, as this machine may be busy.
 	startTask(t, site, "", `{"type":"external","params":{"task_id":"t"}}`)
 	es = openEventSource(t, site+"/api/sse/tasks?task_id=t", retryScale(0.05))
 	waitTold(t, es, "1 task_started")
@@ -145,7 +145,7 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	eventually(t, deployPatience, "the proxy answers in the gateway's place, also to pages of another site", func() bool {
 		return askForStreams(t, site+"/api/sse/x", 1) == 1
 	})
-	// Nor is a gateway that ends before it has answered a reason to give up.
+	// No page gives up either when a gateway ends before it has answered.
 	listener, err := net.Listen("tcp", address(host.gateway))
 	must(t, err)
 	go http.Serve(listener, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }))
@@ -177,7 +177,7 @@ func (proxy proxyFile) start(t *testing.T, host host, version int) *process {
 	conf := edited(t, "deploy/"+proxy.file, slices.Concat(proxy.oldNew, edits, []string{
 		"127.0.0.1:8080", address(host.backend), "127.0.0.1:3000", address(host.gateway)})...)
 	here := strings.NewReplacer("DIR", dir, "SITE", site)
-	// Apache and Varnish give up being root before they have opened all that they use.
+	// Apache and Varnish drop root privileges before they have opened all the files that they use.
 	must(t, errors.Join(os.CopyFS(dir, os.DirFS("deploy")), os.Chmod(filepath.Dir(dir), 0o711)))
 	writeFile(t, filepath.Join(dir, proxy.file), here.Replace(conf))
 	writeFile(t, dir+"/tls.pem", edited(t, os.Getenv("SSL_CERT_FILE")))

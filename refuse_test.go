@@ -112,7 +112,7 @@ func TestOtherSites(t *testing.T) {
 		headers string // "; " between them
 		want    bool
 	}{
-		{"", "", true}, // no browser
+		{"", "", true}, // not a browser
 		{"", "Sec-Fetch-Site: none", true},
 		{"", "Sec-Fetch-Site: same-origin", true},
 		{"", "Sec-Fetch-Site: same-site", false},
@@ -152,7 +152,7 @@ func TestOtherSites(t *testing.T) {
 	}
 }
 
-// What is more than an EventSource, such as a fetch that resumes by itself, is asked about first.
+// A browser sends a preflight for what an EventSource cannot do, such as a fetch that resumes by itself.
 func TestPreflight(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ allowed, credentials, vary string }{{"https://app.test", "true", "Origin"}, {"*", "", ""}} {
@@ -173,7 +173,7 @@ func TestPreflight(t *testing.T) {
 			}
 		}
 		if got := g.request("OPTIONS", "/x").answer().StatusCode; got != 405 {
-			t.Errorf("OPTIONS that is no preflight: got %d, want 405", got)
+			t.Errorf("OPTIONS that is not a preflight: got %d, want 405", got)
 		}
 	}
 	g := newGatewayFixture(t, "", nil)
@@ -182,7 +182,7 @@ func TestPreflight(t *testing.T) {
 	}
 }
 
-// A stream keeps its request for the callback at its end, so one that grows in JSON must not grow without limit.
+// A stream keeps its request in JSON for the disconnect callback, so it must not grow there without limit.
 func TestLargeRequests(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -325,7 +325,7 @@ func TestRefusalMetrics(t *testing.T) {
 }
 
 // Browsers and caches keep an answer that does not forbid it, and would serve a 410 to the next request.
-func TestNobodyKeepsAnswers(t *testing.T) {
+func TestAnswersAreNotCached(t *testing.T) {
 	t.Parallel()
 	internal := func() string { return fmt.Sprint("INTERNAL_ADDR=127.0.0.1:", freePort(t)) }
 	backendInternal, gatewayInternal := internal(), internal()

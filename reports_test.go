@@ -51,7 +51,7 @@ func (r *longReport) want(want string) {
 	}
 }
 
-// Each line of a long body is a report when it comes, and its end is what is answered.
+// Each line of a long body is taken as a report when it comes. The answer comes at the end of the body.
 func TestReports(t *testing.T) {
 	t.Parallel()
 	backend := startBackend(t, "DATA_DIR="+t.TempDir(), "TASK_TIMEOUT_SECONDS=3")
@@ -98,15 +98,15 @@ func TestReports(t *testing.T) {
 		r.want(wrong.want)
 	}
 
-	// What comes slower than a task may be silent keeps both alive.
+	// As long as reports keep coming, the task and the body live longer than the timeout.
 	r = reportAtLength(t, v, id)
 	for n := range 5 {
 		r.say(fmt.Sprintf(`{"text":"slow %d"}`+"\n", n))
 		time.Sleep(time.Second)
 	}
-	r.say(`{"half of`) // which is no error of the worker's
+	r.say(`{"half of`) // not an error of the worker
 	v.wantPost("/api/tasks/"+id+"/cancel", "", `200 {"success":true,"message":"task cancelled"}`)
-	r.want(`409 {"error":"task cancelled","code":"task_cancelled","status":"cancelled"}`) // at once, without a further line
+	r.want(`409 {"error":"task cancelled","code":"task_cancelled","status":"cancelled"}`) // at once, with no more lines
 	post(id, `{"text":"x","seq":2}`, `200 {"event_id":"`+epoch+`-14","reports":1}`)
 	post(id, `{"text":"x"}`, `409 {"error":"task cancelled","code":"task_cancelled","status":"cancelled"}`)
 
@@ -117,7 +117,7 @@ func TestReports(t *testing.T) {
 	r.want(`409 {"error":"task is finished","code":"task_finished","status":"failed"}`)
 }
 
-// A body that goes on is about the task that it began with, not about one that has got its task_id since.
+// A long body is about the task that it began with, not about a later task with the same task_id.
 func TestReportsOfAnEarlierTask(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
@@ -145,8 +145,8 @@ func TestReportsOfAnEarlierTask(t *testing.T) {
 	}
 }
 
-// What a body that goes on has said by a shutdown counts, and the worker is told how much that is; the task goes on
-// with the next backend.
+// The reports of a long body that came before a shutdown count, and the worker is told how many they are. The task goes
+// on with the next backend.
 func TestReportsDuringShutdown(t *testing.T) {
 	t.Parallel()
 	backend := startBackend(t, "DATA_DIR="+t.TempDir())
@@ -155,21 +155,11 @@ func TestReportsDuringShutdown(t *testing.T) {
 	r := reportAtLength(t, v, id)
 	r.say(`{"text":"one"}` + "\n" + `{"text":"two"}` + "\n")
 	eventually(t, soon, "the reports are taken", func() bool {
-		resp, err := http.Get(v.api + "/api/tasks/" + id + "/events")
-		if err != nil {
-			return false
-		}
-		defer resp.Body.Close()
-		text, _ := io.ReadAll(resp.Body)
-		return strings.Contains(string(text), `"two"`)
+		return strings.Contains(v.getText("/api/tasks/"+id+"/events"), `"two"`)
 	})
-	if code := backend.stop(t); code != 0 {
-		t.Errorf("exit code %d", code)
-	}
+	backend.wantStop(t)
 	r.want(`503 {"error":"shutting down","code":"shutting_down","reports":2}`)
-	if err := backend.start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, backend.start())
 	r = reportAtLength(t, v, id)
 	for n := range 5000 {
 		r.say(fmt.Sprintf(`{"text":"report %d","seq":%d}`+"\n", n, n+1))

@@ -21,14 +21,14 @@ import (
 	"time"
 )
 
-// restoreTest runs a story in a bubble, with a backend whose folder is empty.
+// restoreTest runs a story in a bubble, with a backend that begins with an empty folder.
 func restoreTest(t *testing.T, settings string, story func(t *testing.T, api *apiFixture)) {
 	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) { story(t, restart(t, settings, nil)) })
 }
 
-// restart returns a backend that begins with what the one before has left in its folder. That did not stop in order.
+// restart returns a backend that begins with what the one before has left in its folder. The one before crashes.
 func restart(t *testing.T, settings string, before *apiFixture) *apiFixture {
 	t.Helper()
 	return restartWith(t, settings, before, func(*apiFixture) {})
@@ -50,7 +50,7 @@ func restartWith(t *testing.T, settings string, before *apiFixture, change func(
 	return api
 }
 
-// crash ends a backend with nothing but what was answered on disk, and forgets about the rest.
+// crash closes the journal of a backend. Nothing that the backend does afterwards is stored.
 func (api *apiFixture) crash() {
 	if api.journal == nil {
 		return
@@ -61,7 +61,7 @@ func (api *apiFixture) crash() {
 	api.journal, api.tasks.journal, api.version.journal = nil, nil, nil
 }
 
-// What was answered is there after a restart, and what cannot go on ends.
+// All that was answered is there after a restart, and a task that cannot go on has failed.
 func TestRestoreTasks(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -97,7 +97,7 @@ func TestRestoreTasks(t *testing.T) {
 			before[path] = api.do("GET", path, "")
 		}
 
-		for range 2 { // a second time from what the first has written
+		for range 2 { // the second time from what the first has written
 			time.Sleep(20 * time.Second)
 			api = restart(t, settings, api)
 			for _, path := range paths {
@@ -108,7 +108,7 @@ func TestRestoreTasks(t *testing.T) {
 		if got := status("running"); !strings.Contains(got, `"status":"failed"`) || !strings.Contains(got, `"error":"interrupted by a restart"`) {
 			t.Errorf("a task that ran here: got %s", got)
 		}
-		if got := status("waiting"); !strings.Contains(got, `"error":"interrupted by a restart"`) { // it ran after the first
+		if got := status("waiting"); !strings.Contains(got, `"error":"interrupted by a restart"`) { // it ran in between
 			t.Errorf("a task that waited: got %s", got)
 		}
 		api.check("POST", "/api/tasks/runs/progress", `{"text":"half","value":0.5,"seq":7}`, `200 {"event_id":"e-2","repeated":true}`)
@@ -129,7 +129,7 @@ func TestRestoreTasks(t *testing.T) {
 	})
 }
 
-// Progress that was displaced for want of memory comes back with a restart, and displaces no finished task then.
+// Progress that was dropped to save memory comes back with a restart. Even then it displaces no finished task.
 func TestRestoreMemory(t *testing.T) {
 	restoreTest(t, "TASK_MEMORY_BYTES=300000", func(t *testing.T, api *apiFixture) {
 		for id := range strings.FieldsSeq("a b c") {
@@ -154,7 +154,7 @@ func TestRestoreMemory(t *testing.T) {
 			t.Errorf("got %d bytes, want 300000 at most", got)
 		}
 	})
-	synctest.Test(t, func(t *testing.T) { // what is finished for long takes nothing from a task that goes on
+	synctest.Test(t, func(t *testing.T) { // a task that finished long ago takes no room from one that goes on
 		const settings = "TASK_MEMORY_BYTES=300000 TASK_CLEANUP_INTERVAL_SECONDS=60"
 		api := restart(t, settings, nil)
 		for id := range strings.FieldsSeq("old new") {
@@ -188,7 +188,7 @@ func TestRestoreMemory(t *testing.T) {
 	})
 }
 
-// A task that is forgotten while the snapshot is made is not in it, not even without its events.
+// A task that is forgotten while a snapshot is made is not in it, with or without its events.
 func TestSnapshotForgets(t *testing.T) {
 	restoreTest(t, "TASK_CLEANUP_INTERVAL_SECONDS=60", func(t *testing.T, api *apiFixture) {
 		for id := range strings.FieldsSeq("a b") {
@@ -211,7 +211,7 @@ func TestSnapshotForgets(t *testing.T) {
 	})
 }
 
-// The record of a task and the event that it has started may be in two commits, with a crash between them.
+// A crash may come between the record of a task and its task_started event, which may be in different commits.
 func TestRestoreBeforeTheStart(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -224,7 +224,7 @@ func TestRestoreBeforeTheStart(t *testing.T) {
 	})
 }
 
-// What the limit keeps out of memory again is not news: somebody was told of it, or it was counted.
+// If the limit drops an event from before a restart, it does not count: somebody was given it, or it was counted then.
 func TestRestoreCountsNoDrops(t *testing.T) {
 	restoreTest(t, "TASK_EVENT_LIMIT=5", func(t *testing.T, api *apiFixture) {
 		api.external("a")
@@ -236,11 +236,11 @@ func TestRestoreCountsNoDrops(t *testing.T) {
 		api = restart(t, "TASK_EVENT_LIMIT=5", api)
 		api.wantMetric(dropped, 0)
 		api.do("POST", "/api/tasks/a/progress", `{"value":0.6}`)
-		api.wantMetric(dropped, 0) // it displaced one of before
+		api.wantMetric(dropped, 0) // it displaced an event from before the restart
 	})
 }
 
-// A task that waited runs, also beyond the limit of the queue, or says why it cannot.
+// A task that was waiting runs after a restart, even beyond the limit of the queue, or its error says why it cannot.
 func TestRestoreWaitingTasks(t *testing.T) {
 	restoreTest(t, "TASK_MAX_WORKERS=1", func(t *testing.T, api *apiFixture) {
 		for range 3 {
@@ -282,8 +282,8 @@ func TestRestoreWaitingTasks(t *testing.T) {
 	})
 }
 
-// Announcements to one, and the one to everybody, are told after a restart, in their order, and those that were
-// received are not told again.
+// After a restart, announcements to one request_id and those to everybody are sent in their order. What was received
+// is not sent again.
 func TestRestoreVersions(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -318,7 +318,7 @@ func TestRestoreVersions(t *testing.T) {
 	})
 }
 
-// A restart from a snapshot gives the same state, even if the changes made meanwhile follow it once more.
+// A restart from a snapshot gives the same state, even if changes that are in the snapshot follow it again.
 func TestRestoreSnapshot(t *testing.T) {
 	t.Parallel()
 	for name, twice := range map[string]bool{"once": false, "with all changes behind it": true} {
@@ -380,7 +380,7 @@ func TestRestoreSnapshot(t *testing.T) {
 	}
 }
 
-// wantVersions connects, and wants these versions; then the browser leaves.
+// wantVersions connects a browser, checks which versions it gets, and has it leave.
 func wantVersions(t *testing.T, api *apiFixture, id, lastEventID, want string) {
 	t.Helper()
 	s := api.connect(versionPath(id), lastEventID)
@@ -398,7 +398,7 @@ func wantVersions(t *testing.T, api *apiFixture, id, lastEventID, want string) {
 	s.leave()
 }
 
-// An externalWorker is the worker of an external task, which says each report again until it is answered.
+// An externalWorker is the worker of an external task. It repeats each report until it is answered.
 type externalWorker struct {
 	visitor
 	id      string
@@ -419,7 +419,7 @@ func (r *externalWorker) run(ctx context.Context) {
 	}
 }
 
-// until posts until the answer is 200. There may be none while the backend is away; with one there is no other.
+// until posts until the answer is 200. While the backend is away the answer may be 503 or missing; no other is right.
 func (r *externalWorker) until(path, body string) {
 	for {
 		resp, err := r.client.Post(r.api+path, "application/json", strings.NewReader(body))
@@ -428,7 +428,7 @@ func (r *externalWorker) until(path, body string) {
 			switch resp.StatusCode {
 			case http.StatusOK:
 				return
-			case http.StatusServiceUnavailable: // it stops
+			case http.StatusServiceUnavailable: // the backend is stopping
 			default:
 				r.t.Errorf("%s: got %s", path, resp.Status)
 				return
@@ -439,10 +439,10 @@ func (r *externalWorker) until(path, body string) {
 }
 
 // A backend that is killed or stopped in the middle of its work loses nothing, and neither workers nor browsers notice:
-// each report arrives once and in order at each follower, under the ID that it has, and no EventSource dies. A report
-// without seq may arrive twice, if its answer was lost.
+// each report arrives at each follower once and in order, and no EventSource gives up. A report without seq may arrive
+// twice if its answer was lost.
 //
-// SIDECAST_RESTARTS is how often, for a longer run.
+// SIDECAST_RESTARTS sets the number of restarts, for a longer run.
 func TestRestart(t *testing.T) {
 	t.Parallel()
 	restarts := 3
@@ -528,7 +528,7 @@ func checkRestarts(t *testing.T, v visitor, backend *process, restarts int) {
 	})
 }
 
-// ofTask returns those of the events that are about a task.
+// ofTask returns the events that are about a task.
 func ofTask(events []message, id string) (own []message) {
 	for _, m := range events {
 		if strings.Contains(m.Data, `"task_id":"`+id+`"`) {
@@ -542,7 +542,7 @@ func (r *externalWorker) wantStory(where string, events []message, want []string
 	r.t.Helper()
 	got := story(ofTask(events, r.id))
 	for i := 0; i < max(len(got), len(want)); i++ {
-		if r.doubles && i > 0 && i < len(got) && got[i] == got[i-1] { // once
+		if r.doubles && i > 0 && i < len(got) && got[i] == got[i-1] { // it may be there twice
 			got = slices.Delete(got, i, i+1)
 		}
 		if i >= len(got) || i >= len(want) || got[i] != want[i] {
@@ -552,8 +552,8 @@ func (r *externalWorker) wantStory(where string, events []message, want []string
 	}
 }
 
-// Where a disk is full, what is new is refused, what was refused is shown to nobody, reads and streams go on, and so
-// does everything once there is room. A limit on the size of files stands for the disk.
+// While the disk is full, everything new is refused and shown to nobody, but reads and streams work. Once there is room
+// again, everything works. A limit on the size of files stands for a full disk.
 func TestRestoreNoRoom(t *testing.T) {
 	needs(t, "sh", "prlimit")
 	t.Parallel()
@@ -597,7 +597,7 @@ func TestRestoreNoRoom(t *testing.T) {
 		t.Errorf("got writable %v and readiness %d, want 0 and 200", got, v.status(v.api+"/readyz"))
 	}
 
-	backend.restart(t) // without room it serves what only reads, and nothing was lost
+	backend.restart(t) // without room it still serves reads, and nothing was lost
 	if got := status(); got != shown {
 		t.Errorf("after a restart: got %s, want %s", got, shown)
 	}
@@ -619,7 +619,7 @@ func TestRestoreNoRoom(t *testing.T) {
 	}
 }
 
-// What could not be stored is shown to nobody, and only once it is.
+// A change that could not be stored is shown to nobody until it is stored.
 func TestRestoreShowsWhatIsStored(t *testing.T) {
 	journalTest(t, 100, func(t *testing.T, d *crashDisk, j *journal) {
 		api := newAPI(t, "")
@@ -641,7 +641,7 @@ func TestRestoreShowsWhatIsStored(t *testing.T) {
 	})
 }
 
-// A folder has one owner, and a start says what is wrong with it.
+// Only one process may use a folder, and a start that fails says what is wrong with the folder.
 func TestRestoreRefuses(t *testing.T) {
 	t.Parallel()
 	backend := startBackend(t, "DATA_DIR="+t.TempDir())
@@ -665,14 +665,13 @@ func TestRestoreRefuses(t *testing.T) {
 	if info, err := file.Stat(); err != nil || info.Mode() != 0o600 {
 		t.Errorf("the journal has mode %v, want 0600", info.Mode())
 	}
-	if _, err := file.WriteAt([]byte("?"), int64(len(journalHeader)+30)); err != nil {
-		t.Fatal(err)
-	}
+	_, err = file.WriteAt([]byte("?"), int64(len(journalHeader)+30))
+	must(t, err)
 	other(fmt.Sprintf("%s/journal: damaged at offset %d", dir, len(journalHeader)))
 }
 
-// BenchmarkRestart is from the start of a process to its readiness, with events of 220 bytes in tasks of 100, and the
-// memory that it has then. Where redis-server is installed the same is done with streams in its append-only file.
+// BenchmarkRestart measures the time from the start of a process until it is ready, and its memory then. It has tasks
+// of 100 events of 220 bytes each. If redis-server is installed, it does the same with streams in an append-only file.
 //
 //	SIDECAST_EVENTS=1000000 go test -run '^$' -bench Restart -benchtime 5x .
 func BenchmarkRestart(b *testing.B) {
@@ -724,7 +723,7 @@ func BenchmarkRestart(b *testing.B) {
 		port, dir := strconv.Itoa(freePort(b)), b.TempDir()
 		command := []string{"redis-server", "--port", port, "--dir", dir, "--appendonly", "yes", "--aof-use-rdb-preamble", "no", "--save", "", "--logfile", "log",
 			"--auto-aof-rewrite-percentage", "0"}
-		say := func(commands string, last string) bool { // and wait for an answer that ends so
+		say := func(commands string, last string) bool { // and wait for an answer that ends with last
 			conn, err := net.Dial("tcp", "127.0.0.1:"+port)
 			if err != nil {
 				return false
@@ -755,7 +754,7 @@ func BenchmarkRestart(b *testing.B) {
 				b.Fatal("redis does not answer")
 			}
 		}
-		time.Sleep(2 * time.Second) // it syncs each second
+		time.Sleep(2 * time.Second) // redis syncs once a second
 		cmd.Process.Kill()
 		cmd.Wait()
 		bench(b, command, nil, ready)

@@ -43,9 +43,9 @@ func TestSendAnswers(t *testing.T) {
 		{`{"token":"$","event":{"data":"a","retry":1}}`, sentOK, "retry: 1\ndata: a"},
 		{`{"token":"$","event":{"retry":86400000,"id":"1","name":"n","data":"a"}}`, sentOK, "retry: 86400000\nevent: n\ndata: a\nid: 1"},
 		{`{"token":"$","event":{"data":"a","retry":1.5e3}}`, sentOK, "retry: 1500\ndata: a"},
-		{`{"token":"$","Event":{"data":"a"},"CLOSE":true}`, sentOK, ""}, // names are exact, so this asks no more than the next
+		{`{"token":"$","Event":{"data":"a"},"CLOSE":true}`, sentOK, ""}, // names are case-sensitive: only a probe
 
-		// Is the stream alive? Nothing is written.
+		// A probe writes nothing.
 		{`{"token":"$"}`, sentOK, ""},
 		{`{"token":"$","close":false}`, sentOK, ""},
 
@@ -96,7 +96,7 @@ func TestSendAnswers(t *testing.T) {
 			t.Errorf("Content-Type %q: got %s, want %s", contentType, got, want)
 		}
 	}
-	// The last event comes before the end; then the stream is gone, before the client has done anything.
+	// The last event is written before the end. Then the stream is gone, even before the client has done anything.
 	last := g.post("application/json", `{"close":true,"event":{"data":"last"},"token":"`+c.callback.Token+`"}`)
 	if probe := g.probe(c.callback.Token); last != sentOK || probe != sentGone {
 		t.Errorf("event and close: got %s, then %s; want %s, then %s", last, probe, sentOK, sentGone)
@@ -118,7 +118,7 @@ func TestSendWhileConnecting(t *testing.T) {
 		t.Errorf("close: got %s, want %s", got, sentBuffered)
 	}
 	if got := g.send(token, "too late"); got != sentGone {
-		t.Errorf("send behind the close: got %s, want %s", got, sentGone)
+		t.Errorf("send after the close: got %s, want %s", got, sentGone)
 	}
 	close(gate)
 	c.begin()
@@ -126,7 +126,7 @@ func TestSendWhileConnecting(t *testing.T) {
 	c.wantEnd()
 }
 
-// Whatever comes in, it is the sender's fault, and the stream that it may mean goes on.
+// A malformed body is the sender's fault, and does not affect the stream that it names.
 func TestMalformedBodies(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -201,7 +201,7 @@ func TestBatch(t *testing.T) {
 	}
 }
 
-// Events in a row for one stream are one write, which is one chunk, unless they are large.
+// Consecutive events for one stream are one write, and so one chunk, unless they are large.
 func TestBatchWritesARowAtOnce(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
@@ -234,7 +234,7 @@ func TestBatchWritesARowAtOnce(t *testing.T) {
 	g.waitMetric(`gateway_events_total{status="unknown_token"}`, 1)
 }
 
-// The events of a row are taken or refused as one, so none of a refused row may be on its way.
+// The events of a row are taken or refused together, so none of a refused row may reach the client.
 func TestBatchRefusesWholeRows(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4096", nil)
@@ -246,11 +246,11 @@ func TestBatchRefusesWholeRows(t *testing.T) {
 	}
 	text, _ := c.rest()
 	if got := strings.Count(text, "x\n\n"); got != taken {
-		t.Errorf("the client got %d whole events, of which %d were taken", got, taken)
+		t.Errorf("the client got %d whole events, but %d were taken", got, taken)
 	}
 }
 
-// What is taken is what encoding/json reads, and it is taken again when a client encodes it anew.
+// A body that is taken is read as encoding/json reads it, and so is the body that appendSend makes of it.
 func FuzzSendBody(f *testing.F) {
 	f.Add([]byte(`{"token":"a","event":{"id":"1","name":"n","data":"a\nb"},"close":true}`))
 	f.Add([]byte(`{"token":"a"}`))
@@ -276,7 +276,7 @@ func FuzzSendBody(f *testing.F) {
 		o, err := slowObject(body)
 		e, eventErr := slowObject(o["event"])
 		if err != nil || m.event.data != nil && eventErr != nil {
-			t.Skip() // a field that means nothing to us stands twice
+			t.Skip() // an unknown field is given twice
 		}
 		text := func(o object, name string) (s string) { json.Unmarshal(o[name], &s); return s }
 		wantToken, wantEnd := text(o, "token"), string(o["close"]) == "true"
@@ -291,7 +291,7 @@ func FuzzSendBody(f *testing.F) {
 				got = &event{ID: string(m.event.id), Name: string(m.event.name), Data: string(m.event.data)}
 			}
 			if m.event.oneLine && bytes.ContainsAny(m.event.data, "\r\n") {
-				t.Errorf("%q: the data %q are said to be one line", body, m.event.data)
+				t.Errorf("%q: the data %q counts as one line", body, m.event.data)
 			}
 			if err != nil || string(m.token) != wantToken || m.end != wantEnd || !reflect.DeepEqual(got, want) {
 				t.Errorf("%q: got %q, %+v, %v, %v; want %q, %+v, %v", body, m.token, got, m.end, err, wantToken, want, wantEnd)

@@ -45,7 +45,7 @@ func TestThrottle(t *testing.T) {
 	})
 }
 
-// A journal that breaks while the process ends is no orderly end.
+// If the journal breaks while the process stops, the exit code must not be 0.
 func TestServeFailsWhileItStops(t *testing.T) {
 	t.Parallel()
 	listeners, err := openListeners("127.0.0.1:0")

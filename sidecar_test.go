@@ -3,10 +3,8 @@ package main
 import (
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"reflect"
 	"regexp"
@@ -85,7 +83,7 @@ func TestTargetByteForByte(t *testing.T) {
 }
 
 // Callbacks may overtake each other, so each connect callback carries the number of its request. A disconnect has none.
-func TestCallbacksTellTheOrder(t *testing.T) {
+func TestCallbacksCarryTheOrder(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
 	var run string
@@ -220,7 +218,7 @@ func TestOddCallbackAnswers(t *testing.T) {
 
 // Refusing
 
-// transient are the statuses after which a browser must come back. It gives up for good on any status but 200.
+// transient are the statuses after which a browser must come back. Browsers give up for good on any status but 200.
 var transient = []int{408, 425, 429, 500, 502, 503, 504, 599}
 
 func TestRefusedByBackend(t *testing.T) {
@@ -279,8 +277,8 @@ func TestBackendUnreachable(t *testing.T) {
 	}
 }
 
-// A busy gateway may get to a request whose browser has left and tried again. It must not ask the backend about that
-// request, which would look like a newer tab.
+// When a busy gateway gets to a request, the browser may have left and tried again. The gateway must not ask the
+// backend about that request, which would look like a newer tab.
 func TestClientHasLeft(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)
@@ -342,7 +340,7 @@ func TestBackendTooSlow(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 }
 
-// Where localhost has no address of its own, both loopback addresses are tried.
+// For localhost, which may be unknown in a container, both loopback addresses are tried.
 func TestDialLocalhost(t *testing.T) {
 	t.Parallel()
 	for _, network := range []string{"tcp4", "tcp6"} {
@@ -401,7 +399,7 @@ func TestRequestsThatOpenNoStream(t *testing.T) {
 	const noBody = `400 {"error":"a stream request has no body"}`
 	for _, tt := range []struct {
 		name, request string
-		want          string // the beginning of status and body; net/http's own answers are no JSON
+		want          string // the beginning of status and body; net/http's own answers are not JSON
 	}{
 		{"body", "GET /x HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc", noBody},
 		{"chunked body", "GET /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", noBody},
@@ -425,8 +423,8 @@ func TestRequestsThatOpenNoStream(t *testing.T) {
 	g.open("/" + strings.Repeat("x", 8<<10-1))
 }
 
-// More at once would exhaust the sockets of backend and gateway. The rest must wait, not fail. The test is not parallel,
-// because all clients must be there before the first callback times out.
+// More callbacks at once would exhaust the sockets of backend and gateway, so the rest must wait, not fail. The test is
+// not parallel, because all clients must be there before the first callback times out.
 func TestConnectCallbacksAreBounded(t *testing.T) {
 	const clients, bound = 300, 256
 	underWay := make(chan struct{}, bound)
@@ -499,16 +497,10 @@ func TestPipelinedBytesEndTheStream(t *testing.T) {
 // A client that leaves while its callback waits for a free slot does not count as a stream any longer.
 func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	t.Parallel()
-	backend := newStubBackend(t, nil)
-	defer backend.server.Close()
-	gateway := newGateway(gatewayConfig{CallbackURL: secret(backend.server.URL + callbackTarget), Retry: time.Second},
-		slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+	gateway, g := serveStreams(t, gatewayConfig{Retry: time.Second})
 	for range maxConnecting {
-		gateway.connecting <- struct{}{} // none is free
+		gateway.connecting <- struct{}{} // no slot is free
 	}
-	server := httptest.NewServer(http.HandlerFunc(gateway.serveStream))
-	defer server.Close()
-	g := &gatewayFixture{stubBackend: backend, t: t, addr: server.Listener.Addr().String()}
 	count := func(n int64) {
 		t.Helper()
 		eventually(t, patience, fmt.Sprint(n, " streams"), func() bool { return gateway.count.Load() == n })
@@ -521,9 +513,7 @@ func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	if got := gateway.met.callbacks.with("connect", "timeout").Load(); got != 0 {
 		t.Errorf("got %d callbacks that were given up, want none: the clients had left", got)
 	}
-	if n := len(backend.connects); n != 0 {
-		t.Errorf("the backend was asked %d times, want never", n)
-	}
+	g.wantNotAsked()
 }
 
 // The client may leave before or after the backend's answer: both orders must work.
@@ -558,8 +548,8 @@ func TestClientLeavesDuringCallback(t *testing.T) {
 	g.waitMetric("gateway_streams", 0)
 }
 
-// The backend may hold a lock of its own while it ends a stream, so the end must not wait for its callback. There are
-// more streams here than disconnect callbacks may be under way.
+// The backend may hold a lock of its own while it ends a stream, so the end must not wait for its callback. The test
+// ends more streams than disconnect callbacks may be under way.
 func TestEndDoesNotWaitForTheCallback(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
@@ -575,7 +565,7 @@ func TestEndDoesNotWaitForTheCallback(t *testing.T) {
 	close(gate)
 }
 
-// A backend that has just started knows no streams. A reset ends all that are open, but none that open later.
+// A backend that has just started knows no streams. A reset ends all that are open or being opened, but no later ones.
 func TestReset(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
@@ -688,9 +678,9 @@ func TestGatewayShutdownIsBounded(t *testing.T) {
 	c.wantEnd()
 }
 
-// If a connection ended without an answer, a proxy would send 502 and the browser would give up for good. The test is not
-// parallel, because all clients must be there before the first callback times out.
-func TestGatewayShutdownAnswersThoseThatConnect(t *testing.T) {
+// If a connection ended without an answer, a proxy would send 502 and the browser would give up for good. The test is
+// not parallel, because all clients must be there before the first callback times out.
+func TestGatewayShutdownAnswersConnectingClients(t *testing.T) {
 	g := newGatewayFixture(t, "", holding("connect", nil, answering(200, "")))
 	var asked []*streamClient
 	for range maxConnecting {
@@ -743,7 +733,7 @@ func TestHeartbeat(t *testing.T) {
 		}
 	}
 	if took := time.Since(began); took < interval*(beats-2) {
-		t.Errorf("%d heartbeats came within %v, want one each %v", beats, took, interval)
+		t.Errorf("%d heartbeats came within %v, want one every %v", beats, took, interval)
 	}
 }
 
@@ -832,7 +822,7 @@ func TestGatewayMetrics(t *testing.T) {
 	first.begin()
 	refused.reply()
 	g.send(token, "3")
-	g.probe(token) // is no event
+	g.probe(token) // not an event
 	g.probe("")
 	g.post("text/plain", `{"token":"`+token+`"}`)
 	second := g.open("/yes")

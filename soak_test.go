@@ -14,22 +14,21 @@ import (
 	"time"
 )
 
-// After all that a gateway may meet, mixed for SIDECAST_SOAK (a duration, 2s by default), nothing of it is left: no
-// stream, goroutine, descriptor or memory, the metrics agree with each other, and the backend has heard of every end.
+// TestSoak mixes all that a gateway may meet, for SIDECAST_SOAK (a duration, 2s by default). Nothing may be left of it:
+// no stream, goroutine, descriptor or memory. The metrics must agree, and the backend must know of every end.
 //
-// A run of more than some minutes needs -timeout, too. With SIDECAST_SOAK set, it prints what it did and left behind.
+// A run of more than a few minutes needs -timeout, too. With SIDECAST_SOAK set, it prints what it did and left behind.
 func TestSoak(t *testing.T) {
 	t.Parallel()
 	length, tell := 2*time.Second, t.Log
 	if text := os.Getenv("SIDECAST_SOAK"); text != "" {
 		var err error
-		if length, err = time.ParseDuration(text); err != nil {
-			t.Fatal(err)
-		}
+		length, err = time.ParseDuration(text)
+		must(t, err)
 		tell = func(report ...any) { fmt.Println(report...) } // go test shows no log of a test that passes
 	}
 	s := newSoak(t)
-	s.stall() // what it allocates once, it has allocated
+	s.stall() // so that what is allocated once is there
 	s.wait("the first stream has ended", func() bool { return s.metric("gateway_streams") == 0 })
 	began := s.left()
 
@@ -71,7 +70,7 @@ func TestSoak(t *testing.T) {
 // soakLeft is what a gateway holds.
 type soakLeft struct {
 	goroutines, descriptors, heap, resident, streams float64
-	unended                                          int // streams that the backend has accepted, and not heard the end of
+	unended                                          int // streams that go on as far as the backend knows
 }
 
 func (l soakLeft) String() string {
@@ -93,8 +92,8 @@ func (s *soak) left() soakLeft {
 	}
 }
 
-// soak is a gateway process, its backend, and what its clients do. Unlike a stubBackend, it remembers no stream that
-// has ended, so that it can go on for as long as one likes.
+// soak is a gateway process, its backend, and what its clients do. Unlike a stubBackend, it forgets streams that have
+// ended, so it can run for any time.
 type soak struct {
 	t       *testing.T
 	gateway *process
@@ -152,7 +151,7 @@ func (s *soak) dial(text string) net.Conn {
 
 const soakRequest = "GET /soak HTTP/1.1\r\nHost: h\r\nAccept: text/event-stream\r\n\r\n"
 
-// visit opens a stream, reads for a while, and leaves in a way of its own; sometimes it stays until it is sent away.
+// visit opens a stream, reads for a while, and leaves, with a reset or without. Sometimes it stays to the end.
 func (s *soak) visit() {
 	conn := s.dial(soakRequest)
 	if conn == nil {
@@ -190,7 +189,7 @@ func (s *soak) post(body string) (status int) {
 	return resp.StatusCode
 }
 
-// stall opens a stream, reads nothing, and has it sent more than may wait.
+// stall opens a stream, reads nothing, and sends more to it than may wait.
 func (s *soak) stall() {
 	conn := s.dial(soakRequest)
 	if conn == nil {
@@ -206,7 +205,7 @@ func (s *soak) stall() {
 	}
 }
 
-// misbehave sends what no browser and no backend does.
+// misbehave sends what no browser or backend sends.
 func (s *soak) misbehave() {
 	bad := []string{
 		"", "GET", "GET / HTTP/1.1\r\n", "\x00\x01\x02\r\n\r\n", "GET / HTTP/9.9\r\n\r\n",
@@ -228,7 +227,7 @@ func (s *soak) metric(series string) float64 {
 	return scrapeValue(scrapeURL(s.client, s.gateway.URL), series)
 }
 
-// wait is for longer than the gateway keeps idle connections to the backend.
+// wait waits for longer than the gateway keeps idle connections to the backend.
 func (s *soak) wait(what string, cond func() bool) {
 	s.t.Helper()
 	eventually(s.t, 20*time.Second, what, cond)

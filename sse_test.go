@@ -25,7 +25,7 @@ func TestAppendEvent(t *testing.T) {
 		{"other separators are text", "", "", "a\u2028b\u0085c\vd\x00e", "data: a\u2028b\u0085c\vd\x00e\n\n"},
 	} {
 		if got := string(appendEvent([]byte("before|"), sentEvent{id: []byte(tt.id), name: []byte(tt.event), data: []byte(tt.data)})); got != "before|"+tt.want {
-			t.Errorf("%s: got %q, want %q behind what was there", tt.name, got, tt.want)
+			t.Errorf("%s: got %q, want %q after what was there", tt.name, got, tt.want)
 		}
 	}
 }
@@ -35,14 +35,14 @@ func TestAppendRetryAndComment(t *testing.T) {
 	if want := "retry: 2500\n: no   capacity id: 1\n"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	// Clients exist that take what stands before a blank line for an event.
+	// Some clients take whatever is before a blank line for an event.
 	p := parser{lastEventID: "k3v9-17"}
 	if messages := p.feed([]byte(heartbeat + got)); messages != nil || p.lastEventID != "k3v9-17" {
 		t.Errorf("got messages %q and last event ID %q, want none and the old one", messages, p.lastEventID)
 	}
 }
 
-// The parts of an event stand in the one order that the clients of the world get right: see appendEvent.
+// The fields of an event are in the one order that all clients get right; see appendEvent.
 func TestEventWithRetry(t *testing.T) {
 	e := sentEvent{id: []byte("k3v9-17"), name: []byte("n"), data: []byte("a\nb"), retry: 86_400_000}
 	if got, want := string(appendEvent(nil, e)), "retry: 86400000\nevent: n\ndata: a\ndata: b\nid: k3v9-17\n\n"; got != want {

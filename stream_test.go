@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// muchData are the data of events of 16 KiB, which together are many times what the sockets between the gateway and a
-// client take.
+// muchData returns the data of events of 16 KiB each. Together they are many times what the sockets between the gateway
+// and a client take.
 func muchData() []string {
 	data := make([]string, 64)
 	for i := range data {
@@ -24,7 +24,7 @@ func muchData() []string {
 	return data
 }
 
-// An event is one chunk, whose size must be right to the byte. HTTP/1.0 has no chunks.
+// An event is one chunk, and its size must be right to the byte. HTTP/1.0 has no chunks.
 func TestFraming(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "RETRY_MILLISECONDS=2", nil)
@@ -68,7 +68,7 @@ func (c *streamClient) wireString(n int) string {
 	return string(text[:n])
 }
 
-// Events that the socket does not take are written later by another goroutine. The order must hold, also where the work
+// Events that the socket does not take are written later by another goroutine. The order must hold, even when the work
 // passes from one goroutine to the other.
 func TestSlowClientGetsEverything(t *testing.T) {
 	t.Parallel()
@@ -101,7 +101,7 @@ func TestSlowClientGetsEverything(t *testing.T) {
 	g.wantDisconnect(c, "server_closed")
 }
 
-// A client that does not read may hold its buffer for a second, and must not affect other clients.
+// A client that does not read may keep its buffer for a second, and must not affect other clients.
 func TestBufferOverflowCutsTheStream(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
@@ -134,8 +134,8 @@ func TestBufferOverflowCutsTheStream(t *testing.T) {
 	g.waitMetric("gateway_streams", 1)
 }
 
-// The limit of a second also applies to a write that began earlier with the longer write timeout, as it always has when
-// the buffer is large.
+// The limit of a second also applies to a write that began earlier with the longer write timeout. With a large buffer
+// there always is one.
 func TestBufferOverflowOfALargeBuffer(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304", nil)
@@ -148,7 +148,7 @@ func TestBufferOverflowOfALargeBuffer(t *testing.T) {
 	}
 	began := time.Now()
 	g.wantDisconnect(c, "error")
-	if took := time.Since(began); took > 3*overflowTimeout { // with the deadline of the write before, 4.7 s
+	if took := time.Since(began); took > 3*overflowTimeout { // 4.7 s with the deadline of the earlier write
 		t.Errorf("cut after %v, want %v", took, overflowTimeout)
 	}
 }
@@ -180,7 +180,7 @@ func TestEventLargerThanTheBuffer(t *testing.T) {
 	c.callback = receive(t, g.connects)
 	large := strings.Repeat("x", 1000<<10) // the socket takes part of it
 	g.wantSend(c.callback.Token, large, sentBuffered)
-	for _, ask := range []func(token string) string{g.probe, g.end} { // which need no room
+	for _, ask := range []func(token string) string{g.probe, g.end} { // these need no room
 		if got := ask(c.callback.Token); got != sentBuffered {
 			t.Errorf("got %s, want %s", got, sentBuffered)
 		}
@@ -196,7 +196,7 @@ func TestEventLargerThanTheBuffer(t *testing.T) {
 }
 
 // A client that reads gets every accepted event. If it lost those under way, it would come back forever.
-func TestBufferOverflowLeavesWhatWasAccepted(t *testing.T) {
+func TestBufferOverflowKeepsWhatWasAccepted(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
 	c := g.open("/x")
@@ -245,8 +245,8 @@ func TestStreamOutlivesTheWriteTimeout(t *testing.T) {
 	c.wantData("live")
 }
 
-// The limit is for a client that takes nothing. One that reads slowly, but reads on, keeps its stream, also if its
-// socket has no room for many times the limit.
+// The limit is for a client that takes nothing. One that reads slowly but steadily keeps its stream, even if its socket
+// has no room for many times the limit.
 func TestSlowReaderIsKept(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -257,10 +257,10 @@ func TestSlowReaderIsKept(t *testing.T) {
 	defer client.Close()
 	conn, err := l.Accept()
 	must(t, err)
-	conn.(*net.TCPConn).SetWriteBuffer(1 << 20) // has room again when some 700 KiB of it have gone
+	conn.(*net.TCPConn).SetWriteBuffer(1 << 20) // has room again when some 700 KiB of it are free
 	raw, err := conn.(*net.TCPConn).SyscallConn()
 	must(t, err)
-	const timeout = 2 * time.Second // on a busy machine the client may not get to read for long
+	const timeout = 2 * time.Second // on a busy machine the client may not get to read for a while
 	s := &stream{limits: &streamLimits{buffer: 4 << 20, writeTimeout: timeout}}
 	s.open(conn, raw, []byte("head"), false, 0)
 	defer s.cut(serverClosed)
@@ -316,8 +316,7 @@ func TestConcurrentSenders(t *testing.T) {
 	}
 }
 
-// A heartbeat may look at a client that has not yet had the time to acknowledge an event, whether the first or
-// one after a long while.
+// When a client is looked at, it may not have had time to acknowledge an event: the first, or one after a long pause.
 func TestUptake(t *testing.T) {
 	t.Parallel()
 	var u uptake

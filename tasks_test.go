@@ -67,19 +67,19 @@ func (api *apiFixture) post(route, body string) string {
 	return api.do("POST", "/api/tasks/"+route, body)
 }
 
-// checkPost posts to one of the routes of a task and wants this answer.
+// checkPost posts to one of the routes of a task and checks the answer.
 func (api *apiFixture) checkPost(route, body, want string) {
 	api.t.Helper()
 	api.check("POST", "/api/tasks/"+route, body, want)
 }
 
-// status is the status of a task, in one line.
+// status returns the status of a task, in one line.
 func (api *apiFixture) status(id string) string {
 	api.settle()
 	return api.do("GET", "/api/tasks/"+id+"/status", "")
 }
 
-// checkGone wants a task to be unknown.
+// checkGone checks that a task is unknown.
 func (api *apiFixture) checkGone(id string) {
 	api.t.Helper()
 	if got, want := api.status(id), `404 {"error":"task not found","code":"task_not_found"}`; got != want {
@@ -87,7 +87,7 @@ func (api *apiFixture) checkGone(id string) {
 	}
 }
 
-// checkStatus wants that status of a task, and that error unless it is "".
+// checkStatus checks the status and the error of a task. A wantError of "" means null.
 func (api *apiFixture) checkStatus(id string, want taskStatus, wantError string) {
 	api.t.Helper()
 	got, failure := api.status(id), "null"
@@ -282,8 +282,8 @@ func TestTaskWorkers(t *testing.T) {
 		api.check("POST", "/api/tasks", `{"type":"external"}`, `503 {"error":"shutting down","code":"shutting_down"}`)
 	})
 
-	// A worker is busy until its work returns, also when the task has ended
-	// before: otherwise work that ignores its context would pile up.
+	// A worker is busy until its work returns, even if the task has ended before. Otherwise work that ignores its
+	// context would pile up.
 	apiStory(t, "busy until the work returns", "TASK_MAX_WORKERS=1 TASK_QUEUE_LIMIT=0", func(t *testing.T, api *apiFixture) {
 		api.post(api.demo(taskSleeps(time.Minute))+"/cancel", "")
 		api.check("POST", "/api/tasks", `{"type":"demo"}`, `503 {"error":"task queue is full","code":"queue_full"}`)
@@ -482,7 +482,7 @@ func TestTaskAnswers(t *testing.T) {
 		for _, query := range []string{"", "?after=", "?after=e-0", "?after=f-1", "?after=e", "?after=e-x", "?after=e-3", "?after=close", "?after=f-1.g-1"} {
 			checkEvents(query, all)
 		}
-		checkEvents("?after=f-1.e-1", `{"events":[`+progress+`],"status":"running"}`) // of a page
+		checkEvents("?after=f-1.e-1", `{"events":[`+progress+`],"status":"running"}`) // an event ID of a page
 		checkEvents("?after=e-1", `{"events":[`+progress+`],"status":"running"}`)
 		checkEvents("?after=e-2", `{"events":[],"status":"running"}`)
 		api.check("GET", "/api/tasks/b/events", "", `404 {"error":"task not found","code":"task_not_found"}`)
@@ -520,7 +520,7 @@ func TestTaskAnswers(t *testing.T) {
 }
 
 // A task_id that a client chooses must be usable in the path of its reports.
-func TestTaskIDsMayStandInPaths(t *testing.T) {
+func TestTaskIDsWorkInPaths(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		for _, id := range []string{plainChars, strings.Repeat("x", maxID), "...", "import-7"} {
 			api.external(id)
@@ -629,7 +629,7 @@ func TestTaskResultLimit(t *testing.T) {
 func TestTaskForgotten(t *testing.T) {
 	apiStory(t, "after a while", "TASK_CLEANUP_INTERVAL_SECONDS=10 TASK_TIMEOUT_SECONDS=1000", func(t *testing.T, api *apiFixture) {
 		api.external("a")
-		time.Sleep(time.Minute) // running tasks are remembered for as long as it takes
+		time.Sleep(time.Minute) // a running task is not forgotten
 		api.post("a/complete", `{}`)
 		time.Sleep(10*time.Second - time.Nanosecond)
 		api.checkStatus("a", taskCompleted, "")
@@ -637,7 +637,7 @@ func TestTaskForgotten(t *testing.T) {
 		api.checkGone("a")
 	})
 
-	// A browser of the first task may come back to the second one, whose events have the same numbers.
+	// A browser of the first task may come back to the second one. The events of both have the same numbers.
 	apiStory(t, "successor is followed from its start", "", func(t *testing.T, api *apiFixture) {
 		api.tasks.policy.epoch = newEpoch
 		api.external("a")
@@ -676,7 +676,7 @@ func TestTaskForgotten(t *testing.T) {
 	})
 }
 
-// Nothing may keep a deleted task in memory, even if its cleanup timer has long to run.
+// Nothing may keep a deleted task in memory, not even a cleanup timer that has long to run.
 func TestDeletedTaskIsFreed(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "TASK_CLEANUP_INTERVAL_SECONDS=31536000")
@@ -772,7 +772,7 @@ func TestExternalReports(t *testing.T) {
 			id := api.start(`{"type":"external"}`)
 			api.checkPost(id+"/fail", body, `200 {"event_id":"e-2"}`)
 			api.checkStatus(id, taskFailed, want)
-			api.checkPost(id+"/fail", body, `200 {"event_id":"e-2"}`) // also when it is said again
+			api.checkPost(id+"/fail", body, `200 {"event_id":"e-2"}`) // the same when it is repeated
 		}
 	})
 
@@ -798,7 +798,7 @@ func TestExternalReports(t *testing.T) {
 	})
 
 	// A worker that did not get the answer to its last report repeats it.
-	apiStory(t, "an end again", "", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "repeated end", "", func(t *testing.T, api *apiFixture) {
 		for _, id := range []string{"completed", "empty", "failed"} {
 			api.external(id)
 		}
@@ -823,13 +823,13 @@ func TestExternalReports(t *testing.T) {
 	})
 
 	// A worker that numbers its reports may repeat one.
-	apiStory(t, "progress again", "TASK_TIMEOUT_SECONDS=10", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "repeated progress", "TASK_TIMEOUT_SECONDS=10", func(t *testing.T, api *apiFixture) {
 		api.external("a")
 		stream := api.follow("a")
 		const again = `200 {"event_id":"e-3","repeated":true}`
 		api.checkPost("a/progress", `{"value":0.1,"seq":1}`, `200 {"event_id":"e-2"}`)
 		api.checkPost("a/progress", `{"value":0.5,"seq":7}`, `200 {"event_id":"e-3"}`)
-		for range 3 { // which is a sign of life
+		for range 3 { // each is a sign of life
 			time.Sleep(9 * time.Second)
 			api.checkPost("a/progress", `{"value":0.5,"seq":7}`, again)
 		}
@@ -846,7 +846,7 @@ func TestExternalReports(t *testing.T) {
 	})
 
 	// A worker that creates its task may do so again when it did not get the answer.
-	apiStory(t, "creation again", "", func(t *testing.T, api *apiFixture) {
+	apiStory(t, "repeated creation", "", func(t *testing.T, api *apiFixture) {
 		checkCreate := func(id, title, want string) {
 			t.Helper()
 			api.check("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`","title":"`+title+`"}}`, want)
@@ -1010,7 +1010,7 @@ func TestTaskMemoryOfRunningTasks(t *testing.T) {
 		api.checkPost("b/complete", `{"result":"`+strings.Repeat("x", 60000)+`"}`, `200 {"event_id":"e-4"}`)
 		api.follow("b").checkStory("connection_open task_started task_completed connection_close:task_completed")
 		api.checkStatus("b", taskCompleted, "")
-		api.external("c") // for which b is forgotten
+		api.external("c") // b is forgotten to make room
 		api.checkGone("b")
 	})
 }
@@ -1020,7 +1020,7 @@ func TestTaskMemoryIsCounted(t *testing.T) {
 	if !alone(t) {
 		return
 	}
-	const tasks = 1500 // of the map, which grows in steps, three quarters are full then
+	const tasks = 1500 // the map, which grows in steps, is three quarters full then
 	external, x := `{"type":"external","params":{"task_id":"ID"}}`, strings.Repeat("x", 12<<10)
 	for _, tt := range []struct {
 		name, start string
@@ -1036,7 +1036,7 @@ func TestTaskMemoryIsCounted(t *testing.T) {
 		{"pending", `{"type":"demo","params":{"message":"` + x[:2000] + `"}}`, nil},
 		{"run here", `{"type":"failing","params":{"delay":0,"error_message":"no luck"}}`, nil},
 	} {
-		synctest.Test(t, func(t *testing.T) { // whose timers go with it
+		synctest.Test(t, func(t *testing.T) { // the timers go with the bubble
 			api := newAPI(t, "TASK_MEMORY_BYTES=1000000000 TASK_MAX_WORKERS=1 TASK_QUEUE_LIMIT=10000")
 			api.tasks.log = slog.New(slog.DiscardHandler)
 			if tt.name == "pending" {
@@ -1069,7 +1069,7 @@ func TestExternalTimeout(t *testing.T) {
 		api.external("silent")
 		api.external("invalid")
 		api.external("a")
-		for range 5 { // for longer than the timeout in all
+		for range 5 { // in all longer than the timeout
 			time.Sleep(9 * time.Second)
 			api.post("a/progress", `{"value":0}`)
 			api.post("invalid/progress", `{"value":"half"}`)
@@ -1097,7 +1097,7 @@ func TestExternalTimeout(t *testing.T) {
 			api.checkStatus(id, taskFailed, "worker lost")
 		}
 		if accepted == 0 || accepted == 300 {
-			t.Errorf("got %d of 300 reports accepted, want some or this was no race", accepted)
+			t.Errorf("got %d of 300 reports accepted, want some but not all, or this was no race", accepted)
 		}
 	})
 }
@@ -1130,7 +1130,7 @@ func TestTaskEndingsRace(t *testing.T) {
 						api.post(id+"/progress", `{"value":1}`)
 						api.do("DELETE", "/api/tasks/"+id, "")
 					}()
-					time.Sleep(2 * timeout) // also for the worker that was lost after a last report
+					time.Sleep(2 * timeout) // a last report may have put off the timeout
 					got := stream.story()
 					m := stories.FindStringSubmatch(got)
 					if m == nil || m[2] != m[3] {

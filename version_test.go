@@ -8,7 +8,6 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/http"
-	"net/http/httptest"
 	"runtime"
 	"slices"
 	"strings"
@@ -24,7 +23,7 @@ func (api *apiFixture) subscribe(id string) *apiStream {
 	return api.connect("/api/sse/utils/version?request_id=" + id)
 }
 
-// checkAnnounce posts an announcement and wants this answer.
+// checkAnnounce posts an announcement and checks the answer.
 func (api *apiFixture) checkAnnounce(body, want string) {
 	api.t.Helper()
 	api.check("POST", "/api/deployments/version", body, want)
@@ -74,7 +73,7 @@ e-3 version {"version":"1.2"}
 		api.subscribe("other").checkStory("connection_open")
 	})
 
-	// The browser may or may not have the event, so its stream is ended at the next event, and it comes back for the rest.
+	// The browser may or may not have the event, so the next event ends its stream, and it comes back for the rest.
 	apiStory(t, "kept when a send fails", "", func(t *testing.T, api *apiFixture) {
 		stream := api.subscribe("r")
 		api.gateway.fail(errors.New("no gateway"))
@@ -105,7 +104,7 @@ e-3 version {"version":"1.2"}
 		checkEvents(4, 0)
 		time.Sleep(tidyInterval)
 		checkEvents(2, 2)                          // never's are gone
-		time.Sleep(500*time.Second + tidyInterval) // it has been looked for once before its time counts
+		time.Sleep(500*time.Second + tidyInterval) // its time counts from the first tidy that misses it
 		checkEvents(1, 3)                          // left's too
 		api.subscribe("never").checkStory("connection_open")
 	})
@@ -147,11 +146,11 @@ func TestVersionBroadcast(t *testing.T) {
 		api.checkAnnounced("b", "own", false)
 		a, b := api.subscribe("a"), api.subscribe("b")
 		a.checkStory("connection_open version:1")
-		b.checkStory("connection_open version:1 version:own") // as they were announced
+		b.checkStory("connection_open version:1 version:own") // in the order of the announcements
 		c, lost := api.subscribe("c"), api.subscribe("lost")
 		c.checkStory("connection_open version:1")
 		time.Sleep(settleTime)
-		api.conns.sweep(0) // by which they are known to have been there so long
+		api.conns.sweep(0) // shows that they were there for settleTime
 		c.leave()
 		lost.lose()
 		api.checkAnnouncedToAll("2", 2, 1)
@@ -199,7 +198,7 @@ func TestVersionBroadcast(t *testing.T) {
 		a.checkStory("connection_open version:1 version:2 version:1")
 		api.checkAnnounced("a", "own", true)
 		time.Sleep(settleTime)
-		api.subscribe("a").checkStory("connection_open") // also not the one before its last
+		api.subscribe("a").checkStory("connection_open") // and not the one before its last
 	})
 }
 
@@ -239,8 +238,8 @@ func TestVersionBodies(t *testing.T) {
 	}
 }
 
-// Announcements for IDs that never connect must not fill the memory: those
-// that do not fit are refused until some have gone.
+// Announcements for IDs that never connect must not fill the memory: those that do not fit are refused until others are
+// gone.
 func TestVersionMemoryIsBounded(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		api.checkAnnounced("a", "1", false)
@@ -250,7 +249,7 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 		full := `503 {"error":"too many announcements or request IDs","code":"no_room"}`
 		api.checkAnnounce(`{"request_id":"c","version":"1"}`, full)
 		api.wantConnect("t", "/api/sse/utils/version?request_id=c", full)
-		api.subscribe("a").checkStory("connection_open version:1") // is known already
+		api.subscribe("a").checkStory("connection_open version:1") // a is known already
 		if got := len(api.version.streams); got != 2 {
 			t.Errorf("got %d logs, want 2", got)
 		}
@@ -300,7 +299,7 @@ func TestVersionMemory(t *testing.T) {
 			t.Errorf("got logs of %q, want of %q", got, want)
 		}
 		here.checkStory("connection_open version:1 version:2")
-		api.subscribe("lost").checkStory("connection_open version:2") // as it had been waiting
+		api.subscribe("lost").checkStory("connection_open version:2") // as if its log had been kept
 		api.subscribe("waits").checkStory("connection_open version:1 version:own version:2")
 	})
 }
@@ -320,7 +319,7 @@ func TestVersionMemoryIsCounted(t *testing.T) {
 	if !alone(t) {
 		return
 	}
-	const ids = 1500 // of the maps, which grow in steps, three quarters are full then
+	const ids = 1500 // the maps, which grow in steps, are three quarters full then
 	for _, tt := range []struct {
 		name      string
 		broadcast bool
@@ -333,7 +332,7 @@ func TestVersionMemoryIsCounted(t *testing.T) {
 		{"connected and told", false, "ca"},
 		{"announced, connected and told", false, "alcl"},
 	} {
-		synctest.Test(t, func(t *testing.T) { // whose timers go with it
+		synctest.Test(t, func(t *testing.T) { // the timers go with the bubble
 			api := newAPI(t, "")
 			api.conns.gateway = senderFunc(func(events []event) sendResult { return sendResult{taken: len(events)} })
 			api.conns.log = slog.New(slog.DiscardHandler)
@@ -377,7 +376,7 @@ func raceConnect(t *testing.T, meanwhile func(api *apiFixture, i int), check fun
 		if t.Failed() {
 			return
 		}
-		api.version.streams = map[string]*versionStream{} // as few as can be: the moment is short
+		api.version.streams = map[string]*versionStream{} // as few as possible, as the moment is short
 		api.version.memory = budget{limit: 1000}
 		token := newToken()
 		var connected sync.WaitGroup
@@ -438,7 +437,7 @@ func (f versionFile) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// versionAnswer answers a poll with a body, which has a validator if it is 200.
+// versionAnswer answers a poll with a status and a body, and adds validators to a 200.
 func versionAnswer(status int, body string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if status == http.StatusOK {
@@ -451,7 +450,7 @@ func versionAnswer(status int, body string) http.HandlerFunc {
 }
 
 // A gateway that hangs must not delay the next poll.
-func TestVersionPollWaitsForNoDelivery(t *testing.T) {
+func TestVersionPollDoesNotWaitForDelivery(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
 	api.conns.gateway = senderFunc(func([]event) sendResult {
@@ -470,8 +469,8 @@ func TestVersionPollWaitsForNoDelivery(t *testing.T) {
 	file.answers <- versionAnswer(500, "")
 }
 
-// A version counts only when it was seen twice. After a start, the second poll must not wait for a whole interval.
-func TestVersionPollIsQuickToStart(t *testing.T) {
+// A version counts only once it was seen twice. After a start, the second poll must not wait for a whole interval.
+func TestVersionPollStartsQuickly(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
 	server := serveTest(t, versionAnswer(200, `{"version":"1"}`))
@@ -484,8 +483,7 @@ func TestVersionPoll(t *testing.T) {
 	api := newAPI(t, "")
 	stream := api.subscribe("r")
 	file := versionFile{make(chan *http.Request), make(chan http.HandlerFunc)}
-	server := httptest.NewServer(file)
-	defer server.Close()
+	server := serveTest(t, file)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	stopped := make(chan bool)
