@@ -109,7 +109,7 @@ func (j *journal) replace(c *compaction) bool {
 	}
 	go j.file.Close() // frees its blocks, which may take long
 	j.log.Info("the journal is smaller", "before", j.size.Load(), "after", c.size)
-	j.file, j.dirty = c.file, false
+	j.file, j.dirty, j.zeroes = c.file, false, 0
 	j.size.Store(c.size)
 	return true
 }

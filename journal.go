@@ -20,8 +20,10 @@ import (
 	"time"
 )
 
-// noRoomPause is the time between two tries to write.
-const noRoomPause = 250 * time.Millisecond
+const (
+	noRoomPause = 250 * time.Millisecond // between two tries to write
+	zeroesAhead = 64 << 10               // bytes; while the file does not grow, a sync takes up to half as long
+)
 
 var errCannotStore = newError(http.StatusServiceUnavailable, "cannot_store", "cannot store")
 
@@ -35,6 +37,7 @@ type journal struct {
 	live     func() int                // about how many bytes a snapshot has
 	snapshot func(record func([]byte)) // gives the records that make all again that is remembered
 	slack    int64                     // see compactSlack
+	ahead    int                       // bytes of zeroes to write behind the records; see zeroesAhead
 
 	syncs, errors, syncSeconds *series
 
@@ -50,7 +53,8 @@ type journal struct {
 	// Of run alone.
 	file   journalFile
 	number uint64  // of the last commit
-	dirty  bool    // there may be more in the file behind size
+	dirty  bool    // there may be more in the file behind size, besides zeroes
+	zeroes int64   // where those behind the records end
 	held   *commit // could not be written, and is tried again; or nil
 	dead   bool    // a sync failed: nothing is written any more
 
@@ -113,7 +117,7 @@ func openJournal(dir string, d disk, reg *registry, log *slog.Logger, apply func
 		return nil, err
 	}
 	j := &journal{
-		dir: dir, log: log, disk: d, lock: lock, slack: compactSlack,
+		dir: dir, log: log, disk: d, lock: lock, slack: compactSlack, ahead: zeroesAhead,
 		wake: make(chan struct{}, 1), compacted: make(chan *compaction, 1), broken: make(chan error, 1),
 		stopping: make(chan struct{}), stopped: make(chan struct{}),
 	}
@@ -359,12 +363,21 @@ func (j *journal) put(c *commit) bool {
 	return true
 }
 
-// append writes frames at the end of the file. What a failed write has left there is cut off, now or before the next.
+// append writes frames behind the records, and zeroes behind those if the file would grow anyway and has room. What a
+// failed write has left there is cut off, now or before the next.
 func (j *journal) append(frames []byte) error {
 	if err := j.clean(); err != nil {
 		return err
 	}
-	_, err := j.file.WriteAt(frames, j.size.Load())
+	size := j.size.Load()
+	end := size + int64(len(frames))
+	if end > j.zeroes {
+		if _, err := j.file.WriteAt(append(frames, make([]byte, j.ahead)...), size); err == nil {
+			j.zeroes = end + int64(j.ahead)
+			return nil
+		}
+	}
+	_, err := j.file.WriteAt(frames, size)
 	if err != nil {
 		j.dirty = true
 		j.clean()
@@ -378,7 +391,7 @@ func (j *journal) clean() error {
 		return nil
 	}
 	err := j.file.Truncate(j.size.Load())
-	j.dirty = err != nil
+	j.dirty, j.zeroes = err != nil, 0
 	return err
 }
 

@@ -155,24 +155,28 @@ func (j *journal) readHeader(f *frameReader) error {
 	return err
 }
 
-// cutTail cuts off what is behind the good records, if a crash can have left it. That is so if every good frame in it
-// is of the last commit, or, when that is whole, of the next one. A start that completes a commit and crashes leaves
-// frames of the same commit behind its end. A good frame of a later commit proves that those before it were synced, and
-// so that the file has been damaged since.
+// cutTail cuts off what is behind the good records, unless it is all zeroes, if a crash can have left it. That is so if
+// every good frame in it is of the last commit, or, when that is whole, of the next one. A start that completes a commit
+// and crashes leaves frames of the same commit behind its end. A good frame of a later commit proves that those before
+// it were synced, and so that the file has been damaged since.
 func (j *journal) cutTail(f *frameReader, ended bool) error {
 	begin := j.size.Load()
-	end := begin
+	end, torn := begin, begin
 	for ; f.view(end, 1) != nil; end++ {
+		if f.view(end, 1)[0] != 0 {
+			torn = end + 1
+		}
 		frame := f.frame(end)
 		if frame == nil || commitOf(frame) == j.number || ended && commitOf(frame) == j.next.number {
 			continue
 		}
 		return fmt.Errorf("damaged at offset %d: there are good records behind", begin)
 	}
-	if f.err != nil || end == begin {
+	if f.err != nil || torn == begin {
+		j.zeroes = end
 		return f.err
 	}
-	j.log.Warn("cutting off what a crash has left of the last change", "file", j.path(), "offset", begin, "bytes", end-begin)
+	j.log.Warn("cutting off what a crash has left of the last change", "file", j.path(), "offset", begin, "bytes", torn-begin)
 	j.dirty = true
 	j.clean() // or before the next write
 	return nil
