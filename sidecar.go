@@ -199,6 +199,9 @@ func (g *gateway) open(w http.ResponseWriter, s *stream, a *callbackAnswer) {
 		first = appendEvent(first, a.event)
 	}
 	s.beatEvent = a.beatEvent
+	if _, embedded := g.transport.(inProcess); embedded {
+		s.request = json.RawMessage("{}") // our backend reads nothing of it when it is told of the end
+	}
 	g.met.opened.Inc()
 	g.log.Debug("stream opened", "token", mask(s.token))
 	if !g.begin(w, s, first, a.end, g.cfg.MaxStream) {

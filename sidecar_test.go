@@ -516,6 +516,26 @@ func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	g.wantNotAsked()
 }
 
+// A stream keeps its request for a separate backend, which gets it again when the stream has ended. In one process it
+// would be a tenth of the stream's memory, for nothing.
+func TestRequestIsKeptForASeparateBackend(t *testing.T) {
+	t.Parallel()
+	for _, embedded := range []bool{false, true} {
+		gateway, g := serveStreams(t, gatewayConfig{Retry: time.Second})
+		if embedded {
+			gateway.transport = inProcess{http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				r.RequestURI = r.URL.RequestURI()
+				g.ServeHTTP(w, r)
+			})}
+		}
+		g.open("/x", "User-Agent: test").reset()
+		end := receive(t, g.disconnects)
+		if kept := strings.Contains(end.body, `"user-agent":"test"`); kept == embedded || end.Reason != "client_closed" {
+			t.Errorf("embedded %v: got the callback %s", embedded, end.body)
+		}
+	}
+}
+
 // The client may leave before or after the backend's answer: both orders must work.
 func TestClientLeavesDuringCallback(t *testing.T) {
 	t.Parallel()
