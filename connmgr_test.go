@@ -99,11 +99,21 @@ type stepped struct {
 	answer chan sendResult
 }
 
+// onTheWire returns the events with whole IDs.
+func onTheWire(events []event) []event {
+	events = slices.Clone(events)
+	for i := range events {
+		e := &events[i]
+		e.ID, e.others = string(e.appendID(nil)), nil
+	}
+	return events
+}
+
 func (g *steppedGateway) send(token string, events []event, end bool) sendResult {
 	if !g.batches && len(events) > 1 {
 		events = events[:1]
 	}
-	s := &stepped{token, events, end, make(chan sendResult, 1)}
+	s := &stepped{token, onTheWire(events), end, make(chan sendResult, 1)}
 	g.mu.Lock()
 	if g.closed {
 		s.answer <- sendResult{err: errUnknownToken}

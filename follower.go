@@ -90,7 +90,7 @@ func (f *follower) begin(logs []*eventLog, lastEventID string) (position string,
 	for _, log := range logs {
 		f.cursors = append(f.cursors, log.attach(f, named))
 	}
-	_, position = around(f.cursors, nil)
+	position = around(f.cursors, nil).after
 	if f.stopped {
 		f.detachLocked()
 	} else {
@@ -113,7 +113,7 @@ func (f *follower) add(log *eventLog) {
 
 // around returns the parts of an event ID before and after the one of c: the positions in the other logs. If c is nil
 // all are in after, which begins with a dot.
-func around(cursors []*cursor, c *cursor) (before, after string) {
+func around(cursors []*cursor, c *cursor) *positions {
 	var ids strings.Builder
 	middle := 0
 	for _, other := range cursors {
@@ -125,11 +125,11 @@ func around(cursors []*cursor, c *cursor) (before, after string) {
 			other.log.writeID(&ids, other.sent)
 		}
 	}
-	before, after = ids.String()[:middle], ids.String()[middle:]
+	before, after := ids.String()[:middle], ids.String()[middle:]
 	if before != "" {
 		before = before[1:] + "."
 	}
-	return before, after
+	return &positions{before, after}
 }
 
 // seen notes that the stream was open at that time. If it had been for settleTime, what it was given counts as
@@ -253,18 +253,19 @@ func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, re
 }
 
 func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
-	before, after := around(cursors, c)
-	var ids strings.Builder // for the whole run, as those of a page are long
-	ids.Grow(len(run) * (len(before) + maxPosition + len(after)))
+	var others *positions
+	if f.page {
+		others = around(cursors, c)
+	}
+	var ids strings.Builder // for the whole run
+	ids.Grow(len(run) * maxPosition)
 	events := make([]event, len(run))
 	for i, e := range run {
 		events[i] = event{Name: c.log.policy.event, Data: e.data}
 		if c.log.epoch != "" {
 			start := ids.Len()
-			ids.WriteString(before)
 			c.log.writeID(&ids, e.n)
-			ids.WriteString(after)
-			events[i].ID = ids.String()[start:]
+			events[i].ID, events[i].others = ids.String()[start:], others
 		}
 	}
 	return events

@@ -151,7 +151,7 @@ func TestFollowerBegins(t *testing.T) {
 	testLog(t, "numbers", taskLike(), func(t *logTest) {
 		open, _ := t.follow(connectRequest{token: "a"})
 		if want := (event{ID: "x-0", Name: "connection_open", Data: `{"status":"connected"}`}); open != want {
-			t.Errorf("begins with %q, want %q", open, want)
+			t.Errorf("begins with %+v, want %+v", open, want)
 		}
 		for want := range uint64(3) {
 			if got := t.events.Append("data", want == 0); got != want+1 {
@@ -160,7 +160,7 @@ func TestFollowerBegins(t *testing.T) {
 		}
 		t.rest()
 		if got, want := t.gateway.underWay[0].events[0], (event{ID: "x-1", Name: "task_event", Data: "data"}); got != want {
-			t.Errorf("got event %q, want %q", got, want)
+			t.Errorf("got event %+v, want %+v", got, want)
 		}
 		t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
 	})

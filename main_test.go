@@ -145,7 +145,7 @@ func (g *apiGateway) send(token string, events []event, end bool) sendResult {
 	case s == nil:
 		return sendResult{err: errUnknownToken}
 	}
-	s.got = append(s.got, events...)
+	s.got = append(s.got, onTheWire(events)...)
 	if end {
 		delete(g.streams, token)
 	}

@@ -248,12 +248,14 @@ type directSender struct{ *gateway }
 func (d directSender) send(token string, events []event, end bool) (r sendResult) {
 	b := burst{g: d.gateway, s: d.lookup([]byte(token)), buf: chunkBuffers.Get().(*[]byte)}
 	defer chunkBuffers.Put(b.buf)
+	var id []byte
 	for {
 		for _, e := range events[r.taken:] {
 			if !b.fits(len(e.Data)) {
 				break
 			}
-			b.add(sentEvent{id: []byte(e.ID), name: []byte(e.Name), data: []byte(e.Data), retry: e.Retry})
+			id = e.appendID(id[:0])
+			b.add(sentEvent{id: id, name: []byte(e.Name), data: []byte(e.Data), retry: e.Retry})
 		}
 		n := b.events
 		status := b.flush(end)

@@ -70,6 +70,18 @@ type event struct {
 	Name  string `json:"name"`
 	Data  string `json:"data"`
 	Retry int    `json:"retry,omitempty"` // reconnection time in milliseconds; 0 leaves it unchanged
+
+	others *positions // what stands around ID on the wire; nil is nothing
+}
+
+// positions are parts of an event ID: of a page's event, the positions in the logs before and after its own.
+type positions struct{ before, after string }
+
+func (e *event) appendID(b []byte) []byte {
+	if e.others == nil {
+		return append(b, e.ID...)
+	}
+	return append(append(append(b, e.others.before...), e.ID...), e.others.after...)
 }
 
 // errUnknownToken says that the gateway does not have the stream, or no longer.
@@ -106,6 +118,9 @@ func encodeSends(token string, events []event, end bool) []byte {
 	size := 0
 	for _, e := range events {
 		size += 128 + len(e.Data) + len(e.Data)/4 // and room for escapes
+		if e.others != nil {
+			size += len(e.others.before) + len(e.others.after)
+		}
 	}
 	b := make([]byte, 0, size)
 	for i := range events {
@@ -125,7 +140,7 @@ func appendSend(b []byte, token string, e *event, end bool) []byte {
 		b = append(b, `,"event":{"data":`...)
 		b = appendString(b, e.Data)
 		if e.ID != "" {
-			b = appendString(append(b, `,"id":`...), e.ID)
+			b = append(e.appendID(append(b, `,"id":"`...)), '"') // which has nothing to escape
 		}
 		if e.Name != "" {
 			b = appendString(append(b, `,"name":`...), e.Name)
