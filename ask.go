@@ -6,6 +6,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -33,7 +34,8 @@ func (g *gateway) connect(r *http.Request, s *stream) (refused *refusal, answer 
 	if hasLeft(r) {
 		return clientLeft, nil
 	}
-	code, body, err := g.call(ctx, "connect", "", s, order)
+	c := callback{action: "connect", token: s.token, url: r.RequestURI, lastEventID: headerText(r, "Last-Event-Id")}
+	code, body, err := g.call(ctx, c, "", s.request, order)
 	switch {
 	case err == nil && code/100 == 2:
 		return nil, g.parseAnswer(body)
@@ -85,18 +87,22 @@ func (g *gateway) disconnect(s *stream, reason string) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), callbackLimit)
 	defer cancel()
-	g.call(ctx, "disconnect", reason, s, "")
+	g.call(ctx, callback{action: "disconnect", token: s.token}, reason, s.request, "")
 }
 
 // call makes one callback and counts it. The status is set if the backend sent one, also when its body then failed.
-func (g *gateway) call(ctx context.Context, action, reason string, s *stream, order string) (status int, body []byte, err error) {
-	header := http.Header{"Content-Type": {jsonType}, featuresHeader: {gatewayFeatures}}
-	if order != "" {
-		header.Set(orderHeader, order)
+func (g *gateway) call(ctx context.Context, c callback, reason string, request json.RawMessage, order string) (status int, body []byte, err error) {
+	action, start := c.action, time.Now()
+	if g.backend != nil {
+		status, body = g.backend(c, order)
+	} else {
+		header := http.Header{"Content-Type": {jsonType}, featuresHeader: {gatewayFeatures}}
+		if order != "" {
+			header.Set(orderHeader, order)
+		}
+		payload := encodeCallback(action, reason, c.token, request)
+		status, body, err = postTo(ctx, g.transport, string(g.cfg.CallbackURL), header, payload, maxAnswer+1)
 	}
-	start := time.Now()
-	payload := encodeCallback(action, reason, s.token, s.request)
-	status, body, err = postTo(ctx, g.transport, string(g.cfg.CallbackURL), header, payload, maxAnswer+1)
 	if status >= 300 {
 		err = nil // the body is not needed
 	}

@@ -39,14 +39,6 @@ type callbackHandler struct {
 	wrongSecrets, badIDs throttle
 }
 
-// callback is the body of a callback.
-type callback struct {
-	action      string
-	token       string
-	url         string // the raw request target of the stream
-	lastEventID string // its header Last-Event-ID
-}
-
 // connectAnswer is the answer to a connect callback.
 type connectAnswer struct {
 	Event     event  `json:"event"`
@@ -77,11 +69,16 @@ func (h *callbackHandler) serve(w http.ResponseWriter, r *http.Request) (status 
 	}
 	can := parseFeatures(r.Header.Get(featuresHeader))
 	h.heard(can)
+	return h.take(c, parseOrder(r.Header.Get(orderHeader)), can)
+}
+
+// take does what a callback asks for, and returns its answer. The order and the features are those of its headers.
+func (h *callbackHandler) take(c callback, order requestOrder, can features) (status int, answer any, err error) {
 	if c.action == "disconnect" {
 		h.conns.OnDisconnect(c.token)
 		return http.StatusOK, struct{}{}, nil
 	}
-	answer, err = h.connect(c, parseOrder(r.Header.Get(orderHeader)), can)
+	answer, err = h.connect(c, order, can)
 	return http.StatusOK, answer, err
 }
 
@@ -196,31 +193,30 @@ func lastValue(values []string) string {
 }
 
 func parseCallback(body []byte) (c callback, err error) {
-	var action, token, reason, request, target, headers []byte
+	var action, token, reason, request, target, headers, lastEventID []byte
 	err = pick(body, member{"action", &action, nil}, member{"token", &token, nil}, member{"reason", &reason, nil},
-		member{"request", &request, []member{{"url", &target, nil}, {"headers", &headers, nil}}})
+		member{"request", &request, []member{{"url", &target, nil},
+			{"headers", &headers, []member{{"last-event-id", &lastEventID, nil}}}}})
 	if err != nil {
 		return c, err
 	}
-	all := object{} // they must be strings
 	if headers != nil {
-		if all, err = parseObject(headers); err != nil {
+		odd := false // one is no string
+		err = scanObject(headers, &odd, func(_ []byte, i int) int {
+			odd = odd || headers[i] != '"'
+			return skipValue(headers, i, 1)
+		})
+		if err != nil {
 			return c, errFieldType
 		}
 	}
-	for name := range all {
-		if _, _, err := all.str(name); err != nil {
-			return c, err
-		}
-	}
-	c.lastEventID, _, _ = all.str("last-event-id")
 	read := func(raw []byte) (s string) {
 		if raw != nil && err == nil {
 			s, err = parseString(raw)
 		}
 		return s
 	}
-	c.action, c.token, c.url = read(action), read(token), read(target)
+	c.action, c.token, c.url, c.lastEventID = read(action), read(token), read(target), read(lastEventID)
 	read(reason)
 	switch {
 	case err != nil:

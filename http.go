@@ -8,7 +8,6 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
-	"io"
 	"mime"
 	"net/http"
 	"path"
@@ -20,6 +19,7 @@ const jsonType = "application/json"
 
 // readBody reads at most limit bytes of the request's body into buf.
 func readBody(w http.ResponseWriter, r *http.Request, limit int64, buf *bytes.Buffer) ([]byte, error) {
+	buf.Grow(int(min(max(0, r.ContentLength), limit, 4<<10)) + bytes.MinRead) // at once, if the body is small
 	_, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
 	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
 		return nil, errBodyTooLarge
@@ -156,16 +156,6 @@ func plainPaths(h http.Handler) http.Handler {
 		}
 		h.ServeHTTP(w, r)
 	})
-}
-
-// inProcess is a client's way to a handler in the same process. It does not return before the handler does, which so
-// must not take long.
-type inProcess struct{ http.Handler }
-
-func (p inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
-	a := answerInMemory{header: http.Header{}}
-	p.ServeHTTP(&a, r)
-	return &http.Response{StatusCode: a.status, Header: a.header, Body: io.NopCloser(&a.body)}, nil
 }
 
 // answerInMemory is the answer of a handler, which must set a status.

@@ -297,7 +297,11 @@ func (b *backend) embedGateway() *gateway {
 	b.cfg.Gateway.CallbackURL = "http://backend/api/sse/callback?secret=" + secret(url.QueryEscape(string(b.callback.secret)))
 	g := newGateway(b.cfg.Gateway, b.log, newGatewayMetrics(b.reg))
 	g.gauges(b.reg)
-	b.conns.gateway, g.transport = directSender{g}, inProcess{handler(b.callback.serve)}
+	b.conns.gateway = directSender{g}
+	can := parseFeatures(gatewayFeatures)
+	g.backend = func(c callback, order string) (status int, answer []byte) {
+		return encodeAnswer(b.callback.take(c, parseOrder(order), can))
+	}
 	return g
 }
 

@@ -51,6 +51,10 @@ type gateway struct {
 	met       *gatewayMetrics
 	transport http.RoundTripper
 
+	// backend takes a callback, with its orderHeader, if it is in this process. It must not take long. It is nil if
+	// callbacks are posted.
+	backend func(c callback, order string) (status int, answer []byte)
+
 	connecting    chan struct{} // a slot for each connect callback under way
 	disconnecting chan struct{}
 	asking        context.Context // ends the connect callbacks
@@ -155,7 +159,10 @@ func (g *gateway) register(r *http.Request, request json.RawMessage) *stream {
 		g.full.log(g.log, slog.LevelWarn, "streams are turned away: MAX_CONNECTIONS is reached", "limit", g.cfg.MaxConnections)
 		return nil
 	}
-	s := &stream{token: newToken(), request: request, chunked: r.ProtoAtLeast(1, 1), limits: &g.limits}
+	s := &stream{token: newToken(), chunked: r.ProtoAtLeast(1, 1), limits: &g.limits}
+	if g.backend == nil {
+		s.request = request
+	}
 	sh := g.shard(s.token[len(s.token)-1])
 	sh.mu.Lock()
 	sh.streams[s.token] = s
@@ -199,9 +206,6 @@ func (g *gateway) open(w http.ResponseWriter, s *stream, a *callbackAnswer) {
 		first = appendEvent(first, a.event)
 	}
 	s.beatEvent = a.beatEvent
-	if _, embedded := g.transport.(inProcess); embedded {
-		s.request = json.RawMessage("{}") // our backend reads nothing of it when it is told of the end
-	}
 	g.met.opened.Inc()
 	g.log.Debug("stream opened", "token", mask(s.token))
 	if !g.begin(w, s, first, a.end, g.cfg.MaxStream) {
@@ -233,9 +237,9 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 		g.log.Error("taking over a connection", "err", err)
 		return false
 	}
-	var head bytes.Buffer
+	head := bytes.NewBuffer(make([]byte, 0, 512))
 	head.WriteString("HTTP/1.1 200 OK\r\n")
-	header.Write(&head)
+	header.Write(head)
 	head.WriteString("\r\n")
 	head.Write(s.chunk(&first))
 	s.open(conn, raw, head.Bytes(), end, lifetime)

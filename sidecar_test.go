@@ -516,23 +516,35 @@ func TestClientLeavesBeforeItsCallback(t *testing.T) {
 	g.wantNotAsked()
 }
 
-// A stream keeps its request for a separate backend, which gets it again when the stream has ended. In one process it
-// would be a tenth of the stream's memory, for nothing.
-func TestRequestIsKeptForASeparateBackend(t *testing.T) {
+// A backend in the same process is told what is posted to a separate one. It is not told of the request again at the
+// end, so no stream keeps that.
+func TestCallbacksWithinAProcess(t *testing.T) {
 	t.Parallel()
-	for _, embedded := range []bool{false, true} {
-		gateway, g := serveStreams(t, gatewayConfig{Retry: time.Second})
-		if embedded {
-			gateway.transport = inProcess{http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				r.RequestURI = r.URL.RequestURI()
-				g.ServeHTTP(w, r)
-			})}
-		}
-		g.open("/x", "User-Agent: test").reset()
-		end := receive(t, g.disconnects)
-		if kept := strings.Contains(end.body, `"user-agent":"test"`); kept == embedded || end.Reason != "client_closed" {
-			t.Errorf("embedded %v: got the callback %s", embedded, end.body)
-		}
+	headers := []string{"Last-Event-ID: a-1", "Last-Event-ID: \xff", "User-Agent: test"}
+	_, g := serveStreams(t, gatewayConfig{Retry: time.Second})
+	want, err := parseCallback([]byte(g.open("/x?a=%20", headers...).callback.body))
+	must(t, err)
+	if want.url != "/x?a=%20" || want.lastEventID != "a-1, \uFFFD" {
+		t.Errorf("posted: got %+v", want)
+	}
+
+	gateway, g := serveStreams(t, gatewayConfig{Retry: time.Second})
+	calls, order := make(chan callback, 2), ""
+	gateway.backend = func(c callback, inOrder string) (status int, answer []byte) {
+		order += inOrder
+		calls <- c
+		return http.StatusOK, []byte(`{"event":{"name":"first","data":"one"}}`)
+	}
+	c := g.get("/x?a=%20", headers...)
+	got := receive(t, calls)
+	want.token = got.token
+	c.begin()
+	if first := c.line(); got != want || first != "event: first" || len(gateway.lookup([]byte(got.token)).request) > 0 {
+		t.Errorf("got %+v, want %+v; the stream begins with %q", got, want, first)
+	}
+	c.reset()
+	if got := receive(t, calls); got != (callback{action: "disconnect", token: want.token}) || order != gateway.name+"-1" {
+		t.Errorf("got %+v at the end, and the order %q", got, order)
 	}
 }
 

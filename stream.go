@@ -61,7 +61,7 @@ const (
 // goroutine, parked in Read, and an event one system call.
 type stream struct {
 	token   string
-	request json.RawMessage // what both callbacks say of the request, encoded once
+	request json.RawMessage // what both callbacks say of the request, encoded once; nil if they are not posted
 	chunked bool            // HTTP/1.1; an HTTP/1.0 body ends with its connection
 	limits  *streamLimits
 

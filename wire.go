@@ -163,23 +163,35 @@ type callbackAnswer struct {
 	beatEvent bool // this stream's heartbeats are events
 }
 
+// callback is what a backend needs of a callback.
+type callback struct {
+	action      string
+	token       string
+	url         string // the raw request target of the stream
+	lastEventID string // its header Last-Event-ID
+}
+
 // encodeRequest returns the request as both callbacks have it: the raw target, and the headers with lower-case names
 // and one value each. Bytes that are not UTF-8 become U+FFFD itself, as an escape would be longer.
 func encodeRequest(r *http.Request) json.RawMessage {
-	b := appendString([]byte(`{"url":`), r.RequestURI)
+	b := appendString(append(make([]byte, 0, 1<<10), `{"url":`...), r.RequestURI)
 	b = append(b, `,"headers":{"host":`...)
 	b = appendString(b, r.Host)
-	for name, values := range r.Header {
-		separator := ", "
-		if name == "Cookie" {
-			separator = "; "
-		}
+	for name := range r.Header {
 		b = append(b, ',')
 		b = appendString(b, strings.ToLower(name))
 		b = append(b, ':')
-		b = appendString(b, strings.ToValidUTF8(strings.Join(values, separator), "\uFFFD"))
+		b = appendString(b, headerText(r, name))
 	}
 	return bytes.Clone(append(b, "}}"...)) // kept for as long as the stream: without spare room
+}
+
+func headerText(r *http.Request, name string) string {
+	separator := ", "
+	if name == "Cookie" {
+		separator = "; "
+	}
+	return strings.ToValidUTF8(strings.Join(r.Header[name], separator), "\uFFFD")
 }
 
 // encodeCallback returns the body of a callback. Without a reason it has none.
