@@ -1641,6 +1641,7 @@ func heapInUse() uint64 {
 	var m runtime.MemStats
 	runtime.GC()
 	runtime.GC() // frees what pools held before the first
+	runtime.GC() // and what waited for a finalizer
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc
 }
