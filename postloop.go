@@ -85,13 +85,15 @@ func (l *postLoop) keep(conn net.Conn, read *bufio.Reader, answer []byte) {
 func (l *postLoop) serve(conn net.Conn, buf []byte) {
 	var out replyBuffers
 	var deadline time.Time
-	begun := false // a request has begun, and must be there by deadline
-	now := time.Now()
+	var err error
+	now, begun := time.Now(), false // a request has begun, and must be there by deadline
 	for {
+		for len(buf) > 0 && (buf[0] == '\r' || buf[0] == '\n') { // which net/http skips after a POST
+			buf = buf[1:]
+		}
 		p, plain := parsePlain(buf)
-		plain = plain && (p.size == 0 || int64(p.size-p.head) <= l.poster.plainLimit(p))
+		plain = plain && err == nil && (p.size == 0 || int64(p.size-p.head) <= l.poster.plainLimit(p))
 		if plain && p.size > 0 && len(buf) >= p.size {
-			var err error
 			if plain, err = l.reply(conn, p, buf, now, &out); err != nil {
 				conn.Close()
 				return
@@ -125,10 +127,11 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 			conn.SetDeadline(deadline)
 		}
 		buf = growBuffer(buf, p.size)
-		n, err := conn.Read(buf[len(buf):cap(buf)])
+		var n int
+		n, err = conn.Read(buf[len(buf):cap(buf)])
 		now = time.Now()
 		buf = buf[:len(buf)+n]
-		if err != nil {
+		if err != nil && (err != io.EOF || len(buf) == 0) {
 			conn.Close()
 			return
 		}
@@ -197,10 +200,10 @@ func parsePlain(buf []byte) (p plainPost, plain bool) {
 	}
 	line, rest, _ := bytes.Cut(buf[:head+2], []byte("\r\n"))
 	target, ok := bytes.CutSuffix(line[len("POST "):], []byte(" HTTP/1.1"))
-	if !ok || len(bytes.Trim(target, plainChars+"/")) > 0 {
+	p.path, p.head = target, head+len("\r\n\r\n")
+	if !ok || p.head > maxHeader || len(bytes.Trim(target, plainChars+"/")) > 0 {
 		return p, false
 	}
-	p.path, p.head = target, head+len("\r\n\r\n")
 	length := -1
 	for len(rest) > 0 {
 		line, rest, _ = bytes.Cut(rest, []byte("\r\n"))
@@ -258,12 +261,9 @@ func (l *postLoop) appendAnswer(b []byte, now time.Time, mediaType string, statu
 	if l.requests != nil {
 		countAnswer(l.requests, status)
 	}
-	b = append(b, "HTTP/1.1 "...)
-	b = strconv.AppendInt(b, int64(status), 10)
-	b = append(b, ' ')
-	b = append(b, http.StatusText(status)...)
-	b = append(b, "\r\nContent-Type: "...)
-	b = append(b, mediaType...)
+	b = strconv.AppendInt(append(b, "HTTP/1.1 "...), int64(status), 10)
+	b = append(append(b, ' '), http.StatusText(status)...)
+	b = append(append(b, "\r\nContent-Type: "...), mediaType...)
 	b = append(b, "\r\nCache-Control: no-store\r\nDate: "...)
 	b = now.UTC().AppendFormat(b, http.TimeFormat)
 	b = append(b, "\r\nContent-Length: "...)

@@ -88,6 +88,7 @@ func sameAnswers(t *testing.T, addr, path, body, plainAnswer string, normal func
 		post + jsonType + " folded: x\r\n" + length + "\r\n" + body,
 		post + jsonType + length + "no colon\r\n\r\n" + body,
 		post + jsonType + length + "X: " + strings.Repeat("x", 32<<10) + "\r\n\r\n" + body,
+		post + jsonType + length + "User-Agent: " + strings.Repeat("x", 20<<10) + "\r\n\r\n" + body,
 		post + length + "\r\n" + body,
 		post + "Content-Type: text/plain\r\n" + length + "\r\n" + body,
 		post + "Content-Type: application/x-ndjson\r\n" + length + "\r\n" + body,
@@ -152,6 +153,41 @@ func sameAnswers(t *testing.T, addr, path, body, plainAnswer string, normal func
 		if got.StatusCode != want.StatusCode || gotType != wantType || normal(gotText) != normal(wantText) || got.Close != want.Close {
 			t.Errorf("%.300q: got %s %s %q, to be closed: %v; want %s %s %q, %v",
 				request, got.Status, gotType, gotText, got.Close, want.Status, wantType, wantText, want.Close)
+		}
+	}
+}
+
+// What stands between two requests, and one that breaks off, are answered as on a connection that net/http has kept.
+func TestSendConnectionBetweenRequests(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	plain := sendText("application/json", []byte(`{"token":"x"}`))
+	other := strings.Replace(plain, "Host:", "X-Other: x\r\nHost:", 1)
+	ask := func(first string, parts ...string) string {
+		conn := g.dial(first)
+		conn.wantReply(sentGone)
+		for _, part := range parts {
+			conn.write(strings.ReplaceAll(part, plain, first))
+			time.Sleep(20 * time.Millisecond)
+		}
+		conn.CloseWrite()
+		conn.SetReadDeadline(time.Now().Add(patience))
+		text, err := io.ReadAll(conn.wire)
+		return fmt.Sprint(regexp.MustCompile("(?m)^[CD].*\n").ReplaceAllString(string(text), ""), err)
+	}
+	for _, parts := range [][]string{
+		{"\r\n" + plain},
+		{"\n" + plain},
+		{"\r\n\r\n", plain},
+		{plain + "\r", "\n", plain + "\r\nGET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"},
+		{"\r\n"},
+		{plain[:10]},
+		{plain[:60]},
+		{plain[:len(plain)-1]},
+		{plain + plain[:len(plain)-1]},
+	} {
+		if got, want := ask(plain, parts...), ask(other, parts...); got != want {
+			t.Errorf("%q: got %q, want %q", parts, got, want)
 		}
 	}
 }
