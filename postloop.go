@@ -94,6 +94,10 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 		p, plain := parsePlain(buf)
 		plain = plain && err == nil && (p.size == 0 || int64(p.size-p.head) <= l.poster.plainLimit(p))
 		if plain && p.size > 0 && len(buf) >= p.size {
+			if deadline.Sub(now) < postIdle-postIdleSlack { // not each time, as it costs a timer
+				deadline = now.Add(postIdle)
+				conn.SetDeadline(deadline)
+			}
 			if plain, err = l.reply(conn, p, buf, now, &out); err != nil {
 				conn.Close()
 				return
@@ -117,13 +121,9 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 			}
 			return
 		}
-		switch {
-		case len(buf) > 0 && !begun:
+		if len(buf) > 0 && !begun {
 			begun = true
 			deadline = now.Add(postDue)
-			conn.SetDeadline(deadline)
-		case len(buf) == 0 && deadline.Sub(now) < postIdle-postIdleSlack: // not each time, as it costs a timer
-			deadline = now.Add(postIdle)
 			conn.SetDeadline(deadline)
 		}
 		buf = growBuffer(buf, p.size)

@@ -397,3 +397,31 @@ func TestPlainPostsAreTracked(t *testing.T) {
 		}
 	})
 }
+
+// An answer has time to be made and written, however late its request came.
+func TestPlainPostsThatComeLate(t *testing.T) {
+	t.Parallel()
+	text := sendText(jsonType, []byte("{}"))
+	synctest.Test(t, func(t *testing.T) {
+		poster := heldPoster{make(chan struct{}), make(chan struct{})}
+		ours, theirs := net.Pipe()
+		defer theirs.Close()
+		go newPostLoop(poster, nil).serve(ours, nil)
+		answers := bufio.NewReader(theirs)
+		ask := func(name, text string) {
+			io.WriteString(theirs, text)
+			<-poster.asked
+			time.Sleep(2 * time.Second)
+			poster.answered <- struct{}{}
+			if _, err := http.ReadResponse(answers, nil); err != nil {
+				t.Fatalf("%s: got %v, want an answer", name, err)
+			}
+		}
+		ask("the first", text)
+		time.Sleep(postIdle - 3*time.Second)
+		ask("after a silence", text)
+		io.WriteString(theirs, text[:60])
+		time.Sleep(postDue - time.Second)
+		ask("in parts", text[60:])
+	})
+}
