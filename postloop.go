@@ -296,7 +296,7 @@ func (l *postLoop) Accept() (net.Conn, error) {
 }
 
 func (l *postLoop) Close() error {
-	l.close.Do(func() { close(l.closed) })
+	l.close.Do(func() { l.accepted.Store(false); close(l.closed) })
 	return nil
 }
 

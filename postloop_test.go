@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"regexp"
 	"slices"
 	"strconv"
@@ -424,4 +425,30 @@ func TestPlainPostsThatComeLate(t *testing.T) {
 		time.Sleep(postDue - time.Second)
 		ask("in parts", text[60:])
 	})
+}
+
+// In a shutdown net/http writes the answers that are still to come: it waits for them, and tells of the end.
+func TestPlainPostsAtTheEnd(t *testing.T) {
+	t.Parallel()
+	l := newPostLoop(heldPoster{}, nil)
+	asked, answer := make(chan struct{}), make(chan struct{})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		close(asked)
+		<-answer
+		l.respond(w, r, jsonType, http.StatusOK, nil)
+	}))
+	go server.Config.Serve(l)
+	eventually(t, soon, "the loop is known", l.accepted.Load)
+	conn := dialTo(t, server.Listener.Addr().String(), sendText(jsonType, nil))
+	<-asked
+	stopped := make(chan error)
+	go func() { stopped <- server.Config.Shutdown(t.Context()) }()
+	<-l.closed
+	close(answer)
+	if got := conn.answer(); !got.Close {
+		t.Error("got an answer after which the connection stays open, want one that ends it")
+	}
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
 }
