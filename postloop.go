@@ -25,7 +25,8 @@ const (
 	postDue       = 30 * time.Second // for a request, from its first byte, as in newServer
 	postIdleSlack = 10 * time.Second
 	postBuffer    = 4 << 10   // what a connection's buffer begins with
-	postBufferMax = 256 << 10 // a larger buffer is not kept
+	postBufferMax = 256 << 10 // a connection keeps no more than this for its next request
+	postKept      = 16 << 20  // nor more than its share of this, unless that is below 4*postBuffer
 )
 
 // plainPoster carries out the requests of a postLoop.
@@ -45,6 +46,7 @@ type postLoop struct {
 	conns    chan net.Conn // on their way back
 	accepted atomic.Bool   // net/http does accept them
 	closed   chan struct{}
+	open     atomic.Int64 // connections that are served here
 	close    sync.Once
 
 	tracker // counts requests that are being answered
@@ -70,8 +72,7 @@ func (l *postLoop) keep(conn net.Conn, read *bufio.Reader, answer []byte) {
 	ahead, _ := read.Peek(read.Buffered())
 	if r, ok := conn.(*returnedConn); ok {
 		more, _ := io.ReadAll(r.first)
-		ahead = append(ahead, more...)
-		conn = r.TCPConn
+		ahead, conn = append(ahead, more...), r.TCPConn
 	}
 	conn.SetDeadline(time.Now().Add(postIdle))
 	if _, err := conn.Write(answer); err != nil {
@@ -83,6 +84,8 @@ func (l *postLoop) keep(conn net.Conn, read *bufio.Reader, answer []byte) {
 
 // serve serves conn. buf is what has been read from it.
 func (l *postLoop) serve(conn net.Conn, buf []byte) {
+	l.open.Add(1)
+	defer l.open.Add(-1)
 	var out replyBuffers
 	var deadline time.Time
 	var err error
@@ -104,8 +107,8 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 			}
 			if plain {
 				rest := buf[p.size:]
-				if cap(buf) > postBufferMax {
-					buf = nil
+				if cap(buf)+2*cap(out.body) > max(4*postBuffer, min(postBufferMax, postKept/int(l.open.Load()))) {
+					buf, out = nil, replyBuffers{}
 				}
 				buf = append(buf[:0], rest...)
 				begun = false
@@ -152,9 +155,6 @@ func (l *postLoop) reply(conn net.Conn, p plainPost, buf []byte, now time.Time, 
 	}
 	out.answer = l.appendAnswer(out.answer[:0], now, p.mediaType, status, out.body)
 	_, err = conn.Write(out.answer)
-	if cap(out.body) > postBufferMax {
-		*out = replyBuffers{}
-	}
 	return true, err
 }
 

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -302,6 +303,41 @@ func TestSendBufferGrowsWithTheRequest(t *testing.T) {
 			t.Errorf("%d bytes are not what was sent", size)
 		}
 	}
+}
+
+// roomConn notes how much the next Read may take.
+type roomConn struct {
+	net.Conn
+	room *atomic.Int64
+}
+
+func (c roomConn) Read(b []byte) (int, error) {
+	c.room.Store(int64(len(b)))
+	return c.Conn.Read(b)
+}
+
+// A connection that has brought much keeps little of it while it is silent, if there are many.
+func TestSendBufferShrinks(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		poster := heldPoster{make(chan struct{}), make(chan struct{})}
+		ours, theirs := net.Pipe()
+		defer theirs.Close()
+		var room atomic.Int64
+		l := newPostLoop(poster, nil)
+		l.open.Add(1000)
+		go l.serve(roomConn{ours, &room}, nil)
+		for _, size := range []int{2, 20 << 10, 40 << 10, 250 << 10, 1 << 20, 250 << 10} {
+			go io.WriteString(theirs, sendText(jsonType, make([]byte, size)))
+			<-poster.asked
+			poster.answered <- struct{}{}
+			theirs.Read(make([]byte, 1<<10))
+			synctest.Wait()
+			if got := room.Load(); got > 64<<10 {
+				t.Errorf("after %d bytes: got room for %d, want at most 64 KiB", size, got)
+			}
+		}
+	})
 }
 
 // What is taken for plain means to net/http what it means here, so that nothing in front of the two can tell them apart.
