@@ -268,8 +268,7 @@ func (l *postLoop) appendAnswer(b []byte, now time.Time, mediaType string, statu
 	b = now.UTC().AppendFormat(b, http.TimeFormat)
 	b = append(b, "\r\nContent-Length: "...)
 	b = strconv.AppendInt(b, int64(len(body)), 10)
-	b = append(b, "\r\n\r\n"...)
-	return append(b, body...)
+	return append(append(b, "\r\n\r\n"...), body...)
 }
 
 // returnedConn is a connection whose first bytes have been read already.

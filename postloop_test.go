@@ -401,6 +401,36 @@ func TestReportConnectionsDuringShutdown(t *testing.T) {
 	})
 }
 
+// So it is with a gateway's: its shutdown waits for the sends that are under way, and net/http has the next.
+func TestSendConnectionsDuringShutdown(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+		p := plainPost{path: []byte("/internal/send"), mediaType: jsonType}
+		if got := g.plainLimit(p); got != maxSend {
+			t.Errorf("got a limit of %d, want %d", got, maxSend)
+		}
+		g.posts.busy.Add(1)
+		stopped := make(chan struct{})
+		go func() {
+			g.shutdown(t.Context())
+			close(stopped)
+		}()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		select {
+		case <-stopped:
+			t.Error("stopped while a send was being answered")
+		default:
+		}
+		if got := g.plainLimit(p); got >= 0 {
+			t.Errorf("in a shutdown: got a limit of %d, want none", got)
+		}
+		g.posts.busy.Add(-1)
+		<-stopped
+	})
+}
+
 // heldPoster answers when the test lets it.
 type heldPoster struct{ asked, answered chan struct{} }
 
