@@ -253,7 +253,8 @@ func isPlain(r *http.Request, mediaType string) bool {
 			return false
 		}
 	}
-	return r.ProtoAtLeast(1, 1) && !r.Close && r.ContentLength >= 0 && r.Header.Get("Content-Type") == mediaType
+	return r.ProtoAtLeast(1, 1) && !r.Close && r.ContentLength >= 0 && r.RequestURI == r.URL.Path &&
+		r.Header.Get("Content-Type") == mediaType
 }
 
 // appendAnswer appends a response, and counts it.
@@ -264,8 +265,7 @@ func (l *postLoop) appendAnswer(b []byte, now time.Time, mediaType string, statu
 	b = strconv.AppendInt(append(b, "HTTP/1.1 "...), int64(status), 10)
 	b = append(append(b, ' '), http.StatusText(status)...)
 	b = append(append(b, "\r\nContent-Type: "...), mediaType...)
-	b = append(b, "\r\nCache-Control: no-store\r\nDate: "...)
-	b = now.UTC().AppendFormat(b, http.TimeFormat)
+	b = now.UTC().AppendFormat(append(b, "\r\nCache-Control: no-store\r\nDate: "...), http.TimeFormat)
 	b = append(b, "\r\nContent-Length: "...)
 	b = strconv.AppendInt(b, int64(len(body)), 10)
 	return append(append(b, "\r\n\r\n"...), body...)

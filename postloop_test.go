@@ -368,6 +368,29 @@ func FuzzPlainPost(f *testing.F) {
 	})
 }
 
+// A connection is taken over only if its next requests will be plain, too: otherwise it would go to and fro.
+func TestPlainOnBothSides(t *testing.T) {
+	t.Parallel()
+	const text = "POST /internal/send HTTP/1.1\r\nHost: gateway:3000\r\nContent-Type: application/json\r\nContent-Length: 0\r\n\r\n"
+	for old, changed := range map[string]string{
+		"HTTP":     "HTTP",
+		"gateway":  "sse_gateway",
+		"send":     "send?",
+		"send ":    "send?a=b ",
+		"POST ":    "POST http://gateway:3000",
+		"\r\n\r\n": "\r\nConnection: close\r\n\r\n",
+		"Host":     "X-Other: x\r\nHost",
+	} {
+		request := strings.Replace(text, old, changed, 1)
+		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(request)))
+		must(t, err)
+		_, plain := parsePlain([]byte(request))
+		if want := strings.HasPrefix(changed, "HTTP") || changed == "sse_gateway"; isPlain(r, jsonType) != want || plain != want {
+			t.Errorf("%q: got %v from net/http and %v afterwards, want %v", request, isPlain(r, jsonType), plain, want)
+		}
+	}
+}
+
 // A shutdown is for net/http to tell of, and waits for the answers that are under way.
 func TestReportConnectionsDuringShutdown(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
