@@ -56,9 +56,11 @@ func newPostLoop(poster plainPoster, requests *family) *postLoop {
 	return &postLoop{poster: poster, requests: requests, conns: make(chan net.Conn), closed: make(chan struct{})}
 }
 
-// respond answers a request that net/http has read. If it was a plain one, its connection is served here from then on.
+// respond answers a request that net/http has read. If it was a plain one, its connection is served here from then on;
+// one that came back, only after some more.
 func (l *postLoop) respond(w http.ResponseWriter, r *http.Request, mediaType string, status int, body []byte) {
-	if l.accepted.Load() && isPlain(r, mediaType) {
+	back, _ := r.Context().Value(connKey{}).(*returnedConn)
+	if l.accepted.Load() && isPlain(r, mediaType) && (back == nil || back.plain.Add(1) > 10) {
 		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
 			l.keep(conn, rw.Reader, l.appendAnswer(nil, time.Now(), mediaType, status, body))
 			return
@@ -118,7 +120,7 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 		if !plain {
 			conn.SetDeadline(time.Time{})
 			select {
-			case l.conns <- &returnedConn{conn.(*net.TCPConn), bytes.NewReader(buf)}:
+			case l.conns <- &returnedConn{TCPConn: conn.(*net.TCPConn), first: bytes.NewReader(buf)}:
 			case <-l.closed:
 				conn.Close()
 			}
@@ -253,8 +255,7 @@ func isPlain(r *http.Request, mediaType string) bool {
 			return false
 		}
 	}
-	return r.ProtoAtLeast(1, 1) && !r.Close && r.ContentLength >= 0 && r.RequestURI == r.URL.Path &&
-		r.Header.Get("Content-Type") == mediaType
+	return r.ProtoAtLeast(1, 1) && !r.Close && r.ContentLength >= 0 && r.RequestURI == r.URL.Path && r.Header.Get("Content-Type") == mediaType
 }
 
 // appendAnswer appends a response, and counts it.
@@ -266,8 +267,7 @@ func (l *postLoop) appendAnswer(b []byte, now time.Time, mediaType string, statu
 	b = append(append(b, ' '), http.StatusText(status)...)
 	b = append(append(b, "\r\nContent-Type: "...), mediaType...)
 	b = now.UTC().AppendFormat(append(b, "\r\nCache-Control: no-store\r\nDate: "...), http.TimeFormat)
-	b = append(b, "\r\nContent-Length: "...)
-	b = strconv.AppendInt(b, int64(len(body)), 10)
+	b = strconv.AppendInt(append(b, "\r\nContent-Length: "...), int64(len(body)), 10)
 	return append(append(b, "\r\n\r\n"...), body...)
 }
 
@@ -275,6 +275,7 @@ func (l *postLoop) appendAnswer(b []byte, now time.Time, mediaType string, statu
 type returnedConn struct {
 	*net.TCPConn
 	first *bytes.Reader
+	plain atomic.Int64 // such requests since then
 }
 
 func (c *returnedConn) Read(b []byte) (int, error) {

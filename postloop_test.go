@@ -516,6 +516,36 @@ func TestPlainPostsThatComeLate(t *testing.T) {
 	})
 }
 
+// Requests of which only every other one is plain stay with net/http for the most part.
+func TestPlainPostsAmongOthers(t *testing.T) {
+	t.Parallel()
+	l := newPostLoop(heldPoster{}, nil)
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		l.respond(w, r, jsonType, http.StatusOK, nil)
+	}))
+	var taken atomic.Int64
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateHijacked {
+			taken.Add(1)
+		}
+	}
+	server.Config.ConnContext = withConn
+	server.Start()
+	t.Cleanup(server.Close)
+	go server.Config.Serve(l)
+	eventually(t, soon, "the loop is known", l.accepted.Load)
+	conn := dialTo(t, server.Listener.Addr().String(), "")
+	for range 40 {
+		conn.write(sendText(jsonType, nil))
+		conn.wantReply("200 ")
+		conn.write("GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+		conn.wantReply("200 ")
+	}
+	if got := taken.Load(); got < 2 || got > 5 {
+		t.Errorf("the connection was taken over %d times in 80 requests, want 2 to 5", got)
+	}
+}
+
 // In a shutdown net/http writes the answers that are still to come: it waits for them, and tells of the end.
 func TestPlainPostsAtTheEnd(t *testing.T) {
 	t.Parallel()
