@@ -49,7 +49,7 @@ type postLoop struct {
 	open     atomic.Int64 // connections that are served here
 	close    sync.Once
 
-	tracker // counts requests that are being answered
+	tracker // counts requests that are being answered, or go back
 }
 
 func newPostLoop(poster plainPoster, requests *family) *postLoop {
@@ -118,6 +118,8 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 			}
 		}
 		if !plain {
+			l.busy.Add(1) // net/http answers it, also in a shutdown
+			defer l.busy.Add(-1)
 			conn.SetDeadline(time.Time{})
 			select {
 			case l.conns <- &returnedConn{TCPConn: conn.(*net.TCPConn), first: bytes.NewReader(buf)}:
@@ -127,14 +129,12 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 			return
 		}
 		if len(buf) > 0 && !begun {
-			begun = true
-			deadline = now.Add(postDue)
+			begun, deadline = true, now.Add(postDue)
 			conn.SetDeadline(deadline)
 		}
 		buf = growBuffer(buf, p.size)
-		var n int
-		n, err = conn.Read(buf[len(buf):cap(buf)])
-		now = time.Now()
+		n, readErr := conn.Read(buf[len(buf):cap(buf)])
+		now, err = time.Now(), readErr
 		buf = buf[:len(buf)+n]
 		if err != nil && (err != io.EOF || len(buf) == 0) {
 			conn.Close()

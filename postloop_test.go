@@ -516,6 +516,28 @@ func TestPlainPostsThatComeLate(t *testing.T) {
 	})
 }
 
+// Nor is a connection forgotten on its way back, with a request that has been read.
+func TestPlainPostsGoBackTracked(t *testing.T) {
+	t.Parallel()
+	listener, err := net.Listen("tcp", "localhost:0")
+	must(t, err)
+	defer listener.Close()
+	client := dialTo(t, listener.Addr().String(), "")
+	conn, err := listener.Accept()
+	must(t, err)
+	l := newPostLoop(heldPoster{}, nil)
+	go l.serve(conn, []byte("GET / HTTP/1.1\r\n\r\n"))
+	eventually(t, soon, "the connection waits", func() bool { return l.busy.Load() == 1 })
+	back, err := l.Accept()
+	must(t, err)
+	eventually(t, soon, "the connection has left", func() bool { return l.busy.Load() == 0 })
+	io.WriteString(back, "ok")
+	client.SetReadDeadline(time.Now().Add(patience))
+	if got, err := client.wire.Peek(2); string(got) != "ok" {
+		t.Errorf("got %q, %v, want ok", got, err)
+	}
+}
+
 // Requests of which only every other one is plain stay with net/http for the most part.
 func TestPlainPostsAmongOthers(t *testing.T) {
 	t.Parallel()
