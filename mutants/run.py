@@ -65,7 +65,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("postloop.go", 'strings.EqualFold(string(value), "keep-alive")', 'true', "SendConnection"),
     ("postloop.go", "ok = err == nil && length < 0", "ok = err == nil", "SendConnection"),
     ("postloop.go", "ok = p.host == nil && ", "ok = ", "Connection|FuzzPlain"),
-    ("postloop.go", "l.busy.Add(1)\\n", "\\n", "PlainPosts"),
+    ("postloop.go", "l.busy.Add(1)\n", "\n", "PlainPosts"),
     ("postloop.go", "l.busy.Add(1) //", "l.busy.Add(0) //", "PlainPostsGoBack"),
     ("postloop.go", "buf[0] == '\\r' || buf[0] == '\\n'", "false", "SendConnection"),
     ("postloop.go", "|| p.head > maxHeader ", "", "SendConnection"),
