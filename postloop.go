@@ -25,7 +25,8 @@ const (
 	postDue       = 30 * time.Second // for a request, from its first byte, as in newServer
 	postIdleSlack = 10 * time.Second
 	postBuffer    = 4 << 10   // what a connection's buffer begins with
-	postBufferMax = 256 << 10 // a larger buffer is not kept
+	postBufferMax = 256 << 10 // a connection keeps no more than this for its next request
+	postKept      = 16 << 20  // nor more than its share of this, unless that is below 4*postBuffer
 )
 
 // plainPoster carries out the requests of a postLoop.
@@ -45,18 +46,21 @@ type postLoop struct {
 	conns    chan net.Conn // on their way back
 	accepted atomic.Bool   // net/http does accept them
 	closed   chan struct{}
+	open     atomic.Int64 // connections that are served here
 	close    sync.Once
 
-	tracker // counts requests that are being answered
+	tracker // counts requests that are being answered, or go back
 }
 
 func newPostLoop(poster plainPoster, requests *family) *postLoop {
 	return &postLoop{poster: poster, requests: requests, conns: make(chan net.Conn), closed: make(chan struct{})}
 }
 
-// respond answers a request that net/http has read. If it was a plain one, its connection is served here from then on.
+// respond answers a request that net/http has read. If it was a plain one, its connection is served here from then on;
+// one that came back, only after some more.
 func (l *postLoop) respond(w http.ResponseWriter, r *http.Request, mediaType string, status int, body []byte) {
-	if l.accepted.Load() && isPlain(r, mediaType) {
+	back, _ := r.Context().Value(connKey{}).(*returnedConn)
+	if l.accepted.Load() && isPlain(r, mediaType) && (back == nil || back.plain.Add(1) > 10) {
 		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
 			l.keep(conn, rw.Reader, l.appendAnswer(nil, time.Now(), mediaType, status, body))
 			return
@@ -70,8 +74,7 @@ func (l *postLoop) keep(conn net.Conn, read *bufio.Reader, answer []byte) {
 	ahead, _ := read.Peek(read.Buffered())
 	if r, ok := conn.(*returnedConn); ok {
 		more, _ := io.ReadAll(r.first)
-		ahead = append(ahead, more...)
-		conn = r.TCPConn
+		ahead, conn = append(ahead, more...), r.TCPConn
 	}
 	conn.SetDeadline(time.Now().Add(postIdle))
 	if _, err := conn.Write(answer); err != nil {
@@ -83,23 +86,31 @@ func (l *postLoop) keep(conn net.Conn, read *bufio.Reader, answer []byte) {
 
 // serve serves conn. buf is what has been read from it.
 func (l *postLoop) serve(conn net.Conn, buf []byte) {
+	l.open.Add(1)
+	defer l.open.Add(-1)
 	var out replyBuffers
 	var deadline time.Time
-	begun := false // a request has begun, and must be there by deadline
-	now := time.Now()
+	var err error
+	now, begun := time.Now(), false // a request has begun, and must be there by deadline
 	for {
+		for len(buf) > 0 && (buf[0] == '\r' || buf[0] == '\n') { // which net/http skips after a POST
+			buf = buf[1:]
+		}
 		p, plain := parsePlain(buf)
-		plain = plain && (p.size == 0 || int64(p.size-p.head) <= l.poster.plainLimit(p))
+		plain = plain && err == nil && (p.size == 0 || int64(p.size-p.head) <= l.poster.plainLimit(p))
 		if plain && p.size > 0 && len(buf) >= p.size {
-			var err error
+			if deadline.Sub(now) < postIdle-postIdleSlack { // not each time, as it costs a timer
+				deadline = now.Add(postIdle)
+				conn.SetDeadline(deadline)
+			}
 			if plain, err = l.reply(conn, p, buf, now, &out); err != nil {
 				conn.Close()
 				return
 			}
 			if plain {
 				rest := buf[p.size:]
-				if cap(buf) > postBufferMax {
-					buf = nil
+				if cap(buf)+2*cap(out.body) > max(4*postBuffer, min(postBufferMax, postKept/int(l.open.Load()))) {
+					buf, out = nil, replyBuffers{}
 				}
 				buf = append(buf[:0], rest...)
 				begun = false
@@ -107,28 +118,25 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 			}
 		}
 		if !plain {
+			l.busy.Add(1) // net/http answers it, also in a shutdown
+			defer l.busy.Add(-1)
 			conn.SetDeadline(time.Time{})
 			select {
-			case l.conns <- &returnedConn{conn.(*net.TCPConn), bytes.NewReader(buf)}:
+			case l.conns <- &returnedConn{TCPConn: conn.(*net.TCPConn), first: bytes.NewReader(buf)}:
 			case <-l.closed:
 				conn.Close()
 			}
 			return
 		}
-		switch {
-		case len(buf) > 0 && !begun:
-			begun = true
-			deadline = now.Add(postDue)
-			conn.SetDeadline(deadline)
-		case len(buf) == 0 && deadline.Sub(now) < postIdle-postIdleSlack: // not each time, as it costs a timer
-			deadline = now.Add(postIdle)
+		if len(buf) > 0 && !begun {
+			begun, deadline = true, now.Add(postDue)
 			conn.SetDeadline(deadline)
 		}
 		buf = growBuffer(buf, p.size)
-		n, err := conn.Read(buf[len(buf):cap(buf)])
-		now = time.Now()
+		n, readErr := conn.Read(buf[len(buf):cap(buf)])
+		now, err = time.Now(), readErr
 		buf = buf[:len(buf)+n]
-		if err != nil {
+		if err != nil && (err != io.EOF || len(buf) == 0) {
 			conn.Close()
 			return
 		}
@@ -149,9 +157,6 @@ func (l *postLoop) reply(conn net.Conn, p plainPost, buf []byte, now time.Time, 
 	}
 	out.answer = l.appendAnswer(out.answer[:0], now, p.mediaType, status, out.body)
 	_, err = conn.Write(out.answer)
-	if cap(out.body) > postBufferMax {
-		*out = replyBuffers{}
-	}
 	return true, err
 }
 
@@ -197,10 +202,10 @@ func parsePlain(buf []byte) (p plainPost, plain bool) {
 	}
 	line, rest, _ := bytes.Cut(buf[:head+2], []byte("\r\n"))
 	target, ok := bytes.CutSuffix(line[len("POST "):], []byte(" HTTP/1.1"))
-	if !ok || len(bytes.Trim(target, plainChars+"/")) > 0 {
+	p.path, p.head = target, head+len("\r\n\r\n")
+	if !ok || p.head > maxHeader || len(bytes.Trim(target, plainChars+"/")) > 0 {
 		return p, false
 	}
-	p.path, p.head = target, head+len("\r\n\r\n")
 	length := -1
 	for len(rest) > 0 {
 		line, rest, _ = bytes.Cut(rest, []byte("\r\n"))
@@ -250,7 +255,7 @@ func isPlain(r *http.Request, mediaType string) bool {
 			return false
 		}
 	}
-	return r.ProtoAtLeast(1, 1) && !r.Close && r.ContentLength >= 0 && r.Header.Get("Content-Type") == mediaType
+	return r.ProtoAtLeast(1, 1) && !r.Close && r.ContentLength >= 0 && r.RequestURI == r.URL.Path && r.Header.Get("Content-Type") == mediaType
 }
 
 // appendAnswer appends a response, and counts it.
@@ -258,24 +263,19 @@ func (l *postLoop) appendAnswer(b []byte, now time.Time, mediaType string, statu
 	if l.requests != nil {
 		countAnswer(l.requests, status)
 	}
-	b = append(b, "HTTP/1.1 "...)
-	b = strconv.AppendInt(b, int64(status), 10)
-	b = append(b, ' ')
-	b = append(b, http.StatusText(status)...)
-	b = append(b, "\r\nContent-Type: "...)
-	b = append(b, mediaType...)
-	b = append(b, "\r\nCache-Control: no-store\r\nDate: "...)
-	b = now.UTC().AppendFormat(b, http.TimeFormat)
-	b = append(b, "\r\nContent-Length: "...)
-	b = strconv.AppendInt(b, int64(len(body)), 10)
-	b = append(b, "\r\n\r\n"...)
-	return append(b, body...)
+	b = strconv.AppendInt(append(b, "HTTP/1.1 "...), int64(status), 10)
+	b = append(append(b, ' '), http.StatusText(status)...)
+	b = append(append(b, "\r\nContent-Type: "...), mediaType...)
+	b = now.UTC().AppendFormat(append(b, "\r\nCache-Control: no-store\r\nDate: "...), http.TimeFormat)
+	b = strconv.AppendInt(append(b, "\r\nContent-Length: "...), int64(len(body)), 10)
+	return append(append(b, "\r\n\r\n"...), body...)
 }
 
 // returnedConn is a connection whose first bytes have been read already.
 type returnedConn struct {
 	*net.TCPConn
 	first *bytes.Reader
+	plain atomic.Int64 // such requests since then
 }
 
 func (c *returnedConn) Read(b []byte) (int, error) {
@@ -296,7 +296,7 @@ func (l *postLoop) Accept() (net.Conn, error) {
 }
 
 func (l *postLoop) Close() error {
-	l.close.Do(func() { close(l.closed) })
+	l.close.Do(func() { l.accepted.Store(false); close(l.closed) })
 	return nil
 }
 

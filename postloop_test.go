@@ -9,11 +9,13 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -88,6 +90,7 @@ func sameAnswers(t *testing.T, addr, path, body, plainAnswer string, normal func
 		post + jsonType + " folded: x\r\n" + length + "\r\n" + body,
 		post + jsonType + length + "no colon\r\n\r\n" + body,
 		post + jsonType + length + "X: " + strings.Repeat("x", 32<<10) + "\r\n\r\n" + body,
+		post + jsonType + length + "User-Agent: " + strings.Repeat("x", 20<<10) + "\r\n\r\n" + body,
 		post + length + "\r\n" + body,
 		post + "Content-Type: text/plain\r\n" + length + "\r\n" + body,
 		post + "Content-Type: application/x-ndjson\r\n" + length + "\r\n" + body,
@@ -152,6 +155,41 @@ func sameAnswers(t *testing.T, addr, path, body, plainAnswer string, normal func
 		if got.StatusCode != want.StatusCode || gotType != wantType || normal(gotText) != normal(wantText) || got.Close != want.Close {
 			t.Errorf("%.300q: got %s %s %q, to be closed: %v; want %s %s %q, %v",
 				request, got.Status, gotType, gotText, got.Close, want.Status, wantType, wantText, want.Close)
+		}
+	}
+}
+
+// What stands between two requests, and one that breaks off, are answered as on a connection that net/http has kept.
+func TestSendConnectionBetweenRequests(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	plain := sendText("application/json", []byte(`{"token":"x"}`))
+	other := strings.Replace(plain, "Host:", "X-Other: x\r\nHost:", 1)
+	ask := func(first string, parts ...string) string {
+		conn := g.dial(first)
+		conn.wantReply(sentGone)
+		for _, part := range parts {
+			conn.write(strings.ReplaceAll(part, plain, first))
+			time.Sleep(20 * time.Millisecond)
+		}
+		conn.CloseWrite()
+		conn.SetReadDeadline(time.Now().Add(patience))
+		text, err := io.ReadAll(conn.wire)
+		return fmt.Sprint(regexp.MustCompile("(?m)^[CD].*\n").ReplaceAllString(string(text), ""), err)
+	}
+	for _, parts := range [][]string{
+		{"\r\n" + plain},
+		{"\n" + plain},
+		{"\r\n\r\n", plain},
+		{plain + "\r", "\n", plain + "\r\nGET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"},
+		{"\r\n"},
+		{plain[:10]},
+		{plain[:60]},
+		{plain[:len(plain)-1]},
+		{plain + plain[:len(plain)-1]},
+	} {
+		if got, want := ask(plain, parts...), ask(other, parts...); got != want {
+			t.Errorf("%q: got %q, want %q", parts, got, want)
 		}
 	}
 }
@@ -267,6 +305,41 @@ func TestSendBufferGrowsWithTheRequest(t *testing.T) {
 	}
 }
 
+// roomConn notes how much the next Read may take.
+type roomConn struct {
+	net.Conn
+	room *atomic.Int64
+}
+
+func (c roomConn) Read(b []byte) (int, error) {
+	c.room.Store(int64(len(b)))
+	return c.Conn.Read(b)
+}
+
+// A connection that has brought much keeps little of it while it is silent, if there are many.
+func TestSendBufferShrinks(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		poster := heldPoster{make(chan struct{}), make(chan struct{})}
+		ours, theirs := net.Pipe()
+		defer theirs.Close()
+		var room atomic.Int64
+		l := newPostLoop(poster, nil)
+		l.open.Add(1000)
+		go l.serve(roomConn{ours, &room}, nil)
+		for _, size := range []int{2, 20 << 10, 40 << 10, 250 << 10, 1 << 20, 250 << 10} {
+			go io.WriteString(theirs, sendText(jsonType, make([]byte, size)))
+			<-poster.asked
+			poster.answered <- struct{}{}
+			theirs.Read(make([]byte, 1<<10))
+			synctest.Wait()
+			if got := room.Load(); got > 64<<10 {
+				t.Errorf("after %d bytes: got room for %d, want at most 64 KiB", size, got)
+			}
+		}
+	})
+}
+
 // A request that is taken for plain means the same to net/http, so nothing in front of the two can tell them apart.
 func FuzzPlainPost(f *testing.F) {
 	head := "POST /api/tasks/a/progress HTTP/1.1\r\nHost: h:1\r\nAuthorization: Bearer k\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
@@ -293,6 +366,29 @@ func FuzzPlainPost(f *testing.F) {
 			t.Errorf("%q: got %q, want %q; isPlain: %v, want true", text, got, want, isPlain(r, p.mediaType))
 		}
 	})
+}
+
+// A connection is taken over only if its next requests will be plain, too: otherwise it would go to and fro.
+func TestPlainOnBothSides(t *testing.T) {
+	t.Parallel()
+	const text = "POST /internal/send HTTP/1.1\r\nHost: gateway:3000\r\nContent-Type: application/json\r\nContent-Length: 0\r\n\r\n"
+	for old, changed := range map[string]string{
+		"HTTP":     "HTTP",
+		"gateway":  "sse_gateway",
+		"send":     "send?",
+		"send ":    "send?a=b ",
+		"POST ":    "POST http://gateway:3000",
+		"\r\n\r\n": "\r\nConnection: close\r\n\r\n",
+		"Host":     "X-Other: x\r\nHost",
+	} {
+		request := strings.Replace(text, old, changed, 1)
+		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(request)))
+		must(t, err)
+		_, plain := parsePlain([]byte(request))
+		if want := strings.HasPrefix(changed, "HTTP") || changed == "sse_gateway"; isPlain(r, jsonType) != want || plain != want {
+			t.Errorf("%q: got %v from net/http and %v afterwards, want %v", request, isPlain(r, jsonType), plain, want)
+		}
+	}
 }
 
 // During a shutdown net/http answers all requests. The shutdown waits for the answers that are under way.
@@ -324,6 +420,36 @@ func TestReportConnectionsDuringShutdown(t *testing.T) {
 			t.Errorf("in a shutdown: got %d, want 0", got)
 		}
 		api.reports.busy.Add(-1)
+		<-stopped
+	})
+}
+
+// So it is with a gateway's: its shutdown waits for the sends that are under way, and net/http has the next.
+func TestSendConnectionsDuringShutdown(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+		p := plainPost{path: []byte("/internal/send"), mediaType: jsonType}
+		if got := g.plainLimit(p); got != maxSend {
+			t.Errorf("got a limit of %d, want %d", got, maxSend)
+		}
+		g.posts.busy.Add(1)
+		stopped := make(chan struct{})
+		go func() {
+			g.shutdown(t.Context())
+			close(stopped)
+		}()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		select {
+		case <-stopped:
+			t.Error("stopped while a send was being answered")
+		default:
+		}
+		if got := g.plainLimit(p); got >= 0 {
+			t.Errorf("in a shutdown: got a limit of %d, want none", got)
+		}
+		g.posts.busy.Add(-1)
 		<-stopped
 	})
 }
@@ -360,4 +486,110 @@ func TestPlainPostsAreTracked(t *testing.T) {
 			t.Errorf("after the answer: got %d under way, want 0", got)
 		}
 	})
+}
+
+// An answer has time to be made and written, however late its request came.
+func TestPlainPostsThatComeLate(t *testing.T) {
+	t.Parallel()
+	text := sendText(jsonType, []byte("{}"))
+	synctest.Test(t, func(t *testing.T) {
+		poster := heldPoster{make(chan struct{}), make(chan struct{})}
+		ours, theirs := net.Pipe()
+		defer theirs.Close()
+		go newPostLoop(poster, nil).serve(ours, nil)
+		answers := bufio.NewReader(theirs)
+		ask := func(name, text string) {
+			io.WriteString(theirs, text)
+			<-poster.asked
+			time.Sleep(2 * time.Second)
+			poster.answered <- struct{}{}
+			if _, err := http.ReadResponse(answers, nil); err != nil {
+				t.Fatalf("%s: got %v, want an answer", name, err)
+			}
+		}
+		ask("the first", text)
+		time.Sleep(postIdle - 3*time.Second)
+		ask("after a silence", text)
+		io.WriteString(theirs, text[:60])
+		time.Sleep(postDue - time.Second)
+		ask("in parts", text[60:])
+	})
+}
+
+// Nor is a connection forgotten on its way back, with a request that has been read.
+func TestPlainPostsGoBackTracked(t *testing.T) {
+	t.Parallel()
+	listener, err := net.Listen("tcp", "localhost:0")
+	must(t, err)
+	defer listener.Close()
+	client := dialTo(t, listener.Addr().String(), "")
+	conn, err := listener.Accept()
+	must(t, err)
+	l := newPostLoop(heldPoster{}, nil)
+	go l.serve(conn, []byte("GET / HTTP/1.1\r\n\r\n"))
+	eventually(t, soon, "the connection waits", func() bool { return l.busy.Load() == 1 })
+	back, err := l.Accept()
+	must(t, err)
+	eventually(t, soon, "the connection has left", func() bool { return l.busy.Load() == 0 })
+	io.WriteString(back, "ok")
+	client.SetReadDeadline(time.Now().Add(patience))
+	if got, err := client.wire.Peek(2); string(got) != "ok" {
+		t.Errorf("got %q, %v, want ok", got, err)
+	}
+}
+
+// Requests of which only every other one is plain stay with net/http for the most part.
+func TestPlainPostsAmongOthers(t *testing.T) {
+	t.Parallel()
+	l := newPostLoop(heldPoster{}, nil)
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		l.respond(w, r, jsonType, http.StatusOK, nil)
+	}))
+	var taken atomic.Int64
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateHijacked {
+			taken.Add(1)
+		}
+	}
+	server.Config.ConnContext = withConn
+	server.Start()
+	t.Cleanup(server.Close)
+	go server.Config.Serve(l)
+	eventually(t, soon, "the loop is known", l.accepted.Load)
+	conn := dialTo(t, server.Listener.Addr().String(), "")
+	for range 40 {
+		conn.write(sendText(jsonType, nil))
+		conn.wantReply("200 ")
+		conn.write("GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+		conn.wantReply("200 ")
+	}
+	if got := taken.Load(); got < 2 || got > 5 {
+		t.Errorf("the connection was taken over %d times in 80 requests, want 2 to 5", got)
+	}
+}
+
+// In a shutdown net/http writes the answers that are still to come: it waits for them, and tells of the end.
+func TestPlainPostsAtTheEnd(t *testing.T) {
+	t.Parallel()
+	l := newPostLoop(heldPoster{}, nil)
+	asked, answer := make(chan struct{}), make(chan struct{})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		close(asked)
+		<-answer
+		l.respond(w, r, jsonType, http.StatusOK, nil)
+	}))
+	go server.Config.Serve(l)
+	eventually(t, soon, "the loop is known", l.accepted.Load)
+	conn := dialTo(t, server.Listener.Addr().String(), sendText(jsonType, nil))
+	<-asked
+	stopped := make(chan error)
+	go func() { stopped <- server.Config.Shutdown(t.Context()) }()
+	<-l.closed
+	close(answer)
+	if got := conn.answer(); !got.Close {
+		t.Error("got an answer after which the connection stays open, want one that ends it")
+	}
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
 }

@@ -299,7 +299,7 @@ func (sh *shard) all() []*stream {
 }
 
 // shutdown takes no new streams, ends those that are open, spread over time, and waits for their disconnect callbacks,
-// until ctx ends.
+// and for the answers to sends, until ctx ends.
 func (g *gateway) shutdown(ctx context.Context) {
 	g.closing.Store(true)
 	g.stopHolding()
@@ -308,6 +308,7 @@ func (g *gateway) shutdown(ctx context.Context) {
 	if left := g.wait(ctx); left > 0 {
 		g.log.Warn("ending with streams or disconnect callbacks under way", "count", left)
 	}
+	g.posts.wait(ctx)
 }
 
 func (g *gateway) all() (streams []*stream) {
