@@ -611,6 +611,9 @@ type browser struct {
 
 func startBrowser(t testing.TB) *browser {
 	t.Helper()
+	if underRace {
+		t.Skip("a browser takes too long beside the race detector; .ci/run has these tests without it")
+	}
 	needs(t, "chromium")
 	shared := &sharedChromium
 	shared.mu.Lock()
