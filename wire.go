@@ -186,6 +186,7 @@ func encodeRequest(r *http.Request) json.RawMessage {
 	return bytes.Clone(append(b, "}}"...)) // kept for as long as the stream: without spare room
 }
 
+// headerText returns the value of a header, as the callbacks have it.
 func headerText(r *http.Request, name string) string {
 	separator := ", "
 	if name == "Cookie" {

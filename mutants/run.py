@@ -7,7 +7,7 @@ import pathlib, shutil, subprocess, sys, tempfile
 
 MUTANTS = [  # file, what is there, what is there instead, tests
     # delivery
-    ("connmgr.go", "case old != nil && c.order.before(old.order):", "case false:", "TestConnectOrder|TestDeliveryModel"),
+    ("connmgr.go", "case old != nil && c.order.before(old.order):", "case false:", "TestDeliveryModel"),
     ("connmgr.go", "c.probes && old.token != c.replaces", "false", "TestDeliveryModel"),
     ("connmgr.go", "if c == nil || c.token != token {", "if c == nil {", "TestEveryInterleaving|TestOnDisconnect"),
     ("connmgr.go", "c.suspect.Store(true)", "", "TestDeliveryModel|TestFollower|TestSend"),
@@ -36,6 +36,11 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("journal.go", "c.stored.Store(true)", "", "TestJournal"),
     ("journal.go", "c.finish()\n\tj.next.finish()", "c.finish()", "TestJournal|TestRestoreNoRoom"),
     ("journal.go", "j.number, j.held = c.number, nil", "j.number = c.number", "TestJournal|TestRestoreNoRoom"),
+    ("journal.go", "j.zeroes = end + int64(j.ahead)", "j.zeroes = end", "TestJournalWritesAhead"),
+    ("journal.go", "_, err := j.file.WriteAt(frames, size)", "err := errCannotStore", "TestJournal"),
+    ("journalfile.go", "j.zeroes = end", "j.zeroes = 0", "TestJournalWritesAhead"),
+    ("journalfile.go", "torn == begin", "end == begin", "TestJournal"),
+    ("compact.go", "j.file, j.dirty, j.zeroes = c.file, false, 0", "j.file, j.dirty = c.file, false", "TestJournal"),
     ("compact.go", "j.abandon(c) // now", "// now", "TestJournalCompactionWithoutRoom"),
     ("compact.go", "c.copy(j.file, j.size.Load())", "", "TestJournalCrashes"),
     ("compact.go", "if err := j.disk.sync(j.dir); err != nil {", "if err := error(nil); err != nil {", "TestJournalCrashes"),
