@@ -466,6 +466,25 @@ func TestJournalWritesAhead(t *testing.T) {
 	})
 }
 
+func TestJournalWritesAheadAfterCompaction(t *testing.T) {
+	journalTest(t, 0, func(t *testing.T, d *crashDisk, j *journal) {
+		j.ahead = 1000
+		j.snapshot = func(record func([]byte)) { record([]byte("live")) }
+		j.write([]byte("one"), nil)
+		j.store()
+		j.compact(j.file, j.size.Load(), j.number)
+		if !j.replace(<-j.compacted) {
+			t.Error("not replaced")
+		}
+		j.write([]byte("two"), nil)
+		j.store()
+		if got, want := len(d.now[j.path()].data), int(j.size.Load())+1000; got != want {
+			t.Errorf("got %d bytes, want %d", got, want)
+		}
+		j.lock.Close()
+	})
+}
+
 // slowFile takes a second for each sync.
 type slowFile struct{ *crashFile }
 
