@@ -58,8 +58,7 @@ func (h *callbackHandler) serve(w http.ResponseWriter, r *http.Request) (status 
 		h.wrongSecrets.log(h.log, slog.LevelWarn, "callback with a missing or wrong secret", "remote", r.RemoteAddr)
 		return 0, nil, errWrongSecret
 	}
-	var buf bytes.Buffer
-	body, err := readBody(w, r, maxCallback, &buf)
+	body, err := readBody(w, r, maxCallback, new(bytes.Buffer))
 	if err != nil {
 		return 0, nil, err
 	}

@@ -142,11 +142,9 @@ func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) (status
 	if err != nil {
 		return 0, nil, err
 	}
-	if err := s.await(t); err != nil {
-		return 0, nil, err
-	}
+	stored := s.await(t)
 	view, err := t.view()
-	if err != nil {
+	if err = cmp.Or(stored, err); err != nil {
 		return 0, nil, err
 	}
 	streamURL := "/api/sse/tasks?task_id=" + url.QueryEscape(t.id)
