@@ -53,7 +53,7 @@ func (s *TaskService) startExternal(params object) (t *task, known bool, err err
 	defer s.mu.Unlock()
 	if t = s.tasks[id]; t != nil && s.life.Err() == nil {
 		if t.kind != externalTask || t.title != title || t.status.finished() {
-			return nil, false, t.conflict(errTaskIDTaken)
+			return nil, false, t.conflict(*errTaskIDTaken)
 		}
 		return t, true, nil
 	}
@@ -127,18 +127,12 @@ func (s *TaskService) takeProgress(t *task, r report) (a reported, stored *commi
 	return a, stored, err
 }
 
-// Complete ends a running external task with a result as compactResult returns it.
-func (s *TaskService) Complete(id, result string) (reported, error) {
+// End ends a running external task: completed with a result as compactResult returns it, or failed with a text as
+// usableFailure returns it.
+func (s *TaskService) End(id string, status taskStatus, outcome string) (reported, error) {
 	t := s.task(id)
-	return reportStored(s.take(t, func() bool { return t.status == taskCompleted && t.result == result },
-		func() { s.finishLocked(t, taskCompleted, result) }))
-}
-
-// Fail ends a running external task with a text as usableFailure returns it.
-func (s *TaskService) Fail(id, failure string) (reported, error) {
-	t := s.task(id)
-	return reportStored(s.take(t, func() bool { return t.status == taskFailed && t.err == failure },
-		func() { s.finishLocked(t, taskFailed, failure) }))
+	taken := func() bool { return t.status == status && cmp.Or(t.result, t.err) == outcome } // t has one of the two
+	return reportStored(s.take(t, taken, func() { s.finishLocked(t, status, outcome) }))
 }
 
 // reported is the answer to a report: the ID of the event that tells the followers.
@@ -165,11 +159,11 @@ func (s *TaskService) take(t *task, taken func() bool, apply func()) (a reported
 	isTaken := t.kind == externalTask && taken()
 	switch {
 	case t.kind != externalTask:
-		return a, t.lastStored, t.conflict(errNotExternal)
+		return a, t.lastStored, t.conflict(*errNotExternal)
 	case t.status == taskCancelled && !isTaken:
-		return a, t.lastStored, t.conflict(errTaskCancelled)
+		return a, t.lastStored, t.conflict(*errTaskCancelled)
 	case t.status.finished() && !isTaken:
-		return a, t.lastStored, t.conflict(errTaskFinished)
+		return a, t.lastStored, t.conflict(*errTaskFinished)
 	case !t.status.finished():
 		t.lastReport = time.Now()
 		t.deadline.Reset(s.cfg.timeout)
@@ -258,7 +252,7 @@ func (s *TaskService) followWorker(id string) (t *task, ctx context.Context, err
 	case t == nil:
 		return nil, nil, errTaskUnknown
 	case t.kind != externalTask:
-		return nil, nil, t.conflict(errNotExternal)
+		return nil, nil, t.conflict(*errNotExternal)
 	case !t.status.finished() && t.worker == nil:
 		t.worker, t.cancel = context.WithCancel(s.life)
 	}
@@ -338,7 +332,7 @@ func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) (sta
 	if err != nil {
 		return 0, nil, err
 	}
-	answer, err = s.Complete(r.PathValue("task_id"), result)
+	answer, err = s.End(r.PathValue("task_id"), taskCompleted, result)
 	return http.StatusOK, answer, err
 }
 
@@ -347,7 +341,7 @@ func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) (status 
 	body, err := readJSON(w, r, maxFailBody)
 	if err == nil {
 		failure, _, _ := body.str("error")
-		answer, err = s.Fail(r.PathValue("task_id"), usableFailure(failure))
+		answer, err = s.End(r.PathValue("task_id"), taskFailed, usableFailure(failure))
 	}
 	return http.StatusOK, answer, err
 }
