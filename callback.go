@@ -58,8 +58,7 @@ func (h *callbackHandler) serve(w http.ResponseWriter, r *http.Request) (status 
 		h.wrongSecrets.log(h.log, slog.LevelWarn, "callback with a missing or wrong secret", "remote", r.RemoteAddr)
 		return 0, nil, errWrongSecret
 	}
-	var buf bytes.Buffer
-	body, err := readBody(w, r, maxCallback, &buf)
+	body, err := readBody(w, r, maxCallback, new(bytes.Buffer))
 	if err != nil {
 		return 0, nil, err
 	}
@@ -108,10 +107,9 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 		return a, badRequest("duplicate_field", "task_id is given twice in the URL")
 	}
 	id := lastValue(t.query[key])
-	if err = checkID(id); err == nil {
-		err = errAskFirst
-	}
-	for tries := 0; err == errAskFirst; tries++ { // again if another connection has come since
+	err = cmp.Or(checkID(id), errAskFirst)
+	// The first try asks nobody. If that is needed, the next one asks, and again if another connection has come since.
+	for tries := 0; err == errAskFirst; tries++ {
 		if tries > 0 && (tries > 3 || !h.conns.Ask(service+":"+id, &request)) {
 			return a, errGatewayGone
 		}
@@ -201,7 +199,7 @@ func parseCallback(body []byte) (c callback, err error) {
 		return c, err
 	}
 	if headers != nil {
-		odd := false // one is no string
+		odd := false // one is no string; scanObject fails then, as for a duplicate
 		err = scanObject(headers, &odd, func(_ []byte, i int) int {
 			odd = odd || headers[i] != '"'
 			return skipValue(headers, i, 1)

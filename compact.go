@@ -67,8 +67,8 @@ func (j *journal) compact(old journalFile, from int64, number uint64) {
 		w.Write(frame)
 		c.err = w.Flush()
 	}
-	for end := j.size.Load(); c.err == nil && end-c.copied > compactRest; end = j.size.Load() {
-		c.copy(old, end)
+	for c.err == nil && j.size.Load()-c.copied > compactRest {
+		c.copy(old, j.size.Load())
 	}
 	if c.err == nil {
 		c.err = c.file.Sync()
@@ -103,7 +103,7 @@ func (j *journal) replace(c *compaction) bool {
 		j.abandon(c)
 		return false
 	}
-	if err := j.disk.sync(j.dir); err != nil { // either file may be there after a crash
+	if err := j.disk.sync(j.dir); err != nil { // either file may be there after a crash; no commit is at fault
 		j.giveUp(newCommit(0), fmt.Errorf("syncing the folder of the journal: %w", err))
 		return false
 	}

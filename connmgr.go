@@ -203,8 +203,7 @@ func (m *ConnectionManager) current(identifier, token string) *connection {
 func (m *ConnectionManager) Connected(identifier string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	_, ok := m.connections[identifier]
-	return ok
+	return m.connections[identifier] != nil
 }
 
 // Active counts the connections of each service.

@@ -30,38 +30,30 @@ var (
 	errNoReport  = badRequest("missing_field", "text or value must be there")
 )
 
-// externalParams reads {"task_id":"…","title":"…"}, both optional.
-func externalParams(params object) (id, title string, err error) {
-	id, given, err := params.str("task_id")
-	if err != nil {
-		return "", "", badParam("task_id must be a string")
-	}
-	if !given {
-		id = newToken()
-	} else if !isTaskID(id) {
-		return "", "", errBadTaskID
-	}
-	title, _, err = params.str("title")
-	if err != nil || len(title) > maxTaskText {
-		return "", "", badParam("title must be a string of at most %d bytes", maxTaskText)
-	}
-	return id, title, nil
-}
-
 func isTaskID(id string) bool {
 	return len(id) <= maxID && strings.Trim(id, plainChars) == "" && id != "" && id != "." && id != ".."
 }
 
+// startExternal is Start for an external task. Its params are {"task_id":"…","title":"…"}, both optional.
 func (s *TaskService) startExternal(params object) (t *task, known bool, err error) {
-	id, title, err := externalParams(params)
-	if err != nil {
-		return nil, false, err
+	id, given, err := params.str("task_id")
+	switch {
+	case err != nil:
+		return nil, false, badParam("task_id must be a string")
+	case !given:
+		id = newToken()
+	case !isTaskID(id):
+		return nil, false, errBadTaskID
+	}
+	title, _, err := params.str("title")
+	if err != nil || len(title) > maxTaskText {
+		return nil, false, badParam("title must be a string of at most %d bytes", maxTaskText)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if t = s.tasks[id]; t != nil && s.life.Err() == nil {
 		if t.kind != externalTask || t.title != title || t.status.finished() {
-			return nil, false, t.conflict(errTaskIDTaken)
+			return nil, false, t.conflict(*errTaskIDTaken)
 		}
 		return t, true, nil
 	}
@@ -122,34 +114,25 @@ func (s *TaskService) Progress(id string, r report) (reported, error) {
 }
 
 func (s *TaskService) takeProgress(t *task, r report) (a reported, stored *commit, err error) {
-	repeated := func() bool {
-		a.Repeated = r.seq != 0 && r.seq <= t.seq
-		return a.Repeated
+	repeated := false
+	taken := func() bool {
+		repeated = r.seq != 0 && r.seq <= t.seq
+		return repeated
 	}
-	a.EventID, stored, err = s.take(t, repeated, func() {
+	a, stored, err = s.take(t, taken, func() {
 		t.seq = max(t.seq, r.seq)
 		s.reportLocked(t, r)
 	})
+	a.Repeated = repeated
 	return a, stored, err
 }
 
-// Complete ends a running external task with a result as compactResult returns it.
-func (s *TaskService) Complete(id, result string) (reported, error) {
+// End ends a running external task: completed with a result as compactResult returns it, or failed with a text as
+// usableFailure returns it.
+func (s *TaskService) End(id string, status taskStatus, outcome string) (reported, error) {
 	t := s.task(id)
-	return s.end(t, func() bool { return t.status == taskCompleted && t.result == result },
-		func() { s.finishLocked(t, taskCompleted, result) })
-}
-
-// Fail ends a running external task with a text as usableFailure returns it.
-func (s *TaskService) Fail(id, failure string) (reported, error) {
-	t := s.task(id)
-	return s.end(t, func() bool { return t.status == taskFailed && t.err == failure },
-		func() { s.finishLocked(t, taskFailed, failure) })
-}
-
-func (s *TaskService) end(t *task, taken func() bool, apply func()) (reported, error) {
-	eventID, stored, err := s.take(t, taken, apply)
-	return reportStored(reported{EventID: eventID}, stored, err)
+	taken := func() bool { return t.status == status && cmp.Or(t.result, t.err) == outcome } // t has one of the two
+	return reportStored(s.take(t, taken, func() { s.finishLocked(t, status, outcome) }))
 }
 
 // reported is the answer to a report: the ID of the event that tells the followers.
@@ -167,20 +150,20 @@ func reportStored(a reported, stored *commit, err error) (reported, error) {
 // take calls apply, with mu held, if t is an external task that has not ended, unless taken says that t has this report
 // already: the worker may have missed the answer. The caller must wait for stored before it answers, also with an
 // error, as the answer tells what became of the task.
-func (s *TaskService) take(t *task, taken func() bool, apply func()) (eventID string, stored *commit, err error) {
+func (s *TaskService) take(t *task, taken func() bool, apply func()) (a reported, stored *commit, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if t == nil || s.tasks[t.id] != t {
-		return "", nil, errTaskUnknown
+		return a, nil, errTaskUnknown
 	}
 	isTaken := t.kind == externalTask && taken()
 	switch {
 	case t.kind != externalTask:
-		return "", t.lastStored, t.conflict(errNotExternal)
+		return a, t.lastStored, t.conflict(*errNotExternal)
 	case t.status == taskCancelled && !isTaken:
-		return "", t.lastStored, t.conflict(errTaskCancelled)
+		return a, t.lastStored, t.conflict(*errTaskCancelled)
 	case t.status.finished() && !isTaken:
-		return "", t.lastStored, t.conflict(errTaskFinished)
+		return a, t.lastStored, t.conflict(*errTaskFinished)
 	case !t.status.finished():
 		t.lastReport = time.Now()
 		t.deadline.Reset(s.cfg.timeout)
@@ -188,7 +171,7 @@ func (s *TaskService) take(t *task, taken func() bool, apply func()) (eventID st
 	if !isTaken {
 		apply()
 	}
-	return t.events.id(t.lastEvent), t.lastStored, nil
+	return reported{EventID: t.events.id(t.lastEvent)}, t.lastStored, nil
 }
 
 // serveProgress is POST /api/tasks/{task_id}/progress.
@@ -269,7 +252,7 @@ func (s *TaskService) followWorker(id string) (t *task, ctx context.Context, err
 	case t == nil:
 		return nil, nil, errTaskUnknown
 	case t.kind != externalTask:
-		return nil, nil, t.conflict(errNotExternal)
+		return nil, nil, t.conflict(*errNotExternal)
 	case !t.status.finished() && t.worker == nil:
 		t.worker, t.cancel = context.WithCancel(s.life)
 	}
@@ -349,17 +332,16 @@ func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) (sta
 	if err != nil {
 		return 0, nil, err
 	}
-	answer, err = s.Complete(r.PathValue("task_id"), result)
+	answer, err = s.End(r.PathValue("task_id"), taskCompleted, result)
 	return http.StatusOK, answer, err
 }
 
 // serveFail is POST /api/tasks/{task_id}/fail. It takes a failure whatever its text is.
 func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	body, err := readJSON(w, r, maxFailBody)
-	if err != nil {
-		return 0, nil, err
+	if err == nil {
+		failure, _, _ := body.str("error")
+		answer, err = s.End(r.PathValue("task_id"), taskFailed, usableFailure(failure))
 	}
-	failure, _, _ := body.str("error")
-	answer, err = s.Fail(r.PathValue("task_id"), usableFailure(failure))
 	return http.StatusOK, answer, err
 }

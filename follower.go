@@ -235,11 +235,10 @@ func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, re
 		return cursors[0], run, reason
 	}
 	for _, c = range cursors {
-		if c.log.epoch != "" {
-			continue
-		}
-		if run, _ = c.take(most); len(run) > 0 {
-			return c, run, ""
+		if c.log.epoch == "" {
+			if run, _ = c.take(most); len(run) > 0 {
+				return c, run, ""
+			}
 		}
 	}
 	for range cursors {

@@ -114,13 +114,10 @@ func (r *restoring) event(text []byte) error {
 	var head [3]uint64
 	for i := range head {
 		value, size := binary.Uvarint(text)
-		if size <= 0 {
-			return errShortEvent
+		if size <= 0 || size == len(text) { // more follows each, after the last one the flags
+			return errors.New("an event is too short")
 		}
 		head[i], text = value, text[size:]
-	}
-	if len(text) == 0 {
-		return errShortEvent
 	}
 	t := r.numbers[head[0]]
 	if t == nil || head[1] <= t.lastEvent {
@@ -135,8 +132,6 @@ func (r *restoring) event(text []byte) error {
 	}
 	return nil
 }
-
-var errShortEvent = errors.New("an event is too short")
 
 // finish completes the tasks once all has been read, and continues those that have not ended.
 func (r *restoring) finish() error {

@@ -17,24 +17,24 @@ import (
 
 // taskView is a task as the API shows it. Most members are null until they are known.
 type taskView struct {
-	TaskID    string          `json:"task_id"`
-	Type      string          `json:"type"`
-	Status    taskStatus      `json:"status"`
-	Title     *string         `json:"title"`
-	Progress  *taskProgress   `json:"progress"`
-	StartTime *time.Time      `json:"start_time"`
-	EndTime   *time.Time      `json:"end_time"`
-	Result    json.RawMessage `json:"result"`
-	Error     *string         `json:"error"`
+	TaskID    string           `json:"task_id"`
+	Type      string           `json:"type"`
+	Status    taskStatus       `json:"status"`
+	Title     *string          `json:"title"`
+	Progress  *taskProgress    `json:"progress"`
+	StartTime *time.Time       `json:"start_time"`
+	EndTime   *time.Time       `json:"end_time"`
+	Result    *json.RawMessage `json:"result"`
+	Error     *string          `json:"error"`
 }
 
 // view returns what is on disk of t, or errTaskUnknown if nothing is or t is nil.
-func (t *task) view() (v taskView, err error) {
+func (t *task) view() (taskView, error) {
 	if t == nil || t.shown.Load() == nil {
-		return v, errTaskUnknown
+		return taskView{}, errTaskUnknown
 	}
 	s := *t.shown.Load()
-	v = taskView{
+	return taskView{
 		TaskID:    t.id,
 		Type:      t.kind,
 		Status:    s.status,
@@ -42,12 +42,9 @@ func (t *task) view() (v taskView, err error) {
 		Progress:  s.progress,
 		StartTime: orNull(s.start.UTC(), !s.start.IsZero()),
 		EndTime:   orNull(s.end.UTC(), !s.end.IsZero()),
+		Result:    orNull(json.RawMessage(s.result), s.result != ""),
 		Error:     orNull(s.err, s.status == taskFailed),
-	}
-	if s.result != "" {
-		v.Result = json.RawMessage(s.result)
-	}
-	return v, nil
+	}, nil
 }
 
 // orNull returns a pointer to value, or nil (null in JSON) if there is none.
@@ -112,11 +109,10 @@ func truncate(text string) string {
 	return strings.ToValidUTF8(text, "")
 }
 
-// conflict returns e with the status of t.
-func (t *task) conflict(e *apiError) error {
-	told := *e
-	told.TaskStatus = string(t.status)
-	return &told
+// conflict returns an error with the status of t.
+func (t *task) conflict(e apiError) error {
+	e.TaskStatus = string(t.status)
+	return &e
 }
 
 // serveStart is POST /api/tasks.
@@ -142,11 +138,9 @@ func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) (status
 	if err != nil {
 		return 0, nil, err
 	}
-	if err := s.await(t); err != nil {
-		return 0, nil, err
-	}
+	stored := s.await(t)
 	view, err := t.view()
-	if err != nil {
+	if err = cmp.Or(stored, err); err != nil {
 		return 0, nil, err
 	}
 	streamURL := "/api/sse/tasks?task_id=" + url.QueryEscape(t.id)

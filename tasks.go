@@ -357,7 +357,8 @@ type taskEvent[T any] struct {
 // may, it forgets finished ones; if that is not enough, it drops t's own progress, all but the last.
 func (s *TaskService) emitLocked(t *task, eventType string, at time.Time, data any, keep bool) {
 	told := string(marshal(taskEvent[any]{eventType, t.id, at.UTC(), data}))
-	t.result = told[len(told)-len("}")-len(t.result) : len(told)-len("}")] // it ends the event: one copy is enough
+	end := len(told) - len("}")
+	t.result = told[end-len(t.result) : end] // the event ends in the result: one copy is enough
 	t.lastEvent = t.events.Add(entry{data: told, keep: keep})
 	s.storeLocked(t, func() []byte { return encodeEvent(t.number, t.lastEvent, t.seq, keep, told) })
 	s.memory.count(&t.held, t.size())

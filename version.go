@@ -133,6 +133,7 @@ func (s *VersionService) connected(id string) bool {
 }
 
 // streamLocked returns the stream of a request_id, and makes it if there is none. There must be room for n bytes more.
+// The caller counts what it holds then.
 func (s *VersionService) streamLocked(id string, n int) (*versionStream, error) {
 	st := s.streams[id]
 	if st == nil {
@@ -144,7 +145,6 @@ func (s *VersionService) streamLocked(id string, n int) (*versionStream, error) 
 	if st == nil {
 		st = &versionStream{events: newEventLog(s.policy), alone: time.Now()}
 		s.streams[id] = st
-		s.countLocked(id, st)
 	}
 	return st, nil
 }
@@ -326,8 +326,8 @@ func (s *VersionService) Events() (n int) {
 func (s *VersionService) Poll(ctx context.Context, target string, interval time.Duration) {
 	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: dial, TLSHandshakeTimeout: dialLimit}
 	client := &http.Client{Timeout: pollLimit, Transport: transport}
-	pause := min(interval, pollAgain)
-	for seen, failing := "", false; ; pause = interval {
+	seen, failing := "", false
+	for pause := min(interval, pollAgain); ; pause = interval {
 		a, err := fetchVersion(ctx, client, target)
 		switch {
 		case ctx.Err() != nil:
