@@ -237,12 +237,11 @@ func (s *stream) beat() {
 	}
 	buf := chunkBuffers.Get().(*[]byte)
 	defer chunkBuffers.Put(buf)
-	*buf = reserveChunk(*buf)
+	beat := heartbeat
 	if s.beatEvent {
-		*buf = append(*buf, s.limits.beatEvent...)
-	} else {
-		*buf = append(*buf, heartbeat...)
+		beat = s.limits.beatEvent
 	}
+	*buf = append(reserveChunk(*buf), beat...)
 	s.writeLocked(s.chunk(buf))
 }
 
