@@ -119,8 +119,7 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 	}
 	warnOfVariables(environ, log)
 	reg := newRegistry(buildVersion())
-	g := newGateway(cfg, log, newGatewayMetrics(reg))
-	g.gauges(reg)
+	g := newGateway(cfg, log, reg)
 	listeners, err := openListeners(cfg.Addr, cfg.InternalAddr)
 	if err != nil {
 		log.Error("listening", "err", err)
@@ -295,9 +294,8 @@ func (b *backend) embedGateway() *gateway {
 		b.callback.secret = secret(rand.Text())
 	}
 	b.cfg.Gateway.CallbackURL = "http://backend/api/sse/callback?secret=" + secret(url.QueryEscape(string(b.callback.secret)))
-	g := newGateway(b.cfg.Gateway, b.log, newGatewayMetrics(b.reg))
-	g.gauges(b.reg)
-	b.conns.gateway = directSender{g}
+	g := newGateway(b.cfg.Gateway, b.log, b.reg)
+	b.conns.gateway = g
 	can := parseFeatures(gatewayFeatures)
 	g.backend = func(c callback, order string) (status int, answer []byte) {
 		return encodeAnswer(b.callback.take(c, parseOrder(order), can))

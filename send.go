@@ -241,12 +241,9 @@ func (g *gateway) deliver(m sendRequest) sendStatus {
 	return b.flush(m.end)
 }
 
-// directSender is the way to a gateway in the same process.
-type directSender struct{ *gateway }
-
-// send gives the events to the stream of token. See gatewayClient.send.
-func (d directSender) send(token string, events []event, end bool) (r sendResult) {
-	b := burst{g: d.gateway, s: d.lookup([]byte(token)), buf: chunkBuffers.Get().(*[]byte)}
+// send is the way of a backend in the same process. It gives the events to the stream of token; see gatewayClient.send.
+func (g *gateway) send(token string, events []event, end bool) (r sendResult) {
+	b := burst{g: g, s: g.lookup([]byte(token)), buf: chunkBuffers.Get().(*[]byte)}
 	defer chunkBuffers.Put(b.buf)
 	var id []byte
 	for {
@@ -260,7 +257,7 @@ func (d directSender) send(token string, events []event, end bool) (r sendResult
 		n := b.events
 		status := b.flush(end)
 		if status == sendUnknown {
-			b.g.met.events.with(status.String()).Add(len(events) - r.taken - n)
+			g.met.events.with(status.String()).Add(len(events) - r.taken - n)
 			r.err = errUnknownToken
 			return r
 		}
