@@ -9,7 +9,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -175,7 +174,6 @@ func (g *gateway) retry() int {
 }
 
 func acceptsEventStream(r *http.Request) bool {
-	return slices.ContainsFunc(r.Header.Values("Accept"), func(v string) bool {
-		return strings.Contains(strings.ToLower(v), "text/event-stream")
-	})
+	accept := strings.Join(r.Header.Values("Accept"), ",")
+	return strings.Contains(strings.ToLower(accept), "text/event-stream")
 }
