@@ -138,7 +138,7 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 		writeError(w, err)
 		return
 	}
-	status, text := g.answerSend(nil, mediaType, body)
+	status, text := g.answerPlain(nil, plainPost{mediaType: mediaType}, body)
 	bodies.Put(buf) // not deferred: respond may last as long as the connection
 	g.posts.respond(w, r, mediaType, status, text)
 }
@@ -154,15 +154,9 @@ func (g *gateway) plainLimit(p plainPost) int64 {
 	return maxSend
 }
 
-// answerPlain is for plainPoster.
+// answerPlain carries out the body of POST /internal/send, of which it needs the media type. It is also for plainPoster.
 func (g *gateway) answerPlain(text []byte, p plainPost, body []byte) (status int, answer []byte) {
-	return g.answerSend(text, p.mediaType, body)
-}
-
-// answerSend carries out the body of POST /internal/send. It returns the status of the answer, and text with its body
-// appended.
-func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, []byte) {
-	if mediaType == ndjson {
+	if p.mediaType == ndjson {
 		return http.StatusOK, g.answerBatch(text, body)
 	}
 	a := g.take(parseSend(body))
@@ -211,7 +205,12 @@ type sendAnswer struct {
 // take carries out a send and returns the answer, also if err says that it could not be read.
 func (g *gateway) take(m sendRequest, err error) sendAnswer {
 	if err == nil {
-		return g.deliver(m).answer()
+		b := burst{g: g, s: g.lookup(m.token), buf: chunkBuffers.Get().(*[]byte)}
+		defer chunkBuffers.Put(b.buf)
+		if m.event.data != nil {
+			b.add(m.event)
+		}
+		return b.flush(m.end).answer()
 	}
 	g.met.events.with("invalid").Inc()
 	text := fmt.Sprintf(`"error":%q}`, err.Error())
@@ -229,16 +228,6 @@ func (s sendStatus) answer() sendAnswer {
 		return sendAnswer{http.StatusOK, batchBuffered, batchBuffered}
 	}
 	return sendAnswer{http.StatusNotFound, `{"error":"unknown token"}`, batchUnknown}
-}
-
-// deliver gives the event of m to its stream.
-func (g *gateway) deliver(m sendRequest) sendStatus {
-	b := burst{g: g, s: g.lookup(m.token), buf: chunkBuffers.Get().(*[]byte)}
-	defer chunkBuffers.Put(b.buf)
-	if m.event.data != nil {
-		b.add(m.event)
-	}
-	return b.flush(m.end)
 }
 
 // send is the way of a backend in the same process. It gives the events to the stream of token; see gatewayClient.send.
