@@ -252,7 +252,7 @@ func (c *gatewayClient) postOne(s *waitingSend) sendResult {
 	}
 	o, _ := parseObject(answer)
 	said, _, _ := o.str("error")
-	anyWords := !c.can().known // another make of gateway, whose words for errors are not known
+	anyWords := !c.can().known // will do: another make of gateway has its own words for errors
 	switch {
 	case status == http.StatusNotFound && (said == errUnknownToken.Error() || anyWords):
 		return sendResult{err: errUnknownToken}

@@ -156,7 +156,7 @@ func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, refused *refusa
 func (g *gateway) hold(s *stream) {
 	ctx, cancel := context.WithTimeout(g.holding, holdTime)
 	if g.held.Add(1) > maxHeld {
-		cancel()
+		cancel() // ends it at once
 	}
 	g.busy.Add(1)
 	context.AfterFunc(ctx, func() {

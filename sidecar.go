@@ -61,7 +61,7 @@ type gateway struct {
 	stopAsking    context.CancelFunc
 	holding       context.Context // ends the waiting of refused clients
 	stopHolding   context.CancelFunc
-	held          atomic.Int64
+	held          atomic.Int64 // refused clients that are waiting
 
 	full, failed, misdirected throttle // limit what is logged of each
 
