@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// connect asks the backend whether s may be opened. If there is an answer besides a refusal, the backend has accepted,
-// but its answer did not come to an end.
+// connect asks the backend whether s may be opened. It returns a refusal or an answer, or both if the backend has
+// accepted but its answer broke off: then the stream is refused, and the backend must be told of its end.
 func (g *gateway) connect(r *http.Request, s *stream) (refused *refusal, answer *callbackAnswer) {
 	clientLeft := &refusal{status: http.StatusServiceUnavailable, text: "client left"}
 	order := fmt.Sprintf("%s-%d", g.name, g.requests.Add(1))

@@ -241,7 +241,7 @@ func healthcheckURL(getenv func(string) string) (string, error) {
 // value.
 func warnOfVariables(environ []string, log *slog.Logger) {
 	known := map[string]bool{}
-	note := func(name string) string { known[name] = true; return "" }
+	note := func(name string) string { known[name] = true; return "" } // for each name that is read
 	loadBackendConfig(note)
 	loadGatewayConfig(note)
 	for _, variable := range environ {

@@ -288,12 +288,13 @@ func TestGatewayHost(t *testing.T) {
 	for host, want := range map[string]string{"127.0.0.1": "127.0.0.1", "::1": "::1", "localhost": "127.0.0.1", "": "::"} {
 		cfg, err := loadGatewayConfig(getenvFrom(map[string]string{"HOST": host, "PORT": "0"}))
 		must(t, err)
-		listeners, err := openListeners(cfg.Addr)
+		servers, err := openServers(slog.New(slog.DiscardHandler), newRegistry("test"), []string{cfg.Addr}, nil)
 		if err != nil {
 			t.Skipf("HOST=%s: %v", host, err)
 		}
-		defer listeners[0].Close()
-		if got, _, _ := net.SplitHostPort(listeners[0].Addr().String()); got != want {
+		listener := servers[0].listeners[0]
+		defer listener.Close()
+		if got, _, _ := net.SplitHostPort(listener.Addr().String()); got != want {
 			t.Errorf("HOST=%s: listens on %s, want %s", host, got, want)
 		}
 	}

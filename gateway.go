@@ -231,13 +231,9 @@ func (c *gatewayClient) takeLocked(s *waitingSend) []*waitingSend {
 
 // post sends the batch in one POST and sets the results.
 func (c *gatewayClient) post(batch []*waitingSend) {
-	var err error
 	if len(batch) == 1 && (batch[0].lines == 1 || !c.can().batch) {
-		batch[0].sendResult, err = c.postOne(batch[0])
-	} else {
-		err = c.postBatch(batch)
-	}
-	if err != nil {
+		batch[0].sendResult = c.postOne(batch[0])
+	} else if err := c.postBatch(batch); err != nil {
 		for _, s := range batch {
 			s.sendResult = sendResult{err: err}
 		}
@@ -245,27 +241,28 @@ func (c *gatewayClient) post(batch []*waitingSend) {
 }
 
 // postOne posts the first line of s.
-func (c *gatewayClient) postOne(s *waitingSend) (r sendResult, err error) {
+func (c *gatewayClient) postOne(s *waitingSend) sendResult {
 	line, _, _ := bytes.Cut(s.body, []byte("\n"))
 	status, answer, err := c.do(jsonType, line)
 	if err != nil {
-		return r, err
+		return sendResult{err: err}
 	}
 	if status == http.StatusOK {
-		return sendResult{taken: 1, buffered: bytes.Contains(answer, []byte(`"buffered"`))}, nil
+		return sendResult{taken: 1, buffered: bytes.Contains(answer, []byte(`"buffered"`))}
 	}
 	o, _ := parseObject(answer)
 	said, _, _ := o.str("error")
-	anyWords := !c.can().known // another make of gateway, whose words for errors are not known
+	anyWords := !c.can().known // will do: another make of gateway has its own words for errors
 	switch {
 	case status == http.StatusNotFound && (said == errUnknownToken.Error() || anyWords):
-		return sendResult{err: errUnknownToken}, nil
+		return sendResult{err: errUnknownToken}
 	case (status == http.StatusBadRequest || status == http.StatusRequestEntityTooLarge) && (said != "" || anyWords) && s.skips:
-		return sendResult{taken: 1, refused: 1}, nil
+		return sendResult{taken: 1, refused: 1}
 	}
-	return r, c.statusError(status) // something in between has answered, or it is no gateway
+	return sendResult{err: c.statusError(status)} // something in between has answered, or it is no gateway
 }
 
+// postBatch posts the batch and sets the results, unless it returns an error.
 func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 	want, size := 0, 0
 	for _, s := range batch {

@@ -69,7 +69,7 @@ func serveStreams(t testing.TB, cfg gatewayConfig) (*gateway, *gatewayFixture) {
 	backend := newStubBackend(t, nil)
 	t.Cleanup(backend.server.Close)
 	cfg.CallbackURL = secret(backend.server.URL + callbackTarget)
-	gateway := newGateway(cfg, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+	gateway := newGateway(cfg, slog.New(slog.DiscardHandler), newRegistry("test"))
 	server := serveTest(t, http.HandlerFunc(gateway.serveStream))
 	return gateway, &gatewayFixture{stubBackend: backend, t: t, addr: server.Listener.Addr().String()}
 }

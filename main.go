@@ -89,23 +89,22 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		}
 		defer b.journal.close()
 	}
-	listeners, err := openListeners(cfg.Addr, cfg.Gateway.InternalAddr)
-	if err != nil {
-		log.Error("listening", "err", err)
-		return 1
-	}
 	var g *gateway
 	work, stop := b.work, b.stop
 	if cfg.GatewayURL == "" {
 		g = b.embedGateway()
 		work = func(ctx context.Context) { g.work(ctx); b.work(ctx) }
 		stop = func(ctx context.Context) { b.stop(ctx); g.shutdown(ctx) }
-	} else {
-		b.gateway.reset(ctx, cfg.CallbackSecret, log) // the first try comes before there are streams of its own
 	}
-	servers := []*server{newServer(log, reg, b.routes(g), listeners[0], b.reports)}
-	if len(listeners) > 1 {
-		servers = append(servers, newServer(log, reg, internalRoutes(nil, reg), listeners[1]))
+	addrs := []string{cfg.Addr, cfg.Gateway.InternalAddr}
+	servers, err := openServers(log, reg, addrs, b.routes(g), internalRoutes(nil, reg))
+	if err != nil {
+		log.Error("listening", "err", err)
+		return 1
+	}
+	servers[0].listeners = append(servers[0].listeners, b.reports)
+	if g == nil {
+		b.gateway.reset(ctx, cfg.CallbackSecret, log) // the first try comes before there are streams of its own
 	}
 	return serve(ctx, log, servers, work, stop, b.journal.failed())
 }
@@ -119,16 +118,12 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 	}
 	warnOfVariables(environ, log)
 	reg := newRegistry(buildVersion())
-	g := newGateway(cfg, log, newGatewayMetrics(reg))
-	g.gauges(reg)
-	listeners, err := openListeners(cfg.Addr, cfg.InternalAddr)
+	g := newGateway(cfg, log, reg)
+	addrs := []string{cfg.Addr, cfg.InternalAddr}
+	servers, err := openServers(log, reg, addrs, g.routes(reg, cfg.InternalAddr == ""), internalRoutes(g, reg))
 	if err != nil {
 		log.Error("listening", "err", err)
 		return 1
-	}
-	servers := []*server{newServer(log, reg, g.routes(reg, len(listeners) == 1), listeners[0])}
-	if len(listeners) > 1 {
-		servers = append(servers, newServer(log, reg, internalRoutes(g, reg), listeners[1]))
 	}
 	sends := servers[len(servers)-1]
 	sends.listeners = append(sends.listeners, g.posts)
@@ -295,9 +290,8 @@ func (b *backend) embedGateway() *gateway {
 		b.callback.secret = secret(rand.Text())
 	}
 	b.cfg.Gateway.CallbackURL = "http://backend/api/sse/callback?secret=" + secret(url.QueryEscape(string(b.callback.secret)))
-	g := newGateway(b.cfg.Gateway, b.log, newGatewayMetrics(b.reg))
-	g.gauges(b.reg)
-	b.conns.gateway = directSender{g}
+	g := newGateway(b.cfg.Gateway, b.log, b.reg)
+	b.conns.gateway = g
 	can := parseFeatures(gatewayFeatures)
 	g.backend = func(c callback, order string) (status int, answer []byte) {
 		return encodeAnswer(b.callback.take(c, parseOrder(order), can))

@@ -62,8 +62,7 @@ func bothRoles(t testing.TB) (*registry, *backendMetrics, *gatewayMetrics) {
 	must(t, err)
 	r, log := newRegistry("1.2.3"), slog.New(slog.DiscardHandler)
 	b := newBackend(cfg, "http://gateway.invalid", r, log)
-	g := newGateway(cfg.Gateway, log, newGatewayMetrics(r))
-	g.gauges(r)
+	g := newGateway(cfg.Gateway, log, r)
 	return r, b.conns.met, g.met
 }
 

@@ -182,7 +182,7 @@ func serveAPI(t *testing.T, appEnv string) (b *backend, url string) {
 	url = "http://" + public.Listener.Addr().String()
 	cfg.Gateway.CallbackURL = secret(url + "/api/sse/callback?secret=" + apiSecret)
 	log, reg := slog.New(slog.DiscardHandler), newRegistry("test")
-	g := newGateway(cfg.Gateway, log, newGatewayMetrics(reg))
+	g := newGateway(cfg.Gateway, log, reg)
 	internal := httptest.NewServer(internalRoutes(g, reg))
 	b = newBackend(cfg, internal.URL, reg, log)
 	public.Config.Handler = b.routes(g)

@@ -91,7 +91,8 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 	var out replyBuffers
 	var deadline time.Time
 	var err error
-	now, begun := time.Now(), false // a request has begun, and must be there by deadline
+	now := time.Now() // of the last read
+	begun := false    // a request has begun, and must be there by deadline
 	for {
 		for len(buf) > 0 && (buf[0] == '\r' || buf[0] == '\n') { // which net/http skips after a POST
 			buf = buf[1:]

@@ -212,7 +212,7 @@ func TestSendConnectionTimes(t *testing.T) {
 		{"begun, then silent", plain[:60], "", postDue, postDue},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+			g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newRegistry("test"))
 			ours, theirs := net.Pipe()
 			go g.posts.serve(ours, nil)
 			answers := bufio.NewReader(theirs)
@@ -428,7 +428,7 @@ func TestReportConnectionsDuringShutdown(t *testing.T) {
 func TestSendConnectionsDuringShutdown(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+		g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newRegistry("test"))
 		p := plainPost{path: []byte("/internal/send"), mediaType: jsonType}
 		if got := g.plainLimit(p); got != maxSend {
 			t.Errorf("got a limit of %d, want %d", got, maxSend)

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -157,7 +156,7 @@ func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, refused *refusa
 func (g *gateway) hold(s *stream) {
 	ctx, cancel := context.WithTimeout(g.holding, holdTime)
 	if g.held.Add(1) > maxHeld {
-		cancel()
+		cancel() // ends it at once
 	}
 	g.busy.Add(1)
 	context.AfterFunc(ctx, func() {
@@ -175,7 +174,6 @@ func (g *gateway) retry() int {
 }
 
 func acceptsEventStream(r *http.Request) bool {
-	return slices.ContainsFunc(r.Header.Values("Accept"), func(v string) bool {
-		return strings.Contains(strings.ToLower(v), "text/event-stream")
-	})
+	accept := strings.Join(r.Header.Values("Accept"), ",")
+	return strings.Contains(strings.ToLower(accept), "text/event-stream")
 }

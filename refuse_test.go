@@ -39,7 +39,7 @@ func TestRefusedBrowserIsHeld(t *testing.T) {
 func TestHeldRefusalsAreBounded(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+		g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newRegistry("test"))
 		refuse := func(n int) (streams []*stream) {
 			for range n {
 				s := &stream{limits: &g.limits}

@@ -138,7 +138,7 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 		writeError(w, err)
 		return
 	}
-	status, text := g.answerSend(nil, mediaType, body)
+	status, text := g.answerPlain(nil, plainPost{mediaType: mediaType}, body)
 	bodies.Put(buf) // not deferred: respond may last as long as the connection
 	g.posts.respond(w, r, mediaType, status, text)
 }
@@ -154,15 +154,9 @@ func (g *gateway) plainLimit(p plainPost) int64 {
 	return maxSend
 }
 
-// answerPlain is for plainPoster.
+// answerPlain carries out the body of POST /internal/send, of which it needs the media type. It is also for plainPoster.
 func (g *gateway) answerPlain(text []byte, p plainPost, body []byte) (status int, answer []byte) {
-	return g.answerSend(text, p.mediaType, body)
-}
-
-// answerSend carries out the body of POST /internal/send. It returns the status of the answer, and text with its body
-// appended.
-func (g *gateway) answerSend(text []byte, mediaType string, body []byte) (int, []byte) {
-	if mediaType == ndjson {
+	if p.mediaType == ndjson {
 		return http.StatusOK, g.answerBatch(text, body)
 	}
 	a := g.take(parseSend(body))
@@ -211,7 +205,12 @@ type sendAnswer struct {
 // take carries out a send and returns the answer, also if err says that it could not be read.
 func (g *gateway) take(m sendRequest, err error) sendAnswer {
 	if err == nil {
-		return g.deliver(m).answer()
+		b := burst{g: g, s: g.lookup(m.token), buf: chunkBuffers.Get().(*[]byte)}
+		defer chunkBuffers.Put(b.buf)
+		if m.event.data != nil {
+			b.add(m.event)
+		}
+		return b.flush(m.end).answer()
 	}
 	g.met.events.with("invalid").Inc()
 	text := fmt.Sprintf(`"error":%q}`, err.Error())
@@ -231,22 +230,9 @@ func (s sendStatus) answer() sendAnswer {
 	return sendAnswer{http.StatusNotFound, `{"error":"unknown token"}`, batchUnknown}
 }
 
-// deliver gives the event of m to its stream.
-func (g *gateway) deliver(m sendRequest) sendStatus {
-	b := burst{g: g, s: g.lookup(m.token), buf: chunkBuffers.Get().(*[]byte)}
-	defer chunkBuffers.Put(b.buf)
-	if m.event.data != nil {
-		b.add(m.event)
-	}
-	return b.flush(m.end)
-}
-
-// directSender is the way to a gateway in the same process.
-type directSender struct{ *gateway }
-
-// send gives the events to the stream of token. See gatewayClient.send.
-func (d directSender) send(token string, events []event, end bool) (r sendResult) {
-	b := burst{g: d.gateway, s: d.lookup([]byte(token)), buf: chunkBuffers.Get().(*[]byte)}
+// send is the way of a backend in the same process. It gives the events to the stream of token; see gatewayClient.send.
+func (g *gateway) send(token string, events []event, end bool) (r sendResult) {
+	b := burst{g: g, s: g.lookup([]byte(token)), buf: chunkBuffers.Get().(*[]byte)}
 	defer chunkBuffers.Put(b.buf)
 	var id []byte
 	for {
@@ -260,7 +246,7 @@ func (d directSender) send(token string, events []event, end bool) (r sendResult
 		n := b.events
 		status := b.flush(end)
 		if status == sendUnknown {
-			b.g.met.events.with(status.String()).Add(len(events) - r.taken - n)
+			g.met.events.with(status.String()).Add(len(events) - r.taken - n)
 			r.err = errUnknownToken
 			return r
 		}

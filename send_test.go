@@ -256,7 +256,7 @@ func FuzzSendBody(f *testing.F) {
 	f.Add([]byte(`{"token":"a"}`))
 	f.Add([]byte(`{"token":null,"event":{"data":1,"data":2},"close":0}`))
 	f.Add([]byte(` { "close" : false , "event" : { "data" : "\ud800" } , "token" : "\u0000" } `))
-	g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newGatewayMetrics(newRegistry("test")))
+	g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newRegistry("test"))
 	f.Fuzz(func(t *testing.T, body []byte) {
 		r := httptest.NewRequest("POST", "/internal/send", bytes.NewReader(body))
 		r.Header.Set("Content-Type", "application/json")

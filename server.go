@@ -29,11 +29,12 @@ const (
 // maxHeader is the most bytes that the head of a request may have.
 const maxHeader = 16 << 10
 
-// openListeners listens on the addresses that are not empty. Connections have no keep-alive probes, which would cost
-// each four system calls: streams have heartbeats, and everything else has a deadline.
-func openListeners(addrs ...string) (listeners []net.Listener, err error) {
+// openServers listens on the addresses that are not empty. It returns a server for each, with the routes that stand in
+// the same place. Connections have no keep-alive probes, which would cost each four system calls: streams have
+// heartbeats, and everything else has a deadline.
+func openServers(log *slog.Logger, reg *registry, addrs []string, routes ...http.Handler) (servers []*server, err error) {
 	silent := net.ListenConfig{KeepAlive: -1}
-	for _, addr := range addrs {
+	for i, addr := range addrs {
 		if addr == "" {
 			continue
 		}
@@ -41,9 +42,9 @@ func openListeners(addrs ...string) (listeners []net.Listener, err error) {
 		if err != nil {
 			return nil, err
 		}
-		listeners = append(listeners, l)
+		servers = append(servers, newServer(log, reg, routes[i], l))
 	}
-	return listeners, nil
+	return servers, nil
 }
 
 // server is an http.Server with its listeners.

@@ -48,14 +48,13 @@ func TestThrottle(t *testing.T) {
 // If the journal breaks while the process stops, the exit code must not be 0.
 func TestServeFailsWhileItStops(t *testing.T) {
 	t.Parallel()
-	listeners, err := openListeners("127.0.0.1:0")
-	must(t, err)
 	log := slog.New(slog.DiscardHandler)
-	s := newServer(log, newRegistry("test"), http.NewServeMux(), listeners...)
+	servers, err := openServers(log, newRegistry("test"), []string{"127.0.0.1:0"}, http.NewServeMux())
+	must(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	failed := make(chan error, 1)
 	stop := func(context.Context) { failed <- errors.New("syncing the journal") }
-	if code := serve(ctx, log, []*server{s}, func(context.Context) { cancel() }, stop, failed); code != 1 {
+	if code := serve(ctx, log, servers, func(context.Context) { cancel() }, stop, failed); code != 1 {
 		t.Errorf("got exit code %d, want 1", code)
 	}
 }

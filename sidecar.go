@@ -61,7 +61,7 @@ type gateway struct {
 	stopAsking    context.CancelFunc
 	holding       context.Context // ends the waiting of refused clients
 	stopHolding   context.CancelFunc
-	held          atomic.Int64
+	held          atomic.Int64 // refused clients that are waiting
 
 	full, failed, misdirected throttle // limit what is logged of each
 
@@ -86,7 +86,7 @@ type shard struct {
 	streams map[string]*stream // by token
 }
 
-func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gateway {
+func newGateway(cfg gatewayConfig, log *slog.Logger, reg *registry) *gateway {
 	seconds := formatFloat(cfg.Heartbeat.Seconds())
 	g := &gateway{
 		cfg: cfg,
@@ -96,7 +96,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 			beatEvent:    string(appendEvent(nil, sentEvent{name: []byte("heartbeat"), data: []byte(seconds)})),
 		},
 		log: log,
-		met: met,
+		met: newGatewayMetrics(reg),
 		transport: &http.Transport{
 			DialContext:         dial,
 			TLSHandshakeTimeout: dialLimit,
@@ -116,6 +116,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, met *gatewayMetrics) *gatew
 		g.shards[i].streams = map[string]*stream{}
 	}
 	g.posts = newPostLoop(g, nil)
+	reg.value("gateway_streams", "Streams that are open or being opened.", func() float64 { return float64(g.count.Load()) })
 	return g
 }
 
@@ -344,11 +345,6 @@ func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) (status int
 	g.log.Info("ending the streams of an earlier backend", "streams", len(streams))
 	g.spawn(func() { g.endAll(context.Background(), streams) })
 	return http.StatusOK, map[string]string{"status": "ok"}, nil
-}
-
-// gauges registers the gateway's gauges.
-func (g *gateway) gauges(reg *registry) {
-	reg.value("gateway_streams", "Streams that are open or being opened.", func() float64 { return float64(g.count.Load()) })
 }
 
 // serveReady is GET /readyz.

@@ -199,8 +199,8 @@ func (u *uptake) stuck(taken uint64, lacks bool, now time.Time, limit time.Durat
 	return false
 }
 
-// unacknowledged returns how many bytes are in the socket's own buffer. Only Linux tells; elsewhere they count as
-// taken.
+// unacknowledged returns how many bytes are in the socket's own buffer. Only Linux tells; elsewhere ok is false, and
+// stuckLocked goes by what the socket has taken.
 func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
 	const outQueue = 0x5411 // SIOCOUTQ
 	if runtime.GOOS != "linux" {
@@ -237,12 +237,11 @@ func (s *stream) beat() {
 	}
 	buf := chunkBuffers.Get().(*[]byte)
 	defer chunkBuffers.Put(buf)
-	*buf = reserveChunk(*buf)
+	beat := heartbeat
 	if s.beatEvent {
-		*buf = append(*buf, s.limits.beatEvent...)
-	} else {
-		*buf = append(*buf, heartbeat...)
+		beat = s.limits.beatEvent
 	}
+	*buf = append(reserveChunk(*buf), beat...)
 	s.writeLocked(s.chunk(buf))
 }
 
@@ -365,7 +364,7 @@ func (s *stream) drain() {
 			s.mu.Unlock()
 			return
 		}
-		s.stuckLocked() // from now on
+		s.stuckLocked() // notes where the client is: its time counts from there
 		for len(buf) > 0 {
 			s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
 			s.mu.Unlock()
