@@ -20,7 +20,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("follower.go", "if f.stopped {\n\t\tf.detachLocked()", "if false {\n\t\tf.detachLocked()", "TestFollower|TestDeliveryModel"),
     ("follower.go", "f.closed = end && r.err == nil", "f.closed = false", "TestFollower|TestDeliveryModel"),
     ("page.go", "|| len(s.watched[id]) >= maxFollowers", "", "TestPage"),
-    ("version.go", "s.followAgain(id, log)}", "log}", "TestRaceConnectDuring"),
+    ("version.go", "s.followAgain(id, events)}", "events}", "TestRaceConnectDuring"),
     ("version.go", "a.version == seen && a.version != s.Latest()", "(a.version == seen || true) && a.version != s.Latest()", "TestVersionPoll"),
     # tasks
     ("external.go", "t == nil || s.tasks[t.id] != t", "t == nil", "TestReportsOfAnEarlierTask"),
@@ -82,7 +82,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("postloop.go", " && r.RequestURI == r.URL.Path", "", "PlainOnBothSides"),
     ("send.go", " || g.closing.Load()", "", "SendConnections"),
     ("sidecar.go", "g.posts.wait(ctx)", "", "SendConnections"),
-    ("main.go", "b.reports.wait(drain)", "", "ReportConnections"),
+    ("backend.go", "b.reports.wait(drain)", "", "ReportConnections"),
     ("client.go", 'net.JoinHostPort("::1", port)', 'net.JoinHostPort("127.0.0.1", port)', "Dial|Localhost"),
     ("config.go", 'host == "localhost" || ip.IsLoopback() ||', 'host == "localhost" ||', "TestDevelopment"),
 ]
