@@ -76,7 +76,7 @@ type reader interface {
 
 // cursor is how far one reader has come in one log.
 type cursor struct {
-	log      *eventLog
+	events   *eventLog
 	reader   reader
 	sent     uint64 // the gateway took the events up to this number
 	first    uint64 // number of the first event of the run in flight
@@ -369,7 +369,7 @@ func (l *eventLog) dropLocked(from, to int) {
 func (l *eventLog) attach(r reader, named map[string]uint64) *cursor {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c := &cursor{log: l, reader: r, sent: l.start}
+	c := &cursor{events: l, reader: r, sent: l.start}
 	if n, ok := named[l.epoch]; ok && n <= l.last {
 		c.sent = n
 		l.receivedLocked(n)
@@ -381,22 +381,22 @@ func (l *eventLog) attach(r reader, named map[string]uint64) *cursor {
 
 // received notes that a browser has what was sent.
 func (c *cursor) received() {
-	c.log.mu.Lock()
-	defer c.log.mu.Unlock()
+	c.events.mu.Lock()
+	defer c.events.mu.Unlock()
 	if !c.detached {
-		c.log.receivedLocked(c.sent)
+		c.events.receivedLocked(c.sent)
 	}
 }
 
 // detach ends the following. Without replay, what was sent and not received is given again to the next connection that
 // names no event.
 func (c *cursor) detach() {
-	c.log.mu.Lock()
-	defer c.log.mu.Unlock()
+	c.events.mu.Lock()
+	defer c.events.mu.Unlock()
 	c.detached = true
-	c.log.cursors = slices.DeleteFunc(c.log.cursors, func(other *cursor) bool { return other == c })
-	c.log.leaveLocked()
-	c.log.notifyLocked()
+	c.events.cursors = slices.DeleteFunc(c.events.cursors, func(other *cursor) bool { return other == c })
+	c.events.leaveLocked()
+	c.events.notifyLocked()
 }
 
 // A run is the events that go to the gateway together: at most maxRun, and at most maxRunBytes of data unless it is a
@@ -409,7 +409,7 @@ const (
 // take returns the next events for the reader, at most most of them. They are in flight until settle. If there are none
 // it returns the reason of the end, or "" if the log goes on.
 func (c *cursor) take(most int) (run []entry, reason string) {
-	l := c.log
+	l := c.events
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	run = l.shownLocked(c.sent)
@@ -433,15 +433,15 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 
 // behind reports whether there is an event after n to be sent. With end set the end of the log counts as one.
 func (c *cursor) behind(n uint64, end bool) bool {
-	c.log.mu.Lock()
-	defer c.log.mu.Unlock()
-	return end && c.log.reason != "" || len(c.log.shownLocked(n)) > 0
+	c.events.mu.Lock()
+	defer c.events.mu.Unlock()
+	return end && c.events.reason != "" || len(c.events.shownLocked(n)) > 0
 }
 
 // settle notes that the gateway took the first events of a run. If given is set, all that was sent is with an open
 // stream.
 func (c *cursor) settle(run []entry, taken int, given bool) {
-	l := c.log
+	l := c.events
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if !c.detached { // a replaced connection no longer moves a position

@@ -53,16 +53,10 @@ const (
 	workingAgain
 )
 
-// follow makes the stream of c the connection of identifier, in place of any other, and delivers the events of log to
-// it: those after c.lastEventID, or from where a fresh connection starts. It returns the event that begins the stream.
-// If the request is older than that of the present connection, this is connection_close, and end is true. The only
-// error is errAskFirst.
-func follow(conns *ConnectionManager, identifier string, c connectRequest, log *eventLog) (open event, end bool, err error) {
-	f := &follower{identifier: identifier}
-	return f.connect(conns, c, func() []*eventLog { return []*eventLog{log} })
-}
-
-// connect is follow for the logs that it gets from logs, once the connection has been made.
+// connect makes the stream of c the connection of f.identifier, in place of any other, and delivers to it the events of
+// the logs that it gets from logs once the connection is made: those after c.lastEventID, or from where a fresh connection
+// starts. It returns the event that begins the stream. If the request is older than that of the present connection, this
+// is connection_close, and end is true. The only error is errAskFirst.
 func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func() []*eventLog) (open event, end bool, err error) {
 	f.conns, f.token, f.probes, f.since = conns, c.token, c.probes, time.Now()
 	replaced, err := conns.OnConnect(f.identifier, c, f)
@@ -87,8 +81,8 @@ func (f *follower) begin(logs []*eventLog, lastEventID string) (position string,
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	named := parsePositions(lastEventID)
-	for _, log := range logs {
-		f.cursors = append(f.cursors, log.attach(f, named))
+	for _, l := range logs {
+		f.cursors = append(f.cursors, l.attach(f, named))
 	}
 	position = around(f.cursors, nil).after
 	if f.stopped {
@@ -101,13 +95,13 @@ func (f *follower) begin(logs []*eventLog, lastEventID string) (position string,
 }
 
 // add makes the follower follow one more log, from its first event on.
-func (f *follower) add(log *eventLog) {
+func (f *follower) add(events *eventLog) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.stopped {
 		return
 	}
-	f.cursors = append(f.cursors, log.attach(f, nil))
+	f.cursors = append(f.cursors, events.attach(f, nil))
 	f.wake()
 }
 
@@ -120,9 +114,9 @@ func around(cursors []*cursor, c *cursor) *positions {
 		switch {
 		case other == c:
 			middle = ids.Len()
-		case other.log.epoch != "":
+		case other.events.epoch != "":
 			ids.WriteByte('.')
-			other.log.writeID(&ids, other.sent)
+			other.events.writeID(&ids, other.sent)
 		}
 	}
 	before, after := ids.String()[:middle], ids.String()[middle:]
@@ -190,7 +184,7 @@ func (f *follower) rest(cursors []*cursor) bool {
 		return false
 	}
 	for _, c := range cursors {
-		c.log.notify()
+		c.events.notify()
 	}
 	return true
 }
@@ -235,7 +229,7 @@ func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, re
 		return cursors[0], run, reason
 	}
 	for _, c = range cursors {
-		if c.log.epoch == "" {
+		if c.events.epoch == "" {
 			if run, _ = c.take(most); len(run) > 0 {
 				return c, run, ""
 			}
@@ -260,10 +254,10 @@ func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
 	ids.Grow(len(run) * maxPosition)
 	events := make([]event, len(run))
 	for i, e := range run {
-		events[i] = event{Name: c.log.policy.event, Data: e.data}
-		if c.log.epoch != "" {
+		events[i] = event{Name: c.events.policy.event, Data: e.data}
+		if c.events.epoch != "" {
 			start := ids.Len()
-			c.log.writeID(&ids, e.n)
+			c.events.writeID(&ids, e.n)
 			events[i].ID, events[i].others = ids.String()[start:], others
 		}
 	}
@@ -288,7 +282,7 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 	}
 	switch {
 	case r.err == nil:
-		if !c.log.policy.replay {
+		if !c.events.policy.replay {
 			f.seenLocked(began)
 		}
 		return true
@@ -322,7 +316,7 @@ const (
 // look again. If nothing is buffered, or no log can lose it, it returns false at once.
 func (f *follower) awaitOpen() bool {
 	f.mu.Lock()
-	mayLose := slices.ContainsFunc(f.cursors, func(c *cursor) bool { return !c.log.policy.replay })
+	mayLose := slices.ContainsFunc(f.cursors, func(c *cursor) bool { return !c.events.policy.replay })
 	waiting := f.buffered && !f.stopped && !f.asked && mayLose
 	f.mu.Unlock()
 	if !waiting {

@@ -90,6 +90,12 @@ func (t *logTest) keep(data string) {
 	t.rest()
 }
 
+// follow makes the stream of c the connection of identifier, which follows one log.
+func follow(conns *ConnectionManager, identifier string, c connectRequest, events *eventLog) (open event, end bool, err error) {
+	f := &follower{identifier: identifier}
+	return f.connect(conns, c, func() []*eventLog { return []*eventLog{events} })
+}
+
 // follow connects a stream as if the gateway had been asked, and knew both this stream and the present one.
 func (t *logTest) follow(c connectRequest) (open event, end bool) {
 	t.Helper()

@@ -150,14 +150,15 @@ func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, 
 // OnConnect makes a stream follow the task with this ID. For an unknown task the stream carries one error event and
 // ends.
 func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
-	log := newEventLog(s.unknown)
+	events := newEventLog(s.unknown)
 	if t := s.task(id); t != nil {
-		log = t.events
+		events = t.events
 	} else {
-		log.Publish(log.Add(entry{data: taskNotFound(id), keep: true}))
-		log.End("task_not_found")
+		events.Publish(events.Add(entry{data: taskNotFound(id), keep: true}))
+		events.End("task_not_found")
 	}
-	return follow(s.conns, serviceTask+":"+id, c, log)
+	f := &follower{identifier: serviceTask + ":" + id}
+	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{events} })
 }
 
 // Start makes a task of the given kind. It waits for a worker; an external one has started. If an external task with

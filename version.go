@@ -95,21 +95,21 @@ func newVersionService(cfg versionConfig, conns *ConnectionManager, log *slog.Lo
 // OnConnect makes a stream follow the versions for a request_id: first those that are pending for it, then the last one
 // announced to everybody, if that is missing.
 func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
-	log, err := s.follow(id)
+	events, err := s.follow(id)
 	if err != nil {
 		return event{}, false, err
 	}
 	f := &follower{identifier: serviceVersion + ":" + id}
-	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{s.followAgain(id, log)} })
+	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{s.followAgain(id, events)} })
 }
 
 // followAgain is follow once the connection is known. Between the two an announcement to everybody did not see the
-// connection, and tidy may have dropped log. It returns log if there is no room any more.
-func (s *VersionService) followAgain(id string, log *eventLog) *eventLog {
+// connection, and tidy may have dropped events. It returns events if there is no room any more.
+func (s *VersionService) followAgain(id string, events *eventLog) *eventLog {
 	if now, err := s.follow(id); err == nil {
 		return now
 	}
-	return log
+	return events
 }
 
 // follow returns the log of a request_id, with the last announcement to everybody, for a connection that is about to be
