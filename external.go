@@ -267,9 +267,12 @@ func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, stored
 	all = reported{EventID: t.events.id(t.events.stats().last), Reports: new(int)}
 	lines := bufio.NewScanner(body)
 	lines.Buffer(nil, maxTaskBody+len("\r\n"))
+	lines.Split(func(data []byte, atEnd bool) (advance int, token []byte, err error) {
+		return bufio.ScanLines(data, atEnd && !body.broken)
+	})
 	var before *commit
 	n := 0
-	for body.ctx.Err() == nil && lines.Scan() && !body.broken {
+	for body.ctx.Err() == nil && lines.Scan() {
 		n++
 		line := bytes.TrimSpace(lines.Bytes())
 		if len(line) == 0 {
@@ -338,10 +341,15 @@ func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) (sta
 
 // serveFail is POST /api/tasks/{task_id}/fail. It takes a failure whatever its text is.
 func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
-	body, err := readJSON(w, r, maxFailBody)
-	if err == nil {
-		failure, _, _ := body.str("error")
-		answer, err = s.End(r.PathValue("task_id"), taskFailed, usableFailure(failure))
+	text, err := readTyped(w, r, maxFailBody)
+	if err != nil {
+		return 0, nil, err
 	}
+	body, err := parseObject(bytes.ToValidUTF8(text, []byte("\uFFFD")))
+	if err != nil {
+		return 0, nil, err
+	}
+	failure, _, _ := body.str("error")
+	answer, err = s.End(r.PathValue("task_id"), taskFailed, usableFailure(failure))
 	return http.StatusOK, answer, err
 }

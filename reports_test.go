@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 )
 
@@ -117,16 +118,36 @@ func TestReports(t *testing.T) {
 	r.want(`409 {"error":"task is finished","code":"task_finished","status":"failed"}`)
 }
 
+// lines returns the body of a worker that may take its time.
+func lines(body io.Reader) *lineReader {
+	control := http.NewResponseController(httptest.NewRecorder())
+	return &lineReader{body: body, ctx: context.Background(), timeout: time.Minute, control: control}
+}
+
+// The whole lines of a body that breaks off count, also those that come with its end.
+func TestReportsCutOff(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
+	said := strings.NewReader(`{"text":"one"}` + "\n" + `{"text":"two"}` + "\n" + `{"text":"half of a line"}`)
+	body := iotest.DataErrReader(io.MultiReader(said, iotest.ErrReader(io.ErrUnexpectedEOF)))
+	if _, _, err := api.tasks.takeLines(api.tasks.task("a"), lines(body)); err != errNotJSON {
+		t.Errorf("got %v, want %v", err, errNotJSON)
+	}
+	if got := api.do("GET", "/api/tasks/a/status", ""); !strings.Contains(got, `"text":"two"`) {
+		t.Errorf("the last whole line is not there: %s", got)
+	}
+}
+
 // A long body is about the task that it began with, not about a later task with the same task_id.
 func TestReportsOfAnEarlierTask(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
 	api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
 	read, write := io.Pipe()
-	body := &lineReader{body: read, ctx: context.Background(), timeout: time.Minute, control: http.NewResponseController(httptest.NewRecorder())}
 	failed := make(chan error)
 	go func() {
-		_, _, err := api.tasks.takeLines(api.tasks.task("a"), body)
+		_, _, err := api.tasks.takeLines(api.tasks.task("a"), lines(read))
 		failed <- err
 	}()
 	io.WriteString(write, `{"text":"one"}`+"\n")
