@@ -149,8 +149,9 @@ func jsonErrors(mux *http.ServeMux) http.Handler {
 // routed here.
 func plainPaths(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p, clean := r.URL.Path, path.Clean(r.URL.Path)
-		if p != r.URL.EscapedPath() || p != clean && p != clean+"/" {
+		p := r.URL.Path
+		clean := path.Clean("/" + p)
+		if p != r.URL.EscapedPath() || strings.TrimSuffix(p, "/") != strings.TrimSuffix(clean, "/") {
 			writeError(w, badRequest("bad_path", "path must be clean and without escapes"))
 			return
 		}

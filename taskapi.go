@@ -130,8 +130,11 @@ func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) (status
 	}
 	params := object{}
 	if raw, ok := body["params"]; ok {
-		if params, err = parseObject(raw); err != nil {
-			return 0, nil, badParam("params must be an object")
+		if params, err = parseObject(raw); err == errNotJSON {
+			err = badParam("params must be an object")
+		}
+		if err != nil {
+			return 0, nil, err
 		}
 	}
 	t, known, err := s.Start(kind, params)

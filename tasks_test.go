@@ -364,7 +364,7 @@ func TestTaskParams(t *testing.T) {
 			`{"type":"task"}`:               noKind,
 			`{"type":"demo","params":null}`: noParams,
 			`{"type":"demo","params":"{}"}`: noParams,
-			`{"type":"demo","params":{"steps":1,"steps":1}}`:                noParams,
+			`{"type":"demo","params":{"steps":1,"steps":1}}`:                "a field is given twice",
 			`{"type":"demo","params":{"steps":0}}`:                          badSteps,
 			`{"type":"demo","params":{"steps":1.5}}`:                        badSteps,
 			`{"type":"demo","params":{"steps":10001}}`:                      badSteps,
@@ -543,7 +543,7 @@ func TestTaskPathsArePlain(t *testing.T) {
 		for _, path := range []string{
 			"/api/tasks/%61bc/cancel", "/api/tasks/ab%63/cancel", "/api/tasks/x/../abc/cancel", "/api/tasks//abc/cancel", "/api/tasks/./abc/cancel",
 			"//api/tasks/abc/cancel", "/api/./tasks/abc/cancel", "/api/sse/../tasks/abc/cancel", "/api/%74asks/abc/cancel", "/api/tasks/abc%2Fcancel",
-			"/api/tasks/abc/cance%6c", "/api/tasks/x%2F..%2Fabc/cancel", "/api/tasks/\xe9/cancel",
+			"/api/tasks/abc/cance%6c", "/api/tasks/x%2F..%2Fabc/cancel", "/api/tasks/\xe9/cancel", "//", "/./", "*",
 		} {
 			api.check("POST", path, "", refused)
 		}
@@ -761,13 +761,14 @@ func TestExternalReports(t *testing.T) {
 			`{"error":"no luck"}`:       "no luck",
 			`{"error":"` + trace + `"}`: trace[:maxTaskText-1],
 			`{"error":"` + strings.Repeat("x", maxFailBody-len(`{"error":""}`)) + `"}`: strings.Repeat("x", maxTaskText),
-			`{}`:                    "task failed",
-			`{"error":""}`:          "task failed",
-			`{"error":null}`:        "task failed",
-			`{"error":7}`:           "task failed",
-			`{"error":["no luck"]}`: "task failed",
-			`{"error":{"code":1}}`:  "task failed",
-			`{"message":"no luck"}`: "task failed",
+			`{}`:                     "task failed",
+			`{"error":""}`:           "task failed",
+			`{"error":null}`:         "task failed",
+			`{"error":7}`:            "task failed",
+			`{"error":["no luck"]}`:  "task failed",
+			`{"error":{"code":1}}`:   "task failed",
+			`{"message":"no luck"}`:  "task failed",
+			"{\"error\":\"no\xff\"}": "no\uFFFD",
 		} {
 			id := api.start(`{"type":"external"}`)
 			api.checkPost(id+"/fail", body, `200 {"event_id":"e-2"}`)
