@@ -202,6 +202,11 @@ func loadGatewayConfig(getenv func(string) string) (gatewayConfig, error) {
 	c := r.gateway()
 	c.Addr = r.portAddr()
 	c.CallbackURL = secret(r.url("CALLBACK_URL", " #"))
+	if u := parseURL(string(c.CallbackURL)); u != nil {
+		if _, err := url.ParseQuery(u.RawQuery); err != nil { // or its secret could not be read
+			r.fail("CALLBACK_URL", "a URL whose query can be decoded")
+		}
+	}
 	return c, errors.Join(r.errs...)
 }
 
@@ -361,14 +366,16 @@ func (r *envReader) baseURL(name string) string {
 	return v
 }
 
-// origin reads an origin as browsers send it, or "*". Several origins or a wildcard within one would never match.
+// origin reads an origin as browsers send it, or "*". Several origins, a wildcard within one, or the usual port would
+// never match.
 func (r *envReader) origin(name string) string {
 	v := strings.ToLower(r.getenv(name))
 	u := parseURL(v)
 	odd := func(c rune) bool { return c <= ' ' || c > '~' || c == '*' || c == ',' }
-	good := u != nil && v == u.Scheme+"://"+u.Host && !strings.ContainsFunc(v, odd)
+	usual := strings.HasPrefix(v, "http:") && strings.HasSuffix(v, ":80") || strings.HasPrefix(v, "https:") && strings.HasSuffix(v, ":443")
+	good := u != nil && v == u.Scheme+"://"+u.Host && !strings.ContainsFunc(v, odd) && !usual
 	if v != "" && v != "*" && !good {
-		r.fail(name, `"*" or one scheme://host[:port] in ASCII without a path, not even "/"`)
+		r.fail(name, `"*" or one scheme://host[:port] in ASCII without a path, not even "/", and without the usual port`)
 	}
 	return v
 }

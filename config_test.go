@@ -149,7 +149,7 @@ func TestConfigBounds(t *testing.T) {
 			"http://h/base|http://h//x|h:3000|http:h|http:///x|http://:80|http://h:|http://h:0|http://h:65536|http://h?|http://h/#|http://u@h|" +
 				"http://h/ x"},
 		{"FRONTEND_VERSION_URL", "http://h/version.json?v=1", "version.json|http://h/#x|file:///version.json"},
-		{"CALLBACK_URL", "http://h/cb?secret=a%23b", "http://h/cb?secret=a#b|http://u:p@h/cb|http://h/\x00"},
+		{"CALLBACK_URL", "http://h/cb?secret=a%23b", "http://h/cb?secret=a#b|http://h/cb?secret=%z|http://h/cb?secret=a;b|http://u:p@h/cb|http://h/\x00"},
 		{"SSE_CALLBACK_SECRET", "a b|ü", " a|a |\ta|a\nb|a\x7fb|a\u0085b| "},
 		{"API_TOKEN", "short", "a\r\nb|a\u00a0"},
 		{"TASK_MAX_WORKERS", "1|10000", "0|10001"},
@@ -161,9 +161,9 @@ func TestConfigBounds(t *testing.T) {
 		{"RETRY_MILLISECONDS", "1|3600000", "0|3600001"},
 		{"TASK_TIMEOUT_SECONDS", "0.5|.5|31536000|0.001", "0|-0|0.0|0.0009|1e-12|-1|31536000.5|1s|1e999|-Inf|Inf|NaN|1,5"},
 		{"MAX_STREAM_SECONDS", "0|0.0|0.5", "-1|1e-12|31536001|NaN"},
-		{"CORS_ALLOW_ORIGIN", "*|https://h|http://h:8080|HTTPS://H|http://[::1]:80",
+		{"CORS_ALLOW_ORIGIN", "*|https://h|http://h:8080|https://h:80|HTTPS://H|http://[::80]|x://h:80",
 			"h|null|https://h/|https://h?|https://h#|https://*.h|https://a,https://b|https://a,b|https://a b|https://ü|" +
-				"https://u@h|https://h:|https://h:x|https://h\r\nX: y|https://h\u0085|**"},
+				"https://u@h|https://h:|https://h:x|https://h:443|http://h:80|http://[::1]:80|https://h\r\nX: y|https://h\u0085|**"},
 		{"LOG_LEVEL", "debug|info|warn|error", "INFO|info+1|warning"},
 		{"LOG_FORMAT", "text|json", "JSON|logfmt"},
 	}
