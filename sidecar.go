@@ -138,7 +138,11 @@ func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	defer g.busy.Add(-1)
 	s := g.register(r, request)
 	if s == nil {
-		g.refuse(w, r, &refusal{http.StatusServiceUnavailable, refusedCapacity, "no capacity"})
+		text := "no capacity"
+		if g.closing.Load() {
+			text = "shutting down"
+		}
+		g.refuse(w, r, &refusal{http.StatusServiceUnavailable, refusedCapacity, text})
 		return
 	}
 	refused, answer := g.connect(r, s)

@@ -683,6 +683,7 @@ func TestGatewayShutdown(t *testing.T) {
 	if resp := g.get("/x").answer(); resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
 		t.Errorf("a new stream: got %s, %v; want 503 with Retry-After", resp.Status, resp.Header)
 	}
+	g.get("/x", "Accept: text/event-stream").wantTransient("shutting down")
 	close(connecting)
 	late.begin()
 	late.wantEnd()
