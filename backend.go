@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"log/slog"
@@ -90,10 +91,12 @@ func (b *backend) embedGateway() *gateway {
 	return g
 }
 
-// openJournal restores what is in DATA_DIR, and stores there what happens from now on.
-func (b *backend) openJournal() error {
+// openJournal restores what is in DATA_DIR, and stores there what happens from now on. If ctx ends first, nothing has
+// been changed.
+func (b *backend) openJournal(ctx context.Context) error {
 	r := newRestoring(b.tasks, b.version)
-	j, err := openJournal(b.cfg.DataDir, realDisk, b.reg, b.log, r.apply)
+	apply := func(record []byte) error { return cmp.Or(ctx.Err(), r.apply(record)) }
+	j, err := openJournal(b.cfg.DataDir, realDisk, b.reg, b.log, apply)
 	if err != nil {
 		return err
 	}

@@ -610,6 +610,9 @@ func TestIntegrationReadinessAtStop(t *testing.T) {
 		})
 	}
 	v.wantPost("/api/tasks", `{"type":"demo"}`, `503 {"error":"shutting down","code":"shutting_down"}`)
+	for _, p := range []*process{gateway, backend} {
+		p.signal(syscall.SIGINT) // a wrapper passes on what a terminal has sent to both
+	}
 	release()
 	for _, p := range []*process{gateway, backend} {
 		eventually(t, 5*time.Second, "exit", func() bool { return p.exited.Err() != nil })
@@ -617,6 +620,25 @@ func TestIntegrationReadinessAtStop(t *testing.T) {
 			t.Errorf("%v: exit code %d, want 0", p.command, code)
 		}
 	}
+}
+
+// Whoever reads the log may be gone before the process is, as with a pipe to another program.
+func TestLogUnread(t *testing.T) {
+	t.Parallel()
+	needsOwnGateway(t)
+	p := gatewayProcess(t, []string{"CALLBACK_URL=http://127.0.0.1:1"}, os.Args[0], "gateway")
+	read, write, err := os.Pipe()
+	must(t, err)
+	p.out = write
+	p.mustStart(t)
+	read.Close()
+	write.Close()
+	for range 2 { // the first one is logged
+		resp, err := http.Get(p.URL + "/x")
+		must(t, err)
+		resp.Body.Close()
+	}
+	p.wantStop(t)
 }
 
 // A gateway that crashes sends no disconnect callbacks. Clients that come back count once, and the others only until

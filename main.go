@@ -37,7 +37,8 @@ var indexPage []byte
 func main() {
 	stdlog.SetOutput(io.Discard) // HTTP clients print what a server said unasked, secrets too
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal kills
+	signal.Ignore(syscall.SIGPIPE)                                     // nobody may read the log any more
+	context.AfterFunc(ctx, func() { time.AfterFunc(stopLimit, stop) }) // if it takes longer, a second signal kills
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr, os.Environ()...))
 }
 
@@ -77,7 +78,12 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	reg := newRegistry(buildVersion())
 	b := newBackend(cfg, cfg.GatewayURL, reg, log)
 	if cfg.DataDir != "" {
-		if err := b.openJournal(); err != nil {
+		err := b.openJournal(ctx)
+		if err != nil && ctx.Err() != nil {
+			log.Info("stopping while the journal is read")
+			return 0
+		}
+		if err != nil {
 			log.Error("opening the journal", "err", err)
 			return 1
 		}

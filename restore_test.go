@@ -45,7 +45,7 @@ func restartWith(t *testing.T, settings string, before *apiFixture, change func(
 	api.cfg.DataDir = dir
 	api.settle = synctest.Wait
 	change(api)
-	must(t, unlocked(api.openJournal))
+	must(t, unlocked(func() error { return api.openJournal(t.Context()) }))
 	t.Cleanup(api.crash)
 	return api
 }
@@ -668,6 +668,26 @@ func TestRestoreRefuses(t *testing.T) {
 	_, err = file.WriteAt([]byte("?"), int64(len(journalHeader)+30))
 	must(t, err)
 	other(fmt.Sprintf("%s/journal: damaged at offset %d", dir, len(journalHeader)))
+}
+
+// A long journal does not hold up a stop.
+func TestRestoreStopped(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"ADDR": "127.0.0.1:0", "DATA_DIR": t.TempDir()}
+	ctx, stop := context.WithCancel(t.Context())
+	backend := startBackend(t, "DATA_DIR="+env["DATA_DIR"])
+	id := newVisitor(t, backend.URL, backend.URL).start("external", "{}")
+	backend.kill(t)
+	stop()
+	var log testOutput
+	code := run(ctx, nil, getenvFrom(env), io.Discard, &log)
+	if want := `msg="stopping while the journal is read"`; code != 0 || !strings.Contains(log.String(), want) {
+		t.Errorf("got exit code %d and %s, want 0 and %s", code, log.String(), want)
+	}
+	must(t, backend.start())
+	if got := newVisitor(t, backend.URL, backend.URL).getText("/api/tasks/" + id + "/status"); !strings.Contains(got, `"running"`) {
+		t.Errorf("got %s, want a running task", got)
+	}
 }
 
 // BenchmarkRestart measures the time from the start of a process until it is ready, and its memory then. It has tasks
