@@ -428,15 +428,11 @@ func (s *TaskService) Cancel(id string) error {
 	return errCannotCancel
 }
 
-// Delete forgets a finished task before its time.
+// Delete forgets a finished task before its time: when that is on disk.
 func (s *TaskService) Delete(id string) error {
 	s.mu.Lock()
 	t := s.tasks[id]
 	finished := t != nil && t.status.finished()
-	if finished {
-		s.forgetLocked(t)
-		t.lastStored = s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), nil)
-	}
 	s.mu.Unlock()
 	switch {
 	case t == nil:
@@ -444,7 +440,14 @@ func (s *TaskService) Delete(id string) error {
 	case !finished:
 		return errCannotDelete
 	}
-	return s.await(t)
+	stored := s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.tasks[id] == t {
+			s.forgetLocked(t)
+		}
+	})
+	return stored.wait()
 }
 
 func (s *TaskService) forgetLocked(t *task) {
