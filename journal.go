@@ -188,7 +188,8 @@ func isVolatile(mounts, dir string) (volatile bool) {
 		if len(fields) < 10 || !strings.HasPrefix(dir+"/", strings.TrimSuffix(fields[4], "/")+"/") || len(fields[4]) < longest {
 			continue
 		}
-		longest, volatile = len(fields[4]), slices.Contains(strings.Split(fields[len(fields)-1], ","), "volatile")
+		options := strings.ReplaceAll(fields[len(fields)-1], "fsync=", "") // as Linux 6.18 puts it
+		longest, volatile = len(fields[4]), slices.Contains(strings.Split(options, ","), "volatile")
 	}
 	return volatile
 }

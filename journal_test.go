@@ -644,8 +644,9 @@ func TestJournalVolatile(t *testing.T) {
 	const root = "22 1 0:20 / / rw,relatime shared:1 - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w,volatile\n"
 	data := "30 22 8:1 / " + dir + " rw - ext4 /dev/sda1 rw\n"
 	for mounts, want := range map[string]bool{
-		"":          false,
-		root:        true,
+		"":   false,
+		root: true,
+		strings.Replace(root, ",volatile", ",fsync=volatile,uuid=on", 1): true,
 		root + data: false, // a volume
 		data + root: false,
 		"22 1 8:1 / / rw - ext4 /dev/root rw\n31 22 0:21 / " + dir + "else rw - overlay overlay rw,volatile\n": false,
