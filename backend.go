@@ -164,6 +164,9 @@ func (b *backend) protect(h handler) handler {
 			b.wrongTokens.log(b.log, slog.LevelWarn, "missing or wrong API token", "remote", r.RemoteAddr, "path", r.URL.Path)
 			w.Header().Set("WWW-Authenticate", `Bearer realm="sidecast"`)
 			return 0, nil, err
+		} else if err == errCannotStore {
+			b.tasks.heard(r.PathValue("task_id"))
+			return 0, nil, err
 		} else if err != nil {
 			return 0, nil, err
 		}

@@ -174,6 +174,11 @@ func (s *TaskService) take(t *task, taken func() bool, apply func()) (a reported
 	return reported{EventID: t.events.id(t.lastEvent)}, t.lastStored, nil
 }
 
+// heard notes a sign of life: a worker has reported, or somebody else has asked something of its task, and was refused.
+func (s *TaskService) heard(id string) {
+	s.take(s.task(id), func() bool { return true }, nil)
+}
+
 // serveProgress is POST /api/tasks/{task_id}/progress.
 func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	if hasMediaType(r, ndjson) {

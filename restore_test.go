@@ -633,10 +633,27 @@ func TestRestoreShowsWhatIsStored(t *testing.T) {
 		api.check("POST", "/api/tasks", task, cannotStore)
 		api.checkGone("a")
 		api.check("GET", "/api/tasks", "", `200 {"tasks":[]}`)
-		d.mu.Lock()
-		d.room = 0
-		d.mu.Unlock()
-		time.Sleep(2 * noRoomPause)
+		room := func(n int) {
+			d.mu.Lock()
+			d.room = n
+			d.mu.Unlock()
+			time.Sleep(2 * noRoomPause)
+		}
+		room(0)
+		api.checkStatus("a", taskRunning, "")
+
+		// A deleted task is there until that is stored. A worker whose reports are refused is not lost.
+		api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"b"}}`)
+		api.post("b/fail", `{"error":"no luck"}`)
+		room(1)
+		api.check("DELETE", "/api/tasks/b", "", cannotStore)
+		api.checkStatus("b", taskFailed, "no luck")
+		for range 3 {
+			time.Sleep(200 * time.Second)
+			api.checkPost("a/progress", `{"text":"x"}`, cannotStore)
+		}
+		room(0)
+		api.checkGone("b")
 		api.checkStatus("a", taskRunning, "")
 	})
 }
