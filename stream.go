@@ -75,7 +75,6 @@ type stream struct {
 	draining   int         // bytes that drain is writing
 	drains     bool        // drain runs, and nobody else writes
 	written    uint64      // bytes given to the socket
-	caughtUp   uint64      // value of written when the client last had everything
 	uptake     uptake      // how the client takes what is written
 	overflowed bool        // it is ending because more was sent than may wait
 	reason     string      // set with streamEnded
@@ -160,14 +159,8 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 // the socket takes bytes says too little: it takes heartbeats for a quarter of an hour after a client has vanished, and
 // with a slow client it may have no room for long.
 func (s *stream) stuckLocked() bool {
-	queued, ok := unacknowledged(s.raw)
-	return s.uptake.stuck(s.written-uint64(queued), !ok || queued > 0, time.Now(), s.timeoutLocked())
-}
-
-// lacksLocked reports whether the socket holds bytes for the client.
-func (s *stream) lacksLocked() bool {
-	queued, ok := unacknowledged(s.raw)
-	return ok && queued > 0
+	queued := unacknowledged(s.raw)
+	return s.uptake.stuck(s.written-queued, queued > 0 || s.draining > 0, time.Now(), s.timeoutLocked())
 }
 
 // timeoutLocked is for how long the client may take nothing.
@@ -178,7 +171,7 @@ func (s *stream) timeoutLocked() time.Duration {
 	return s.limits.writeTimeout
 }
 
-// uptake is how far a client had come when it was last seen to lack something.
+// uptake is how far a client had come when it was last looked at.
 type uptake struct {
 	taken uint64    // bytes
 	since time.Time // when it was first seen there; zero if it lacked nothing
@@ -190,28 +183,26 @@ type uptake struct {
 func (u *uptake) stuck(taken uint64, lacks bool, now time.Time, limit time.Duration) bool {
 	switch {
 	case !lacks:
-		u.since = time.Time{}
+		*u = uptake{taken: taken}
 	case taken != u.taken || u.since.IsZero():
-		u.taken, u.since = taken, now
+		*u = uptake{taken, now}
 	default:
 		return now.Sub(u.since) >= limit
 	}
 	return false
 }
 
-// unacknowledged returns how many bytes are in the socket's own buffer. Only Linux tells; elsewhere ok is false, and
+// unacknowledged returns how many bytes the socket holds for the client. Only Linux tells; elsewhere it is 0, and
 // stuckLocked goes by what the socket has taken.
-func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
+func unacknowledged(raw syscall.RawConn) uint64 {
 	const outQueue = 0x5411 // SIOCOUTQ
-	if runtime.GOOS != "linux" {
-		return 0, false
+	var count int32         // stays 0 if it cannot be read
+	if runtime.GOOS == "linux" {
+		raw.Control(func(fd uintptr) {
+			syscall.Syscall(syscall.SYS_IOCTL, fd, outQueue, uintptr(unsafe.Pointer(&count)))
+		})
 	}
-	var count int32
-	err := raw.Control(func(fd uintptr) {
-		_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, fd, outQueue, uintptr(unsafe.Pointer(&count)))
-		ok = errno == 0
-	})
-	return int(count), ok && err == nil
+	return uint64(count)
 }
 
 // cutIfStuck ends the stream if the client is stuck. The socket is asked only if something has been written since the
@@ -219,11 +210,8 @@ func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
 func (s *stream) cutIfStuck() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch {
-	case !s.writableLocked() || s.written == s.caughtUp:
-	case !s.lacksLocked():
-		s.caughtUp = s.written
-	case s.stuckLocked():
+	caughtUp := s.uptake.since.IsZero() && s.uptake.taken == s.written
+	if s.writableLocked() && !caughtUp && s.stuckLocked() {
 		s.cutLocked(streamError)
 	}
 }
@@ -325,7 +313,7 @@ func (s *stream) cutLocked(reason string) {
 	if s.lifetime != nil {
 		s.lifetime.Stop()
 	}
-	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError && s.lacksLocked() {
+	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError && unacknowledged(s.raw) > 0 {
 		tcp.SetLinger(0) // drop what the socket holds, megabytes that the client does not take
 	}
 	s.conn.Close() // wakes watch, which tells the backend
@@ -349,7 +337,7 @@ func (s *stream) drain() {
 		s.mu.Lock()
 		buf := s.pending
 		s.pending, s.draining = nil, len(buf)
-		if s.overflowed && len(buf) == 0 && s.state != streamEnded && s.lacksLocked() && !s.stuckLocked() {
+		if s.overflowed && len(buf) == 0 && s.state != streamEnded && unacknowledged(s.raw) > 0 && !s.stuckLocked() {
 			s.mu.Unlock()
 			time.Sleep(overflowPause)
 			continue
