@@ -50,7 +50,8 @@ type streamState int
 const (
 	streamConnecting streamState = iota // the connect callback is under way
 	streamOpen
-	streamEnding // takes nothing more; ends once pending has been written
+	streamEnding     // takes nothing more; ends once pending has been written
+	streamOverflowed // the same, because more was sent than may wait; ends once the client has what was written
 	streamEnded
 )
 
@@ -67,18 +68,15 @@ type stream struct {
 
 	beatEvent bool // heartbeats are events; set before open
 
-	mu         sync.Mutex // guards the rest; held across a write, which cannot block, to keep the order
-	state      streamState
-	conn       net.Conn // nil until the connect callback has been answered
-	raw        syscall.RawConn
-	pending    []byte      // chunks that wait; with draining at most limits.buffer, or one event
-	draining   int         // bytes that drain is writing
-	drains     bool        // drain runs, and nobody else writes
-	written    uint64      // bytes given to the socket
-	uptake     uptake      // how the client takes what is written
-	overflowed bool        // it is ending because more was sent than may wait
-	reason     string      // set with streamEnded
-	lifetime   *time.Timer // ends the stream after its lifetime; nil without a limit
+	mu       sync.Mutex // guards the rest; held across a write, which cannot block, to keep the order
+	state    streamState
+	conn     net.Conn // nil until the connect callback has been answered
+	raw      syscall.RawConn
+	pending  []byte      // chunks that wait: at most limits.buffer, or one event; once there is a conn, drain writes them
+	written  uint64      // bytes given to the socket
+	uptake   uptake      // how the client takes what is written
+	reason   string      // set with streamEnded
+	lifetime *time.Timer // ends the stream after its lifetime; nil without a limit
 }
 
 // An HTTP/1.1 body goes out in chunks (RFC 9112 section 7.1), one for each write. The size comes first, so room for it
@@ -117,16 +115,14 @@ func (s *stream) send(chunk []byte, end bool) sendStatus {
 		status = sendBuffered
 	}
 	switch {
-	case s.state >= streamEnding:
-		return sendUnknown
-	case len(chunk) == 0:
-	case status == sendBuffered:
-		s.enqueueLocked(chunk)
-	default:
+	case s.state >= streamEnding || len(chunk) == 0:
+	case s.writableLocked():
 		s.writeLocked(chunk)
+	default:
+		s.enqueueLocked(chunk)
 	}
 	if s.state >= streamEnding {
-		return sendUnknown // chunk was too much, or could not be written
+		return sendUnknown // or chunk was too much, or could not be written
 	}
 	if end {
 		s.finishLocked()
@@ -145,9 +141,7 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 	buffered := s.pending
 	s.pending = nil
 	s.writeLocked(append(head, buffered...))
-	if s.overflowed {
-		s.startDrainLocked() // to the end of the stream
-	} else if end || s.state == streamEnding {
+	if end || s.state == streamEnding {
 		s.finishLocked()
 	}
 	if lifetime > 0 && s.state != streamEnded {
@@ -160,12 +154,12 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 // with a slow client it may have no room for long.
 func (s *stream) stuckLocked() bool {
 	queued := unacknowledged(s.raw)
-	return s.uptake.stuck(s.written-queued, queued > 0 || s.draining > 0, time.Now(), s.timeoutLocked())
+	return s.uptake.stuck(s.written-queued, queued > 0 || len(s.pending) > 0, time.Now(), s.timeoutLocked())
 }
 
 // timeoutLocked is for how long the client may take nothing.
 func (s *stream) timeoutLocked() time.Duration {
-	if s.overflowed {
+	if s.state == streamOverflowed {
 		return min(s.limits.writeTimeout, overflowTimeout)
 	}
 	return s.limits.writeTimeout
@@ -216,7 +210,7 @@ func (s *stream) cutIfStuck() {
 	}
 }
 
-// beat writes a heartbeat, unless drain is writing.
+// beat writes a heartbeat, unless drain runs.
 func (s *stream) beat() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -234,11 +228,7 @@ func (s *stream) beat() {
 }
 
 // finish ends the stream cleanly, once the client has been sent what came before.
-func (s *stream) finish() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.finishLocked()
-}
+func (s *stream) finish() { s.send(nil, true) }
 
 // cut ends the stream at once. Only the first reason counts.
 func (s *stream) cut(reason string) {
@@ -247,30 +237,19 @@ func (s *stream) cut(reason string) {
 	s.cutLocked(reason)
 }
 
-// writableLocked reports whether there is a connection, and drain does not run.
-func (s *stream) writableLocked() bool { return s.conn != nil && s.state != streamEnded && !s.drains }
+// writableLocked reports whether the stream is open and drain does not run.
+func (s *stream) writableLocked() bool { return s.state == streamOpen && len(s.pending) == 0 }
 
+// writeLocked writes what the socket takes of chunk, and starts drain if there is anything left to do.
 func (s *stream) writeLocked(chunk []byte) {
-	if !s.drains {
-		n, err := writeNow(s.raw, chunk)
-		if err != nil {
-			s.cutLocked(streamError)
-			return
-		}
-		s.written += uint64(n)
-		if n == len(chunk) {
-			return
-		}
-		chunk = chunk[n:]
+	n, err := writeNow(s.raw, chunk)
+	if err != nil {
+		s.cutLocked(streamError)
+		return
 	}
-	s.enqueueLocked(chunk)
-	s.startDrainLocked()
-}
-
-// startDrainLocked starts drain, if there is a connection and it does not run.
-func (s *stream) startDrainLocked() {
-	if s.writableLocked() {
-		s.drains = true
+	s.written += uint64(n)
+	if n < len(chunk) || s.state == streamOverflowed {
+		s.enqueueLocked(chunk[n:])
 		go s.drain()
 	}
 }
@@ -278,13 +257,13 @@ func (s *stream) startDrainLocked() {
 func (s *stream) enqueueLocked(chunk []byte) {
 	need := len(s.pending) + len(chunk)
 	switch {
-	case s.draining+need <= s.limits.buffer, s.draining+len(s.pending) == 0: // one event may be larger
+	case need <= s.limits.buffer, len(s.pending) == 0: // one event may be larger
 		if need > cap(s.pending) { // append would grow it in small steps, and leave megabytes to the garbage collector
 			s.pending = append(make([]byte, 0, max(need, min(2*cap(s.pending), s.limits.buffer))), s.pending...)
 		}
 		s.pending = append(s.pending, chunk...)
 	default:
-		s.state, s.overflowed = streamEnding, true
+		s.state = streamOverflowed
 		if s.conn != nil {
 			s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
 		}
@@ -292,11 +271,8 @@ func (s *stream) enqueueLocked(chunk []byte) {
 }
 
 func (s *stream) finishLocked() {
-	if s.state == streamEnded {
-		return
-	}
-	s.state = streamEnding
-	if !s.writableLocked() {
+	s.state = max(s.state, streamEnding)
+	if s.state > streamEnding || s.conn == nil || len(s.pending) > 0 {
 		return // open or drain comes back to it
 	}
 	if s.chunked {
@@ -330,44 +306,39 @@ const (
 // soon seen.
 const drainWrite = 64 << 10
 
-// drain writes pending until nothing is left. A write that misses its deadline is repeated unless the client is stuck:
-// it may have acknowledged bytes, but not enough for the socket to have room.
+// drain writes pending until nothing is left, and ends the stream if that is due. A write that misses its deadline is
+// repeated unless the client is stuck: it may have acknowledged bytes, but not enough for the socket to have room.
 func (s *stream) drain() {
-	for {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stuckLocked() // notes where the client is: its time counts from there
+	for len(s.pending) > 0 {
+		s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
+		part := s.pending[:min(len(s.pending), drainWrite)]
+		s.mu.Unlock()
+		n, err := s.conn.Write(part)
 		s.mu.Lock()
-		buf := s.pending
-		s.pending, s.draining = nil, len(buf)
-		if s.overflowed && len(buf) == 0 && s.state != streamEnded && unacknowledged(s.raw) > 0 && !s.stuckLocked() {
-			s.mu.Unlock()
-			time.Sleep(overflowPause)
-			continue
-		}
-		if s.state == streamEnded || len(buf) == 0 {
-			s.drains = false
-			if s.overflowed {
-				s.cutLocked(streamError) // without the last chunk, as something is missing
-			} else if s.state == streamEnding {
-				s.finishLocked()
-			}
-			s.mu.Unlock()
+		if s.state == streamEnded {
 			return
 		}
-		s.stuckLocked() // notes where the client is: its time counts from there
-		for len(buf) > 0 {
-			s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
-			s.mu.Unlock()
-			n, err := s.conn.Write(buf[:min(len(buf), drainWrite)])
-			buf = buf[n:]
-			s.mu.Lock()
-			s.draining -= n
-			s.written += uint64(n)
-			stuck := s.stuckLocked()
-			if err != nil && (stuck || !errors.Is(err, os.ErrDeadlineExceeded)) {
-				s.cutLocked(streamError)
-				buf = nil
-			}
+		s.pending = s.pending[n:]
+		s.written += uint64(n)
+		stuck := s.stuckLocked()
+		if err != nil && (stuck || !errors.Is(err, os.ErrDeadlineExceeded)) {
+			s.cutLocked(streamError)
 		}
+	}
+	s.pending = nil // an empty slice would keep its array
+	for s.state == streamOverflowed && unacknowledged(s.raw) > 0 && !s.stuckLocked() {
 		s.mu.Unlock()
+		time.Sleep(overflowPause)
+		s.mu.Lock()
+	}
+	switch s.state {
+	case streamOverflowed:
+		s.cutLocked(streamError) // without the last chunk, as something is missing
+	case streamEnding:
+		s.finishLocked()
 	}
 }
 

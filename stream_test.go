@@ -348,13 +348,13 @@ func TestStreamBufferCountsWhatIsBeingWritten(t *testing.T) {
 	conn, other := net.Pipe()
 	defer conn.Close()
 	defer other.Close()
-	s := &stream{limits: &streamLimits{buffer: 1000, writeTimeout: time.Second}, state: streamOpen, conn: conn, drains: true, draining: 600}
+	s := &stream{limits: &streamLimits{buffer: 1000, writeTimeout: time.Second}, state: streamOpen, conn: conn, pending: make([]byte, 600)}
 	for _, want := range []sendStatus{sendWritten, sendUnknown, sendUnknown} {
 		if got := s.send(make([]byte, 300), false); got != want {
 			t.Errorf("got %v, want %v", got, want)
 		}
 	}
-	if len(s.pending) != 300 || !s.overflowed {
-		t.Errorf("%d bytes wait, want 300", len(s.pending))
+	if len(s.pending) != 900 || s.state != streamOverflowed {
+		t.Errorf("%d bytes wait in state %d, want 900", len(s.pending), s.state)
 	}
 }
