@@ -274,7 +274,7 @@ type burst struct {
 // fits reports whether one more event may be written with the others, if its line or its data has this size. The
 // stream's buffer must have room for what the socket may leave of them.
 func (b *burst) fits(size int) bool {
-	return b.events == 0 || len(*b.buf)+maxGrowth*size <= min(maxBurst, b.g.limits.buffer)
+	return b.events == 0 || len(*b.buf)+maxGrowth*size <= min(maxBurst, b.g.cfg.StreamBuffer)
 }
 
 func (b *burst) add(e sentEvent) {

@@ -46,7 +46,6 @@ const (
 // takes events from it.
 type gateway struct {
 	cfg       gatewayConfig
-	limits    streamLimits
 	log       *slog.Logger
 	met       *gatewayMetrics
 	transport http.RoundTripper
@@ -87,14 +86,8 @@ type shard struct {
 }
 
 func newGateway(cfg gatewayConfig, log *slog.Logger, reg *registry) *gateway {
-	seconds := formatFloat(cfg.Heartbeat.Seconds())
 	g := &gateway{
 		cfg: cfg,
-		limits: streamLimits{
-			buffer:       cfg.StreamBuffer,
-			writeTimeout: cfg.WriteTimeout,
-			beatEvent:    string(appendEvent(nil, sentEvent{name: []byte("heartbeat"), data: []byte(seconds)})),
-		},
 		log: log,
 		met: newGatewayMetrics(reg),
 		transport: &http.Transport{
@@ -160,7 +153,7 @@ func (g *gateway) register(r *http.Request, request json.RawMessage) *stream {
 		g.full.log(g.log, slog.LevelWarn, "streams are turned away: MAX_CONNECTIONS is reached", "limit", g.cfg.MaxConnections)
 		return nil
 	}
-	s := &stream{token: newToken(), chunked: r.ProtoAtLeast(1, 1), limits: &g.limits}
+	s := &stream{token: newToken(), chunked: r.ProtoAtLeast(1, 1), cfg: &g.cfg}
 	if g.backend == nil {
 		s.request = request
 	}

@@ -37,13 +37,6 @@ func (s sendStatus) String() string {
 	return [...]string{"written", "buffered", "unknown_token"}[s]
 }
 
-// streamLimits are the limits that all streams of a gateway share.
-type streamLimits struct {
-	buffer       int           // bytes that may wait for the client; beyond it the stream ends
-	writeTimeout time.Duration // for how long a client may take nothing
-	beatEvent    string        // the heartbeat of streams with an event for it
-}
-
 // streamState is where a stream is in its life.
 type streamState int
 
@@ -64,7 +57,7 @@ type stream struct {
 	token   string
 	request json.RawMessage // what both callbacks say of the request, encoded once; nil if they are not posted
 	chunked bool            // HTTP/1.1; an HTTP/1.0 body ends with its connection
-	limits  *streamLimits
+	cfg     *gatewayConfig
 
 	beatEvent bool // heartbeats are events; set before open
 
@@ -72,7 +65,7 @@ type stream struct {
 	state    streamState
 	conn     net.Conn // nil until the connect callback has been answered
 	raw      syscall.RawConn
-	pending  []byte      // chunks that wait: at most limits.buffer, or one event; once there is a conn, drain writes them
+	pending  []byte      // chunks that wait: at most STREAM_BUFFER_BYTES, or one event; once there is a conn, drain writes them
 	written  uint64      // bytes given to the socket
 	uptake   uptake      // how the client takes what is written
 	reason   string      // set with streamEnded
@@ -160,9 +153,9 @@ func (s *stream) stuckLocked() bool {
 // timeoutLocked is for how long the client may take nothing.
 func (s *stream) timeoutLocked() time.Duration {
 	if s.state == streamOverflowed {
-		return min(s.limits.writeTimeout, overflowTimeout)
+		return min(s.cfg.WriteTimeout, overflowTimeout)
 	}
-	return s.limits.writeTimeout
+	return s.cfg.WriteTimeout
 }
 
 // uptake is how far a client had come when it was last looked at.
@@ -219,11 +212,11 @@ func (s *stream) beat() {
 	}
 	buf := chunkBuffers.Get().(*[]byte)
 	defer chunkBuffers.Put(buf)
-	beat := heartbeat
+	*buf = append(reserveChunk(*buf), heartbeat...)
 	if s.beatEvent {
-		beat = s.limits.beatEvent
+		seconds := formatFloat(s.cfg.Heartbeat.Seconds())
+		*buf = appendEvent(reserveChunk(*buf), sentEvent{name: []byte("heartbeat"), data: []byte(seconds)})
 	}
-	*buf = append(reserveChunk(*buf), beat...)
 	s.writeLocked(s.chunk(buf))
 }
 
@@ -257,9 +250,9 @@ func (s *stream) writeLocked(chunk []byte) {
 func (s *stream) enqueueLocked(chunk []byte) {
 	need := len(s.pending) + len(chunk)
 	switch {
-	case need <= s.limits.buffer, len(s.pending) == 0: // one event may be larger
+	case need <= s.cfg.StreamBuffer, len(s.pending) == 0: // one event may be larger
 		if need > cap(s.pending) { // append would grow it in small steps, and leave megabytes to the garbage collector
-			s.pending = append(make([]byte, 0, max(need, min(2*cap(s.pending), s.limits.buffer))), s.pending...)
+			s.pending = append(make([]byte, 0, max(need, min(2*cap(s.pending), s.cfg.StreamBuffer))), s.pending...)
 		}
 		s.pending = append(s.pending, chunk...)
 	default:

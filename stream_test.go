@@ -261,7 +261,7 @@ func TestSlowReaderIsKept(t *testing.T) {
 	raw, err := conn.(*net.TCPConn).SyscallConn()
 	must(t, err)
 	const timeout = 2 * time.Second // on a busy machine the client may not get to read for a while
-	s := &stream{limits: &streamLimits{buffer: 4 << 20, writeTimeout: timeout}}
+	s := &stream{cfg: &gatewayConfig{StreamBuffer: 4 << 20, WriteTimeout: timeout}}
 	s.open(conn, raw, []byte("head"), false, 0)
 	defer s.cut(serverClosed)
 	s.send(make([]byte, 4<<20), false)
@@ -348,7 +348,7 @@ func TestStreamBufferCountsWhatIsBeingWritten(t *testing.T) {
 	conn, other := net.Pipe()
 	defer conn.Close()
 	defer other.Close()
-	s := &stream{limits: &streamLimits{buffer: 1000, writeTimeout: time.Second}, state: streamOpen, conn: conn, pending: make([]byte, 600)}
+	s := &stream{cfg: &gatewayConfig{StreamBuffer: 1000, WriteTimeout: time.Second}, state: streamOpen, conn: conn, pending: make([]byte, 600)}
 	for _, want := range []sendStatus{sendWritten, sendUnknown, sendUnknown} {
 		if got := s.send(make([]byte, 300), false); got != want {
 			t.Errorf("got %v, want %v", got, want)

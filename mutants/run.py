@@ -52,7 +52,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("restore.go", "t == nil || head[1] <= t.lastEvent", "t == nil", "TestRestoreSnapshot"),
     ("restore.go", "if rec.Event > st.events.stats().last {", "if true {", "TestRestoreSnapshot"),
     # gateway
-    ("stream.go", "return min(s.limits.writeTimeout, overflowTimeout)", "return s.limits.writeTimeout", "Overflow|Buffer|Slow"),
+    ("stream.go", "return min(s.cfg.WriteTimeout, overflowTimeout)", "return s.cfg.WriteTimeout", "Overflow|Buffer|Slow"),
     ("stream.go", "|| s.state == streamOverflowed {", "{", "Overflow"),
     ("stream.go", "len(s.pending) == 0: //", "false: //", "Overflow|Buffer|Slow"),
     ("stream.go", "stuck || !errors.Is(err, os.ErrDeadlineExceeded)", "stuck || !errors.Is(err, os.ErrDeadlineExceeded) || true", "Slow|Stream|Write"),
