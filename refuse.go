@@ -141,7 +141,7 @@ func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, refused *refusa
 	retry := g.retry()
 	if refused.isTransient() && acceptsEventStream(r) {
 		s := &stream{chunked: r.ProtoAtLeast(1, 1), cfg: &g.cfg}
-		if g.begin(w, s, appendComment(appendRetry(reserveChunk(nil), retry), refused.text), false, 0) {
+		if g.begin(w, s, appendComment(appendRetry(reserveChunk(nil), retry), refused.text), false) {
 			g.hold(s)
 		}
 		return

@@ -202,7 +202,7 @@ func (g *gateway) open(w http.ResponseWriter, s *stream, a *callbackAnswer) {
 	s.beatEvent = a.beatEvent
 	g.met.opened.Inc()
 	g.log.Debug("stream opened", "token", mask(s.token))
-	if !g.begin(w, s, first, a.end, g.cfg.MaxStream) {
+	if !g.begin(w, s, first, a.end) {
 		s.reason = streamError
 		g.spawn(func() { g.ended(s) })
 		return
@@ -212,7 +212,7 @@ func (g *gateway) open(w http.ResponseWriter, s *stream, a *callbackAnswer) {
 
 // begin takes the connection over from net/http, whose buffers and goroutine cost several times what the stream does,
 // and begins s with first, which was begun by reserveChunk. It reports whether that was possible.
-func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool, lifetime time.Duration) bool {
+func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool) bool {
 	header := w.Header()
 	header.Set("Content-Type", "text/event-stream")
 	header.Set("Cache-Control", "no-cache, no-transform")
@@ -236,7 +236,7 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 	header.Write(head)
 	head.WriteString("\r\n")
 	head.Write(s.chunk(&first))
-	s.open(conn, raw, head.Bytes(), end, lifetime)
+	s.open(conn, raw, head.Bytes(), end)
 	if rw.Reader.Buffered() > 0 {
 		s.cut(clientClosed) // it has sent more than its request
 	}

@@ -124,7 +124,7 @@ func (s *stream) send(chunk []byte, end bool) sendStatus {
 }
 
 // open begins the response on conn with head and what was buffered. conn belongs to the stream from then on.
-func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool, lifetime time.Duration) {
+func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.conn, s.raw = conn, raw
@@ -137,7 +137,7 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 	if end || s.state == streamEnding {
 		s.finishLocked()
 	}
-	if lifetime > 0 && s.state != streamEnded {
+	if lifetime := s.cfg.MaxStream; lifetime > 0 && s.state != streamEnded {
 		s.lifetime = time.AfterFunc(jitter(lifetime*4/5, lifetime), s.finish)
 	}
 }

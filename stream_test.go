@@ -262,7 +262,7 @@ func TestSlowReaderIsKept(t *testing.T) {
 	must(t, err)
 	const timeout = 2 * time.Second // on a busy machine the client may not get to read for a while
 	s := &stream{cfg: &gatewayConfig{StreamBuffer: 4 << 20, WriteTimeout: timeout}}
-	s.open(conn, raw, []byte("head"), false, 0)
+	s.open(conn, raw, []byte("head"), false)
 	defer s.cut(serverClosed)
 	s.send(make([]byte, 4<<20), false)
 	for began := time.Now(); time.Since(began) < timeout*5/2; time.Sleep(timeout / 40) {
