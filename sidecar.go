@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -178,11 +179,7 @@ func (g *gateway) unregister(s *stream) {
 
 // shard returns the shard of the tokens with this last digit, a hexadecimal one. It takes any other byte, too.
 func (g *gateway) shard(digit byte) *shard {
-	n := digit - '0'
-	if digit >= 'a' {
-		n = digit - 'a' + 10
-	}
-	return &g.shards[n%16]
+	return &g.shards[strings.IndexByte("0123456789abcdef", digit)&15]
 }
 
 // lookup returns the stream of a token, which is not empty.
@@ -202,11 +199,7 @@ func (g *gateway) open(w http.ResponseWriter, s *stream, a *callbackAnswer) {
 	s.beatEvent = a.beatEvent
 	g.met.opened.Inc()
 	g.log.Debug("stream opened", "token", mask(s.token))
-	if !g.begin(w, s, first, a.end) {
-		s.reason = streamError
-		g.spawn(func() { g.ended(s) })
-		return
-	}
+	g.begin(w, s, first, a.end)
 	g.spawn(func() { g.watch(s) })
 }
 
@@ -229,6 +222,7 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 	}
 	if err != nil {
 		g.log.Error("taking over a connection", "err", err)
+		s.cut(streamError)
 		return false
 	}
 	head := bytes.NewBuffer(make([]byte, 0, 512))
@@ -243,16 +237,13 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 	return true
 }
 
-// watch waits for the end of an open stream. Read returns when the client leaves or sends anything, or when the gateway
-// has closed conn.
+// watch waits for the end of a stream that was accepted, and tells the backend of it. Read returns when the client
+// leaves or sends anything, or when the gateway has closed conn.
 func (g *gateway) watch(s *stream) {
-	s.conn.Read(make([]byte, 1))
+	if s.conn != nil { // or it could not be taken over
+		s.conn.Read(make([]byte, 1))
+	}
 	s.cut(clientClosed)
-	g.ended(s)
-}
-
-// ended forgets a stream that was accepted, and tells the backend of its end.
-func (g *gateway) ended(s *stream) {
 	g.unregister(s)
 	g.met.closed.with(s.reason).Inc()
 	g.log.Debug("stream closed", "token", mask(s.token), "reason", s.reason)
@@ -260,12 +251,13 @@ func (g *gateway) ended(s *stream) {
 }
 
 // work starts what the gateway does besides answering, until ctx ends: it writes heartbeats, and cuts clients that are
-// stuck. Opening a stream takes several times the memory that the stream keeps; after a round of heartbeats in which
-// streams were opened that is given back.
+// stuck. Opening a stream takes several times the memory that the stream keeps; after an interval in which streams were
+// opened that is given back.
 func (g *gateway) work(ctx context.Context) {
-	go g.walk(ctx, g.cfg.WriteTimeout/4, (*stream).cutIfStuck, func() {})
+	go g.walk(ctx, g.cfg.WriteTimeout/4, (*stream).cutIfStuck)
+	go g.walk(ctx, g.cfg.Heartbeat, (*stream).beat)
 	before := g.met.opened.Load()
-	go g.walk(ctx, g.cfg.Heartbeat, (*stream).beat, func() {
+	go every(ctx, g.cfg.Heartbeat, func() {
 		if opened := g.met.opened.Load(); opened != before {
 			before = opened
 			debug.FreeOSMemory()
@@ -273,16 +265,14 @@ func (g *gateway) work(ctx context.Context) {
 	})
 }
 
-// walk visits every stream once an interval, one shard after the other, until ctx ends. It calls done after each round.
-func (g *gateway) walk(ctx context.Context, interval time.Duration, visit func(*stream), done func()) {
+// walk visits every stream once an interval, one shard after the other, until ctx ends.
+func (g *gateway) walk(ctx context.Context, interval time.Duration, visit func(*stream)) {
 	i := 0
 	every(ctx, interval/time.Duration(len(g.shards)), func() {
 		for _, s := range g.shards[i].all() {
 			visit(s)
 		}
-		if i = (i + 1) % len(g.shards); i == 0 {
-			done()
-		}
+		i = (i + 1) % len(g.shards)
 	})
 }
 

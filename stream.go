@@ -285,7 +285,9 @@ func (s *stream) cutLocked(reason string) {
 	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError && unacknowledged(s.raw) > 0 {
 		tcp.SetLinger(0) // drop what the socket holds, megabytes that the client does not take
 	}
-	s.conn.Close() // wakes watch, which tells the backend
+	if s.conn != nil {
+		s.conn.Close() // wakes watch, which tells the backend
+	}
 }
 
 // A client whose buffer has overflowed is sent what was accepted before, unless it takes nothing for overflowTimeout,
