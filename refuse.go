@@ -154,7 +154,7 @@ func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, refused *refusa
 
 // hold ends the stream of a refused client after a while. The stream has no goroutine and is not registered.
 func (g *gateway) hold(s *stream) {
-	ctx, cancel := context.WithTimeout(g.holding, holdTime)
+	ctx, cancel := context.WithTimeout(g.life, holdTime)
 	if g.held.Add(1) > maxHeld {
 		cancel() // ends it at once
 	}

@@ -59,8 +59,8 @@ type gateway struct {
 	disconnecting chan struct{}
 	asking        context.Context // ends the connect callbacks
 	stopAsking    context.CancelFunc
-	holding       context.Context // ends the waiting of refused clients
-	stopHolding   context.CancelFunc
+	life          context.Context // ends with the shutdown: nothing new is taken, and no refused client waits any more
+	endLife       context.CancelFunc
 	held          atomic.Int64 // refused clients that are waiting
 
 	full, failed, misdirected throttle // limit what is logged of each
@@ -70,9 +70,8 @@ type gateway struct {
 	name     string        // of this run, in orderHeader
 	requests atomic.Uint64 // requests for streams, so far
 
-	shards  [16]shard    // by the last digit of the token
-	count   atomic.Int64 // registered streams
-	closing atomic.Bool  // shutting down: takes nothing new
+	shards [16]shard    // by the last digit of the token
+	count  atomic.Int64 // registered streams
 
 	// Counts requests for streams until their answer, streams and held refusals until their end, disconnect callbacks,
 	// and resets.
@@ -105,7 +104,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, reg *registry) *gateway {
 		name:          newEpoch(),
 	}
 	g.asking, g.stopAsking = context.WithCancel(context.Background())
-	g.holding, g.stopHolding = context.WithCancel(context.Background())
+	g.life, g.endLife = context.WithCancel(context.Background())
 	for i := range g.shards {
 		g.shards[i].streams = map[string]*stream{}
 	}
@@ -162,7 +161,7 @@ func (g *gateway) register(r *http.Request, request json.RawMessage) *stream {
 	sh.mu.Lock()
 	sh.streams[s.token] = s
 	sh.mu.Unlock()
-	if g.closing.Load() { // looked at when it is in the map, so that shutdown misses none
+	if g.life.Err() != nil { // looked at when it is in the map, so that shutdown misses none
 		g.unregister(s)
 		return nil
 	}
@@ -285,8 +284,7 @@ func (sh *shard) all() []*stream {
 // shutdown takes no new streams, ends those that are open, spread over time, and waits for their disconnect callbacks,
 // and for the answers to sends, until ctx ends.
 func (g *gateway) shutdown(ctx context.Context) {
-	g.closing.Store(true)
-	g.stopHolding()
+	g.endLife()
 	time.AfterFunc(askingGrace, g.stopAsking)
 	g.endAll(ctx, g.all())
 	if left := g.wait(ctx); left > 0 {
@@ -333,6 +331,6 @@ func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) (status int
 // serveReady is GET /readyz.
 func (g *gateway) serveReady(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	configured := g.cfg.CallbackURL != ""
-	status, said := readiness(configured && !g.closing.Load())
+	status, said := readiness(configured && g.life.Err() == nil)
 	return status, map[string]any{"status": said, "configured": configured}, nil
 }
