@@ -23,19 +23,14 @@ const (
 	streamError  = "error" // write failure, slow client, buffer overflow
 )
 
-// sendStatus is what became of an event.
-type sendStatus int
+// sendStatus is what became of an event, in metrics.
+type sendStatus string
 
 const (
-	sendWritten  sendStatus = iota // the socket or the stream's buffer took it
-	sendBuffered                   // it waits for the connect callback
-	sendUnknown                    // there is no such stream, or it takes nothing more
+	sendWritten  sendStatus = "written"       // the socket or the stream's buffer took it
+	sendBuffered sendStatus = "buffered"      // it waits for the connect callback
+	sendUnknown  sendStatus = "unknown_token" // there is no such stream, or it takes nothing more
 )
-
-// String returns the status as metrics have it.
-func (s sendStatus) String() string {
-	return [...]string{"written", "buffered", "unknown_token"}[s]
-}
 
 // streamState is where a stream is in its life.
 type streamState int
