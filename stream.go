@@ -123,9 +123,7 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.conn, s.raw = conn, raw
-	if s.state == streamConnecting {
-		s.state = streamOpen
-	}
+	s.state = max(s.state, streamOpen)
 	buffered := s.pending
 	s.pending = nil
 	s.writeLocked(append(head, buffered...))
@@ -360,15 +358,14 @@ func writeNow(raw syscall.RawConn, buf []byte) (int, error) {
 	defer nowWriters.Put(w)
 	w.buf = buf
 	err := raw.Control(w.do) // not raw.Write, which minds the deadline that drain has set
-	n := w.n
-	if err == nil {
-		err = w.err
-	}
-	w.buf, w.n, w.err = nil, 0, nil
-	if err == syscall.EAGAIN {
+	w.buf = nil
+	switch {
+	case err != nil:
+		return 0, err
+	case w.err == syscall.EAGAIN:
 		return 0, nil
 	}
-	return n, err
+	return w.n, w.err
 }
 
 // jitter returns a duration between low and high.
