@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"math"
 	"net/http"
@@ -42,16 +43,14 @@ func parseSend(body []byte) (m sendRequest, err error) {
 	if err := pick(body, member{"token", &token, nil}, e.field(), member{"close", &end, nil}); err != nil {
 		return m, err
 	}
-	if m.token, err = parseText(token); err == nil && len(m.token) == 0 {
-		err = errNoToken
+	var tokenErr, eventErr, endErr error
+	m.token, tokenErr = parseText(token)
+	if tokenErr == nil && len(m.token) == 0 {
+		tokenErr = errNoToken
 	}
-	if err == nil {
-		m.event, err = e.parse()
-	}
-	if err == nil {
-		m.end, err = parseBool(end)
-	}
-	return m, err
+	m.event, eventErr = e.parse()
+	m.end, endErr = parseBool(end)
+	return m, cmp.Or(tokenErr, eventErr, endErr)
 }
 
 // eventFields has the values of the member "event" of an object.
@@ -121,7 +120,7 @@ var bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // serveSend is POST /internal/send.
 func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
-	w = uncounted(w)
+	uncounted(w)
 	mediaType, limit := jsonType, int64(maxSend)
 	if hasMediaType(r, ndjson) {
 		mediaType, limit = ndjson, maxBatch

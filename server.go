@@ -74,18 +74,16 @@ func newServer(log *slog.Logger, reg *registry, h http.Handler, listeners ...net
 	}
 }
 
-// countedWriter counts an answer, unless the connection was taken over, or the answer is written to the uncounted
-// writer.
+// countedWriter counts an answer, unless the connection was taken over.
 type countedWriter struct {
 	http.ResponseWriter
-	requests *family
-	counted  bool
+	requests *family // nil once the answer is counted, or if it is not to be
 }
 
 func (w *countedWriter) WriteHeader(status int) {
-	if !w.counted && status >= 200 {
-		w.counted = true
+	if w.requests != nil && status >= 200 {
 		countAnswer(w.requests, status)
+		w.requests = nil
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
@@ -99,7 +97,7 @@ func countAnswer(requests *family, status int) {
 }
 
 func (w *countedWriter) Write(b []byte) (int, error) {
-	if !w.counted {
+	if w.requests != nil {
 		w.WriteHeader(http.StatusOK)
 	}
 	return w.ResponseWriter.Write(b)
@@ -108,12 +106,11 @@ func (w *countedWriter) Write(b []byte) (int, error) {
 // Unwrap is for http.ResponseController.
 func (w *countedWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// uncounted returns w for answers that have metrics of their own.
-func uncounted(w http.ResponseWriter) http.ResponseWriter {
+// uncounted says that the answer has metrics of its own.
+func uncounted(w http.ResponseWriter) {
 	if c, ok := w.(*countedWriter); ok {
-		return c.ResponseWriter
+		c.requests = nil
 	}
-	return w
 }
 
 // throttle limits similar lines of the log to one in each interval. The next line counts those that are left out.

@@ -116,7 +116,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, reg *registry) *gateway {
 // serveStream answers every request that is not for one of the gateway's own paths. It opens a stream if the backend
 // accepts that.
 func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
-	w = uncounted(w)
+	uncounted(w)
 	g.allowOrigin(w.Header())
 	if g.isPreflight(r) {
 		servePreflight(w)
