@@ -17,7 +17,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -215,10 +214,6 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 		header.Set("Transfer-Encoding", "chunked")
 	}
 	conn, rw, err := http.NewResponseController(w).Hijack()
-	var raw syscall.RawConn
-	if err == nil {
-		raw, err = conn.(syscall.Conn).SyscallConn()
-	}
 	if err != nil {
 		g.log.Error("taking over a connection", "err", err)
 		s.cut(streamError)
@@ -229,7 +224,7 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 	header.Write(head)
 	head.WriteString("\r\n")
 	head.Write(s.chunk(&first))
-	s.open(conn, raw, head.Bytes(), end)
+	s.open(conn, head.Bytes(), end)
 	if rw.Reader.Buffered() > 0 {
 		s.cut(clientClosed) // it has sent more than its request
 	}

@@ -103,7 +103,7 @@ func (s *stream) send(chunk []byte, end bool) sendStatus {
 		status = sendBuffered
 	}
 	switch {
-	case s.state >= streamEnding || len(chunk) == 0:
+	case s.state >= streamEnding || len(chunk) == 0: // nothing is written
 	case s.writableLocked():
 		s.writeLocked(chunk)
 	default:
@@ -119,10 +119,11 @@ func (s *stream) send(chunk []byte, end bool) sendStatus {
 }
 
 // open begins the response on conn with head and what was buffered. conn belongs to the stream from then on.
-func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool) {
+func (s *stream) open(conn net.Conn, head []byte, end bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.conn, s.raw = conn, raw
+	s.conn = conn
+	s.raw, _ = conn.(syscall.Conn).SyscallConn() // fails for a nil connection alone
 	s.state = max(s.state, streamOpen)
 	buffered := s.pending
 	s.pending = nil
