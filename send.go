@@ -6,6 +6,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"errors"
 	"fmt"
 	"math"
 	"net/http"
@@ -53,7 +54,7 @@ func parseSend(body []byte) (m sendRequest, err error) {
 	return m, cmp.Or(tokenErr, eventErr, endErr)
 }
 
-// eventFields has the values of the member "event" of an object.
+// eventFields has the member "event" of an object as its text, and the values in it.
 type eventFields struct{ text, id, name, data, retry []byte }
 
 func (f *eventFields) field() member {
@@ -217,11 +218,9 @@ func (g *gateway) take(m sendRequest, err error) (status int, body string) {
 		return b.flush(m.end).answer()
 	}
 	g.met.events.with("invalid").Inc()
-	status = http.StatusBadRequest
-	if err == errBodyTooLarge {
-		status = http.StatusRequestEntityTooLarge
-	}
-	return status, fmt.Sprintf(`{"error":%q}`, err.Error())
+	e := errNotJSON
+	errors.As(err, &e) // parseSend has no other
+	return e.status, fmt.Sprintf(`{"error":%q}`, e.Text)
 }
 
 func (s sendStatus) answer() (status int, body string) {

@@ -103,7 +103,7 @@ func (s *stream) send(chunk []byte, end bool) sendStatus {
 		status = sendBuffered
 	}
 	switch {
-	case s.state >= streamEnding || len(chunk) == 0: // nothing is written
+	case s.state >= streamEnding || len(chunk) == 0: // there is nothing to write
 	case s.writableLocked():
 		s.writeLocked(chunk)
 	default:
