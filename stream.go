@@ -208,8 +208,8 @@ func (s *stream) beat() {
 	defer chunkBuffers.Put(buf)
 	*buf = append(reserveChunk(*buf), heartbeat...)
 	if s.beatEvent {
-		seconds := formatFloat(s.cfg.Heartbeat.Seconds())
-		*buf = appendEvent(reserveChunk(*buf), sentEvent{name: []byte("heartbeat"), data: []byte(seconds)})
+		seconds := strconv.AppendFloat(nil, s.cfg.Heartbeat.Seconds(), 'f', -1, 64)
+		*buf = appendEvent(reserveChunk(*buf), sentEvent{name: []byte("heartbeat"), data: seconds})
 	}
 	s.writeLocked(s.chunk(buf))
 }
