@@ -203,9 +203,8 @@ func loadGatewayConfig(getenv func(string) string) (gatewayConfig, error) {
 	c.Addr = r.portAddr()
 	c.CallbackURL = secret(r.url("CALLBACK_URL", " #"))
 	if u := parseURL(string(c.CallbackURL)); u != nil {
-		if _, err := url.ParseQuery(u.RawQuery); err != nil { // or its secret could not be read
-			r.fail("CALLBACK_URL", "a URL whose query can be decoded")
-		}
+		_, err := url.ParseQuery(u.RawQuery) // or its secret could not be read
+		r.check("CALLBACK_URL", err == nil, "a URL whose query can be decoded")
 	}
 	return c, errors.Join(r.errs...)
 }
@@ -232,9 +231,8 @@ func healthcheckURL(getenv func(string) string) (string, error) {
 		name, addr = "PORT", r.portAddr()
 	}
 	host, port, _ := net.SplitHostPort(addr) // what does not split is already in r.errs
-	if len(r.errs) == 0 && strings.Trim(port, "0") == "" {
-		r.fail(name, "given a port above 0 for a health check, which cannot know the port that the system chose")
-	}
+	r.check(name, len(r.errs) > 0 || strings.Trim(port, "0") != "",
+		"given a port above 0 for a health check, which cannot know the port that the system chose")
 	if host == "" || net.ParseIP(host).IsUnspecified() {
 		host = "127.0.0.1" // listening on every address includes this one, also for [::]
 	}
@@ -288,18 +286,14 @@ func (r *envReader) gateway() gatewayConfig {
 // choice reads one of the words.
 func (r *envReader) choice(name, unset, words string) string {
 	v := cmp.Or(r.getenv(name), unset)
-	if !slices.Contains(strings.Fields(words), v) {
-		r.fail(name, "one of "+words)
-	}
+	r.check(name, slices.Contains(strings.Fields(words), v), "one of "+words)
 	return v
 }
 
 // number reads a whole number from low to high.
 func (r *envReader) number(name string, unset, low, high int) int {
 	n, err := strconv.Atoi(cmp.Or(r.getenv(name), strconv.Itoa(unset)))
-	if err != nil || n < low || n > high {
-		r.fail(name, fmt.Sprintf("a whole number from %d to %d", low, high))
-	}
+	r.check(name, err == nil && n >= low && n <= high, fmt.Sprintf("a whole number from %d to %d", low, high))
 	return n
 }
 
@@ -312,9 +306,7 @@ func (r *envReader) seconds(name, unset string) time.Duration {
 		must = "0 or " + must
 		good = good || f == 0
 	}
-	if err != nil || !good {
-		r.fail(name, must)
-	}
+	r.check(name, err == nil && good, must)
 	return time.Duration(math.Round(f * float64(time.Second)))
 }
 
@@ -324,9 +316,7 @@ func (r *envReader) addr(name, unset string) string {
 	v := cmp.Or(r.getenv(name), unset)
 	host, port, err := net.SplitHostPort(v)
 	_, portErr := strconv.ParseUint(port, 10, 16)
-	if v != "" && (err != nil || portErr != nil) {
-		r.fail(name, "host:port with a port from 0 to 65535")
-	}
+	r.check(name, v == "" || err == nil && portErr == nil, "host:port with a port from 0 to 65535")
 	if host == "localhost" {
 		return net.JoinHostPort("127.0.0.1", port)
 	}
@@ -337,9 +327,7 @@ func (r *envReader) addr(name, unset string) string {
 func (r *envReader) portAddr() string {
 	host := r.getenv("HOST")
 	_, err := netip.ParseAddr(host)
-	if err != nil && strings.ContainsAny(host, ":/[] ") {
-		r.fail("HOST", "an IP address or host name, without a port")
-	}
+	r.check("HOST", err == nil || !strings.ContainsAny(host, ":/[] "), "an IP address or host name, without a port")
 	if host == "localhost" {
 		host = "127.0.0.1" // see addr
 	}
@@ -351,18 +339,15 @@ func (r *envReader) url(name, without string) string {
 	v := r.getenv(name)
 	u := parseURL(v)
 	good := u != nil && (u.Scheme == "http" || u.Scheme == "https") && !strings.ContainsAny(v, without)
-	if v != "" && !good {
-		r.fail(name, fmt.Sprintf("an http or https URL with a host, without user info and without any of %q", without))
-	}
+	r.check(name, v == "" || good, fmt.Sprintf("an http or https URL with a host, without user info and without any of %q", without))
 	return v
 }
 
 // baseURL reads a URL to which paths are added, without a path of its own. It returns it without a slash at its end.
 func (r *envReader) baseURL(name string) string {
 	v := strings.TrimRight(r.url(name, " #?"), "/")
-	if u := parseURL(v); u != nil && u.Path != "" {
-		r.fail(name, "without a path")
-	}
+	u := parseURL(v)
+	r.check(name, u == nil || u.Path == "", "without a path")
 	return v
 }
 
@@ -374,29 +359,27 @@ func (r *envReader) origin(name string) string {
 	odd := func(c rune) bool { return c <= ' ' || c > '~' || c == '*' || c == ',' }
 	usual := strings.HasPrefix(v, "http:") && strings.HasSuffix(v, ":80") || strings.HasPrefix(v, "https:") && strings.HasSuffix(v, ":443")
 	good := u != nil && v == u.Scheme+"://"+u.Host && !strings.ContainsFunc(v, odd) && !usual
-	if v != "" && v != "*" && !good {
-		r.fail(name, `"*" or one scheme://host[:port] in ASCII without a path, not even "/", and without the usual port`)
-	}
+	r.check(name, v == "" || v == "*" || good, `"*" or one scheme://host[:port] in ASCII without a path, not even "/", and without the usual port`)
 	return v
 }
 
 // secret reads a value that can be sent in a header. In production it must be long, if it is set.
 func (r *envReader) secret(name string, production, required bool) secret {
 	v := r.getenv(name)
-	switch {
-	case v == "" && required:
-		r.fail(name, "set in production")
-	case strings.TrimSpace(v) != v || strings.ContainsFunc(v, unicode.IsControl):
-		r.fail(name, "free of control characters and of space at either end")
-	case v != "" && production && len([]rune(v)) < minSecretLength:
-		r.fail(name, fmt.Sprintf("at least %d characters long in production", minSecretLength))
-	}
+	plain := strings.TrimSpace(v) == v && !strings.ContainsFunc(v, unicode.IsControl)
+	long := len([]rune(v)) >= minSecretLength
+	r.check(name, v != "" || !required, "set in production")
+	r.check(name, plain, "free of control characters and of space at either end")
+	r.check(name, v == "" || !production || long, fmt.Sprintf("at least %d characters long in production", minSecretLength))
 	return secret(v)
 }
 
-// fail notes what a variable must be. It shows the value, unless that is a secret or may have one in the user info or
-// the query of a URL.
-func (r *envReader) fail(name, must string) {
+// check notes what a variable must be, unless it is good. It shows the value, unless that is a secret or may have one
+// in the user info or the query of a URL.
+func (r *envReader) check(name string, good bool, must string) {
+	if good {
+		return
+	}
 	v := r.getenv(name)
 	isSecret := name == "API_TOKEN" || name == "SSE_CALLBACK_SECRET" || name == "CALLBACK_URL"
 	if !isSecret && !strings.ContainsAny(v, "@?") {

@@ -217,7 +217,7 @@ func skipEscape(text []byte, i int) int {
 	case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
 		return i + 2
 	case 'u':
-		if i+6 <= len(text) && isHex(text[i+2:i+6]) {
+		if i+6 <= len(text) && hexRune(text[i+2:]) >= 0 {
 			return i + 6
 		}
 	}
@@ -244,11 +244,6 @@ func isText(s []byte) bool {
 		all |= uint64(c)
 	}
 	return below&highs == 0 && (all&highs == 0 || utf8.Valid(s))
-}
-
-func isHex(digits []byte) bool {
-	_, err := strconv.ParseUint(string(digits), 16, 16)
-	return err == nil
 }
 
 func skipNumber(text []byte, i int) int {
@@ -336,9 +331,12 @@ func unquote(raw []byte) []byte {
 	return append(said, rest...)
 }
 
-// hexRune returns what the four hexadecimal digits of an escape stand for.
+// hexRune returns what the four hexadecimal digits of an escape stand for, or -1 if they are none.
 func hexRune(digits []byte) rune {
-	n, _ := strconv.ParseUint(string(digits[:4]), 16, 16)
+	n, err := strconv.ParseUint(string(digits[:4]), 16, 16)
+	if err != nil {
+		return -1
+	}
 	return rune(n)
 }
 

@@ -52,6 +52,7 @@ type label struct {
 // A series is one counter or histogram. Counting allocates nothing.
 type series struct {
 	labels string        // as in the text: service="task",action="connect"
+	value  string        // of the last label
 	n      atomic.Uint64 // of a counter, which only grows, from 0 at the start of the process
 
 	bounds []float64  // of a histogram: the buckets' upper bounds in seconds, the last is +Inf; never written
@@ -107,19 +108,16 @@ func (r *registry) add(kind, name, help string, labels []label) *family {
 	if slices.ContainsFunc(r.families, func(other *family) bool { return other.name == name }) {
 		panic("metrics: " + name + " is registered twice")
 	}
-	sets := []string{""}
+	f := &family{name: name, help: help, kind: kind, labels: labels, series: make([]series, 1)}
 	for _, l := range labels {
-		var longer []string
-		for _, set := range sets {
+		var longer []series
+		for i := range f.series {
 			for _, value := range l.values {
-				longer = append(longer, strings.TrimPrefix(set+","+labelPair(l.name, value), ","))
+				pairs := strings.TrimPrefix(f.series[i].labels+","+labelPair(l.name, value), ",")
+				longer = append(longer, series{labels: pairs, value: value})
 			}
 		}
-		sets = longer
-	}
-	f := &family{name: name, help: help, kind: kind, labels: labels, series: make([]series, len(sets))}
-	for i := range f.series {
-		f.series[i].labels = sets[i]
+		f.series = longer
 	}
 	r.families = append(r.families, f)
 	return f
@@ -183,17 +181,14 @@ func (f *family) write(b *bytes.Buffer) {
 	}
 	for i := range f.series {
 		s := &f.series[i]
-		value := float64(s.n.Load())
 		switch {
 		case s.bounds != nil:
 			s.writeHistogram(b, f.name)
-			continue
-		case f.read != nil && len(f.labels) > 0:
-			value = current[f.labels[0].values[i]]
 		case f.read != nil:
-			value = current[""]
+			writeSample(b, f.name, s.labels, current[s.value])
+		default:
+			writeSample(b, f.name, s.labels, float64(s.n.Load()))
 		}
-		writeSample(b, f.name, s.labels, value)
 	}
 }
 

@@ -98,6 +98,7 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 			buf = buf[1:]
 		}
 		p, plain := parsePlain(buf)
+		// Once the client has sent all, net/http answers the rest.
 		plain = plain && err == nil && (p.size == 0 || int64(p.size-p.head) <= l.poster.plainLimit(p))
 		if plain && p.size > 0 && len(buf) >= p.size {
 			if deadline.Sub(now) < postIdle-postIdleSlack { // not each time, as it costs a timer

@@ -56,6 +56,7 @@ func rejection(status int, body []byte) *refusal {
 
 // checkRequest returns what the callbacks say of a request, or why it gets no stream.
 func (g *gateway) checkRequest(w http.ResponseWriter, r *http.Request) (request json.RawMessage, refused *refusal) {
+	request = encodeRequest(r)
 	switch {
 	case r.Method != http.MethodGet:
 		w.Header().Set("Allow", http.MethodGet)
@@ -66,9 +67,6 @@ func (g *gateway) checkRequest(w http.ResponseWriter, r *http.Request) (request 
 		return nil, &refusal{http.StatusRequestURITooLong, refusedRequest, "request target too long"}
 	case !utf8.ValidString(r.RequestURI):
 		return nil, &refusal{http.StatusBadRequest, refusedRequest, "request target is not UTF-8"}
-	}
-	request = encodeRequest(r)
-	switch {
 	case len(request) > maxRequest:
 		return nil, &refusal{http.StatusRequestHeaderFieldsTooLarge, refusedRequest, "request header too large"}
 	case hasBody(r):
@@ -140,8 +138,8 @@ func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, refused *refusa
 	}
 	retry := g.retry()
 	if refused.isTransient() && acceptsEventStream(r) {
-		s := &stream{chunked: r.ProtoAtLeast(1, 1), limits: &g.limits}
-		if g.begin(w, s, appendComment(appendRetry(reserveChunk(nil), retry), refused.text), false, 0) {
+		s := &stream{chunked: r.ProtoAtLeast(1, 1), cfg: &g.cfg}
+		if g.begin(w, s, appendComment(appendRetry(reserveChunk(nil), retry), refused.text), false) {
 			g.hold(s)
 		}
 		return
@@ -154,7 +152,7 @@ func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, refused *refusa
 
 // hold ends the stream of a refused client after a while. The stream has no goroutine and is not registered.
 func (g *gateway) hold(s *stream) {
-	ctx, cancel := context.WithTimeout(g.holding, holdTime)
+	ctx, cancel := context.WithTimeout(g.life, holdTime)
 	if g.held.Add(1) > maxHeld {
 		cancel() // ends it at once
 	}

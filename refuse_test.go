@@ -42,7 +42,7 @@ func TestHeldRefusalsAreBounded(t *testing.T) {
 		g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newRegistry("test"))
 		refuse := func(n int) (streams []*stream) {
 			for range n {
-				s := &stream{limits: &g.limits}
+				s := &stream{cfg: &g.cfg}
 				g.hold(s)
 				streams = append(streams, s)
 			}

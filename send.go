@@ -5,6 +5,8 @@ package main
 
 import (
 	"bytes"
+	"cmp"
+	"errors"
 	"fmt"
 	"math"
 	"net/http"
@@ -42,19 +44,17 @@ func parseSend(body []byte) (m sendRequest, err error) {
 	if err := pick(body, member{"token", &token, nil}, e.field(), member{"close", &end, nil}); err != nil {
 		return m, err
 	}
-	if m.token, err = parseText(token); err == nil && len(m.token) == 0 {
-		err = errNoToken
+	var tokenErr, eventErr, endErr error
+	m.token, tokenErr = parseText(token)
+	if tokenErr == nil && len(m.token) == 0 {
+		tokenErr = errNoToken
 	}
-	if err == nil {
-		m.event, err = e.parse()
-	}
-	if err == nil {
-		m.end, err = parseBool(end)
-	}
-	return m, err
+	m.event, eventErr = e.parse()
+	m.end, endErr = parseBool(end)
+	return m, cmp.Or(tokenErr, eventErr, endErr)
 }
 
-// eventFields has the values of the member "event" of an object.
+// eventFields has the member "event" of an object as its text, and the values in it.
 type eventFields struct{ text, id, name, data, retry []byte }
 
 func (f *eventFields) field() member {
@@ -121,7 +121,7 @@ var bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // serveSend is POST /internal/send.
 func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
-	w = uncounted(w)
+	uncounted(w)
 	mediaType, limit := jsonType, int64(maxSend)
 	if hasMediaType(r, ndjson) {
 		mediaType, limit = ndjson, maxBatch
@@ -146,7 +146,7 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 // plainLimit is for plainPoster.
 func (g *gateway) plainLimit(p plainPost) int64 {
 	switch {
-	case string(p.path) != "/internal/send" || g.closing.Load(): // then net/http tells of the end
+	case string(p.path) != "/internal/send" || g.life.Err() != nil: // then net/http tells of the end
 		return -1
 	case p.mediaType == ndjson:
 		return maxBatch
@@ -159,8 +159,8 @@ func (g *gateway) answerPlain(text []byte, p plainPost, body []byte) (status int
 	if p.mediaType == ndjson {
 		return http.StatusOK, g.answerBatch(text, body)
 	}
-	a := g.take(parseSend(body))
-	return a.status, append(append(text, a.body...), '\n')
+	status, said := g.take(parseSend(body))
+	return status, append(append(text, said...), '\n')
 }
 
 // answerBatch carries out the lines of a batch, and appends a line about each to text. Events in a row for the same
@@ -170,7 +170,7 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 	defer chunkBuffers.Put(b.buf)
 	write := func() {
 		if n := b.events; n > 0 {
-			line := b.flush(false).answer().line
+			line := batchLine(b.flush(false).answer())
 			for range n {
 				text = append(append(text, line...), '\n')
 			}
@@ -183,7 +183,7 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 		m, err := parseSend(line)
 		if err != nil || m.event.data == nil || m.end {
 			write()
-			text = append(append(text, g.take(m, err).line...), '\n')
+			text = append(append(text, batchLine(g.take(m, err))...), '\n')
 			continue
 		}
 		if b.s == nil || b.s.token != string(m.token) || !b.fits(len(line)) {
@@ -196,14 +196,19 @@ func (g *gateway) answerBatch(text, body []byte) []byte {
 	return text
 }
 
-// sendAnswer is the answer to one send: as a body, and as a line of the answer to a batch.
-type sendAnswer struct {
-	status     int
-	body, line string
+// batchLine returns the answer to a line of a batch, from the answer to the same as a body.
+func batchLine(status int, body string) string {
+	switch status {
+	case http.StatusOK:
+		return body
+	case http.StatusBadRequest:
+		return `{"status":400,` + body[1:]
+	}
+	return fmt.Sprintf(`{"status":%d}`, status)
 }
 
 // take carries out a send and returns the answer, also if err says that it could not be read.
-func (g *gateway) take(m sendRequest, err error) sendAnswer {
+func (g *gateway) take(m sendRequest, err error) (status int, body string) {
 	if err == nil {
 		b := burst{g: g, s: g.lookup(m.token), buf: chunkBuffers.Get().(*[]byte)}
 		defer chunkBuffers.Put(b.buf)
@@ -213,48 +218,44 @@ func (g *gateway) take(m sendRequest, err error) sendAnswer {
 		return b.flush(m.end).answer()
 	}
 	g.met.events.with("invalid").Inc()
-	text := fmt.Sprintf(`"error":%q}`, err.Error())
-	if err == errBodyTooLarge { // of a line: a body would have been refused before
-		return sendAnswer{http.StatusRequestEntityTooLarge, "{" + text, `{"status":413}`}
-	}
-	return sendAnswer{http.StatusBadRequest, "{" + text, `{"status":400,` + text}
+	e := errNotJSON
+	errors.As(err, &e) // parseSend has no other
+	return e.status, fmt.Sprintf(`{"error":%q}`, e.Text)
 }
 
-func (s sendStatus) answer() sendAnswer {
+func (s sendStatus) answer() (status int, body string) {
 	switch s {
 	case sendWritten:
-		return sendAnswer{http.StatusOK, batchOK, batchOK}
+		return http.StatusOK, batchOK
 	case sendBuffered:
-		return sendAnswer{http.StatusOK, batchBuffered, batchBuffered}
+		return http.StatusOK, batchBuffered
 	}
-	return sendAnswer{http.StatusNotFound, `{"error":"unknown token"}`, batchUnknown}
+	return http.StatusNotFound, `{"error":"unknown token"}`
 }
 
 // send is the way of a backend in the same process. It gives the events to the stream of token; see gatewayClient.send.
 func (g *gateway) send(token string, events []event, end bool) (r sendResult) {
 	b := burst{g: g, s: g.lookup([]byte(token)), buf: chunkBuffers.Get().(*[]byte)}
 	defer chunkBuffers.Put(b.buf)
-	var id []byte
-	for {
-		for _, e := range events[r.taken:] {
-			if !b.fits(len(e.Data)) {
-				break
-			}
-			id = e.appendID(id[:0])
-			b.add(sentEvent{id: id, name: []byte(e.Name), data: []byte(e.Data), retry: e.Retry})
-		}
+	write := func(end bool) {
 		n := b.events
 		status := b.flush(end)
-		if status == sendUnknown {
-			g.met.events.with(status.String()).Add(len(events) - r.taken - n)
+		if status == sendUnknown { // and stays so
 			r.err = errUnknownToken
-			return r
+			return
 		}
 		r.taken, r.buffered = r.taken+n, status == sendBuffered
-		if r.taken == len(events) {
-			return r
-		}
 	}
+	var id []byte
+	for _, e := range events {
+		if !b.fits(len(e.Data)) {
+			write(false)
+		}
+		id = e.appendID(id[:0])
+		b.add(sentEvent{id: id, name: []byte(e.Name), data: []byte(e.Data), retry: e.Retry})
+	}
+	write(end)
+	return r
 }
 
 // maxBurst is the most bytes that several events written at once may have.
@@ -274,7 +275,7 @@ type burst struct {
 // fits reports whether one more event may be written with the others, if its line or its data has this size. The
 // stream's buffer must have room for what the socket may leave of them.
 func (b *burst) fits(size int) bool {
-	return b.events == 0 || len(*b.buf)+maxGrowth*size <= min(maxBurst, b.g.limits.buffer)
+	return b.events == 0 || len(*b.buf)+maxGrowth*size <= min(maxBurst, b.g.cfg.StreamBuffer)
 }
 
 func (b *burst) add(e sentEvent) {
@@ -295,7 +296,7 @@ func (b *burst) flush(end bool) sendStatus {
 		}
 		status = b.s.send(chunk, end)
 	}
-	b.g.met.events.with(status.String()).Add(b.events)
+	b.g.met.events.with(string(status)).Add(b.events)
 	b.events = 0
 	return status
 }

@@ -74,18 +74,16 @@ func newServer(log *slog.Logger, reg *registry, h http.Handler, listeners ...net
 	}
 }
 
-// countedWriter counts an answer, unless the connection was taken over, or the answer is written to the uncounted
-// writer.
+// countedWriter counts an answer, unless the connection was taken over.
 type countedWriter struct {
 	http.ResponseWriter
-	requests *family
-	counted  bool
+	requests *family // nil once the answer is counted, or if it is not to be
 }
 
 func (w *countedWriter) WriteHeader(status int) {
-	if !w.counted && status >= 200 {
-		w.counted = true
+	if w.requests != nil && status >= 200 {
 		countAnswer(w.requests, status)
+		w.requests = nil
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
@@ -99,7 +97,7 @@ func countAnswer(requests *family, status int) {
 }
 
 func (w *countedWriter) Write(b []byte) (int, error) {
-	if !w.counted {
+	if w.requests != nil {
 		w.WriteHeader(http.StatusOK)
 	}
 	return w.ResponseWriter.Write(b)
@@ -108,12 +106,11 @@ func (w *countedWriter) Write(b []byte) (int, error) {
 // Unwrap is for http.ResponseController.
 func (w *countedWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// uncounted returns w for answers that have metrics of their own.
-func uncounted(w http.ResponseWriter) http.ResponseWriter {
+// uncounted says that the answer has metrics of its own.
+func uncounted(w http.ResponseWriter) {
 	if c, ok := w.(*countedWriter); ok {
-		return c.ResponseWriter
+		c.requests = nil
 	}
-	return w
 }
 
 // throttle limits similar lines of the log to one in each interval. The next line counts those that are left out.
@@ -154,30 +151,25 @@ func (l *errorLog) Write(line []byte) (int, error) {
 // serve runs the servers and work until ctx ends or a server fails. Then it calls stop, while the servers still answer,
 // and shuts them down. An error from failed ends it at once. It returns the exit code.
 func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop func(context.Context), failed <-chan error) int {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	broken := make(chan error, 1)
+	running, end := context.WithCancelCause(ctx)
+	defer end(nil)
 	for _, s := range servers {
 		for _, l := range s.listeners {
-			go func() {
-				select {
-				case broken <- s.Serve(l):
-				default: // one is enough
-				}
-			}()
+			go func() { end(s.Serve(l)) }()
 		}
 	}
-	work(ctx)
+	work(running)
 	log.Info("started", "url", "http://"+servers[0].listeners[0].Addr().String(), "version", buildVersion())
 	code := 0
 	select {
-	case <-ctx.Done():
-	case err := <-broken:
-		log.Error("serving", "err", err)
-		code = 1
+	case <-running.Done():
 	case err := <-failed:
 		log.Error("ending at once", "err", err)
 		return 1
+	}
+	if ctx.Err() == nil {
+		log.Error("serving", "err", context.Cause(running))
+		code = 1
 	}
 	log.Info("stopping")
 	last, cancelLast := context.WithTimeout(context.Background(), stopLimit)
@@ -221,13 +213,12 @@ func (t *tracker) wait(ctx context.Context) int64 {
 
 // every calls f once an interval until ctx ends.
 func every(ctx context.Context, interval time.Duration, f func()) {
-	ticker := time.NewTicker(max(interval, time.Millisecond))
-	defer ticker.Stop()
+	tick := time.Tick(max(interval, time.Millisecond))
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-ticker.C:
+		case <-tick:
 			f()
 		}
 	}

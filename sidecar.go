@@ -14,9 +14,9 @@ import (
 	"net/url"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -46,7 +46,6 @@ const (
 // takes events from it.
 type gateway struct {
 	cfg       gatewayConfig
-	limits    streamLimits
 	log       *slog.Logger
 	met       *gatewayMetrics
 	transport http.RoundTripper
@@ -59,8 +58,8 @@ type gateway struct {
 	disconnecting chan struct{}
 	asking        context.Context // ends the connect callbacks
 	stopAsking    context.CancelFunc
-	holding       context.Context // ends the waiting of refused clients
-	stopHolding   context.CancelFunc
+	life          context.Context // ends with the shutdown: nothing new is taken, and no refused client waits any more
+	endLife       context.CancelFunc
 	held          atomic.Int64 // refused clients that are waiting
 
 	full, failed, misdirected throttle // limit what is logged of each
@@ -70,9 +69,8 @@ type gateway struct {
 	name     string        // of this run, in orderHeader
 	requests atomic.Uint64 // requests for streams, so far
 
-	shards  [16]shard    // by the last digit of the token
-	count   atomic.Int64 // registered streams
-	closing atomic.Bool  // shutting down: takes nothing new
+	shards [16]shard    // by the last digit of the token
+	count  atomic.Int64 // registered streams
 
 	// Counts requests for streams until their answer, streams and held refusals until their end, disconnect callbacks,
 	// and resets.
@@ -87,14 +85,8 @@ type shard struct {
 }
 
 func newGateway(cfg gatewayConfig, log *slog.Logger, reg *registry) *gateway {
-	seconds := formatFloat(cfg.Heartbeat.Seconds())
 	g := &gateway{
 		cfg: cfg,
-		limits: streamLimits{
-			buffer:       cfg.StreamBuffer,
-			writeTimeout: cfg.WriteTimeout,
-			beatEvent:    string(appendEvent(nil, sentEvent{name: []byte("heartbeat"), data: []byte(seconds)})),
-		},
 		log: log,
 		met: newGatewayMetrics(reg),
 		transport: &http.Transport{
@@ -111,7 +103,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, reg *registry) *gateway {
 		name:          newEpoch(),
 	}
 	g.asking, g.stopAsking = context.WithCancel(context.Background())
-	g.holding, g.stopHolding = context.WithCancel(context.Background())
+	g.life, g.endLife = context.WithCancel(context.Background())
 	for i := range g.shards {
 		g.shards[i].streams = map[string]*stream{}
 	}
@@ -123,7 +115,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, reg *registry) *gateway {
 // serveStream answers every request that is not for one of the gateway's own paths. It opens a stream if the backend
 // accepts that.
 func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
-	w = uncounted(w)
+	uncounted(w)
 	g.allowOrigin(w.Header())
 	if g.isPreflight(r) {
 		servePreflight(w)
@@ -139,7 +131,7 @@ func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	s := g.register(r, request)
 	if s == nil {
 		text := "no capacity"
-		if g.closing.Load() {
+		if g.life.Err() != nil {
 			text = "shutting down"
 		}
 		g.refuse(w, r, &refusal{http.StatusServiceUnavailable, refusedCapacity, text})
@@ -164,7 +156,7 @@ func (g *gateway) register(r *http.Request, request json.RawMessage) *stream {
 		g.full.log(g.log, slog.LevelWarn, "streams are turned away: MAX_CONNECTIONS is reached", "limit", g.cfg.MaxConnections)
 		return nil
 	}
-	s := &stream{token: newToken(), chunked: r.ProtoAtLeast(1, 1), limits: &g.limits}
+	s := &stream{token: newToken(), chunked: r.ProtoAtLeast(1, 1), cfg: &g.cfg}
 	if g.backend == nil {
 		s.request = request
 	}
@@ -172,7 +164,7 @@ func (g *gateway) register(r *http.Request, request json.RawMessage) *stream {
 	sh.mu.Lock()
 	sh.streams[s.token] = s
 	sh.mu.Unlock()
-	if g.closing.Load() { // looked at when it is in the map, so that shutdown misses none
+	if g.life.Err() != nil { // looked at when it is in the map, so that shutdown misses none
 		g.unregister(s)
 		return nil
 	}
@@ -189,11 +181,7 @@ func (g *gateway) unregister(s *stream) {
 
 // shard returns the shard of the tokens with this last digit, a hexadecimal one. It takes any other byte, too.
 func (g *gateway) shard(digit byte) *shard {
-	n := digit - '0'
-	if digit >= 'a' {
-		n = digit - 'a' + 10
-	}
-	return &g.shards[n%16]
+	return &g.shards[strings.IndexByte("0123456789abcdef", digit)&15]
 }
 
 // lookup returns the stream of a token, which is not empty.
@@ -213,17 +201,13 @@ func (g *gateway) open(w http.ResponseWriter, s *stream, a *callbackAnswer) {
 	s.beatEvent = a.beatEvent
 	g.met.opened.Inc()
 	g.log.Debug("stream opened", "token", mask(s.token))
-	if !g.begin(w, s, first, a.end, g.cfg.MaxStream) {
-		s.reason = streamError
-		g.spawn(func() { g.ended(s) })
-		return
-	}
+	g.begin(w, s, first, a.end)
 	g.spawn(func() { g.watch(s) })
 }
 
 // begin takes the connection over from net/http, whose buffers and goroutine cost several times what the stream does,
 // and begins s with first, which was begun by reserveChunk. It reports whether that was possible.
-func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool, lifetime time.Duration) bool {
+func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool) bool {
 	header := w.Header()
 	header.Set("Content-Type", "text/event-stream")
 	header.Set("Cache-Control", "no-cache, no-transform")
@@ -234,12 +218,9 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 		header.Set("Transfer-Encoding", "chunked")
 	}
 	conn, rw, err := http.NewResponseController(w).Hijack()
-	var raw syscall.RawConn
-	if err == nil {
-		raw, err = conn.(syscall.Conn).SyscallConn()
-	}
 	if err != nil {
 		g.log.Error("taking over a connection", "err", err)
+		s.cut(streamError)
 		return false
 	}
 	head := bytes.NewBuffer(make([]byte, 0, 512))
@@ -247,23 +228,20 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 	header.Write(head)
 	head.WriteString("\r\n")
 	head.Write(s.chunk(&first))
-	s.open(conn, raw, head.Bytes(), end, lifetime)
+	s.open(conn, head.Bytes(), end)
 	if rw.Reader.Buffered() > 0 {
 		s.cut(clientClosed) // it has sent more than its request
 	}
 	return true
 }
 
-// watch waits for the end of an open stream. Read returns when the client leaves or sends anything, or when the gateway
-// has closed conn.
+// watch waits for the end of a stream that was accepted, and tells the backend of it. Read returns when the client
+// leaves or sends anything, or when the gateway has closed conn.
 func (g *gateway) watch(s *stream) {
-	s.conn.Read(make([]byte, 1))
+	if s.conn != nil { // or it could not be taken over
+		s.conn.Read(make([]byte, 1))
+	}
 	s.cut(clientClosed)
-	g.ended(s)
-}
-
-// ended forgets a stream that was accepted, and tells the backend of its end.
-func (g *gateway) ended(s *stream) {
 	g.unregister(s)
 	g.met.closed.with(s.reason).Inc()
 	g.log.Debug("stream closed", "token", mask(s.token), "reason", s.reason)
@@ -271,12 +249,13 @@ func (g *gateway) ended(s *stream) {
 }
 
 // work starts what the gateway does besides answering, until ctx ends: it writes heartbeats, and cuts clients that are
-// stuck. Opening a stream takes several times the memory that the stream keeps; after a round of heartbeats in which
-// streams were opened that is given back.
+// stuck. Opening a stream takes several times the memory that the stream keeps; after an interval in which streams were
+// opened that is given back.
 func (g *gateway) work(ctx context.Context) {
-	go g.walk(ctx, g.cfg.WriteTimeout/4, (*stream).cutIfStuck, func() {})
+	go g.walk(ctx, g.cfg.WriteTimeout/4, (*stream).cutIfStuck)
+	go g.walk(ctx, g.cfg.Heartbeat, (*stream).beat)
 	before := g.met.opened.Load()
-	go g.walk(ctx, g.cfg.Heartbeat, (*stream).beat, func() {
+	go every(ctx, g.cfg.Heartbeat, func() {
 		if opened := g.met.opened.Load(); opened != before {
 			before = opened
 			debug.FreeOSMemory()
@@ -284,16 +263,14 @@ func (g *gateway) work(ctx context.Context) {
 	})
 }
 
-// walk visits every stream once an interval, one shard after the other, until ctx ends. It calls done after each round.
-func (g *gateway) walk(ctx context.Context, interval time.Duration, visit func(*stream), done func()) {
+// walk visits every stream once an interval, one shard after the other, until ctx ends.
+func (g *gateway) walk(ctx context.Context, interval time.Duration, visit func(*stream)) {
 	i := 0
 	every(ctx, interval/time.Duration(len(g.shards)), func() {
 		for _, s := range g.shards[i].all() {
 			visit(s)
 		}
-		if i = (i + 1) % len(g.shards); i == 0 {
-			done()
-		}
+		i = (i + 1) % len(g.shards)
 	})
 }
 
@@ -306,8 +283,7 @@ func (sh *shard) all() []*stream {
 // shutdown takes no new streams, ends those that are open, spread over time, and waits for their disconnect callbacks,
 // and for the answers to sends, until ctx ends.
 func (g *gateway) shutdown(ctx context.Context) {
-	g.closing.Store(true)
-	g.stopHolding()
+	g.endLife()
 	time.AfterFunc(askingGrace, g.stopAsking)
 	g.endAll(ctx, g.all())
 	if left := g.wait(ctx); left > 0 {
@@ -354,6 +330,6 @@ func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) (status int
 // serveReady is GET /readyz.
 func (g *gateway) serveReady(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	configured := g.cfg.CallbackURL != ""
-	status, said := readiness(configured && !g.closing.Load())
+	status, said := readiness(configured && g.life.Err() == nil)
 	return status, map[string]any{"status": said, "configured": configured}, nil
 }

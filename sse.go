@@ -41,35 +41,30 @@ func appendEvent(b []byte, e sentEvent) []byte {
 		b = appendRetry(b, e.retry)
 	}
 	if len(e.name) > 0 {
-		b = append(b, "event: "...)
-		b = append(b, e.name...)
-		b = append(b, '\n')
+		b = appendField(b, "event: ", e.name)
 	}
-	data := e.data
-	lineEnd := func(s []byte) int { return bytes.IndexAny(s, "\r\n") }
 	if e.oneLine {
-		lineEnd = func([]byte) int { return -1 }
-	} else if bytes.IndexByte(data, '\r') < 0 { // nearly always, and several times faster
-		lineEnd = func(s []byte) int { return bytes.IndexByte(s, '\n') }
-	}
-	for {
-		b = append(b, "data: "...)
-		i := lineEnd(data)
-		if i < 0 {
-			b = append(b, data...)
-			if len(e.id) > 0 {
-				b = append(b, "\nid: "...)
-				b = append(b, e.id...)
-			}
-			return append(b, "\n\n"...)
+		b = appendField(b, "data: ", e.data)
+	} else {
+		data := e.data
+		if bytes.IndexByte(data, '\r') >= 0 { // hardly ever
+			data = bytes.ReplaceAll(data, []byte("\r\n"), []byte("\n"))
+			data = bytes.ReplaceAll(data, []byte("\r"), []byte("\n"))
 		}
-		b = append(b, data[:i]...)
-		b = append(b, '\n')
-		if bytes.HasPrefix(data[i:], []byte("\r\n")) {
-			i++
+		for line := range bytes.SplitSeq(data, []byte("\n")) {
+			b = appendField(b, "data: ", line)
 		}
-		data = data[i+1:]
 	}
+	if len(e.id) > 0 {
+		b = appendField(b, "id: ", e.id)
+	}
+	return append(b, '\n')
+}
+
+func appendField(b []byte, name string, value []byte) []byte {
+	b = append(b, name...)
+	b = append(b, value...)
+	return append(b, '\n')
 }
 
 // A blank line follows an event only: some clients dispatch an empty event for one after a retry or a comment.

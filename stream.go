@@ -23,26 +23,14 @@ const (
 	streamError  = "error" // write failure, slow client, buffer overflow
 )
 
-// sendStatus is what became of an event.
-type sendStatus int
+// sendStatus is what became of an event, in metrics.
+type sendStatus string
 
 const (
-	sendWritten  sendStatus = iota // the socket or the stream's buffer took it
-	sendBuffered                   // it waits for the connect callback
-	sendUnknown                    // there is no such stream, or it takes nothing more
+	sendWritten  sendStatus = "written"       // the socket or the stream's buffer took it
+	sendBuffered sendStatus = "buffered"      // it waits for the connect callback
+	sendUnknown  sendStatus = "unknown_token" // there is no such stream, or it takes nothing more
 )
-
-// String returns the status as metrics have it.
-func (s sendStatus) String() string {
-	return [...]string{"written", "buffered", "unknown_token"}[s]
-}
-
-// streamLimits are the limits that all streams of a gateway share.
-type streamLimits struct {
-	buffer       int           // bytes that may wait for the client; beyond it the stream ends
-	writeTimeout time.Duration // for how long a client may take nothing
-	beatEvent    string        // the heartbeat of streams with an event for it
-}
 
 // streamState is where a stream is in its life.
 type streamState int
@@ -50,7 +38,8 @@ type streamState int
 const (
 	streamConnecting streamState = iota // the connect callback is under way
 	streamOpen
-	streamEnding // takes nothing more; ends once pending has been written
+	streamEnding     // takes nothing more; ends once pending has been written
+	streamOverflowed // the same, because more was sent than may wait; ends once the client has what was written
 	streamEnded
 )
 
@@ -63,23 +52,19 @@ type stream struct {
 	token   string
 	request json.RawMessage // what both callbacks say of the request, encoded once; nil if they are not posted
 	chunked bool            // HTTP/1.1; an HTTP/1.0 body ends with its connection
-	limits  *streamLimits
+	cfg     *gatewayConfig
 
 	beatEvent bool // heartbeats are events; set before open
 
-	mu         sync.Mutex // guards the rest; held across a write, which cannot block, to keep the order
-	state      streamState
-	conn       net.Conn // nil until the connect callback has been answered
-	raw        syscall.RawConn
-	pending    []byte      // chunks that wait; with draining at most limits.buffer, or one event
-	draining   int         // bytes that drain is writing
-	drains     bool        // drain runs, and nobody else writes
-	written    uint64      // bytes given to the socket
-	caughtUp   uint64      // value of written when the client last had everything
-	uptake     uptake      // how the client takes what is written
-	overflowed bool        // it is ending because more was sent than may wait
-	reason     string      // set with streamEnded
-	lifetime   *time.Timer // ends the stream after its lifetime; nil without a limit
+	mu       sync.Mutex // guards the rest; held across a write, which cannot block, to keep the order
+	state    streamState
+	conn     net.Conn // nil until the connect callback has been answered
+	raw      syscall.RawConn
+	pending  []byte      // chunks that wait: at most STREAM_BUFFER_BYTES, or one event; once there is a conn, drain writes them
+	written  uint64      // bytes given to the socket
+	uptake   uptake      // how the client takes what is written
+	reason   string      // set with streamEnded
+	lifetime *time.Timer // ends the stream after its lifetime; nil without a limit
 }
 
 // An HTTP/1.1 body goes out in chunks (RFC 9112 section 7.1), one for each write. The size comes first, so room for it
@@ -118,16 +103,14 @@ func (s *stream) send(chunk []byte, end bool) sendStatus {
 		status = sendBuffered
 	}
 	switch {
-	case s.state >= streamEnding:
-		return sendUnknown
-	case len(chunk) == 0:
-	case status == sendBuffered:
-		s.enqueueLocked(chunk)
-	default:
+	case s.state >= streamEnding || len(chunk) == 0: // there is nothing to write
+	case s.writableLocked():
 		s.writeLocked(chunk)
+	default:
+		s.enqueueLocked(chunk)
 	}
 	if s.state >= streamEnding {
-		return sendUnknown // chunk was too much, or could not be written
+		return sendUnknown // or chunk was too much, or could not be written
 	}
 	if end {
 		s.finishLocked()
@@ -136,22 +119,19 @@ func (s *stream) send(chunk []byte, end bool) sendStatus {
 }
 
 // open begins the response on conn with head and what was buffered. conn belongs to the stream from then on.
-func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool, lifetime time.Duration) {
+func (s *stream) open(conn net.Conn, head []byte, end bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.conn, s.raw = conn, raw
-	if s.state == streamConnecting {
-		s.state = streamOpen
-	}
+	s.conn = conn
+	s.raw, _ = conn.(syscall.Conn).SyscallConn() // fails for a nil connection alone
+	s.state = max(s.state, streamOpen)
 	buffered := s.pending
 	s.pending = nil
 	s.writeLocked(append(head, buffered...))
-	if s.overflowed {
-		s.startDrainLocked() // to the end of the stream
-	} else if end || s.state == streamEnding {
+	if end || s.state == streamEnding {
 		s.finishLocked()
 	}
-	if lifetime > 0 && s.state != streamEnded {
+	if lifetime := s.cfg.MaxStream; lifetime > 0 && s.state != streamEnded {
 		s.lifetime = time.AfterFunc(jitter(lifetime*4/5, lifetime), s.finish)
 	}
 }
@@ -160,25 +140,19 @@ func (s *stream) open(conn net.Conn, raw syscall.RawConn, head []byte, end bool,
 // the socket takes bytes says too little: it takes heartbeats for a quarter of an hour after a client has vanished, and
 // with a slow client it may have no room for long.
 func (s *stream) stuckLocked() bool {
-	queued, ok := unacknowledged(s.raw)
-	return s.uptake.stuck(s.written-uint64(queued), !ok || queued > 0, time.Now(), s.timeoutLocked())
-}
-
-// lacksLocked reports whether the socket holds bytes for the client.
-func (s *stream) lacksLocked() bool {
-	queued, ok := unacknowledged(s.raw)
-	return ok && queued > 0
+	queued := unacknowledged(s.raw)
+	return s.uptake.stuck(s.written-queued, queued > 0 || len(s.pending) > 0, time.Now(), s.timeoutLocked())
 }
 
 // timeoutLocked is for how long the client may take nothing.
 func (s *stream) timeoutLocked() time.Duration {
-	if s.overflowed {
-		return min(s.limits.writeTimeout, overflowTimeout)
+	if s.state == streamOverflowed {
+		return min(s.cfg.WriteTimeout, overflowTimeout)
 	}
-	return s.limits.writeTimeout
+	return s.cfg.WriteTimeout
 }
 
-// uptake is how far a client had come when it was last seen to lack something.
+// uptake is how far a client had come when it was last looked at.
 type uptake struct {
 	taken uint64    // bytes
 	since time.Time // when it was first seen there; zero if it lacked nothing
@@ -190,28 +164,26 @@ type uptake struct {
 func (u *uptake) stuck(taken uint64, lacks bool, now time.Time, limit time.Duration) bool {
 	switch {
 	case !lacks:
-		u.since = time.Time{}
+		*u = uptake{taken: taken}
 	case taken != u.taken || u.since.IsZero():
-		u.taken, u.since = taken, now
+		*u = uptake{taken, now}
 	default:
 		return now.Sub(u.since) >= limit
 	}
 	return false
 }
 
-// unacknowledged returns how many bytes are in the socket's own buffer. Only Linux tells; elsewhere ok is false, and
+// unacknowledged returns how many bytes the socket holds for the client. Only Linux tells; elsewhere it is 0, and
 // stuckLocked goes by what the socket has taken.
-func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
+func unacknowledged(raw syscall.RawConn) uint64 {
 	const outQueue = 0x5411 // SIOCOUTQ
-	if runtime.GOOS != "linux" {
-		return 0, false
+	var count int32         // stays 0 if it cannot be read
+	if runtime.GOOS == "linux" {
+		raw.Control(func(fd uintptr) {
+			syscall.Syscall(syscall.SYS_IOCTL, fd, outQueue, uintptr(unsafe.Pointer(&count)))
+		})
 	}
-	var count int32
-	err := raw.Control(func(fd uintptr) {
-		_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, fd, outQueue, uintptr(unsafe.Pointer(&count)))
-		ok = errno == 0
-	})
-	return int(count), ok && err == nil
+	return uint64(count)
 }
 
 // cutIfStuck ends the stream if the client is stuck. The socket is asked only if something has been written since the
@@ -219,16 +191,13 @@ func unacknowledged(raw syscall.RawConn) (n int, ok bool) {
 func (s *stream) cutIfStuck() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch {
-	case !s.writableLocked() || s.written == s.caughtUp:
-	case !s.lacksLocked():
-		s.caughtUp = s.written
-	case s.stuckLocked():
+	caughtUp := s.uptake.since.IsZero() && s.uptake.taken == s.written
+	if s.writableLocked() && !caughtUp && s.stuckLocked() {
 		s.cutLocked(streamError)
 	}
 }
 
-// beat writes a heartbeat, unless drain is writing.
+// beat writes a heartbeat, unless drain runs.
 func (s *stream) beat() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -237,20 +206,16 @@ func (s *stream) beat() {
 	}
 	buf := chunkBuffers.Get().(*[]byte)
 	defer chunkBuffers.Put(buf)
-	beat := heartbeat
+	*buf = append(reserveChunk(*buf), heartbeat...)
 	if s.beatEvent {
-		beat = s.limits.beatEvent
+		seconds := strconv.AppendFloat(nil, s.cfg.Heartbeat.Seconds(), 'f', -1, 64)
+		*buf = appendEvent(reserveChunk(*buf), sentEvent{name: []byte("heartbeat"), data: seconds})
 	}
-	*buf = append(reserveChunk(*buf), beat...)
 	s.writeLocked(s.chunk(buf))
 }
 
 // finish ends the stream cleanly, once the client has been sent what came before.
-func (s *stream) finish() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.finishLocked()
-}
+func (s *stream) finish() { s.send(nil, true) }
 
 // cut ends the stream at once. Only the first reason counts.
 func (s *stream) cut(reason string) {
@@ -259,30 +224,19 @@ func (s *stream) cut(reason string) {
 	s.cutLocked(reason)
 }
 
-// writableLocked reports whether there is a connection, and drain does not run.
-func (s *stream) writableLocked() bool { return s.conn != nil && s.state != streamEnded && !s.drains }
+// writableLocked reports whether the stream is open and drain does not run.
+func (s *stream) writableLocked() bool { return s.state == streamOpen && len(s.pending) == 0 }
 
+// writeLocked writes what the socket takes of chunk, and starts drain if there is anything left to do.
 func (s *stream) writeLocked(chunk []byte) {
-	if !s.drains {
-		n, err := writeNow(s.raw, chunk)
-		if err != nil {
-			s.cutLocked(streamError)
-			return
-		}
-		s.written += uint64(n)
-		if n == len(chunk) {
-			return
-		}
-		chunk = chunk[n:]
+	n, err := writeNow(s.raw, chunk)
+	if err != nil {
+		s.cutLocked(streamError)
+		return
 	}
-	s.enqueueLocked(chunk)
-	s.startDrainLocked()
-}
-
-// startDrainLocked starts drain, if there is a connection and it does not run.
-func (s *stream) startDrainLocked() {
-	if s.writableLocked() {
-		s.drains = true
+	s.written += uint64(n)
+	if n < len(chunk) || s.state == streamOverflowed {
+		s.enqueueLocked(chunk[n:])
 		go s.drain()
 	}
 }
@@ -290,13 +244,13 @@ func (s *stream) startDrainLocked() {
 func (s *stream) enqueueLocked(chunk []byte) {
 	need := len(s.pending) + len(chunk)
 	switch {
-	case s.draining+need <= s.limits.buffer, s.draining+len(s.pending) == 0: // one event may be larger
+	case need <= s.cfg.StreamBuffer, len(s.pending) == 0: // one event may be larger
 		if need > cap(s.pending) { // append would grow it in small steps, and leave megabytes to the garbage collector
-			s.pending = append(make([]byte, 0, max(need, min(2*cap(s.pending), s.limits.buffer))), s.pending...)
+			s.pending = append(make([]byte, 0, max(need, min(2*cap(s.pending), s.cfg.StreamBuffer))), s.pending...)
 		}
 		s.pending = append(s.pending, chunk...)
 	default:
-		s.state, s.overflowed = streamEnding, true
+		s.state = streamOverflowed
 		if s.conn != nil {
 			s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
 		}
@@ -304,11 +258,8 @@ func (s *stream) enqueueLocked(chunk []byte) {
 }
 
 func (s *stream) finishLocked() {
-	if s.state == streamEnded {
-		return
-	}
-	s.state = streamEnding
-	if !s.writableLocked() {
+	s.state = max(s.state, streamEnding)
+	if s.state > streamEnding || s.conn == nil || len(s.pending) > 0 {
 		return // open or drain comes back to it
 	}
 	if s.chunked {
@@ -325,10 +276,12 @@ func (s *stream) cutLocked(reason string) {
 	if s.lifetime != nil {
 		s.lifetime.Stop()
 	}
-	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError && s.lacksLocked() {
+	if tcp, ok := s.conn.(interface{ SetLinger(seconds int) error }); ok && reason == streamError && unacknowledged(s.raw) > 0 {
 		tcp.SetLinger(0) // drop what the socket holds, megabytes that the client does not take
 	}
-	s.conn.Close() // wakes watch, which tells the backend
+	if s.conn != nil {
+		s.conn.Close() // wakes watch, which tells the backend
+	}
 }
 
 // A client whose buffer has overflowed is sent what was accepted before, unless it takes nothing for overflowTimeout,
@@ -342,44 +295,39 @@ const (
 // soon seen.
 const drainWrite = 64 << 10
 
-// drain writes pending until nothing is left. A write that misses its deadline is repeated unless the client is stuck:
-// it may have acknowledged bytes, but not enough for the socket to have room.
+// drain writes pending until nothing is left, and ends the stream if that is due. A write that misses its deadline is
+// repeated unless the client is stuck: it may have acknowledged bytes, but not enough for the socket to have room.
 func (s *stream) drain() {
-	for {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stuckLocked() // notes where the client is: its time counts from there
+	for len(s.pending) > 0 {
+		s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
+		part := s.pending[:min(len(s.pending), drainWrite)]
+		s.mu.Unlock()
+		n, err := s.conn.Write(part)
 		s.mu.Lock()
-		buf := s.pending
-		s.pending, s.draining = nil, len(buf)
-		if s.overflowed && len(buf) == 0 && s.state != streamEnded && s.lacksLocked() && !s.stuckLocked() {
-			s.mu.Unlock()
-			time.Sleep(overflowPause)
-			continue
-		}
-		if s.state == streamEnded || len(buf) == 0 {
-			s.drains = false
-			if s.overflowed {
-				s.cutLocked(streamError) // without the last chunk, as something is missing
-			} else if s.state == streamEnding {
-				s.finishLocked()
-			}
-			s.mu.Unlock()
+		if s.state == streamEnded {
 			return
 		}
-		s.stuckLocked() // notes where the client is: its time counts from there
-		for len(buf) > 0 {
-			s.conn.SetWriteDeadline(time.Now().Add(s.timeoutLocked()))
-			s.mu.Unlock()
-			n, err := s.conn.Write(buf[:min(len(buf), drainWrite)])
-			buf = buf[n:]
-			s.mu.Lock()
-			s.draining -= n
-			s.written += uint64(n)
-			stuck := s.stuckLocked()
-			if err != nil && (stuck || !errors.Is(err, os.ErrDeadlineExceeded)) {
-				s.cutLocked(streamError)
-				buf = nil
-			}
+		s.pending = s.pending[n:]
+		s.written += uint64(n)
+		stuck := s.stuckLocked()
+		if err != nil && (stuck || !errors.Is(err, os.ErrDeadlineExceeded)) {
+			s.cutLocked(streamError)
 		}
+	}
+	s.pending = nil // an empty slice would keep its array
+	for s.state == streamOverflowed && unacknowledged(s.raw) > 0 && !s.stuckLocked() {
 		s.mu.Unlock()
+		time.Sleep(overflowPause)
+		s.mu.Lock()
+	}
+	switch s.state {
+	case streamOverflowed:
+		s.cutLocked(streamError) // without the last chunk, as something is missing
+	case streamEnding:
+		s.finishLocked()
 	}
 }
 
@@ -411,15 +359,14 @@ func writeNow(raw syscall.RawConn, buf []byte) (int, error) {
 	defer nowWriters.Put(w)
 	w.buf = buf
 	err := raw.Control(w.do) // not raw.Write, which minds the deadline that drain has set
-	n := w.n
-	if err == nil {
-		err = w.err
-	}
-	w.buf, w.n, w.err = nil, 0, nil
-	if err == syscall.EAGAIN {
+	w.buf = nil
+	switch {
+	case err != nil:
+		return 0, err
+	case w.err == syscall.EAGAIN:
 		return 0, nil
 	}
-	return n, err
+	return w.n, w.err
 }
 
 // jitter returns a duration between low and high.

@@ -258,11 +258,9 @@ func TestSlowReaderIsKept(t *testing.T) {
 	conn, err := l.Accept()
 	must(t, err)
 	conn.(*net.TCPConn).SetWriteBuffer(1 << 20) // has room again when some 700 KiB of it are free
-	raw, err := conn.(*net.TCPConn).SyscallConn()
-	must(t, err)
-	const timeout = 2 * time.Second // on a busy machine the client may not get to read for a while
-	s := &stream{limits: &streamLimits{buffer: 4 << 20, writeTimeout: timeout}}
-	s.open(conn, raw, []byte("head"), false, 0)
+	const timeout = 2 * time.Second             // on a busy machine the client may not get to read for a while
+	s := &stream{cfg: &gatewayConfig{StreamBuffer: 4 << 20, WriteTimeout: timeout}}
+	s.open(conn, []byte("head"), false)
 	defer s.cut(serverClosed)
 	s.send(make([]byte, 4<<20), false)
 	for began := time.Now(); time.Since(began) < timeout*5/2; time.Sleep(timeout / 40) {
@@ -348,13 +346,13 @@ func TestStreamBufferCountsWhatIsBeingWritten(t *testing.T) {
 	conn, other := net.Pipe()
 	defer conn.Close()
 	defer other.Close()
-	s := &stream{limits: &streamLimits{buffer: 1000, writeTimeout: time.Second}, state: streamOpen, conn: conn, drains: true, draining: 600}
+	s := &stream{cfg: &gatewayConfig{StreamBuffer: 1000, WriteTimeout: time.Second}, state: streamOpen, conn: conn, pending: make([]byte, 600)}
 	for _, want := range []sendStatus{sendWritten, sendUnknown, sendUnknown} {
 		if got := s.send(make([]byte, 300), false); got != want {
 			t.Errorf("got %v, want %v", got, want)
 		}
 	}
-	if len(s.pending) != 300 || !s.overflowed {
-		t.Errorf("%d bytes wait, want 300", len(s.pending))
+	if len(s.pending) != 900 || s.state != streamOverflowed {
+		t.Errorf("%d bytes wait in state %d, want 900", len(s.pending), s.state)
 	}
 }
