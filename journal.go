@@ -27,8 +27,8 @@ const (
 
 var errCannotStore = newError(http.StatusServiceUnavailable, "cannot_store", "cannot store")
 
-// journal is the open journal of a backend with DATA_DIR. A nil journal stores nothing: write calls then at once, wait
-// returns at once, and it is never full and never fails.
+// journal is the open journal of a backend with DATA_DIR. A nil journal stores nothing: write calls its functions at
+// once, wait returns at once, and it is never full.
 type journal struct {
 	dir      string
 	log      *slog.Logger
@@ -68,7 +68,7 @@ type commit struct {
 	number uint64
 	frames []byte
 	last   int           // where the last of them begins
-	then   []func()      // called in order once the commit is on disk
+	after  []func()      // called in order once the commit is on disk
 	done   chan struct{} // closed by finish once the commit is on disk or has been refused
 	once   sync.Once     // closes done: what was refused is finished again when it is on disk
 	stored atomic.Bool   // it is on disk
@@ -193,12 +193,12 @@ func isVolatile(mounts, dir string) (volatile bool) {
 	return volatile
 }
 
-// write queues a record for the next commit; nil queues none. Once that commit is on disk, run calls then, unless it is
-// nil; so then must not wait for a commit. The result is the commit to wait for.
-func (j *journal) write(record []byte, then func()) *commit {
+// write queues a record for the next commit; nil queues none. Once that commit is on disk, run calls the functions of
+// after, which must not wait for a commit. The result is the commit to wait for.
+func (j *journal) write(record []byte, after ...func()) *commit {
 	if j == nil {
-		if then != nil {
-			then()
+		for _, f := range after {
+			f()
 		}
 		return nil
 	}
@@ -209,9 +209,7 @@ func (j *journal) write(record []byte, then func()) *commit {
 		c.last = len(c.frames)
 		c.frames = appendFrame(c.frames, frameMore, c.number, record)
 	}
-	if then != nil {
-		c.then = append(c.then, then)
-	}
+	c.after = append(c.after, after...)
 	select {
 	case j.wake <- struct{}{}:
 	default:
@@ -220,7 +218,7 @@ func (j *journal) write(record []byte, then func()) *commit {
 }
 
 // written returns the commit after which all that was queued so far is on disk.
-func (j *journal) written() *commit { return j.write(nil, nil) }
+func (j *journal) written() *commit { return j.write(nil) }
 
 // wait waits until the commit is on disk. An error means that it is not; it may come to be there later.
 func (c *commit) wait() error {
@@ -306,12 +304,12 @@ func (j *journal) store() {
 		if !j.put(c) {
 			return
 		}
-		for _, then := range c.then {
-			then()
+		for _, f := range c.after {
+			f()
 		}
 		c.stored.Store(true)
 		c.finish()
-		c.frames, c.then = nil, nil
+		c.frames, c.after = nil, nil
 	}
 	if j.noRoom.Swap(false) {
 		j.log.Info("the journal has room again")

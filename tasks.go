@@ -435,7 +435,7 @@ func (s *TaskService) Delete(id string) error {
 	finished := t != nil && t.status.finished()
 	if finished {
 		s.forgetLocked(t)
-		t.lastStored = s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), nil)
+		t.lastStored = s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}))
 	}
 	s.mu.Unlock()
 	switch {
