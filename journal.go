@@ -52,15 +52,16 @@ type journal struct {
 
 	// Of run alone.
 	file   journalFile
-	number uint64  // of the last commit
-	dirty  bool    // there may be more in the file behind size, besides zeroes
-	zeroes int64   // where those behind the records end
-	held   *commit // could not be written, and is tried again; or nil
-	dead   bool    // a sync failed: nothing is written any more
+	number uint64           // of the last commit
+	dirty  bool             // there may be more in the file behind size, besides zeroes
+	zeroes int64            // where those behind the records end
+	held   *commit          // could not be written, and is tried again; or nil
+	retry  <-chan time.Time // when that is
+	spare  []byte           // of an earlier commit, for the frames of a later one
+	dead   bool             // a sync failed, and run has ended
 
-	mu    sync.Mutex // guards next and spare
-	next  *commit    // gets what is written
-	spare []byte     // of an earlier commit, for the frames of a later one
+	mu   sync.Mutex // guards what is in next
+	next *commit    // gets what is written; replaced by run alone
 }
 
 // commit holds the records that are written and synced together.
@@ -243,23 +244,19 @@ func (j *journal) failed() <-chan error {
 // full reports whether the last write failed. Then nothing new may be taken.
 func (j *journal) full() bool { return j != nil && j.noRoom.Load() }
 
-// run stores what is queued, tries again while there is no room, and has the file made smaller, until close.
+// run stores what is queued, tries again while there is no room, and has the file made smaller, until close, or until a
+// sync fails.
 func (j *journal) run() {
 	defer close(j.stopped)
 	compacting, compactAt := false, time.Time{} // zero, or when compaction may be tried again
-	var again <-chan time.Time                  // while there is no room
-	for {
-		if j.full() && again == nil {
-			again = time.After(noRoomPause)
-		}
+	for !j.dead {
 		select {
 		case <-j.wake:
 			runtime.Gosched() // lets others that are about to write join the commit
 			if !j.full() {
 				j.store()
 			}
-		case <-again:
-			again = nil
+		case <-j.retry:
 			j.store()
 		case c := <-j.compacted:
 			compacting = false
@@ -292,27 +289,22 @@ func (j *journal) due() bool {
 
 // store stores what had no room before, or else what is queued.
 func (j *journal) store() {
-	if j.dead {
+	c := j.held
+	if c == nil {
+		c = j.take()
+	}
+	if !j.put(c) {
 		return
 	}
-	for again := true; again; {
-		c := j.held
-		again = c != nil // the next one was refused with it: nobody must write to that any more
-		if c == nil {
-			c = j.take()
-		}
-		if !j.put(c) {
-			return
-		}
-		for _, f := range c.after {
-			f()
-		}
-		c.stored.Store(true)
-		c.finish()
-		c.frames, c.after = nil, nil
+	for _, f := range c.after {
+		f()
 	}
+	c.stored.Store(true)
+	c.finish()
+	c.frames, c.after = nil, nil
 	if j.noRoom.Swap(false) {
 		j.log.Info("the journal has room again")
+		j.store() // what is queued was refused, too: nobody must write to that any more
 	}
 }
 
@@ -353,8 +345,6 @@ func (j *journal) put(c *commit) bool {
 	j.syncSeconds.observe(time.Since(start).Seconds())
 	j.size.Add(int64(len(c.frames)))
 	j.number, j.held = c.number, nil
-	j.mu.Lock()
-	defer j.mu.Unlock()
 	if cap(c.frames) <= maxRecord {
 		j.spare = c.frames[:0]
 	}
@@ -397,9 +387,7 @@ func (j *journal) clean() error {
 func (j *journal) refuse(c *commit) {
 	j.errors.Inc()
 	j.noRoom.Store(true)
-	j.held = c
-	j.mu.Lock()
-	defer j.mu.Unlock()
+	j.held, j.retry = c, time.After(noRoomPause)
 	c.finish()
 	j.next.finish()
 }
