@@ -43,7 +43,7 @@ type journal struct {
 
 	wake      chan struct{}    // has run store what is queued
 	compacted chan *compaction // for run
-	broken    chan error       // gets the error of a sync, after which it is not known what is on disk
+	broken    chan error       // gets the error of a sync; then the process must end, as nobody knows what is on disk
 	stopping  chan struct{}    // closed by close
 	stopped   chan struct{}    // closed by run
 
@@ -231,14 +231,6 @@ func (c *commit) wait() error {
 		return errCannotStore
 	}
 	return nil
-}
-
-// failed returns a channel that gets the error of a sync. Then the process must end, as nobody knows what is on disk.
-func (j *journal) failed() <-chan error {
-	if j == nil {
-		return nil
-	}
-	return j.broken
 }
 
 // full reports whether the last write failed. Then nothing new may be taken.

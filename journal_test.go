@@ -375,7 +375,7 @@ func TestJournalUnreadable(t *testing.T) {
 	}
 }
 
-// When a sync fails, nobody waits any longer, and failed has the error.
+// When a sync fails, nobody waits any longer, and broken has the error.
 func TestJournalSyncFails(t *testing.T) {
 	journalTest(t, 0, func(t *testing.T, d *crashDisk, j *journal) {
 		j.live = func() int { return 0 }
@@ -386,7 +386,7 @@ func TestJournalSyncFails(t *testing.T) {
 				t.Errorf("got %v", err)
 			}
 		}
-		if err := receive(t, j.failed()); !errors.Is(err, errCrashed) {
+		if err := receive(t, j.broken); !errors.Is(err, errCrashed) {
 			t.Errorf("got %v", err)
 		}
 		j.close()

@@ -76,12 +76,14 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	}
 	reg := newRegistry(buildVersion())
 	b := newBackend(cfg, cfg.GatewayURL, reg, log)
+	var broken <-chan error
 	if cfg.DataDir != "" {
 		if err := b.openJournal(); err != nil {
 			log.Error("opening the journal", "err", err)
 			return 1
 		}
 		defer b.journal.close()
+		broken = b.journal.broken
 	}
 	var g *gateway
 	work, stop := b.work, b.stop
@@ -100,7 +102,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	if g == nil {
 		b.gateway.reset(ctx, cfg.CallbackSecret, log) // the first try comes before there are streams of its own
 	}
-	return serve(ctx, log, servers, work, stop, b.journal.failed())
+	return serve(ctx, log, servers, work, stop, broken)
 }
 
 func runGateway(ctx context.Context, getenv func(string) string, stderr io.Writer, environ []string) int {
