@@ -87,14 +87,16 @@ type journalFile interface {
 }
 
 type disk struct {
-	open   func(path string) (journalFile, error)
+	open   func(path string, flag int) (journalFile, error) // makes it if it is missing; flag is os.O_TRUNC or 0
 	rename func(from, to string) error
 	remove func(path string) error
 	sync   func(dir string) error
 }
 
 var realDisk = disk{
-	open:   func(path string) (journalFile, error) { return os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600) },
+	open: func(path string, flag int) (journalFile, error) {
+		return os.OpenFile(path, os.O_RDWR|os.O_CREATE|flag, 0o600)
+	},
 	rename: os.Rename,
 	remove: os.Remove,
 	sync: func(dir string) error {
@@ -123,14 +125,14 @@ func openJournal(dir string, d disk, reg *registry, log *slog.Logger, apply func
 		stopping: make(chan struct{}), stopped: make(chan struct{}),
 	}
 	j.register(reg)
-	if j.file, err = d.open(j.path()); err == nil {
+	if j.file, err = d.open(j.path(), 0); err == nil {
 		err = j.read(apply)
 	}
 	if err != nil {
 		lock.Close()
 		return nil, fmt.Errorf("%s: %w", j.path(), err)
 	}
-	d.remove(j.path() + ".new") // of a compaction that did not come to its end
+	d.remove(j.newPath()) // of a compaction that did not come to its end
 	if mounts, _ := os.ReadFile("/proc/self/mountinfo"); isVolatile(string(mounts), dir) {
 		log.Warn("a power cut may lose what was answered: DATA_DIR is on an overlay that does not sync", "dir", dir)
 	}
@@ -159,7 +161,8 @@ func (j *journal) register(reg *registry) {
 	})
 }
 
-func (j *journal) path() string { return filepath.Join(j.dir, "journal") }
+func (j *journal) path() string    { return filepath.Join(j.dir, "journal") }
+func (j *journal) newPath() string { return j.path() + ".new" }
 
 // lockDir takes the lock of dir, which the process has until the file is closed. That file is never renamed.
 func lockDir(dir string) (*os.File, error) {
@@ -263,7 +266,7 @@ func (j *journal) run() {
 		}
 		if !compacting && !j.dead && time.Now().After(compactAt) && j.due() {
 			compacting = true
-			go j.compact(j.file, j.size.Load(), j.number)
+			go j.compact(j.number)
 		}
 	}
 }

@@ -51,10 +51,10 @@ func (d *crashDisk) step() bool {
 	return d.left >= 0
 }
 
-func (d *crashDisk) open(path string) (journalFile, error) {
+func (d *crashDisk) open(path string, flag int) (journalFile, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.now[path] == nil {
+	if d.now[path] == nil || flag&os.O_TRUNC != 0 {
 		d.now[path] = &crashFile{disk: d}
 	}
 	return d.now[path], nil
@@ -367,7 +367,7 @@ func TestJournalUnreadable(t *testing.T) {
 		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 		bad := badFile{&crashFile{disk: d, data: bytes.Clone(file)}, int64(good)}
 		disk := d.disk()
-		disk.open = func(string) (journalFile, error) { return bad, nil }
+		disk.open = func(string, int) (journalFile, error) { return bad, nil }
 		_, err := openTestJournal(t, t.TempDir(), disk, func([]byte) error { return nil })
 		if !errors.Is(err, syscall.EIO) || !bytes.Equal(bad.data, file) {
 			t.Errorf("unreadable from %d on: got %v, and %d bytes of %d", good, err, len(bad.data), len(file))
@@ -472,7 +472,7 @@ func TestJournalWritesAheadAfterCompaction(t *testing.T) {
 		j.snapshot = func(record func([]byte)) { record([]byte("live")) }
 		j.write([]byte("one"))
 		j.store()
-		j.compact(j.file, j.size.Load(), j.number)
+		j.compact(j.number)
 		if !j.replace(<-j.compacted) {
 			t.Error("not replaced")
 		}
@@ -500,7 +500,7 @@ func TestJournalWaitsBehindAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 		disk := d.disk()
-		disk.open = func(path string) (journalFile, error) { return slowFile{&crashFile{disk: d}}, nil }
+		disk.open = func(string, int) (journalFile, error) { return slowFile{&crashFile{disk: d}}, nil }
 		j, err := openTestJournal(t, dir, disk, func([]byte) error { return nil })
 		must(t, err)
 		j.live = func() int { return 0 }
