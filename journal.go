@@ -326,6 +326,7 @@ func (j *journal) put(c *commit) bool {
 	}
 	start := time.Now()
 	if err := j.append(c.frames); err != nil {
+		j.cut() // or before the next write
 		if !j.full() {
 			j.log.Error("cannot write the journal: nothing new is taken until there is room", "err", err)
 		}
@@ -346,11 +347,12 @@ func (j *journal) put(c *commit) bool {
 	return true
 }
 
-// append writes frames behind the records, and zeroes behind those if the file would grow anyway and has room. What a
-// failed write has left there is cut off, now or before the next.
+// append writes frames behind the records, and zeroes behind those if the file would grow anyway and has room.
 func (j *journal) append(frames []byte) error {
-	if err := j.clean(); err != nil {
-		return err
+	if j.dirty {
+		if err := j.cut(); err != nil {
+			return err
+		}
 	}
 	size := j.size.Load()
 	end := size + int64(len(frames))
@@ -361,18 +363,11 @@ func (j *journal) append(frames []byte) error {
 		}
 	}
 	_, err := j.file.WriteAt(frames, size)
-	if err != nil {
-		j.dirty = true
-		j.clean()
-	}
 	return err
 }
 
-// clean cuts off what is behind the last whole record.
-func (j *journal) clean() error {
-	if !j.dirty {
-		return nil
-	}
+// cut cuts off what is behind the last whole record.
+func (j *journal) cut() error {
 	err := j.file.Truncate(j.size.Load())
 	j.dirty, j.zeroes = err != nil, 0
 	return err
