@@ -155,9 +155,9 @@ func (j *journal) readHeader(f *frameReader) error {
 }
 
 // cutTail cuts off what is behind the good records, unless it is all zeroes, if a crash can have left it. That is so if
-// every good frame in it is of the last commit, or, when that has its end, of the next one. A start that completes a commit
-// and crashes leaves frames of the same commit behind its end. A good frame of a later commit proves that those before
-// it were synced, and so that the file has been damaged since.
+// every good frame in it is of the last commit, or, if that has its end, of the next one. A start that completes a
+// commit and crashes leaves frames of the same commit behind its end. A good frame of a later commit proves that those
+// before it were synced, and so that the file has been damaged since.
 func (j *journal) cutTail(f *frameReader, ended bool) error {
 	begin := j.size.Load()
 	end, torn := begin, begin
