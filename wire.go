@@ -110,10 +110,10 @@ const (
 	batchUnknown  = `{"status":404}`
 )
 
-// encodeSends returns the body of POST /internal/send: one object, or as many lines as there are events.
-func encodeSends(token string, events []event, end bool) []byte {
+// encodeSends returns the body of POST /internal/send: a line for each event, or one without.
+func encodeSends(token string, events []event, end bool, can features) []byte {
 	if len(events) == 0 {
-		return appendSend(nil, token, nil, end)
+		return append(appendSend(nil, token, nil, end), '\n')
 	}
 	size := 0
 	for _, e := range events {
@@ -123,11 +123,11 @@ func encodeSends(token string, events []event, end bool) []byte {
 		}
 	}
 	b := make([]byte, 0, size)
-	for i := range events {
-		if i > 0 {
-			b = append(b, '\n')
+	for _, e := range events {
+		if !can.retry {
+			e.Retry = 0
 		}
-		b = appendSend(b, token, &events[i], end)
+		b = append(appendSend(b, token, &e, end), '\n')
 	}
 	return b
 }

@@ -65,7 +65,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("sidecar.go", "if g.closing.Load() { //", "if g.closing.Load() && false { //", "Shutdown|Closing|Stop|Sidecar"),
     ("gateway.go", "err = c.tryReset(ctx, sendLimit,", "err = c.tryReset(ctx, resetLimit,", "Reset"),
     ("gateway.go", "if f := c.features.Load(); f != nil && !f.known {", "if f := c.features.Load(); f != nil && !f.known && false {", "Reset"),
-    ("gateway.go", "next.turn.Done()", "_ = next", "Gateway"),
+    ("gateway.go", "c.posting--", "", "Gateway"),
     ("callback.go", "a.Close = a.Close || h.closing.Load()", "_ = 0", "Callback|Closing"),
     ("postloop.go", 'strings.EqualFold(string(value), "keep-alive")', 'true', "SendConnection"),
     ("postloop.go", "ok = err == nil && length < 0", "ok = err == nil", "SendConnection"),
