@@ -9,7 +9,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     # delivery
     ("connmgr.go", "case old != nil && c.order.before(old.order):", "case false:", "TestDeliveryModel"),
     ("connmgr.go", "c.probes && old.token != c.replaces", "false", "TestDeliveryModel"),
-    ("connmgr.go", "if c == nil || c.token != token {", "if c == nil {", "TestEveryInterleaving|TestOnDisconnect"),
+    ("connmgr.go", "delete(m.tokens, token)", "", "TestEveryInterleaving|TestOnDisconnect"),
     ("connmgr.go", "c.suspect.Store(true)", "", "TestDeliveryModel|TestFollower|TestSend"),
     ("connmgr.go", "m.replaced[token] = identifier", "", "TestSweep"),
     ("eventlog.go", "if !c.detached { // a replaced", "if true { // a replaced", "TestFollower"),
