@@ -94,16 +94,16 @@ func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o own
 	now := time.Now()
 	m.mu.Lock()
 	old := m.connections[identifier]
+	if old != nil && old.token != c.token {
+		replaced = old.token
+	}
 	switch {
 	case old != nil && c.order.before(old.order):
 		m.mu.Unlock()
 		return "", errOutdated
-	case old != nil && old.token != c.token && c.probes && old.token != c.replaces:
+	case replaced != "" && c.probes && replaced != c.replaces:
 		m.mu.Unlock()
 		return "", errAskFirst
-	}
-	if old != nil && old.token != c.token {
-		replaced = old.token
 	}
 	gone := []*connection{m.removeLocked(replaced), m.removeLocked(c.token)} // the second if the same callback came twice
 	made := &connection{identifier: identifier, token: c.token, order: c.order, owner: o, checked: now}

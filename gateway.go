@@ -261,10 +261,8 @@ func readResult(lines [][]byte, skips bool) (r sendResult) {
 	for _, line := range lines {
 		refused := bytes.HasPrefix(line, []byte(`{"status":400`)) || bytes.HasPrefix(line, []byte(`{"status":413`))
 		switch answer := string(line); {
-		case answer == batchOK:
-			r.buffered = false
-		case answer == batchBuffered:
-			r.buffered = true
+		case answer == batchOK, answer == batchBuffered:
+			r.buffered = answer == batchBuffered
 		case answer == batchUnknown:
 			r.err = errUnknownToken
 			return r

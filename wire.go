@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"unique"
@@ -29,14 +30,9 @@ const (
 // features is what a gateway can do. Another make of gateway announces nothing; then all are false.
 type features struct{ known, batch, retry bool }
 
-func parseFeatures(header string) (f features) {
-	for name := range strings.SplitSeq(header, ",") {
-		name = strings.TrimSpace(name)
-		f.known = f.known || name != ""
-		f.batch = f.batch || name == featureBatch
-		f.retry = f.retry || name == featureRetry
-	}
-	return f
+func parseFeatures(header string) features {
+	names := strings.Fields(strings.ReplaceAll(header, ",", " "))
+	return features{len(names) > 0, slices.Contains(names, featureBatch), slices.Contains(names, featureRetry)}
 }
 
 // orderHeader is a header of connect callbacks, <run>-<n>: it is the nth request for a stream since the gateway was
@@ -61,7 +57,7 @@ func parseOrder(header string) requestOrder {
 
 // before reports whether the request is known to be older than other.
 func (o requestOrder) before(other requestOrder) bool {
-	return o.run != unique.Handle[string]{} && o.run == other.run && o.n < other.n
+	return o.run == other.run && o.n < other.n
 }
 
 // event is one message to a browser. An empty ID or Name is left out.

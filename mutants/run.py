@@ -8,7 +8,7 @@ import pathlib, shutil, subprocess, sys, tempfile
 MUTANTS = [  # file, what is there, what is there instead, tests
     # delivery
     ("connmgr.go", "case old != nil && c.order.before(old.order):", "case false:", "TestDeliveryModel"),
-    ("connmgr.go", "c.probes && old.token != c.replaces", "false", "TestDeliveryModel"),
+    ("connmgr.go", "c.probes && replaced != c.replaces", "false", "TestDeliveryModel"),
     ("connmgr.go", "delete(m.tokens, token)", "", "TestEveryInterleaving|TestOnDisconnect"),
     ("connmgr.go", "c.suspect.Store(true)", "", "TestDeliveryModel|TestFollower|TestSend"),
     ("connmgr.go", "m.replaced[token] = identifier", "", "TestSweep"),
