@@ -84,8 +84,8 @@ func (b *backend) embedGateway() *gateway {
 	g := newGateway(b.cfg.Gateway, b.log, b.reg)
 	b.conns.gateway = g
 	can := parseFeatures(gatewayFeatures)
-	g.backend = func(c callback, order string) (status int, answer []byte) {
-		return encodeAnswer(b.callback.take(c, parseOrder(order), can))
+	g.backend = func(c callback) (status int, answer []byte) {
+		return encodeAnswer(b.callback.take(c, can))
 	}
 	return g
 }

@@ -51,9 +51,8 @@ type gateway struct {
 	met       *gatewayMetrics
 	transport http.RoundTripper
 
-	// backend takes a callback, with its orderHeader, if it is in this process. It must not take long. It is nil if
-	// callbacks are posted.
-	backend func(c callback, order string) (status int, answer []byte)
+	// backend takes a callback if it is in this process. It must not take long. It is nil if callbacks are posted.
+	backend func(c callback) (status int, answer []byte)
 
 	connecting    chan struct{} // a slot for each connect callback under way
 	disconnecting chan struct{}

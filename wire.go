@@ -165,6 +165,7 @@ type callback struct {
 	token       string
 	url         string // the raw request target of the stream
 	lastEventID string // its header Last-Event-ID
+	order       string // orderHeader of the callback
 }
 
 // encodeRequest returns the request as both callbacks have it: the raw target, and the headers with lower-case names
