@@ -172,7 +172,7 @@ func (b *backend) protect(h handler) handler {
 func (b *backend) serveReport(w http.ResponseWriter, r *http.Request) {
 	status, answer, err := b.protect(b.tasks.serveProgress)(w, r)
 	if err != nil {
-		writeAnswer(w, r, 0, nil, err)
+		writeError(w, r, err)
 		return
 	}
 	b.reports.respond(w, r, jsonType, status, append(marshal(answer), '\n'))

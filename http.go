@@ -30,9 +30,7 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64, buf *bytes.Bu
 	return buf.Bytes(), nil
 }
 
-// isJSON reports whether the request says that its body is JSON.
-func isJSON(r *http.Request) bool { return hasMediaType(r, jsonType) }
-
+// hasMediaType reports whether the request says that its body has that type.
 func hasMediaType(r *http.Request, want string) bool {
 	value := r.Header.Get("Content-Type")
 	if value == want {
@@ -54,7 +52,7 @@ func readJSON(w http.ResponseWriter, r *http.Request, limit int64) (object, erro
 
 // readTyped is readJSON, but does not look at the JSON.
 func readTyped(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
-	if r.Header.Get("Content-Type") != "" && !isJSON(r) {
+	if r.Header.Get("Content-Type") != "" && !hasMediaType(r, jsonType) {
 		return nil, errMediaType
 	}
 	return readBody(w, r, limit, new(bytes.Buffer))
@@ -66,11 +64,8 @@ var (
 	errClosing      = newError(http.StatusServiceUnavailable, "shutting_down", "shutting down")
 )
 
-// writeError answers {"error":"…","code":"…"}. An error that is no apiError becomes a 500 without its text.
-func writeError(w http.ResponseWriter, err error) {
-	status, body := encodeAnswer(0, nil, err)
-	writeBody(w, jsonType, status, body)
-}
+// writeError answers {"error":"…","code":"…"}.
+func writeError(w http.ResponseWriter, r *http.Request, err error) { writeAnswer(w, r, 0, nil, err) }
 
 func writeBody(w http.ResponseWriter, mediaType string, status int, body []byte) {
 	w.Header().Set("Content-Type", mediaType)
@@ -78,7 +73,8 @@ func writeBody(w http.ResponseWriter, mediaType string, status int, body []byte)
 	w.Write(body)
 }
 
-// encodeAnswer returns what is written for the answer of a handler.
+// encodeAnswer returns what is written for the answer of a handler. An error that is no apiError becomes a 500 without
+// its text.
 func encodeAnswer(status int, v any, err error) (int, []byte) {
 	if err != nil {
 		e := newError(http.StatusInternalServerError, "internal", "internal error")
@@ -141,7 +137,7 @@ func jsonErrors(mux *http.ServeMux) http.Handler {
 		plain := unwritten{ResponseWriter: w}
 		h.ServeHTTP(&plain, r) // sets Allow
 		text := strings.ToLower(http.StatusText(plain.status))
-		writeError(w, newError(plain.status, strings.ReplaceAll(text, " ", "_"), text))
+		writeError(w, r, newError(plain.status, strings.ReplaceAll(text, " ", "_"), text))
 	})
 }
 
@@ -151,7 +147,7 @@ func plainPaths(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, clean := r.URL.Path, path.Clean(r.URL.Path)
 		if p != r.URL.EscapedPath() || p != clean && p != clean+"/" {
-			writeError(w, badRequest("bad_path", "path must be clean and without escapes"))
+			writeError(w, r, badRequest("bad_path", "path must be clean and without escapes"))
 			return
 		}
 		h.ServeHTTP(w, r)

@@ -155,7 +155,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 	}
 	crossOrigin := http.NewCrossOriginProtection()
 	crossOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		writeError(w, errCrossSite)
+		writeError(w, r, errCrossSite)
 	}))
 	routes := crossOrigin.Handler(plainPaths(jsonErrors(mux)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -163,7 +163,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 		switch {
 		case !b.cfg.servesHost(r.Host):
 			b.otherHosts.log(b.log, slog.LevelWarn, "refusing a request to another host: in development only this machine is served", "host", r.Host)
-			writeError(w, errOtherHost)
+			writeError(w, r, errOtherHost)
 		case isStream && g != nil: // not through mux, which redirects to the clean path
 			g.serveStream(w, r)
 		default:

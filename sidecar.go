@@ -335,7 +335,7 @@ func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) (status int
 	u, _ := url.Parse(string(g.cfg.CallbackURL)) // which config.go has parsed before
 	want := u.Query().Get("secret")
 	switch {
-	case !isJSON(r): // a form of another site cannot send this type
+	case !hasMediaType(r, jsonType): // a form of another site cannot send this type
 		return 0, nil, errMediaType
 	case want != "" && !hasBearer(r.Header.Get("Authorization"), secret(want)):
 		return 0, nil, errWrongSecret
