@@ -83,7 +83,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("send.go", " || g.closing.Load()", "", "SendConnections"),
     ("sidecar.go", "g.posts.wait(ctx)", "", "SendConnections"),
     ("backend.go", "b.reports.wait(drain)", "", "ReportConnections"),
-    ("client.go", 'net.JoinHostPort("::1", port)', 'net.JoinHostPort("127.0.0.1", port)', "Dial|Localhost"),
+    ("client.go", '"[::1]:" + port', '"127.0.0.1:" + port', "Dial|Localhost"),
     ("config.go", 'host == "localhost" || ip.IsLoopback() ||', 'host == "localhost" ||', "TestDevelopment"),
 ]
 
