@@ -129,17 +129,26 @@ func sameSecret(got string, want secret) bool {
 // jsonErrors answers requests that mux has no route for in JSON instead of plain text.
 func jsonErrors(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		h, pattern := mux.Handler(r)
-		if pattern != "" {
-			mux.ServeHTTP(w, r)
+		if h, pattern := mux.Handler(r); pattern == "" {
+			h.ServeHTTP(jsonWriter{w, r}, r) // says what is wrong, and sets Allow
 			return
 		}
-		plain := unwritten{ResponseWriter: w}
-		h.ServeHTTP(&plain, r) // sets Allow
-		text := strings.ToLower(http.StatusText(plain.status))
-		writeError(w, r, newError(plain.status, strings.ReplaceAll(text, " ", "_"), text))
+		mux.ServeHTTP(w, r)
 	})
 }
+
+// jsonWriter answers with an error in JSON instead of the text that is written to it.
+type jsonWriter struct {
+	http.ResponseWriter
+	r *http.Request
+}
+
+func (w jsonWriter) WriteHeader(status int) {
+	text := strings.ToLower(http.StatusText(status))
+	writeError(w.ResponseWriter, w.r, newError(status, strings.ReplaceAll(text, " ", "_"), text))
+}
+
+func (w jsonWriter) Write(text []byte) (int, error) { return len(text), nil }
 
 // plainPaths refuses paths that are not clean or have escapes, so that a proxy in front decides by the path that is
 // routed here.
@@ -153,13 +162,3 @@ func plainPaths(h http.Handler) http.Handler {
 		h.ServeHTTP(w, r)
 	})
 }
-
-// unwritten keeps the status of an answer, which its handler must set. Nothing is written.
-type unwritten struct {
-	http.ResponseWriter
-	status int
-}
-
-func (u *unwritten) WriteHeader(status int) { u.status = status }
-
-func (u *unwritten) Write(b []byte) (int, error) { return len(b), nil }
