@@ -83,8 +83,7 @@ func (r *restoring) apply(text []byte) error {
 	case recordTask:
 		if r.numbers[rec.Number] == nil {
 			t := &task{number: rec.Number, id: rec.ID, kind: rec.Kind, title: rec.Title, params: string(rec.Params)}
-			t.events, t.status = newEventLog(r.tasks.policy), taskPending
-			t.events.epoch = rec.Epoch
+			t.events, t.status = &eventLog{policy: r.tasks.policy, epoch: rec.Epoch}, taskPending
 			if older := r.tasks.tasks[t.id]; older != nil { // the older one was forgotten, of which there is no record
 				delete(r.numbers, older.number)
 			}
@@ -264,8 +263,7 @@ func (s *VersionService) restore(kind byte, rec recordFields) {
 		st.events.Received(rec.Event)
 	case kind == recordVersion:
 		if st == nil || st.events.epoch != rec.Epoch {
-			st = &versionStream{events: newEventLog(s.policy), stored: true}
-			st.events.epoch = rec.Epoch
+			st = &versionStream{events: &eventLog{policy: s.policy, epoch: rec.Epoch}, stored: true}
 			s.streams[rec.ID] = st
 		}
 		e := entry{n: rec.Event, data: rec.Data, shared: rec.Shared}
