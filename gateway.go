@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -42,7 +41,7 @@ const (
 // out together then. A caller waits for the result before it sends more events of the same token, so their order is
 // kept.
 type gatewayClient struct {
-	url       string            // base URL with /internal/
+	url       string            // base URL
 	transport http.RoundTripper // no http.Client, which costs more and follows redirects
 
 	features atomic.Pointer[features] // nil until a gateway has called back
@@ -71,7 +70,7 @@ type sendResult struct {
 
 func newGatewayClient(baseURL string) *gatewayClient {
 	return &gatewayClient{
-		url: baseURL + "/internal/",
+		url: baseURL,
 		transport: &http.Transport{
 			DialContext:         dial,
 			TLSHandshakeTimeout: dialLimit,
@@ -186,7 +185,7 @@ func (c *gatewayClient) tryReset(ctx context.Context, limit time.Duration, callb
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	header := http.Header{"Content-Type": {jsonType}, "Authorization": {"Bearer " + string(callbackSecret)}}
-	status, answer, err := postTo(ctx, c.transport, c.url+"reset", header, []byte("{}"), maxBatchBytes)
+	status, answer, err := postTo(ctx, c.transport, c.url+"/internal/reset", header, []byte("{}"), maxBatchBytes)
 	o, _ := parseObject(answer)
 	switch {
 	case err != nil:
@@ -203,7 +202,7 @@ func (c *gatewayClient) tryReset(ctx context.Context, limit time.Duration, callb
 // statusError says what a status means that is not one of the gateway's own answers.
 func (c *gatewayClient) statusError(status int) error {
 	if status == http.StatusNotFound || status == http.StatusMethodNotAllowed {
-		return fmt.Errorf("the gateway at %s does not serve /internal/send: is INTERNAL_ADDR set there?", strings.TrimSuffix(c.url, "/internal/"))
+		return fmt.Errorf("the gateway at %s does not serve /internal/send: is INTERNAL_ADDR set there?", c.url)
 	}
 	return fmt.Errorf("posting to the gateway: status %d", status)
 }
@@ -280,5 +279,5 @@ func readResult(lines [][]byte, skips bool) (r sendResult) {
 func (c *gatewayClient) do(contentType string, body []byte) (status int, answer []byte, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), sendLimit)
 	defer cancel()
-	return postTo(ctx, c.transport, c.url+"send", http.Header{"Content-Type": {contentType}}, body, maxBatchBytes)
+	return postTo(ctx, c.transport, c.url+"/internal/send", http.Header{"Content-Type": {contentType}}, body, maxBatchBytes)
 }
