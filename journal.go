@@ -288,7 +288,7 @@ func (j *journal) store() {
 	if c == nil {
 		c = j.take()
 	}
-	if !j.put(c) {
+	if len(c.frames) > 0 && !j.put(c) {
 		return
 	}
 	for _, f := range c.after {
@@ -308,22 +308,18 @@ func (j *journal) take() *commit {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	c := j.next
-	if len(c.frames) == 0 {
-		j.next = newCommit(c.number)
-		return c
+	j.next = newCommit(c.number)
+	if len(c.frames) > 0 {
+		j.next.number += commitStep
+		j.next.frames, j.spare = j.spare, nil
+		c.frames[c.last] = frameLast
+		seal(c.frames[c.last:])
 	}
-	j.next = newCommit(c.number + commitStep)
-	j.next.frames, j.spare = j.spare, nil
-	c.frames[c.last] = frameLast
-	seal(c.frames[c.last:])
 	return c
 }
 
 // put writes and syncs a commit, and reports whether it is on disk.
 func (j *journal) put(c *commit) bool {
-	if len(c.frames) == 0 {
-		return true
-	}
 	start := time.Now()
 	if err := j.append(c.frames); err != nil {
 		j.cut() // or before the next write
