@@ -87,7 +87,7 @@ func (h *callbackHandler) connect(c callback, can features) (a connectAnswer, er
 	if h.closing.Load() {
 		return a, errClosing
 	}
-	path, query, plain := parseTarget(c.url)
+	path, query := parseTarget(c.url)
 	request := connectRequest{
 		token:       c.token,
 		lastEventID: cmp.Or(c.lastEventID, lastValue(query["lastEventId"])),
@@ -97,7 +97,7 @@ func (h *callbackHandler) connect(c callback, can features) (a connectAnswer, er
 	}
 	service, key := route(path)
 	switch {
-	case !plain || service == "":
+	case service == "":
 		h.log.Debug("refusing a stream whose URL leads nowhere", "url", c.url)
 		return a, badRequest("cannot_route", "Cannot route URL: "+c.url)
 	case request.lastEventID == closeID:
@@ -131,10 +131,7 @@ func (h *callbackHandler) connect(c callback, can features) (a connectAnswer, er
 }
 
 // underPath reports whether path is prefix or below it.
-func underPath(path, prefix string) bool {
-	rest, ok := strings.CutPrefix(path, prefix)
-	return ok && (rest == "" || rest[0] == '/')
-}
+func underPath(path, prefix string) bool { return strings.HasPrefix(path+"/", prefix+"/") }
 
 // route returns the service that a stream with this path is for, or "", and the key of its ID in the query.
 func route(path string) (service, key string) {
@@ -149,14 +146,14 @@ func route(path string) (service, key string) {
 	return "", ""
 }
 
-// parseTarget splits the request target of a stream into its path and the values of our keys in its query. It is plain
-// if its path is clean and without escapes, and our keys are spelled literally. Then a proxy in front that decides by
-// the normalized path, or by the first key in any case, decides by what is routed here.
-func parseTarget(target string) (streamPath string, values map[string][]string, plain bool) {
+// parseTarget splits the request target of a stream into its path and the values of our keys in its query. The path is
+// "" unless it is clean and without escapes, and our keys are spelled literally. So a proxy in front that decides by the
+// normalized path, or by the first key in any case, decides by what is routed here.
+func parseTarget(target string) (streamPath string, values map[string][]string) {
 	streamPath, query, _ := strings.Cut(target, "?")
 	clean := path.Clean(streamPath)
 	if streamPath != clean && streamPath != clean+"/" || strings.ContainsAny(streamPath, `%\`) || strings.Contains(target, "#") {
-		return streamPath, nil, false
+		return "", nil
 	}
 	values = map[string][]string{}
 	for pair := range strings.SplitSeq(query, "&") {
@@ -167,13 +164,13 @@ func parseTarget(target string) (streamPath string, values map[string][]string, 
 				continue
 			}
 			if key != ours {
-				return streamPath, nil, false
+				return "", nil
 			}
 			value, _ = url.QueryUnescape(value) // "" if it cannot be decoded
 			values[ours] = append(values[ours], value)
 		}
 	}
-	return streamPath, values, true
+	return streamPath, values
 }
 
 // lastValue returns the last of the values, or "".
