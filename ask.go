@@ -18,7 +18,6 @@ import (
 // connect asks the backend whether s may be opened. It returns a refusal or an answer, or both if the backend has
 // accepted but its answer broke off: then the stream is refused, and the backend must be told of its end.
 func (g *gateway) connect(r *http.Request, s *stream) (refused *refusal, answer *callbackAnswer) {
-	clientLeft := &refusal{status: http.StatusServiceUnavailable, text: "client left"}
 	order := fmt.Sprintf("%s-%d", g.name, g.requests.Add(1))
 	ctx, cancel := context.WithTimeout(g.asking, callbackLimit)
 	defer cancel()
@@ -28,14 +27,13 @@ func (g *gateway) connect(r *http.Request, s *stream) (refused *refusal, answer 
 	case <-ctx.Done():
 		g.met.callbacks.with("connect", outcome(0, ctx.Err())).Inc()
 		return explain(ctx.Err()), nil
-	case <-r.Context().Done(): // the client left before the backend was asked
-		return clientLeft, nil
+	case <-r.Context().Done():
 	}
-	if hasLeft(r) {
-		return clientLeft, nil
+	if r.Context().Err() != nil || hasLeft(r) { // before the backend was asked
+		return &refusal{status: http.StatusServiceUnavailable, text: "client left"}, nil
 	}
-	c := callback{action: "connect", token: s.token, url: r.RequestURI, lastEventID: headerText(r, "Last-Event-Id")}
-	code, body, err := g.call(ctx, c, "", s.request, order)
+	c := callback{action: "connect", token: s.token, url: r.RequestURI, lastEventID: headerText(r, "Last-Event-Id"), order: order}
+	code, body, err := g.call(ctx, c, "", s.request)
 	switch {
 	case err == nil && code/100 == 2:
 		return nil, g.parseAnswer(body)
@@ -87,18 +85,18 @@ func (g *gateway) disconnect(s *stream, reason string) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), callbackLimit)
 	defer cancel()
-	g.call(ctx, callback{action: "disconnect", token: s.token}, reason, s.request, "")
+	g.call(ctx, callback{action: "disconnect", token: s.token}, reason, s.request)
 }
 
 // call makes one callback and counts it. The status is set if the backend sent one, also when its body then failed.
-func (g *gateway) call(ctx context.Context, c callback, reason string, request json.RawMessage, order string) (status int, body []byte, err error) {
+func (g *gateway) call(ctx context.Context, c callback, reason string, request json.RawMessage) (status int, body []byte, err error) {
 	action, start := c.action, time.Now()
 	if g.backend != nil {
-		status, body = g.backend(c, order)
+		status, body = g.backend(c)
 	} else {
 		header := http.Header{"Content-Type": {jsonType}, featuresHeader: {gatewayFeatures}}
-		if order != "" {
-			header.Set(orderHeader, order)
+		if c.order != "" {
+			header.Set(orderHeader, c.order)
 		}
 		payload := encodeCallback(action, reason, c.token, request)
 		status, body, err = postTo(ctx, g.transport, string(g.cfg.CallbackURL), header, payload, maxAnswer+1)

@@ -85,8 +85,8 @@ func (b *backend) embedGateway() *gateway {
 	g := newGateway(b.cfg.Gateway, b.log, b.reg)
 	b.conns.gateway = g
 	can := parseFeatures(gatewayFeatures)
-	g.backend = func(c callback, order string) (status int, answer []byte) {
-		return encodeAnswer(b.callback.take(c, parseOrder(order), can))
+	g.backend = func(c callback) (status int, answer []byte) {
+		return encodeAnswer(b.callback.take(c, can))
 	}
 	return g
 }
@@ -178,7 +178,7 @@ func (b *backend) protect(h handler) handler {
 func (b *backend) serveReport(w http.ResponseWriter, r *http.Request) {
 	status, answer, err := b.protect(b.tasks.serveProgress)(w, r)
 	if err != nil {
-		writeAnswer(w, r, 0, nil, err)
+		writeError(w, r, err)
 		return
 	}
 	b.reports.respond(w, r, jsonType, status, append(marshal(answer), '\n'))

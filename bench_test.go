@@ -76,7 +76,7 @@ func BenchmarkGroupCommit(b *testing.B) {
 				b.ResetTimer()
 				benchEach(b, senders, func(i int) {
 					token := tokens[i%len(tokens)]
-					if r := m.Send("task:"+token, token, events, false); r.err != nil {
+					if r := m.Send(token, events, false); r.err != nil {
 						b.Error(r.err)
 					}
 				})

@@ -66,47 +66,48 @@ func (h *callbackHandler) serve(w http.ResponseWriter, r *http.Request) (status 
 	if err != nil {
 		return 0, nil, err
 	}
+	c.order = r.Header.Get(orderHeader)
 	can := parseFeatures(r.Header.Get(featuresHeader))
 	h.heard(can)
-	return h.take(c, parseOrder(r.Header.Get(orderHeader)), can)
+	return h.take(c, can)
 }
 
-// take does what a callback asks for, and returns its answer. The order and the features are those of its headers.
-func (h *callbackHandler) take(c callback, order requestOrder, can features) (status int, answer any, err error) {
+// take does what a callback of a gateway with these features asks for, and returns its answer.
+func (h *callbackHandler) take(c callback, can features) (status int, answer any, err error) {
 	if c.action == "disconnect" {
 		h.conns.OnDisconnect(c.token)
 		return http.StatusOK, struct{}{}, nil
 	}
-	answer, err = h.connect(c, order, can)
+	answer, err = h.connect(c, can)
 	return http.StatusOK, answer, err
 }
 
 // connect decides on a stream.
-func (h *callbackHandler) connect(c callback, order requestOrder, can features) (a connectAnswer, err error) {
+func (h *callbackHandler) connect(c callback, can features) (a connectAnswer, err error) {
 	if h.closing.Load() {
 		return a, errClosing
 	}
-	t, plain := parseTarget(c.url)
+	path, query := parseTarget(c.url)
 	request := connectRequest{
 		token:       c.token,
-		lastEventID: cmp.Or(c.lastEventID, lastValue(t.query["lastEventId"])),
-		taskIDs:     t.query["task_id"],
-		order:       order,
+		lastEventID: cmp.Or(c.lastEventID, lastValue(query["lastEventId"])),
+		taskIDs:     query["task_id"],
+		order:       parseOrder(c.order),
 		probes:      can.known,
 	}
-	service, key := t.route()
+	service, key := route(path)
 	switch {
-	case !plain || service == "":
+	case service == "":
 		h.log.Debug("refusing a stream whose URL leads nowhere", "url", c.url)
 		return a, badRequest("cannot_route", "Cannot route URL: "+c.url)
 	case request.lastEventID == closeID:
 		return a, errStreamOver
-	case len(t.query["request_id"]) > 1:
+	case len(query["request_id"]) > 1:
 		return a, badRequest("duplicate_field", "request_id is given twice in the URL")
-	case len(t.query["task_id"]) > 1 && service != servicePage:
+	case len(query["task_id"]) > 1 && service != servicePage:
 		return a, badRequest("duplicate_field", "task_id is given twice in the URL")
 	}
-	id := lastValue(t.query[key])
+	id := lastValue(query[key])
 	err = cmp.Or(checkID(id), errAskFirst)
 	// The first try asks nobody. If that is needed, the next one asks, and again if another connection has come since.
 	for tries := 0; err == errAskFirst; tries++ {
@@ -116,13 +117,13 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 		a.Event, a.Close, err = h.services[service].OnConnect(id, request)
 	}
 	if err == errBadID {
-		ids := strings.Join(slices.Concat(t.query["request_id"], request.taskIDs), " ")
+		ids := strings.Join(slices.Concat(query["request_id"], request.taskIDs), " ")
 		h.badIDs.log(h.log, slog.LevelWarn, "refusing a stream with a bad ID", "id", strconv.Quote(ids[:min(len(ids), 4*maxID)]))
 	}
 	if !can.retry {
 		a.Event.Retry = 0
 	}
-	if lastValue(t.query["heartbeat"]) == "event" {
+	if lastValue(query["heartbeat"]) == "event" {
 		a.Heartbeat = "event"
 	}
 	a.Close = a.Close || h.closing.Load() // since the look above; EndAll may not have seen it
@@ -130,41 +131,31 @@ func (h *callbackHandler) connect(c callback, order requestOrder, can features) 
 }
 
 // underPath reports whether path is prefix or below it.
-func underPath(path, prefix string) bool {
-	rest, ok := strings.CutPrefix(path, prefix)
-	return ok && (rest == "" || rest[0] == '/')
-}
+func underPath(path, prefix string) bool { return strings.HasPrefix(path+"/", prefix+"/") }
 
-// streamTarget is the request target of a stream: its path, and the values of our keys in its query.
-type streamTarget struct {
-	path  string
-	query map[string][]string
-}
-
-// route returns the service that the stream is for, or "", and the key of its ID in the query.
-func (t streamTarget) route() (service, key string) {
+// route returns the service that a stream with this path is for, or "", and the key of its ID in the query.
+func route(path string) (service, key string) {
 	switch {
-	case underPath(t.path, "/api/sse/tasks"):
+	case underPath(path, "/api/sse/tasks"):
 		return serviceTask, "task_id"
-	case underPath(t.path, "/api/sse/utils/version"):
+	case underPath(path, "/api/sse/utils/version"):
 		return serviceVersion, "request_id"
-	case underPath(t.path, "/api/sse/stream"):
+	case underPath(path, "/api/sse/stream"):
 		return servicePage, "request_id"
 	}
 	return "", ""
 }
 
-// parseTarget splits a request target. It is plain if its path is clean and without escapes, and our keys in its query
-// are spelled literally. Then a proxy in front that decides by the normalized path, or by the first key in any case,
-// decides by what is routed here.
-func parseTarget(target string) (t streamTarget, plain bool) {
-	t = streamTarget{query: map[string][]string{}}
-	var query string
-	t.path, query, _ = strings.Cut(target, "?")
-	clean := path.Clean(t.path)
-	if t.path != clean && t.path != clean+"/" || strings.ContainsAny(t.path, `%\`) || strings.Contains(target, "#") {
-		return t, false
+// parseTarget splits the request target of a stream into its path and the values of our keys in its query. The path is
+// "" unless it is clean and without escapes, and our keys are spelled literally. So a proxy in front that decides by the
+// normalized path, or by the first key in any case, decides by what is routed here.
+func parseTarget(target string) (streamPath string, values map[string][]string) {
+	streamPath, query, _ := strings.Cut(target, "?")
+	clean := path.Clean(streamPath)
+	if streamPath != clean && streamPath != clean+"/" || strings.ContainsAny(streamPath, `%\`) || strings.Contains(target, "#") {
+		return "", nil
 	}
+	values = map[string][]string{}
 	for pair := range strings.SplitSeq(query, "&") {
 		key, value, _ := strings.Cut(pair, "=")
 		decoded, _ := url.QueryUnescape(key)
@@ -173,13 +164,13 @@ func parseTarget(target string) (t streamTarget, plain bool) {
 				continue
 			}
 			if key != ours {
-				return t, false
+				return "", nil
 			}
 			value, _ = url.QueryUnescape(value) // "" if it cannot be decoded
-			t.query[ours] = append(t.query[ours], value)
+			values[ours] = append(values[ours], value)
 		}
 	}
-	return t, true
+	return streamPath, values
 }
 
 // lastValue returns the last of the values, or "".
@@ -198,10 +189,6 @@ func parseCallback(body []byte) (c callback, err error) {
 	if err != nil {
 		return c, err
 	}
-	skipHeader := func(_ []byte, i int) int { return skipString(headers, i) }
-	if headers != nil && scanObject(headers, new(bool), skipHeader) != nil {
-		return c, errFieldType // not an object, or one that has anything but strings
-	}
 	read := func(raw []byte) (s string) {
 		if raw != nil && err == nil {
 			s, err = parseString(raw)
@@ -210,10 +197,10 @@ func parseCallback(body []byte) (c callback, err error) {
 	}
 	c.action, c.token, c.url, c.lastEventID = read(action), read(token), read(target), read(lastEventID)
 	read(reason)
+	skipHeader := func(_ []byte, i int) int { return skipString(headers, i) }
+	badHeaders := headers != nil && scanObject(headers, new(bool), skipHeader) != nil // they are strings in an object
 	switch {
-	case err != nil:
-		return c, err
-	case request != nil && request[0] != '{':
+	case err != nil || badHeaders || request != nil && request[0] != '{':
 		return c, errFieldType
 	case c.action == "" || c.token == "" || c.action == "connect" && c.url == "":
 		return c, errMissingField

@@ -404,7 +404,7 @@ func TestCallbackReplaces(t *testing.T) {
 		api.check("POST", "/api/sse/callback", apiConnect("ghost", target), gone, features) // no answer
 		api.gateway.fail(nil)
 		living.checkStory("connection_open")
-		if got := api.conns.tokens[living.token]; got != "version:r" {
+		if c := api.conns.connections["version:r"]; c == nil || c.token != living.token {
 			t.Error("the living stream is not the connection any more")
 		}
 		api.connect(target, features).checkStory("connection_open") // it knows this one
@@ -437,7 +437,7 @@ func TestCallbackReplaces(t *testing.T) {
 				api.external("a")
 			}
 		}
-		if api.conns.tokens["six"] == "" {
+		if api.conns.tokens["six"] == nil {
 			t.Error("the older request replaced the newer one")
 		}
 	})

@@ -25,15 +25,13 @@ const dialLimit = 5 * time.Second
 // other host as usual.
 func dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	d := net.Dialer{Timeout: dialLimit}
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil || host != "localhost" {
-		return d.DialContext(ctx, network, addr)
+	if port, ok := strings.CutPrefix(addr, "localhost:"); ok {
+		if conn, err := d.DialContext(ctx, network, "127.0.0.1:"+port); err == nil {
+			return conn, nil
+		}
+		addr = "[::1]:" + port
 	}
-	conn, err := d.DialContext(ctx, network, net.JoinHostPort("127.0.0.1", port))
-	if err != nil {
-		conn, err = d.DialContext(ctx, network, net.JoinHostPort("::1", port))
-	}
-	return conn, err
+	return d.DialContext(ctx, network, addr)
 }
 
 // postTo makes one POST. It returns at most limit bytes of the answer's body, and the status also if reading the body

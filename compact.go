@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"os"
 	"time"
 )
 
@@ -15,7 +16,7 @@ const (
 	compactSlack = 32 << 20
 	compactPause = 10 * time.Second // after a failure
 	compactPart  = 1 << 20          // bytes that are written at once
-	compactRest  = 1 << 20          // bytes that are copied while nothing else is written
+	compactRest  = 512 << 10        // bytes that are copied while nothing else is written
 	compactGroup = 4 << 10          // bytes of a snapshot that have one number, and so are a commit
 )
 
@@ -36,23 +37,13 @@ func (c *compaction) Write(b []byte) (n int, err error) {
 	return n, err
 }
 
-// copy copies what the old file has up to end.
-func (c *compaction) copy(old journalFile, end int64) {
-	var n int64
-	n, c.err = io.Copy(io.NewOffsetWriter(c.file, c.size), io.NewSectionReader(old, c.copied, end-c.copied))
-	c.size, c.copied = c.size+n, c.copied+n
-}
-
 // compact writes a snapshot of what is live to a new file, and after it what has been appended to the old one since
-// from. A change that is made meanwhile may be in both; restore.go allows for that. The numbers of the frames grow with
-// each compactGroup, and all frames but the last say that their commit goes on. So damage in the snapshot is not taken
-// for what a crash has left, unless nothing of another group follows it.
-func (j *journal) compact(old journalFile, from int64, number uint64) {
-	c := &compaction{copied: from}
-	if c.file, c.err = j.disk.open(j.path() + ".new"); c.err == nil {
-		c.err = c.file.Truncate(0)
-	}
-	if c.err == nil {
+// then. A change that is made meanwhile may be in both; restore.go allows for that. The numbers of the frames begin
+// after that of the last commit and grow with each compactGroup, and all frames but the last say that their commit goes
+// on. So damage in the snapshot is not taken for what a crash has left, unless nothing of another group follows it.
+func (j *journal) compact(number uint64) {
+	c := &compaction{copied: j.size.Load()}
+	if c.file, c.err = j.disk.open(j.newPath(), os.O_TRUNC); c.err == nil {
 		w := bufio.NewWriterSize(c, compactPart)
 		frame, written := []byte(journalHeader), uint64(0)
 		j.snapshot(func(record []byte) {
@@ -68,39 +59,32 @@ func (j *journal) compact(old journalFile, from int64, number uint64) {
 		c.err = w.Flush()
 	}
 	for c.err == nil && j.size.Load()-c.copied > compactRest {
-		c.copy(old, j.size.Load())
-	}
-	if c.err == nil {
-		c.err = c.file.Sync()
-	}
-	if c.err != nil {
-		j.abandon(c) // now, as the room may be what the journal lacks
+		j.copyRest(c)
 	}
 	j.compacted <- c
 }
 
-// abandon removes the new file after a failure.
-func (j *journal) abandon(c *compaction) {
-	j.errors.Inc()
-	j.log.Warn("making the journal smaller", "err", c.err)
-	j.disk.remove(j.path() + ".new")
-	c.file.Close() // a nil *os.File takes that, too
+// copyRest copies what has been appended to the journal since c.copied.
+func (j *journal) copyRest(c *compaction) {
+	rest := io.NewSectionReader(j.file, c.copied, j.size.Load()-c.copied)
+	n, err := io.CopyBuffer(c, rest, make([]byte, compactPart))
+	c.copied, c.err = c.copied+n, err
 }
 
-// replace puts the new file in the place of the journal, and reports whether it is there.
+// replace puts the new file in the place of the journal, and reports whether it is there. After a failure the new file
+// is removed at once, as its room may be what the journal lacks.
 func (j *journal) replace(c *compaction) bool {
-	if c.err != nil {
-		return false
-	}
-	c.copy(j.file, j.size.Load())
 	if c.err == nil {
-		c.err = c.file.Sync()
+		j.copyRest(c)
 	}
 	if c.err == nil {
-		c.err = j.disk.rename(j.path()+".new", j.path())
+		c.err = j.disk.rename(j.newPath(), j.path())
 	}
 	if c.err != nil {
-		j.abandon(c)
+		j.errors.Inc()
+		j.log.Warn("making the journal smaller", "err", c.err)
+		j.disk.remove(j.newPath())
+		c.file.Close() // a nil *os.File takes that, too
 		return false
 	}
 	if err := j.disk.sync(j.dir); err != nil { // either file may be there after a crash; no commit is at fault

@@ -44,11 +44,11 @@ type ConnectionManager struct {
 	failures throttle // limits what is logged about sends
 	tracker           // counts the followers at work, and other goroutines that send
 
-	// mu guards the maps, and is held for work on them alone. Whenever it is free, connections[id].token == t if and
-	// only if tokens[t] == id.
+	// mu guards the maps, and is held for work on them alone. Whenever it is free, connections and tokens have the same
+	// connections.
 	mu          sync.Mutex
 	connections map[string]*connection // by identifier
-	tokens      map[string]string      // identifier by token
+	tokens      map[string]*connection // by token
 
 	// replaced has the identifiers, by token, of streams that could not be told that they were replaced. Beyond
 	// maxReplaced they are left to their clients.
@@ -59,11 +59,12 @@ const maxReplaced = 10000
 
 // connection is the one current connection of an identifier.
 type connection struct {
-	token   string
-	order   requestOrder
-	owner   owner
-	checked time.Time   // when it connected, or when a sweep last asked about it
-	suspect atomic.Bool // a send failed, so the client may have a gap and the stream must end
+	identifier string
+	token      string
+	order      requestOrder
+	owner      owner
+	checked    time.Time   // when it connected, or when a sweep last asked about it
+	suspect    atomic.Bool // a send failed, so the client may have a gap and the stream must end
 }
 
 func newConnectionManager(g sender, log *slog.Logger, met *backendMetrics) *ConnectionManager {
@@ -72,7 +73,7 @@ func newConnectionManager(g sender, log *slog.Logger, met *backendMetrics) *Conn
 		log:         log,
 		met:         met,
 		connections: map[string]*connection{},
-		tokens:      map[string]string{},
+		tokens:      map[string]*connection{},
 		replaced:    map[string]string{},
 	}
 }
@@ -93,31 +94,29 @@ func (m *ConnectionManager) OnConnect(identifier string, c connectRequest, o own
 	now := time.Now()
 	m.mu.Lock()
 	old := m.connections[identifier]
+	if old != nil && old.token != c.token {
+		replaced = old.token
+	}
 	switch {
 	case old != nil && c.order.before(old.order):
 		m.mu.Unlock()
 		return "", errOutdated
-	case old != nil && old.token != c.token && c.probes && old.token != c.replaces:
+	case replaced != "" && c.probes && replaced != c.replaces:
 		m.mu.Unlock()
 		return "", errAskFirst
 	}
-	if old != nil && old.token != c.token {
-		replaced = old.token
-		m.removeLocked(identifier, replaced)
-	}
-	same := m.removeLocked(m.tokens[c.token], c.token) // the same callback came twice
-	m.connections[identifier] = &connection{token: c.token, order: c.order, owner: o, checked: now}
-	m.tokens[c.token] = identifier
+	gone := []*connection{m.removeLocked(replaced), m.removeLocked(c.token)} // the second if the same callback came twice
+	made := &connection{identifier: identifier, token: c.token, order: c.order, owner: o, checked: now}
+	m.connections[identifier], m.tokens[c.token] = made, made
 	m.mu.Unlock()
 	until := now
 	if c.probes {
 		until = time.Time{} // Ask has called seen if the old stream is there
 	}
-	if replaced != "" {
-		old.owner.ended(until)
-	}
-	if same != nil {
-		same.owner.ended(until)
+	for _, other := range gone {
+		if other != nil {
+			other.owner.ended(until)
+		}
 	}
 	m.met.connections.with(serviceOf(identifier), "connect").Inc()
 	return replaced, nil
@@ -131,7 +130,7 @@ func (m *ConnectionManager) Ask(identifier string, c *connectRequest) bool {
 	m.mu.Unlock()
 	if old != nil {
 		c.replaces = old.token
-		m.Probe(identifier, old.token)
+		m.Probe(old.token)
 	}
 	return m.gateway.send(c.token, nil, false).err == nil
 }
@@ -155,48 +154,41 @@ func (m *ConnectionManager) CloseReplaced(identifier, token string) {
 
 // OnDisconnect removes the connection of token. A token that is unknown, or no longer the current one, removes nothing.
 func (m *ConnectionManager) OnDisconnect(token string) {
-	m.mu.Lock()
-	identifier := m.tokens[token]
-	m.mu.Unlock()
-	if !m.remove(identifier, token, time.Now()) {
+	c := m.remove(token, time.Now())
+	if c == nil {
 		m.log.Debug("ignoring a stale disconnect", "token", mask(token))
 		return
 	}
-	m.met.connections.with(serviceOf(identifier), "disconnect").Inc()
-	m.log.Debug("disconnected", "identifier", identifier, "token", mask(token))
+	m.met.connections.with(serviceOf(c.identifier), "disconnect").Inc()
+	m.log.Debug("disconnected", "identifier", c.identifier, "token", mask(token))
 }
 
-// remove removes the connection of identifier if it is still that of token, and reports whether it was. Its owner is
-// told until when it was there; zero if that is not known.
-func (m *ConnectionManager) remove(identifier, token string, until time.Time) bool {
+// remove removes the connection of token, and returns it, or nil if there is none. Its owner is told until when it was
+// there; zero if that is not known.
+func (m *ConnectionManager) remove(token string, until time.Time) *connection {
 	m.mu.Lock()
-	c := m.removeLocked(identifier, token)
+	c := m.removeLocked(token)
 	m.mu.Unlock()
 	if c != nil {
 		c.owner.ended(until)
 	}
-	return c != nil
-}
-
-// removeLocked returns the connection that it removed, or nil.
-func (m *ConnectionManager) removeLocked(identifier, token string) *connection {
-	c := m.connections[identifier]
-	if c == nil || c.token != token {
-		return nil
-	}
-	delete(m.connections, identifier)
-	delete(m.tokens, token)
 	return c
 }
 
-// current returns the connection of identifier if it is that of token, or nil.
-func (m *ConnectionManager) current(identifier, token string) *connection {
+func (m *ConnectionManager) removeLocked(token string) *connection {
+	c := m.tokens[token]
+	if c != nil {
+		delete(m.connections, c.identifier)
+		delete(m.tokens, token)
+	}
+	return c
+}
+
+// current returns the connection of token, or nil if it is that of nobody any more.
+func (m *ConnectionManager) current(token string) *connection {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if c := m.connections[identifier]; c != nil && c.token == token {
-		return c
-	}
-	return nil
+	return m.tokens[token]
 }
 
 // Connected reports whether identifier has a connection.
@@ -220,23 +212,22 @@ func (m *ConnectionManager) Active() map[string]float64 {
 // errSuspended says that a send was not tried: an earlier one failed, and the stream is being ended because of it.
 var errSuspended = errors.New("the stream is being ended")
 
-// Send gives events, or only the first of them, to the connection of identifier if it is still that of token: see
-// sendResult. If end is set there is one event, and the stream ends after it. Nothing is tried twice. After a failure
-// nobody knows whether the client has the event; from then on Send only tries to end the stream, so that the browser
-// comes back and resumes by ID.
-func (m *ConnectionManager) Send(identifier, token string, events []event, end bool) sendResult {
-	c := m.current(identifier, token)
+// Send gives events, or only the first of them, to the connection of token: see sendResult. If end is set there is one
+// event, and the stream ends after it. Nothing is tried twice. After a failure nobody knows whether the client has the
+// event; from then on Send only tries to end the stream, so that the browser comes back and resumes by ID.
+func (m *ConnectionManager) Send(token string, events []event, end bool) sendResult {
+	c := m.current(token)
 	if c == nil {
 		return sendResult{err: errUnknownToken}
 	}
 	if c.suspect.Load() {
-		m.endSuspect(identifier, token)
+		m.endSuspect(c)
 		return sendResult{err: errSuspended}
 	}
-	r := m.send(identifier, token, events, end)
+	r := m.send(c.identifier, token, events, end)
 	switch {
 	case errors.Is(r.err, errUnknownToken) && r.taken == 0:
-		m.remove(identifier, token, time.Time{})
+		m.remove(token, time.Time{})
 	case r.err != nil && !errors.Is(r.err, errUnknownToken):
 		c.suspect.Store(true)
 	}
@@ -266,30 +257,30 @@ func (m *ConnectionManager) send(identifier, token string, events []event, end b
 	return r
 }
 
-// Probe asks the gateway whether the stream of token is there. If it is not, the connection of identifier is removed.
-func (m *ConnectionManager) Probe(identifier, token string) sendResult {
+// Probe asks the gateway whether the stream of token is there. If it is not, its connection is removed.
+func (m *ConnectionManager) Probe(token string) sendResult {
 	asked := time.Now() // when the answer comes it may be gone
-	r := m.ask(identifier, token, false)
-	if c := m.current(identifier, token); c != nil && r.err == nil && !r.buffered {
+	r := m.ask(token, false)
+	if c := m.current(token); c != nil && r.err == nil && !r.buffered {
 		c.owner.seen(asked)
 	}
 	return r
 }
 
-// ask probes or ends the stream of token. If the gateway does not know it, the connection of identifier is removed.
-func (m *ConnectionManager) ask(identifier, token string, end bool) sendResult {
+// ask probes or ends the stream of token. If the gateway does not know it, its connection is removed.
+func (m *ConnectionManager) ask(token string, end bool) sendResult {
 	r := m.gateway.send(token, nil, end)
 	if errors.Is(r.err, errUnknownToken) {
-		m.remove(identifier, token, time.Time{})
+		m.remove(token, time.Time{})
 	}
 	return r
 }
 
 // endSuspect ends a stream that may have a gap. The gateway's disconnect callback, or its 404, then removes the
 // connection.
-func (m *ConnectionManager) endSuspect(identifier, token string) {
-	if r := m.ask(identifier, token, true); r.err != nil {
-		m.log.Debug("ending a stream that may have a gap", "identifier", identifier, "token", mask(token), "err", r.err)
+func (m *ConnectionManager) endSuspect(c *connection) {
+	if r := m.ask(c.token, true); r.err != nil {
+		m.log.Debug("ending a stream that may have a gap", "identifier", c.identifier, "token", mask(c.token), "err", r.err)
 	}
 }
 
@@ -303,13 +294,13 @@ func (m *ConnectionManager) Sweep(ctx context.Context, interval time.Duration) {
 }
 
 func (m *ConnectionManager) sweep(interval time.Duration) {
-	due := map[string]*connection{}
+	var due []*connection
 	now := time.Now()
 	m.mu.Lock()
-	for identifier, c := range m.connections {
+	for _, c := range m.connections {
 		if now.Sub(c.checked) >= interval {
 			c.checked = now
-			due[identifier] = c
+			due = append(due, c)
 		}
 	}
 	replaced := m.replaced
@@ -321,13 +312,13 @@ func (m *ConnectionManager) sweep(interval time.Duration) {
 
 	var checks sync.WaitGroup
 	slots := make(chan struct{}, sweepers)
-	for identifier, c := range due {
+	for _, c := range due {
 		slots <- struct{}{}
 		checks.Go(func() {
 			if c.suspect.Load() {
-				m.endSuspect(identifier, c.token)
+				m.endSuspect(c)
 			} else {
-				m.Probe(identifier, c.token)
+				m.Probe(c.token)
 			}
 			<-slots
 		})

@@ -24,16 +24,16 @@ func checkConsistency(m *ConnectionManager) error {
 	now := &ConnectionManager{connections: maps.Clone(m.connections), tokens: maps.Clone(m.tokens)}
 	m.mu.Unlock()
 	for identifier, c := range now.connections {
-		if got, ok := now.tokens[c.token]; !ok || got != identifier {
-			return fmt.Errorf("connections[%q] has token %q, but tokens has %q for it", identifier, c.token, got)
+		if got := now.tokens[c.token]; c.identifier != identifier || got != c {
+			return fmt.Errorf("connections[%q] has token %q, but tokens has %+v for it", identifier, c.token, got)
 		}
 	}
 	gauge := map[string]float64{}
-	for token, identifier := range now.tokens {
-		if c := now.connections[identifier]; c == nil || c.token != token {
-			return fmt.Errorf("tokens[%q] is %q, but connections has %+v for it", token, identifier, c)
+	for token, c := range now.tokens {
+		if got := now.connections[c.identifier]; c.token != token || got != c {
+			return fmt.Errorf("tokens[%q] is %q, but connections has %+v for it", token, c.identifier, got)
 		}
-		gauge[serviceOf(identifier)]++
+		gauge[serviceOf(c.identifier)]++
 	}
 	if got := now.Active(); !maps.Equal(got, gauge) {
 		return fmt.Errorf("the gauge is %v, want %v", got, gauge)
@@ -226,10 +226,10 @@ func (t *connTest) sweep(interval time.Duration) {
 }
 
 // send begins a send of an event without ID. Its outcome comes through the channel.
-func (t *connTest) send(identifier, token, data string) <-chan string {
+func (t *connTest) send(token, data string) <-chan string {
 	t.Helper()
 	outcome := make(chan string, 1)
-	go func() { outcome <- outcomeOf(t.conns.Send(identifier, token, []event{{Data: data}}, false)) }()
+	go func() { outcome <- outcomeOf(t.conns.Send(token, []event{{Data: data}}, false)) }()
 	t.rest()
 	return outcome
 }
@@ -368,13 +368,13 @@ func TestSend(t *testing.T) {
 	// A 404 says that one stream is gone. By then its identifier may have another stream.
 	testConns(t, "404 removes only the token used", func(t *connTest) {
 		t.onConnect("task:1", "a")
-		outcome := t.send("task:1", "a", "one")
+		outcome := t.send("a", "one")
 		t.onConnect("task:1", "b")
 		t.notFound("a one")
 		t.wantOutcome(outcome, disconnected)
 		t.wantConnections("task:1 b")
 
-		outcome = t.send("task:1", "b", "one")
+		outcome = t.send("b", "one")
 		t.notFound("b one")
 		t.wantOutcome(outcome, disconnected)
 		t.wantConnections()
@@ -383,13 +383,13 @@ func TestSend(t *testing.T) {
 		t.onConnect("task:1", "a")
 		t.onConnect("task:1", "b")
 		for _, token := range []string{"a", "unknown", ""} {
-			t.wantOutcome(t.send("task:1", token, "one"), disconnected)
+			t.wantOutcome(t.send(token, "one"), disconnected)
 		}
 		t.wantUnderWay()
-		outcome := t.send("task:1", "b", "one")
+		outcome := t.send("b", "one")
 		t.ok("b one")
 		t.wantOutcome(outcome, delivered)
-		outcome = t.send("task:1", "b", "two")
+		outcome = t.send("b", "two")
 		t.buffered("b two")
 		t.wantOutcome(outcome, heldBack)
 	})
@@ -398,7 +398,7 @@ func TestSend(t *testing.T) {
 	testConns(t, "after a failure ends the stream", func(t *connTest) {
 		const token = "0123456789abcdef"
 		t.onConnect("task:1", token)
-		outcome := t.send("task:1", token, "one")
+		outcome := t.send(token, "one")
 		t.fails(token + " one")
 		t.wantOutcome(outcome, failed)
 		if got := t.log.String(); strings.Count(got, "level=ERROR") != 1 || strings.Contains(got, token) {
@@ -407,15 +407,15 @@ func TestSend(t *testing.T) {
 		t.wantConnections("task:1 " + token)
 
 		for range 2 { // until the gateway says that the stream has ended
-			outcome = t.send("task:1", token, "two")
+			outcome = t.send(token, "two")
 			t.fails(token + " end")
 			t.wantOutcome(outcome, suspended)
 		}
-		outcome = t.send("task:1", token, "two")
+		outcome = t.send(token, "two")
 		t.ok(token + " end")
 		t.wantOutcome(outcome, suspended)
 		t.wantConnections("task:1 " + token)
-		outcome = t.send("task:1", token, "two")
+		outcome = t.send(token, "two")
 		t.notFound(token + " end")
 		t.wantOutcome(outcome, suspended)
 		t.wantConnections()
@@ -424,10 +424,10 @@ func TestSend(t *testing.T) {
 	// A failed send to the old stream does not affect the new one.
 	testConns(t, "failure of a replaced token", func(t *connTest) {
 		t.onConnect("task:1", "a")
-		t.send("task:1", "a", "one")
+		t.send("a", "one")
 		t.onConnect("task:1", "b")
 		t.fails("a one")
-		outcome := t.send("task:1", "b", "two")
+		outcome := t.send("b", "two")
 		t.ok("b two")
 		t.wantOutcome(outcome, delivered)
 	})
@@ -435,7 +435,7 @@ func TestSend(t *testing.T) {
 		probe := func(answer func(string), want string) {
 			t.Helper()
 			outcome := make(chan string, 1)
-			go func() { outcome <- outcomeOf(t.conns.Probe("task:1", "a")) }()
+			go func() { outcome <- outcomeOf(t.conns.Probe("a")) }()
 			t.rest()
 			answer("a ?")
 			t.wantOutcome(outcome, want)
@@ -479,7 +479,7 @@ func TestSweep(t *testing.T) {
 	testConns(t, "ends streams with a gap", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		t.onConnect("task:2", "b")
-		t.send("task:1", "a", "one")
+		t.send("a", "one")
 		t.fails("a one")
 		t.sweep(0)
 		t.wantUnderWay("a end", "b ?")
@@ -585,7 +585,7 @@ func TestRecordSSEGatewayConnection(t *testing.T) {
 	m.OnDisconnect("b")
 	m.OnDisconnect("b") // twice
 	m.OnDisconnect("c")
-	m.Send("version:2", "d", []event{{}}, false) // 404
+	m.Send("d", []event{{}}, false) // 404
 	wantSeries(t, scrapeAll(reg), map[string]float64{
 		`sse_gateway_connections_total{service="task",action="connect"}`:       2,
 		`sse_gateway_connections_total{service="task",action="disconnect"}`:    1,
@@ -601,13 +601,13 @@ func TestRecordSSEGatewayEvent(t *testing.T) {
 	m := newConnectionManager(senderFunc(func([]event) sendResult { return answer }),
 		slog.New(slog.DiscardHandler), newBackendMetrics(reg, nil))
 	connectToken(m, "task:1", "a")
-	m.Send("task:1", "a", []event{{}}, false)
+	m.Send("a", []event{{}}, false)
 	answer = sendResult{err: errNoAnswer}
-	m.Send("task:1", "a", []event{{}}, false)
-	m.Send("task:1", "a", []event{{}}, false) // not tried any more
+	m.Send("a", []event{{}}, false)
+	m.Send("a", []event{{}}, false) // not tried any more
 	connectToken(m, "task:1", "b")
 	answer = sendResult{taken: 2, err: errUnknownToken}
-	m.Send("task:1", "b", make([]event, 4), false)
+	m.Send("b", make([]event, 4), false)
 	wantSeries(t, scrapeAll(reg), map[string]float64{
 		`sse_gateway_events_sent_total{service="task",status="success"}`: 3,
 		`sse_gateway_events_sent_total{service="task",status="error"}`:   2,
@@ -669,8 +669,8 @@ func TestNothingIsCalledUnderTheMutex(t *testing.T) {
 		m.CloseReplaced("task:1", connectToken(m, "task:1", "b"))
 		m.Drain(t.Context())
 		m.OnDisconnect("a")
-		m.Send("task:1", "b", []event{{}}, false)
-		m.Send("task:1", "b", []event{{}}, false)
+		m.Send("b", []event{{}}, false)
+		m.Send("b", []event{{}}, false)
 		m.sweep(0)
 		m.Drain(t.Context())
 		m.OnDisconnect("b")
@@ -710,7 +710,7 @@ func TestEveryInterleaving(t *testing.T) {
 	}
 	send := func(identifier, token string) step {
 		return step{"send to " + token, func(t *connTest, want state) {
-			t.send(identifier, token, "one")
+			t.send(token, "one")
 			if want[identifier] == token {
 				t.wantUnderWay(token + " one")
 			} else {
@@ -811,7 +811,7 @@ func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
 				token = c.token
 			}
 			m.mu.Unlock()
-			m.Send(identifier, token, []event{{}}, false)
+			m.Send(token, []event{{}}, false)
 		case 5:
 			m.sweep(0)
 		}
@@ -845,7 +845,7 @@ func BenchmarkConnectionManagerSend(b *testing.B) {
 	events := []event{{ID: "x-1", Name: "task_event", Data: "{}"}}
 	b.ReportAllocs()
 	for b.Loop() {
-		if r := m.Send("task:1", "a", events, false); r.err != nil {
+		if r := m.Send("a", events, false); r.err != nil {
 			b.Fatal(r.err)
 		}
 	}

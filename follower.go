@@ -212,7 +212,7 @@ func (f *follower) deliver() {
 			continue
 		}
 		began := time.Now()
-		r := f.conns.Send(f.identifier, f.token, events, end)
+		r := f.conns.Send(f.token, events, end)
 		most = max(1, min(2*r.taken, maxRun))
 		f.closed = end && r.err == nil
 		if !f.settle(c, run, r, began) && f.rest(cursors) {
@@ -323,9 +323,9 @@ func (f *follower) awaitOpen() bool {
 		return false
 	}
 	r := sendResult{buffered: true}
-	for tries := openLimit / openPause; tries > 0 && f.conns.current(f.identifier, f.token) != nil; tries-- {
+	for tries := openLimit / openPause; tries > 0 && f.conns.current(f.token) != nil; tries-- {
 		if f.probes {
-			r = f.conns.Probe(f.identifier, f.token)
+			r = f.conns.Probe(f.token)
 		} else if f.state.CompareAndSwap(workingAgain, working) {
 			return true // the answer to the next send tells as well
 		}
@@ -335,7 +335,7 @@ func (f *follower) awaitOpen() bool {
 		time.Sleep(openPause)
 	}
 	if !f.probes { // it writes an empty event for each probe, so it is asked once, when the stream must be open
-		r = f.conns.Probe(f.identifier, f.token)
+		r = f.conns.Probe(f.token)
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()

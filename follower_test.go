@@ -316,7 +316,7 @@ func TestRace(t *testing.T) {
 			both.Wait()
 			t.rest()
 			first, second := "a", "b"
-			if t.conns.tokens["a"] != "" {
+			if t.conns.tokens["a"] != nil {
 				first, second = "b", "a"
 			}
 			t.wantConnections("task:1 " + second)
@@ -1541,7 +1541,7 @@ func (w *world) check() {
 	w.Helper()
 	complete := 0
 	for _, b := range w.browsers {
-		current := b.follows() && w.conns.tokens[b.stream.token] != ""
+		current := b.follows() && w.conns.tokens[b.stream.token] != nil
 		if !current && !strings.Contains(b.reason, "task_completed") {
 			continue
 		}

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,28 +37,27 @@ const (
 
 // gatewayClient sends events to a gateway by POST /internal/send.
 //
-// A lone send goes out at once. Under load it is group commit: sends that come while others are under way wait, and the
-// first to get its turn takes the others along. A caller waits for the result before it sends more events of the same
-// token, so their order is kept.
+// A lone send goes out at once. Under load it is group commit: sends that come while others are under way wait, and go
+// out together then. A caller waits for the result before it sends more events of the same token, so their order is
+// kept.
 type gatewayClient struct {
-	url       string            // base URL with /internal/
+	url       string            // base URL
 	transport http.RoundTripper // no http.Client, which costs more and follows redirects
 
 	features atomic.Pointer[features] // nil until a gateway has called back
 
 	mu      sync.Mutex     // guards the rest
-	posting int            // POSTs under way
+	posting int            // goroutines that post, each one POST after the other
 	waiting []*waitingSend // at most one with events for each connection, and probes and ends
 }
 
-// waitingSend is a send that waits: for its turn, or for the result of the POST that has taken it along.
+// waitingSend is a send that waits for its result.
 type waitingSend struct {
-	lines int            // lines of JSON in body
-	skips bool           // an event that is refused for good is skipped, and the stream goes on
-	body  []byte         // lines with newlines between them
-	turn  sync.WaitGroup // waited for until it is its turn, or it is done
-	sendResult
-	done bool // the result is there
+	lines  int    // lines of JSON in body
+	skips  bool   // an event that is refused for good is skipped, and the stream goes on
+	body   []byte // each line with its newline
+	result sendResult
+	done   sync.WaitGroup
 }
 
 // sendResult is what became of one send.
@@ -72,7 +70,7 @@ type sendResult struct {
 
 func newGatewayClient(baseURL string) *gatewayClient {
 	return &gatewayClient{
-		url: baseURL + "/internal/",
+		url: baseURL,
 		transport: &http.Transport{
 			DialContext:         dial,
 			TLSHandshakeTimeout: dialLimit,
@@ -99,66 +97,62 @@ func (c *gatewayClient) can() features {
 // batches. If end is set there is one event at most, and the stream ends after it. Without events and end it asks
 // whether the stream is there.
 func (c *gatewayClient) send(token string, events []event, end bool) sendResult {
-	can := c.can()
+	can, limit := c.can(), maxPostingBatches
 	if !can.batch {
-		events = events[:min(len(events), 1)]
+		events, limit = events[:min(len(events), 1)], maxPosting
 	}
-	if end && len(events) == 1 && !can.retry {
-		e := events[0]
-		e.Retry = 0 // which the gateway does not know
-		events = []event{e}
-	}
-	s := &waitingSend{lines: max(len(events), 1), skips: !end && len(events) > 0, body: encodeSends(token, events, end)}
-	if batch := c.awaitTurn(s, can.batch); batch != nil {
-		c.post(batch)
-		c.passTurn(batch)
-	}
-	return s.sendResult
-}
-
-// awaitTurn waits for the turn of s, and returns what is to go out then, s first. It returns nil if another's POST has
-// taken s along.
-func (c *gatewayClient) awaitTurn(s *waitingSend, batches bool) []*waitingSend {
-	limit := maxPosting
-	if batches {
-		limit = maxPostingBatches
-	}
+	s := &waitingSend{lines: max(len(events), 1), skips: !end && len(events) > 0, body: encodeSends(token, events, end, can)}
+	s.done.Add(1)
 	c.mu.Lock()
+	c.waiting = append(c.waiting, s)
 	if c.posting < limit {
 		c.posting++
-		c.mu.Unlock()
-	} else {
-		s.turn.Add(1)
-		c.waiting = append(c.waiting, s)
-		c.mu.Unlock()
-		s.turn.Wait()
-		if s.done {
-			return nil
-		}
+		go c.post()
 	}
-	if batches {
-		runtime.Gosched() // lets others that are about to send join the batch
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.takeLocked(s)
+	c.mu.Unlock()
+	s.done.Wait()
+	return s.result
 }
 
-// passTurn wakes those whose sends were posted, and the first of those that wait for a turn.
-func (c *gatewayClient) passTurn(posted []*waitingSend) {
-	for _, other := range posted[1:] {
-		other.done = true
-		other.turn.Done()
+// post posts what waits until nothing does.
+func (c *gatewayClient) post() {
+	for {
+		runtime.Gosched() // lets others that are about to send join the batch
+		batch := c.take()
+		if len(batch) == 0 {
+			return
+		}
+		if len(batch) == 1 && (batch[0].lines == 1 || !c.can().batch) {
+			batch[0].result = c.postOne(batch[0])
+		} else if err := c.postBatch(batch); err != nil {
+			for _, s := range batch {
+				s.result = sendResult{err: err}
+			}
+		}
+		for _, s := range batch {
+			s.done.Done()
+		}
 	}
+}
+
+// take returns the sends that go out next. If there are none, a goroutine fewer posts.
+func (c *gatewayClient) take() (batch []*waitingSend) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.waiting) == 0 {
-		c.posting--
-		return
+	lines, size := 0, 0
+	for _, s := range c.waiting {
+		lines += s.lines
+		size += len(s.body)
+		if len(batch) > 0 && (!c.can().batch || lines > maxBatchSends || size > maxBatchBytes) {
+			break
+		}
+		batch = append(batch, s)
 	}
-	next := c.waiting[0]
-	c.waiting = slices.Delete(c.waiting, 0, 1)
-	next.turn.Done()
+	if len(batch) == 0 {
+		c.posting--
+	}
+	c.waiting = slices.Delete(c.waiting, 0, len(batch))
+	return batch
 }
 
 // reset asks the gateway to end all streams that it has: they are those of an earlier backend, perhaps one that was
@@ -191,7 +185,7 @@ func (c *gatewayClient) tryReset(ctx context.Context, limit time.Duration, callb
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	header := http.Header{"Content-Type": {jsonType}, "Authorization": {"Bearer " + string(callbackSecret)}}
-	status, answer, err := postTo(ctx, c.transport, c.url+"reset", header, []byte("{}"), maxBatchBytes)
+	status, answer, err := postTo(ctx, c.transport, c.url+"/internal/reset", header, []byte("{}"), maxBatchBytes)
 	o, _ := parseObject(answer)
 	switch {
 	case err != nil:
@@ -208,36 +202,9 @@ func (c *gatewayClient) tryReset(ctx context.Context, limit time.Duration, callb
 // statusError says what a status means that is not one of the gateway's own answers.
 func (c *gatewayClient) statusError(status int) error {
 	if status == http.StatusNotFound || status == http.StatusMethodNotAllowed {
-		return fmt.Errorf("the gateway at %s does not serve /internal/send: is INTERNAL_ADDR set there?", strings.TrimSuffix(c.url, "/internal/"))
+		return fmt.Errorf("the gateway at %s does not serve /internal/send: is INTERNAL_ADDR set there?", c.url)
 	}
 	return fmt.Errorf("posting to the gateway: status %d", status)
-}
-
-// takeLocked returns s and the sends that may go out with it.
-func (c *gatewayClient) takeLocked(s *waitingSend) []*waitingSend {
-	n, lines, size := 0, s.lines, len(s.body)
-	for c.can().batch && n < len(c.waiting) {
-		lines += c.waiting[n].lines
-		size += len(c.waiting[n].body)
-		if lines > maxBatchSends || size > maxBatchBytes {
-			break
-		}
-		n++
-	}
-	batch := append([]*waitingSend{s}, c.waiting[:n]...)
-	c.waiting = slices.Delete(c.waiting, 0, n)
-	return batch
-}
-
-// post sends the batch in one POST and sets the results.
-func (c *gatewayClient) post(batch []*waitingSend) {
-	if len(batch) == 1 && (batch[0].lines == 1 || !c.can().batch) {
-		batch[0].sendResult = c.postOne(batch[0])
-	} else if err := c.postBatch(batch); err != nil {
-		for _, s := range batch {
-			s.sendResult = sendResult{err: err}
-		}
-	}
 }
 
 // postOne posts the first line of s.
@@ -264,16 +231,13 @@ func (c *gatewayClient) postOne(s *waitingSend) sendResult {
 
 // postBatch posts the batch and sets the results, unless it returns an error.
 func (c *gatewayClient) postBatch(batch []*waitingSend) error {
-	want, size := 0, 0
+	want := 0
+	var bodies [][]byte
 	for _, s := range batch {
 		want += s.lines
-		size += len(s.body) + len("\n")
+		bodies = append(bodies, s.body)
 	}
-	body := make([]byte, 0, size)
-	for _, s := range batch {
-		body = append(append(body, s.body...), '\n')
-	}
-	status, answer, err := c.do(ndjson, body)
+	status, answer, err := c.do(ndjson, slices.Concat(bodies...))
 	if err != nil {
 		return err
 	}
@@ -285,7 +249,7 @@ func (c *gatewayClient) postBatch(batch []*waitingSend) error {
 		return fmt.Errorf("reading the answer: %d results to a batch of %d", len(lines), want)
 	}
 	for _, s := range batch {
-		s.sendResult = readResult(lines[:s.lines], s.skips)
+		s.result = readResult(lines[:s.lines], s.skips)
 		lines = lines[s.lines:]
 	}
 	return nil
@@ -296,10 +260,8 @@ func readResult(lines [][]byte, skips bool) (r sendResult) {
 	for _, line := range lines {
 		refused := bytes.HasPrefix(line, []byte(`{"status":400`)) || bytes.HasPrefix(line, []byte(`{"status":413`))
 		switch answer := string(line); {
-		case answer == batchOK:
-			r.buffered = false
-		case answer == batchBuffered:
-			r.buffered = true
+		case answer == batchOK, answer == batchBuffered:
+			r.buffered = answer == batchBuffered
 		case answer == batchUnknown:
 			r.err = errUnknownToken
 			return r
@@ -317,5 +279,5 @@ func readResult(lines [][]byte, skips bool) (r sendResult) {
 func (c *gatewayClient) do(contentType string, body []byte) (status int, answer []byte, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), sendLimit)
 	defer cancel()
-	return postTo(ctx, c.transport, c.url+"send", http.Header{"Content-Type": {contentType}}, body, maxBatchBytes)
+	return postTo(ctx, c.transport, c.url+"/internal/send", http.Header{"Content-Type": {contentType}}, body, maxBatchBytes)
 }

@@ -30,9 +30,7 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64, buf *bytes.Bu
 	return buf.Bytes(), nil
 }
 
-// isJSON reports whether the request says that its body is JSON.
-func isJSON(r *http.Request) bool { return hasMediaType(r, jsonType) }
-
+// hasMediaType reports whether the request says that its body has that type.
 func hasMediaType(r *http.Request, want string) bool {
 	value := r.Header.Get("Content-Type")
 	if value == want {
@@ -54,7 +52,7 @@ func readJSON(w http.ResponseWriter, r *http.Request, limit int64) (object, erro
 
 // readTyped is readJSON, but does not look at the JSON.
 func readTyped(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
-	if r.Header.Get("Content-Type") != "" && !isJSON(r) {
+	if r.Header.Get("Content-Type") != "" && !hasMediaType(r, jsonType) {
 		return nil, errMediaType
 	}
 	return readBody(w, r, limit, new(bytes.Buffer))
@@ -66,11 +64,8 @@ var (
 	errClosing      = newError(http.StatusServiceUnavailable, "shutting_down", "shutting down")
 )
 
-// writeError answers {"error":"…","code":"…"}. An error that is no apiError becomes a 500 without its text.
-func writeError(w http.ResponseWriter, err error) {
-	status, body := encodeAnswer(0, nil, err)
-	writeBody(w, jsonType, status, body)
-}
+// writeError answers {"error":"…","code":"…"}.
+func writeError(w http.ResponseWriter, r *http.Request, err error) { writeAnswer(w, r, 0, nil, err) }
 
 func writeBody(w http.ResponseWriter, mediaType string, status int, body []byte) {
 	w.Header().Set("Content-Type", mediaType)
@@ -78,7 +73,8 @@ func writeBody(w http.ResponseWriter, mediaType string, status int, body []byte)
 	w.Write(body)
 }
 
-// encodeAnswer returns what is written for the answer of a handler.
+// encodeAnswer returns what is written for the answer of a handler. An error that is no apiError becomes a 500 without
+// its text.
 func encodeAnswer(status int, v any, err error) (int, []byte) {
 	if err != nil {
 		e := newError(http.StatusInternalServerError, "internal", "internal error")
@@ -133,17 +129,26 @@ func sameSecret(got string, want secret) bool {
 // jsonErrors answers requests that mux has no route for in JSON instead of plain text.
 func jsonErrors(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		h, pattern := mux.Handler(r)
-		if pattern != "" {
-			mux.ServeHTTP(w, r)
+		if h, pattern := mux.Handler(r); pattern == "" {
+			h.ServeHTTP(jsonWriter{w, r}, r) // says what is wrong, and sets Allow
 			return
 		}
-		plain := unwritten{ResponseWriter: w}
-		h.ServeHTTP(&plain, r) // sets Allow
-		text := strings.ToLower(http.StatusText(plain.status))
-		writeError(w, newError(plain.status, strings.ReplaceAll(text, " ", "_"), text))
+		mux.ServeHTTP(w, r)
 	})
 }
+
+// jsonWriter answers with an error in JSON instead of the text that is written to it.
+type jsonWriter struct {
+	http.ResponseWriter
+	r *http.Request
+}
+
+func (w jsonWriter) WriteHeader(status int) {
+	text := strings.ToLower(http.StatusText(status))
+	writeError(w.ResponseWriter, w.r, newError(status, strings.ReplaceAll(text, " ", "_"), text))
+}
+
+func (w jsonWriter) Write(text []byte) (int, error) { return len(text), nil }
 
 // plainPaths refuses paths that are not clean or have escapes, so that a proxy in front decides by the path that is
 // routed here.
@@ -152,19 +157,9 @@ func plainPaths(h http.Handler) http.Handler {
 		p := r.URL.Path
 		clean := path.Clean("/" + p)
 		if p != r.URL.EscapedPath() || strings.TrimSuffix(p, "/") != strings.TrimSuffix(clean, "/") {
-			writeError(w, badRequest("bad_path", "path must be clean and without escapes"))
+			writeError(w, r, badRequest("bad_path", "path must be clean and without escapes"))
 			return
 		}
 		h.ServeHTTP(w, r)
 	})
 }
-
-// unwritten keeps the status of an answer, which its handler must set. Nothing is written.
-type unwritten struct {
-	http.ResponseWriter
-	status int
-}
-
-func (u *unwritten) WriteHeader(status int) { u.status = status }
-
-func (u *unwritten) Write(b []byte) (int, error) { return len(b), nil }

@@ -51,6 +51,4 @@ func newToken() string {
 }
 
 // mask shortens a token for logs: enough to tell streams apart, too little to send to one.
-func mask(token string) string {
-	return token[:min(len(token), 8)]
-}
+func mask(token string) string { return token[:min(len(token), 8)] }

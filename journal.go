@@ -27,8 +27,8 @@ const (
 
 var errCannotStore = newError(http.StatusServiceUnavailable, "cannot_store", "cannot store")
 
-// journal is the open journal of a backend with DATA_DIR. A nil journal stores nothing: write calls then at once, wait
-// returns at once, and it is never full and never fails.
+// journal is the open journal of a backend with DATA_DIR. A nil journal stores nothing: write calls its functions at
+// once, wait returns at once, and it is never full.
 type journal struct {
 	dir      string
 	log      *slog.Logger
@@ -43,7 +43,7 @@ type journal struct {
 
 	wake      chan struct{}    // has run store what is queued
 	compacted chan *compaction // for run
-	broken    chan error       // gets the error of a sync, after which it is not known what is on disk
+	broken    chan error       // gets the error of a sync; then the process must end, as nobody knows what is on disk
 	stopping  chan struct{}    // closed by close
 	stopped   chan struct{}    // closed by run
 
@@ -52,15 +52,16 @@ type journal struct {
 
 	// Of run alone.
 	file   journalFile
-	number uint64  // of the last commit
-	dirty  bool    // there may be more in the file behind size, besides zeroes
-	zeroes int64   // where those behind the records end
-	held   *commit // could not be written, and is tried again; or nil
-	dead   bool    // a sync failed: nothing is written any more
+	number uint64           // of the last commit
+	dirty  bool             // there may be more in the file behind size, besides zeroes
+	zeroes int64            // where those behind the records end
+	held   *commit          // could not be written, and is tried again; or nil
+	retry  <-chan time.Time // when that is
+	spare  []byte           // of an earlier commit, for the frames of a later one
+	dead   bool             // a sync failed, and run has ended
 
-	mu    sync.Mutex // guards next and spare
-	next  *commit    // gets what is written
-	spare []byte     // of an earlier commit, for the frames of a later one
+	mu   sync.Mutex // guards what is in next
+	next *commit    // gets what is written; replaced by run alone
 }
 
 // commit holds the records that are written and synced together.
@@ -68,7 +69,7 @@ type commit struct {
 	number uint64
 	frames []byte
 	last   int           // where the last of them begins
-	then   []func()      // called in order once the commit is on disk
+	after  []func()      // called in order once the commit is on disk
 	done   chan struct{} // closed by finish once the commit is on disk or has been refused
 	once   sync.Once     // closes done: what was refused is finished again when it is on disk
 	stored atomic.Bool   // it is on disk
@@ -86,14 +87,16 @@ type journalFile interface {
 }
 
 type disk struct {
-	open   func(path string) (journalFile, error)
+	open   func(path string, flag int) (journalFile, error) // makes it if it is missing; flag is os.O_TRUNC or 0
 	rename func(from, to string) error
 	remove func(path string) error
 	sync   func(dir string) error
 }
 
 var realDisk = disk{
-	open:   func(path string) (journalFile, error) { return os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600) },
+	open: func(path string, flag int) (journalFile, error) {
+		return os.OpenFile(path, os.O_RDWR|os.O_CREATE|flag, 0o600)
+	},
 	rename: os.Rename,
 	remove: os.Remove,
 	sync: func(dir string) error {
@@ -122,14 +125,14 @@ func openJournal(dir string, d disk, reg *registry, log *slog.Logger, apply func
 		stopping: make(chan struct{}), stopped: make(chan struct{}),
 	}
 	j.register(reg)
-	if j.file, err = d.open(j.path()); err == nil {
+	if j.file, err = d.open(j.path(), 0); err == nil {
 		err = j.read(apply)
 	}
 	if err != nil {
 		lock.Close()
 		return nil, fmt.Errorf("%s: %w", j.path(), err)
 	}
-	d.remove(j.path() + ".new") // of a compaction that did not come to its end
+	d.remove(j.newPath()) // of a compaction that did not come to its end
 	if mounts, _ := os.ReadFile("/proc/self/mountinfo"); isVolatile(string(mounts), dir) {
 		log.Warn("a power cut may lose what was answered: DATA_DIR is on an overlay that does not sync", "dir", dir)
 	}
@@ -158,7 +161,8 @@ func (j *journal) register(reg *registry) {
 	})
 }
 
-func (j *journal) path() string { return filepath.Join(j.dir, "journal") }
+func (j *journal) path() string    { return filepath.Join(j.dir, "journal") }
+func (j *journal) newPath() string { return j.path() + ".new" }
 
 // lockDir takes the lock of dir, which the process has until the file is closed. That file is never renamed.
 func lockDir(dir string) (*os.File, error) {
@@ -194,12 +198,12 @@ func isVolatile(mounts, dir string) (volatile bool) {
 	return volatile
 }
 
-// write queues a record for the next commit; nil queues none. Once that commit is on disk, run calls then, unless it is
-// nil; so then must not wait for a commit. The result is the commit to wait for.
-func (j *journal) write(record []byte, then func()) *commit {
+// write queues a record for the next commit; nil queues none. Once that commit is on disk, run calls the functions of
+// after, which must not wait for a commit. The result is the commit to wait for.
+func (j *journal) write(record []byte, after ...func()) *commit {
 	if j == nil {
-		if then != nil {
-			then()
+		for _, f := range after {
+			f()
 		}
 		return nil
 	}
@@ -210,9 +214,7 @@ func (j *journal) write(record []byte, then func()) *commit {
 		c.last = len(c.frames)
 		c.frames = appendFrame(c.frames, frameMore, c.number, record)
 	}
-	if then != nil {
-		c.then = append(c.then, then)
-	}
+	c.after = append(c.after, after...)
 	select {
 	case j.wake <- struct{}{}:
 	default:
@@ -221,7 +223,7 @@ func (j *journal) write(record []byte, then func()) *commit {
 }
 
 // written returns the commit after which all that was queued so far is on disk.
-func (j *journal) written() *commit { return j.write(nil, nil) }
+func (j *journal) written() *commit { return j.write(nil) }
 
 // wait waits until the commit is on disk. An error means that it is not; it may come to be there later.
 func (c *commit) wait() error {
@@ -235,34 +237,22 @@ func (c *commit) wait() error {
 	return nil
 }
 
-// failed returns a channel that gets the error of a sync. Then the process must end, as nobody knows what is on disk.
-func (j *journal) failed() <-chan error {
-	if j == nil {
-		return nil
-	}
-	return j.broken
-}
-
 // full reports whether the last write failed. Then nothing new may be taken.
 func (j *journal) full() bool { return j != nil && j.noRoom.Load() }
 
-// run stores what is queued, tries again while there is no room, and has the file made smaller, until close.
+// run stores what is queued, tries again while there is no room, and has the file made smaller, until close, or until a
+// sync fails.
 func (j *journal) run() {
 	defer close(j.stopped)
 	compacting, compactAt := false, time.Time{} // zero, or when compaction may be tried again
-	var again <-chan time.Time                  // while there is no room
-	for {
-		if j.full() && again == nil {
-			again = time.After(noRoomPause)
-		}
+	for !j.dead {
 		select {
 		case <-j.wake:
 			runtime.Gosched() // lets others that are about to write join the commit
 			if !j.full() {
 				j.store()
 			}
-		case <-again:
-			again = nil
+		case <-j.retry:
 			j.store()
 		case c := <-j.compacted:
 			compacting = false
@@ -277,7 +267,7 @@ func (j *journal) run() {
 		}
 		if !compacting && !j.dead && time.Now().After(compactAt) && j.due() {
 			compacting = true
-			go j.compact(j.file, j.size.Load(), j.number)
+			go j.compact(j.number)
 		}
 	}
 }
@@ -295,27 +285,22 @@ func (j *journal) due() bool {
 
 // store stores what had no room before, or else what is queued.
 func (j *journal) store() {
-	if j.dead {
+	c := j.held
+	if c == nil {
+		c = j.take()
+	}
+	if len(c.frames) > 0 && !j.put(c) {
 		return
 	}
-	for again := true; again; {
-		c := j.held
-		again = c != nil // the next one was refused with it: nobody must write to that any more
-		if c == nil {
-			c = j.take()
-		}
-		if !j.put(c) {
-			return
-		}
-		for _, then := range c.then {
-			then()
-		}
-		c.stored.Store(true)
-		c.finish()
-		c.frames, c.then = nil, nil
+	for _, f := range c.after {
+		f()
 	}
+	c.stored.Store(true)
+	c.finish()
+	c.frames, c.after = nil, nil
 	if j.noRoom.Swap(false) {
 		j.log.Info("the journal has room again")
+		j.store() // what is queued was refused, too: nobody must write to that any more
 	}
 }
 
@@ -324,24 +309,21 @@ func (j *journal) take() *commit {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	c := j.next
-	if len(c.frames) == 0 {
-		j.next = newCommit(c.number)
-		return c
+	j.next = newCommit(c.number)
+	if len(c.frames) > 0 {
+		j.next.number += commitStep
+		j.next.frames, j.spare = j.spare, nil
+		c.frames[c.last] = frameLast
+		seal(c.frames[c.last:])
 	}
-	j.next = newCommit(c.number + commitStep)
-	j.next.frames, j.spare = j.spare, nil
-	c.frames[c.last] = frameLast
-	seal(c.frames[c.last:])
 	return c
 }
 
 // put writes and syncs a commit, and reports whether it is on disk.
 func (j *journal) put(c *commit) bool {
-	if len(c.frames) == 0 {
-		return true
-	}
 	start := time.Now()
 	if err := j.append(c.frames); err != nil {
+		j.cut() // or before the next write
 		if !j.full() {
 			j.log.Error("cannot write the journal: nothing new is taken until there is room", "err", err)
 		}
@@ -356,19 +338,18 @@ func (j *journal) put(c *commit) bool {
 	j.syncSeconds.observe(time.Since(start).Seconds())
 	j.size.Add(int64(len(c.frames)))
 	j.number, j.held = c.number, nil
-	j.mu.Lock()
-	defer j.mu.Unlock()
 	if cap(c.frames) <= maxRecord {
 		j.spare = c.frames[:0]
 	}
 	return true
 }
 
-// append writes frames behind the records, and zeroes behind those if the file would grow anyway and has room. What a
-// failed write has left there is cut off, now or before the next.
+// append writes frames behind the records, and zeroes behind those if the file would grow anyway and has room.
 func (j *journal) append(frames []byte) error {
-	if err := j.clean(); err != nil {
-		return err
+	if j.dirty {
+		if err := j.cut(); err != nil {
+			return err
+		}
 	}
 	size := j.size.Load()
 	end := size + int64(len(frames))
@@ -379,18 +360,11 @@ func (j *journal) append(frames []byte) error {
 		}
 	}
 	_, err := j.file.WriteAt(frames, size)
-	if err != nil {
-		j.dirty = true
-		j.clean()
-	}
 	return err
 }
 
-// clean cuts off what is behind the last whole record.
-func (j *journal) clean() error {
-	if !j.dirty {
-		return nil
-	}
+// cut cuts off what is behind the last whole record.
+func (j *journal) cut() error {
 	err := j.file.Truncate(j.size.Load())
 	j.dirty, j.zeroes = err != nil, 0
 	return err
@@ -400,9 +374,7 @@ func (j *journal) clean() error {
 func (j *journal) refuse(c *commit) {
 	j.errors.Inc()
 	j.noRoom.Store(true)
-	j.held = c
-	j.mu.Lock()
-	defer j.mu.Unlock()
+	j.held, j.retry = c, time.After(noRoomPause)
 	c.finish()
 	j.next.finish()
 }

@@ -51,10 +51,10 @@ func (d *crashDisk) step() bool {
 	return d.left >= 0
 }
 
-func (d *crashDisk) open(path string) (journalFile, error) {
+func (d *crashDisk) open(path string, flag int) (journalFile, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.now[path] == nil {
+	if d.now[path] == nil || flag&os.O_TRUNC != 0 {
 		d.now[path] = &crashFile{disk: d}
 	}
 	return d.now[path], nil
@@ -270,7 +270,7 @@ func TestJournalCrashes(t *testing.T) {
 							read[key]++
 							n := read[key]
 							written[key] = n
-							c := j.write(fmt.Appendf(nil, "%s %d %s", key, n, strings.Repeat("x", n%50)), func() {})
+							c := j.write(fmt.Appendf(nil, "%s %d %s", key, n, strings.Repeat("x", n%50)))
 							mu.Unlock()
 							if n%7 < 5 {
 								continue // so that several are under way at the same time
@@ -323,8 +323,8 @@ func TestJournalCompactionWithoutRoom(t *testing.T) {
 			}
 		}
 		go j.run()
-		must(t, j.write(make([]byte, 600), nil).wait())
-		j.write(make([]byte, 600), nil).wait() // starts the compaction, and may itself find no room
+		must(t, j.write(make([]byte, 600)).wait())
+		j.write(make([]byte, 600)).wait() // starts the compaction, and may itself find no room
 		if err := <-full; err != errCannotStore || !j.full() {
 			t.Errorf("got %v, want no room", err)
 		}
@@ -367,7 +367,7 @@ func TestJournalUnreadable(t *testing.T) {
 		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 		bad := badFile{&crashFile{disk: d, data: bytes.Clone(file)}, int64(good)}
 		disk := d.disk()
-		disk.open = func(string) (journalFile, error) { return bad, nil }
+		disk.open = func(string, int) (journalFile, error) { return bad, nil }
 		_, err := openTestJournal(t, t.TempDir(), disk, func([]byte) error { return nil })
 		if !errors.Is(err, syscall.EIO) || !bytes.Equal(bad.data, file) {
 			t.Errorf("unreadable from %d on: got %v, and %d bytes of %d", good, err, len(bad.data), len(file))
@@ -375,18 +375,18 @@ func TestJournalUnreadable(t *testing.T) {
 	}
 }
 
-// When a sync fails, nobody waits any longer, and failed has the error.
+// When a sync fails, nobody waits any longer, and broken has the error.
 func TestJournalSyncFails(t *testing.T) {
 	journalTest(t, 0, func(t *testing.T, d *crashDisk, j *journal) {
 		j.live = func() int { return 0 }
 		go j.run()
 		d.left = 1 // the write
 		for range 2 {
-			if err := j.write([]byte("x"), nil).wait(); err != errCannotStore {
+			if err := j.write([]byte("x")).wait(); err != errCannotStore {
 				t.Errorf("got %v", err)
 			}
 		}
-		if err := receive(t, j.failed()); !errors.Is(err, errCrashed) {
+		if err := receive(t, j.broken); !errors.Is(err, errCrashed) {
 			t.Errorf("got %v", err)
 		}
 		j.close()
@@ -400,13 +400,13 @@ func TestJournalCompactsForRoom(t *testing.T) {
 		j.snapshot = func(record func([]byte)) { record(make([]byte, 700)) }
 		go j.run()
 		for range 9 {
-			must(t, j.write(make([]byte, 1000), nil).wait())
+			must(t, j.write(make([]byte, 1000)).wait())
 		}
-		if err := j.write(make([]byte, 1000), nil).wait(); err != errCannotStore {
+		if err := j.write(make([]byte, 1000)).wait(); err != errCannotStore {
 			t.Errorf("got %v, want no room", err)
 		}
 		time.Sleep(2 * noRoomPause)
-		if err := j.write(make([]byte, 1000), nil).wait(); err != nil || j.full() {
+		if err := j.write(make([]byte, 1000)).wait(); err != nil || j.full() {
 			t.Errorf("got %v, want room", err)
 		}
 		j.close()
@@ -424,7 +424,7 @@ func TestJournalRestsAfterCompaction(t *testing.T) {
 		}
 		go j.run()
 		for range 50 {
-			must(t, j.write(make([]byte, 100), nil).wait())
+			must(t, j.write(make([]byte, 100)).wait())
 			time.Sleep(compactPause / 10)
 		}
 		if snapshots < 4 || snapshots > 6 {
@@ -443,7 +443,7 @@ func TestJournalWritesAhead(t *testing.T) {
 		dir, log := j.dir, slog.New(slog.NewTextHandler(&said, nil))
 		for commit, want := range []int64{6, 6, 6, 6, 6, 6, 11, 11, 11, 11, 11} {
 			j.ahead = 5 * int(frame)
-			j.write([]byte("ten bytes."), nil)
+			j.write([]byte("ten bytes."))
 			j.store()
 			if got := int64(len(d.now[j.path()].data)); got != head+want*frame || j.full() {
 				t.Errorf("after commit %d: got %d bytes, full %v, want room for %d records", commit, got, j.full(), want)
@@ -470,13 +470,13 @@ func TestJournalWritesAheadAfterCompaction(t *testing.T) {
 	journalTest(t, 0, func(t *testing.T, d *crashDisk, j *journal) {
 		j.ahead = 1000
 		j.snapshot = func(record func([]byte)) { record([]byte("live")) }
-		j.write([]byte("one"), nil)
+		j.write([]byte("one"))
 		j.store()
-		j.compact(j.file, j.size.Load(), j.number)
+		j.compact(j.number)
 		if !j.replace(<-j.compacted) {
 			t.Error("not replaced")
 		}
-		j.write([]byte("two"), nil)
+		j.write([]byte("two"))
 		j.store()
 		if got, want := len(d.now[j.path()].data), int(j.size.Load())+1000; got != want {
 			t.Errorf("got %d bytes, want %d", got, want)
@@ -500,7 +500,7 @@ func TestJournalWaitsBehindAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 		disk := d.disk()
-		disk.open = func(path string) (journalFile, error) { return slowFile{&crashFile{disk: d}}, nil }
+		disk.open = func(string, int) (journalFile, error) { return slowFile{&crashFile{disk: d}}, nil }
 		j, err := openTestJournal(t, dir, disk, func([]byte) error { return nil })
 		must(t, err)
 		j.live = func() int { return 0 }
@@ -510,7 +510,7 @@ func TestJournalWaitsBehindAnother(t *testing.T) {
 		for n, record := range [][]byte{[]byte("record"), nil} {
 			waiting.Go(func() {
 				time.Sleep(time.Duration(n) * 500 * time.Millisecond)
-				err := j.write(record, nil).wait()
+				err := j.write(record).wait()
 				if took := time.Since(began); err != nil || took != time.Second {
 					t.Errorf("writer %d: got %v after %v, want nil after a second", n, err, took)
 				}
@@ -530,7 +530,7 @@ func journalOf(t *testing.T, records []string) (file []byte, begins []int) {
 		for range 1 + i%3 {
 			if i < len(records) {
 				begins = append(begins, int(j.size.Load())+len(j.next.frames))
-				j.write([]byte(records[i]), func() {})
+				j.write([]byte(records[i]))
 				i++
 			}
 		}

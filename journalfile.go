@@ -139,13 +139,12 @@ func (j *journal) read(apply func(record []byte) error) error {
 func (j *journal) readHeader(f *frameReader) error {
 	header := f.view(0, len(journalHeader))
 	size := len(f.buf) // of the file, if it has no more than that
-	isHeader := bytes.HasPrefix(header, []byte("sidecast journal ")) && bytes.HasSuffix(header, []byte("\n"))
 	switch {
 	case f.err != nil:
 		return f.err
 	case string(header) == journalHeader:
 		return nil
-	case isHeader || size > len(journalHeader):
+	case bytes.HasPrefix(header, []byte("sidecast journal ")) || size > len(journalHeader):
 		return errors.New("not a journal, or that of a newer version")
 	}
 	if size > 0 {
@@ -156,28 +155,26 @@ func (j *journal) readHeader(f *frameReader) error {
 }
 
 // cutTail cuts off what is behind the good records, unless it is all zeroes, if a crash can have left it. That is so if
-// every good frame in it is of the last commit, or, when that is whole, of the next one. A start that completes a commit
-// and crashes leaves frames of the same commit behind its end. A good frame of a later commit proves that those before
-// it were synced, and so that the file has been damaged since.
+// every good frame in it is of the last commit, or, if that has its end, of the next one. A start that completes a
+// commit and crashes leaves frames of the same commit behind its end. A good frame of a later commit proves that those
+// before it were synced, and so that the file has been damaged since.
 func (j *journal) cutTail(f *frameReader, ended bool) error {
 	begin := j.size.Load()
 	end, torn := begin, begin
+	mayBeLeft := func(commit uint64) bool { return commit == j.number || ended && commit == j.next.number }
 	for ; f.view(end, 1) != nil; end++ {
 		if f.view(end, 1)[0] != 0 {
 			torn = end + 1
 		}
-		frame := f.frame(end)
-		if frame == nil || commitOf(frame) == j.number || ended && commitOf(frame) == j.next.number {
-			continue
+		if frame := f.frame(end); frame != nil && !mayBeLeft(commitOf(frame)) {
+			return fmt.Errorf("damaged at offset %d: there are good records behind", begin)
 		}
-		return fmt.Errorf("damaged at offset %d: there are good records behind", begin)
 	}
 	if f.err != nil || torn == begin {
 		j.zeroes = end
 		return f.err
 	}
 	j.log.Warn("cutting off what a crash has left of the last change", "file", j.path(), "offset", begin, "bytes", torn-begin)
-	j.dirty = true
-	j.clean() // or before the next write
+	j.cut() // or before the next write
 	return nil
 }

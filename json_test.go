@@ -165,7 +165,7 @@ func TestReadJSON(t *testing.T) {
 		if err != tt.wantErr {
 			t.Errorf("%s: got error %v, want %v", tt.name, err, tt.wantErr)
 		}
-		writeError(w, err)
+		writeError(w, r, err)
 		wantBody := fmt.Sprintf(`{"error":%q,"code":%q}`+"\n", tt.wantErr.Text, tt.wantErr.Code)
 		if w.Code != tt.wantStatus || w.Body.String() != wantBody || w.Header().Get("Content-Type") != "application/json" {
 			t.Errorf("%s: got %d %q, want %d %q", tt.name, w.Code, w.Body, tt.wantStatus, wantBody)

@@ -77,6 +77,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	}
 	reg := newRegistry(buildVersion())
 	b := newBackend(cfg, cfg.GatewayURL, reg, log)
+	var broken <-chan error
 	if cfg.DataDir != "" {
 		err := b.openJournal(ctx)
 		if err != nil && ctx.Err() != nil {
@@ -88,6 +89,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 			return 1
 		}
 		defer b.journal.close()
+		broken = b.journal.broken
 	}
 	var g *gateway
 	work, stop := b.work, b.stop
@@ -106,7 +108,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	if g == nil {
 		b.gateway.reset(ctx, cfg.CallbackSecret, log) // the first try comes before there are streams of its own
 	}
-	return serve(ctx, log, servers, work, stop, b.journal.failed())
+	return serve(ctx, log, servers, work, stop, broken)
 }
 
 func runGateway(ctx context.Context, getenv func(string) string, stderr io.Writer, environ []string) int {
@@ -159,7 +161,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 	}
 	crossOrigin := http.NewCrossOriginProtection()
 	crossOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		writeError(w, errCrossSite)
+		writeError(w, r, errCrossSite)
 	}))
 	routes := crossOrigin.Handler(plainPaths(jsonErrors(mux)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -167,7 +169,7 @@ func (b *backend) routes(g *gateway) http.Handler {
 		switch {
 		case !b.cfg.servesHost(r.Host):
 			b.otherHosts.log(b.log, slog.LevelWarn, "refusing a request to another host: in development only this machine is served", "host", r.Host)
-			writeError(w, errOtherHost)
+			writeError(w, r, errOtherHost)
 		case isStream && g != nil: // not through mux, which redirects to the clean path
 			g.serveStream(w, r)
 		default:

@@ -147,7 +147,7 @@ func (g *gateway) refuse(w http.ResponseWriter, r *http.Request, refused *refusa
 	if refused.status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", strconv.Itoa((retry+999)/1000))
 	}
-	writeError(w, newError(refused.status, "", refused.text))
+	writeError(w, r, newError(refused.status, "", refused.text))
 }
 
 // hold ends the stream of a refused client after a while. The stream has no goroutine and is not registered.

@@ -93,6 +93,8 @@ func TestReports(t *testing.T) {
 	for _, wrong := range []struct{ id, say, want string }{
 		{id, "nope\n", `400 {"error":"body must be one JSON object","code":"not_json","line":1}`},
 		{"unknown", `{"text":"x"}` + "\n", `404 {"error":"task not found","code":"task_not_found"}`},
+		{"a/b", `{"text":"x"}` + "\n", `404 {"error":"not found","code":"not_found"}`},
+		{"%61", `{"text":"x"}` + "\n", `400 {"error":"path must be clean and without escapes","code":"bad_path"}`},
 	} { // at once, although the body goes on
 		r := reportAtLength(t, v, wrong.id)
 		r.say(wrong.say)

@@ -17,7 +17,7 @@ import (
 // The first byte of a record is its kind. The rest is JSON, but for the events of tasks, of which there are many. After
 // a compaction a change may be in the file twice, so applying a record again must change nothing.
 const (
-	recordEvent   = 'e' // the task's number, its own number, the task's seq, keep, and the data
+	recordEvent   = 'e' // the task's number, its own number, the task's seq, whether it is kept, and the data
 	recordTask    = 't' // a task is made
 	recordDelete  = 'd' // a task is deleted
 	recordVersion = 'v' // an event for one request_id
@@ -43,16 +43,15 @@ type recordFields struct {
 func encodeRecord(kind byte, r recordFields) []byte { return append([]byte{kind}, marshal(r)...) }
 
 func encodeEvent(number, n, seq uint64, keep bool, data string) []byte {
-	b := make([]byte, 0, 4*binary.MaxVarintLen64+len(data))
-	b = append(b, recordEvent)
-	b = binary.AppendUvarint(b, number)
-	b = binary.AppendUvarint(b, n)
-	b = binary.AppendUvarint(b, seq)
-	flags := byte(0)
+	kept := uint64(0)
 	if keep {
-		flags = 1
+		kept = 1
 	}
-	return append(append(b, flags), data...)
+	b := append(make([]byte, 0, 1+4*binary.MaxVarintLen64+len(data)), recordEvent)
+	for _, field := range []uint64{number, n, seq, kept} {
+		b = binary.AppendUvarint(b, field)
+	}
+	return append(b, data...)
 }
 
 func (t *task) record() []byte {
@@ -64,17 +63,11 @@ func (t *task) record() []byte {
 type restoring struct {
 	tasks   *TaskService
 	version *VersionService
-	numbers map[uint64]*restoredTask
-}
-
-// restoredTask is a task with the data of the events that tell its state; "" for none.
-type restoredTask struct {
-	*task
-	first, report, newest string
+	numbers map[uint64]*task // by number
 }
 
 func newRestoring(tasks *TaskService, version *VersionService) *restoring {
-	return &restoring{tasks: tasks, version: version, numbers: map[uint64]*restoredTask{}}
+	return &restoring{tasks: tasks, version: version, numbers: map[uint64]*task{}}
 }
 
 // apply applies a record.
@@ -90,12 +83,11 @@ func (r *restoring) apply(text []byte) error {
 	case recordTask:
 		if r.numbers[rec.Number] == nil {
 			t := &task{number: rec.Number, id: rec.ID, kind: rec.Kind, title: rec.Title, params: string(rec.Params)}
-			t.events, t.status = newEventLog(r.tasks.policy), taskPending
-			t.events.epoch = rec.Epoch
+			t.events, t.status = &eventLog{policy: r.tasks.policy, epoch: rec.Epoch}, taskPending
 			if older := r.tasks.tasks[t.id]; older != nil { // the older one was forgotten, of which there is no record
 				delete(r.numbers, older.number)
 			}
-			r.numbers[t.number], r.tasks.tasks[t.id] = &restoredTask{task: t}, t
+			r.numbers[t.number], r.tasks.tasks[t.id] = t, t
 		}
 	case recordDelete:
 		if t := r.numbers[rec.Number]; t != nil {
@@ -111,10 +103,10 @@ func (r *restoring) apply(text []byte) error {
 }
 
 func (r *restoring) event(text []byte) error {
-	var head [3]uint64
+	var head [4]uint64
 	for i := range head {
 		value, size := binary.Uvarint(text)
-		if size <= 0 || size == len(text) { // more follows each, after the last one the flags
+		if size <= 0 {
 			return errors.New("an event is too short")
 		}
 		head[i], text = value, text[size:]
@@ -123,13 +115,8 @@ func (r *restoring) event(text []byte) error {
 	if t == nil || head[1] <= t.lastEvent {
 		return nil
 	}
-	data := string(text[1:])
-	t.events.Restore(entry{n: head[1], data: data, keep: text[0] == 1})
+	t.events.Restore(entry{n: head[1], data: string(text), keep: head[3] == 1})
 	t.lastEvent, t.seq = head[1], max(t.seq, head[2])
-	t.first, t.newest = cmp.Or(t.first, data), data
-	if strings.HasPrefix(data, `{"event_type":"progress_update"`) {
-		t.report = data
-	}
 	return nil
 }
 
@@ -138,7 +125,7 @@ func (r *restoring) finish() error {
 	s := r.tasks
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	tasks := slices.SortedFunc(maps.Values(r.numbers), func(a, b *restoredTask) int { return cmp.Compare(a.number, b.number) })
+	tasks := slices.SortedFunc(maps.Values(r.numbers), func(a, b *task) int { return cmp.Compare(a.number, b.number) })
 	var finished []*task
 	for _, t := range tasks {
 		if err := t.restore(); err != nil {
@@ -150,7 +137,7 @@ func (r *restoring) finish() error {
 				delete(s.tasks, t.id)
 				continue
 			}
-			finished = append(finished, t.task)
+			finished = append(finished, t)
 		}
 		s.memory.count(&t.held, t.size())
 	}
@@ -162,7 +149,7 @@ func (r *restoring) finish() error {
 	}
 	for _, t := range tasks {
 		if !t.status.finished() {
-			s.resumeLocked(t.task)
+			s.resumeLocked(t)
 		}
 	}
 	s.makeRoomLocked(0)
@@ -207,30 +194,31 @@ func (s *TaskService) displaceLocked() {
 	}
 }
 
-// restore sets the state of t by its events.
-func (t *restoredTask) restore() error {
-	for _, text := range []string{t.first, t.report, t.newest} {
-		if text == "" {
+// restore sets the state of t by its events: the first one and the last two, one of which is the last report.
+func (t *task) restore() error {
+	events := t.events.All()
+	for i, e := range events {
+		if i > 0 && i < len(events)-2 {
 			continue
 		}
-		var e taskEvent[json.RawMessage]
-		if err := json.Unmarshal([]byte(text), &e); err != nil {
+		var told taskEvent[json.RawMessage]
+		if err := json.Unmarshal([]byte(e.data), &told); err != nil {
 			return err
 		}
-		switch status := taskStatus(strings.TrimPrefix(e.EventType, "task_")); status {
+		switch status := taskStatus(strings.TrimPrefix(told.EventType, "task_")); status {
 		case "started":
-			t.status, t.start = taskRunning, e.Timestamp
+			t.status, t.start = taskRunning, told.Timestamp
 		case "progress_update":
 			t.progress = &taskProgress{}
-			json.Unmarshal(e.Data, t.progress)
+			json.Unmarshal(told.Data, t.progress)
 		case taskFailed:
 			var failure struct{ Error string }
-			json.Unmarshal(e.Data, &failure)
-			t.status, t.end, t.err = status, e.Timestamp, failure.Error
+			json.Unmarshal(told.Data, &failure)
+			t.status, t.end, t.err = status, told.Timestamp, failure.Error
 		default:
-			t.status, t.end = status, e.Timestamp
+			t.status, t.end = status, told.Timestamp
 			if status == taskCompleted {
-				t.result = text[len(text)-1-len(e.Data) : len(text)-1]
+				t.result = e.data[len(e.data)-1-len(told.Data) : len(e.data)-1]
 			}
 		}
 	}
@@ -275,8 +263,7 @@ func (s *VersionService) restore(kind byte, rec recordFields) {
 		st.events.Received(rec.Event)
 	case kind == recordVersion:
 		if st == nil || st.events.epoch != rec.Epoch {
-			st = &versionStream{events: newEventLog(s.policy), stored: true}
-			st.events.epoch = rec.Epoch
+			st = &versionStream{events: &eventLog{policy: s.policy, epoch: rec.Epoch}, stored: true}
 			s.streams[rec.ID] = st
 		}
 		e := entry{n: rec.Event, data: rec.Data, shared: rec.Shared}

@@ -621,7 +621,7 @@ func TestRestoreNoRoom(t *testing.T) {
 
 // A change that could not be stored is shown to nobody until it is stored.
 func TestRestoreShowsWhatIsStored(t *testing.T) {
-	journalTest(t, 100, func(t *testing.T, d *crashDisk, j *journal) {
+	journalTest(t, 30, func(t *testing.T, d *crashDisk, j *journal) {
 		api := newAPI(t, "")
 		api.settle = synctest.Wait
 		api.journal, api.tasks.journal, api.version.journal = j, j, j

@@ -125,9 +125,9 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	mediaType, limit := jsonType, int64(maxSend)
 	if hasMediaType(r, ndjson) {
 		mediaType, limit = ndjson, maxBatch
-	} else if !isJSON(r) {
+	} else if !hasMediaType(r, jsonType) {
 		g.met.events.with("invalid").Inc()
-		writeError(w, errMediaType)
+		writeError(w, r, errMediaType)
 		return
 	}
 	buf := bodies.Get().(*bytes.Buffer)
@@ -135,7 +135,7 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	body, err := readBody(w, r, limit, buf)
 	if err != nil {
 		g.met.events.with("invalid").Inc()
-		writeError(w, err)
+		writeError(w, r, err)
 		return
 	}
 	status, text := g.answerPlain(nil, plainPost{mediaType: mediaType}, body)

@@ -50,9 +50,8 @@ type gateway struct {
 	met       *gatewayMetrics
 	transport http.RoundTripper
 
-	// backend takes a callback, with its orderHeader, if it is in this process. It must not take long. It is nil if
-	// callbacks are posted.
-	backend func(c callback, order string) (status int, answer []byte)
+	// backend takes a callback if it is in this process. It must not take long. It is nil if callbacks are posted.
+	backend func(c callback) (status int, answer []byte)
 
 	connecting    chan struct{} // a slot for each connect callback under way
 	disconnecting chan struct{}
@@ -316,7 +315,7 @@ func (g *gateway) serveReset(w http.ResponseWriter, r *http.Request) (status int
 	u, _ := url.Parse(string(g.cfg.CallbackURL)) // which config.go has parsed before
 	want := u.Query().Get("secret")
 	switch {
-	case !isJSON(r): // a form of another site cannot send this type
+	case !hasMediaType(r, jsonType): // a form of another site cannot send this type
 		return 0, nil, errMediaType
 	case want != "" && !hasBearer(r.Header.Get("Authorization"), secret(want)):
 		return 0, nil, errWrongSecret

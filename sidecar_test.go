@@ -530,14 +530,14 @@ func TestCallbacksWithinAProcess(t *testing.T) {
 
 	gateway, g := serveStreams(t, gatewayConfig{Retry: time.Second})
 	calls, order := make(chan callback, 2), ""
-	gateway.backend = func(c callback, inOrder string) (status int, answer []byte) {
-		order += inOrder
+	gateway.backend = func(c callback) (status int, answer []byte) {
+		order += c.order
 		calls <- c
 		return http.StatusOK, []byte(`{"event":{"name":"first","data":"one"}}`)
 	}
 	c := g.get("/x?a=%20", headers...)
 	got := receive(t, calls)
-	want.token = got.token
+	want.token, want.order = got.token, got.order
 	c.begin()
 	if first := c.line(); got != want || first != "event: first" || len(gateway.lookup([]byte(got.token)).request) > 0 {
 		t.Errorf("got %+v, want %+v; the stream begins with %q", got, want, first)

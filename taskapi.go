@@ -172,7 +172,7 @@ func (s *TaskService) serveEvents(w http.ResponseWriter, r *http.Request) {
 	t := s.task(r.PathValue("task_id"))
 	view, err := t.view() // first, so that events that fit in one answer are all if it is a finished task
 	if err != nil {
-		writeError(w, err)
+		writeError(w, r, err)
 		return
 	}
 	w.Header().Set("Content-Type", jsonType)

@@ -191,7 +191,7 @@ func (s *VersionService) storeLocked(id string, st *versionStream) {
 	}
 	st.stored = true
 	for _, record := range st.records(id) {
-		s.journal.write(record, nil)
+		s.journal.write(record)
 	}
 }
 
@@ -251,7 +251,7 @@ func (s *VersionService) TellAll(a announcement) (told []pendingEvent, stored *c
 	defer s.mu.Unlock()
 	s.latest = a
 	s.broadcasts++
-	s.journal.write(a.record(), nil)
+	s.journal.write(a.record())
 	for id, st := range s.streams {
 		if s.connected(id) {
 			if n := s.catchUpLocked(id, st); n != 0 {
@@ -281,7 +281,7 @@ func (s *VersionService) tidy() {
 		stats := st.events.stats()
 		if st.stored && st.storedStart != stats.start { // late is good enough: it is given again
 			st.storedStart = stats.start
-			s.journal.write(encodeRecord(recordMark, recordFields{ID: id, Event: stats.start}), nil)
+			s.journal.write(encodeRecord(recordMark, recordFields{ID: id, Event: stats.start}))
 		}
 		if s.connected(id) {
 			st.alone = time.Time{}
@@ -292,7 +292,7 @@ func (s *VersionService) tidy() {
 		if !st.alone.IsZero() && (now.Sub(st.alone) >= s.cfg.pendingTTL || forgettable) {
 			delete(s.streams, id)
 			if st.stored {
-				s.journal.write(encodeRecord(recordDropID, recordFields{ID: id}), nil)
+				s.journal.write(encodeRecord(recordDropID, recordFields{ID: id}))
 			}
 			s.memory.count(&st.held, 0)
 			s.met.dropped.with(serviceVersion, "expired").Add(stats.waiting)

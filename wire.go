@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"unique"
@@ -29,14 +30,9 @@ const (
 // features is what a gateway can do. Another make of gateway announces nothing; then all are false.
 type features struct{ known, batch, retry bool }
 
-func parseFeatures(header string) (f features) {
-	for name := range strings.SplitSeq(header, ",") {
-		name = strings.TrimSpace(name)
-		f.known = f.known || name != ""
-		f.batch = f.batch || name == featureBatch
-		f.retry = f.retry || name == featureRetry
-	}
-	return f
+func parseFeatures(header string) features {
+	names := strings.Fields(strings.ReplaceAll(header, ",", " "))
+	return features{len(names) > 0, slices.Contains(names, featureBatch), slices.Contains(names, featureRetry)}
 }
 
 // orderHeader is a header of connect callbacks, <run>-<n>: it is the nth request for a stream since the gateway was
@@ -61,7 +57,7 @@ func parseOrder(header string) requestOrder {
 
 // before reports whether the request is known to be older than other.
 func (o requestOrder) before(other requestOrder) bool {
-	return o.run != unique.Handle[string]{} && o.run == other.run && o.n < other.n
+	return o.run == other.run && o.n < other.n
 }
 
 // event is one message to a browser. An empty ID or Name is left out.
@@ -110,10 +106,10 @@ const (
 	batchUnknown  = `{"status":404}`
 )
 
-// encodeSends returns the body of POST /internal/send: one object, or as many lines as there are events.
-func encodeSends(token string, events []event, end bool) []byte {
+// encodeSends returns the body of POST /internal/send: a line for each event, or one without.
+func encodeSends(token string, events []event, end bool, can features) []byte {
 	if len(events) == 0 {
-		return appendSend(nil, token, nil, end)
+		return append(appendSend(nil, token, nil, end), '\n')
 	}
 	size := 0
 	for _, e := range events {
@@ -123,11 +119,11 @@ func encodeSends(token string, events []event, end bool) []byte {
 		}
 	}
 	b := make([]byte, 0, size)
-	for i := range events {
-		if i > 0 {
-			b = append(b, '\n')
+	for _, e := range events {
+		if !can.retry {
+			e.Retry = 0
 		}
-		b = appendSend(b, token, &events[i], end)
+		b = append(appendSend(b, token, &e, end), '\n')
 	}
 	return b
 }
@@ -169,6 +165,7 @@ type callback struct {
 	token       string
 	url         string // the raw request target of the stream
 	lastEventID string // its header Last-Event-ID
+	order       string // orderHeader of the callback
 }
 
 // encodeRequest returns the request as both callbacks have it: the raw target, and the headers with lower-case names
