@@ -28,6 +28,7 @@ type follower struct {
 	conns      *ConnectionManager
 	onEnd      func() // called when the connection has ended, perhaps twice; may be nil
 	state      atomic.Int32
+	stopped    atomic.Bool // the connection has ended
 
 	// Of deliver alone.
 	turn   uint32 // index of the cursor that comes first in the next run
@@ -38,10 +39,9 @@ type follower struct {
 	probes bool // the gateway can be asked about a stream that is not open yet
 
 	mu       sync.Mutex // guards the rest
-	cursors  []*cursor  // only added to
+	cursors  []*cursor  // does not change any more when deliver runs
 	since    time.Time  // when the connection was opened, as far as is known
 	buffered bool       // the last events wait in the gateway for the stream to open
-	stopped  bool       // the connection has ended
 }
 
 // The states of a follower say whether deliver runs, and whether it must look once more. It does not run before begin,
@@ -54,10 +54,10 @@ const (
 )
 
 // connect makes the stream of c the connection of f.identifier, in place of any other, and delivers to it the events of
-// the logs that it gets from logs once the connection is made: those after c.lastEventID, or from where a fresh connection
-// starts. It returns the event that begins the stream. If the request is older than that of the present connection, this
-// is connection_close, and end is true. The only error is errAskFirst.
-func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func() []*eventLog) (open event, end bool, err error) {
+// the logs that choose calls follow with, once the connection is made: those after c.lastEventID, or from where a fresh
+// connection starts. It returns the event that begins the stream. If the request is older than that of the present
+// connection, this is connection_close, and end is true. The only error is errAskFirst.
+func (f *follower) connect(conns *ConnectionManager, c connectRequest, choose func(follow func(*eventLog))) (open event, end bool, err error) {
 	f.conns, f.token, f.probes, f.since = conns, c.token, c.probes, time.Now()
 	replaced, err := conns.OnConnect(f.identifier, c, f)
 	if err == errOutdated {
@@ -66,9 +66,18 @@ func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func
 	if err != nil {
 		return event{}, false, err
 	}
-	position, stopped := f.begin(logs(), c.lastEventID)
-	if stopped && f.onEnd != nil {
-		f.onEnd() // undoes what logs did after the first call
+	named := parsePositions(c.lastEventID)
+	choose(func(events *eventLog) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.cursors = append(f.cursors, events.attach(f, named))
+	})
+	position := strings.TrimPrefix(f.around(nil).after, ".")
+	if f.stopped.Load() {
+		f.ended(time.Time{}) // again, for what choose did after the first call
+	} else {
+		f.state.Store(idle)
+		f.wake()
 	}
 	if replaced != "" {
 		conns.CloseReplaced(f.identifier, replaced)
@@ -76,41 +85,12 @@ func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func
 	return event{ID: position, Name: "connection_open", Data: `{"status":"connected"}`}, false, nil
 }
 
-// begin starts the delivery, unless the connection has ended meanwhile. It returns the ID after which delivery starts.
-func (f *follower) begin(logs []*eventLog, lastEventID string) (position string, stopped bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	named := parsePositions(lastEventID)
-	for _, l := range logs {
-		f.cursors = append(f.cursors, l.attach(f, named))
-	}
-	position = around(f.cursors, nil).after
-	if f.stopped {
-		f.detachLocked()
-	} else {
-		f.state.Store(idle)
-		f.wake()
-	}
-	return strings.TrimPrefix(position, "."), f.stopped
-}
-
-// add makes the follower follow one more log, from its first event on.
-func (f *follower) add(events *eventLog) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.stopped {
-		return
-	}
-	f.cursors = append(f.cursors, events.attach(f, nil))
-	f.wake()
-}
-
 // around returns the parts of an event ID before and after the one of c: the positions in the other logs. If c is nil
 // all are in after, which begins with a dot.
-func around(cursors []*cursor, c *cursor) *positions {
+func (f *follower) around(c *cursor) *positions {
 	var ids strings.Builder
 	middle := 0
-	for _, other := range cursors {
+	for _, other := range f.cursors {
 		switch {
 		case other == c:
 			middle = ids.Len()
@@ -145,20 +125,15 @@ func (f *follower) seenLocked(at time.Time) {
 
 // ended stops the delivery for good. The connection was there until the given time, or zero if that is not known.
 func (f *follower) ended(until time.Time) {
+	f.stopped.Store(true)
 	f.mu.Lock()
-	stopped := f.stopped
-	f.stopped = true
 	f.seenLocked(until)
-	f.detachLocked()
-	f.mu.Unlock()
-	if !stopped && f.onEnd != nil {
-		f.onEnd()
-	}
-}
-
-func (f *follower) detachLocked() {
 	for _, c := range f.cursors {
 		c.detach()
+	}
+	f.mu.Unlock()
+	if f.onEnd != nil {
+		f.onEnd()
 	}
 }
 
@@ -178,12 +153,12 @@ func (f *follower) wake() {
 func (f *follower) working() bool { return f.state.Load() != idle }
 
 // rest makes f idle, unless it has been woken since deliver last looked. It reports whether it did.
-func (f *follower) rest(cursors []*cursor) bool {
+func (f *follower) rest() bool {
 	if !f.state.CompareAndSwap(working, idle) {
 		f.state.Store(working)
 		return false
 	}
-	for _, c := range cursors {
+	for _, c := range f.cursors {
 		c.events.notify()
 	}
 	return true
@@ -194,19 +169,16 @@ func (f *follower) rest(cursors []*cursor) bool {
 func (f *follower) deliver() {
 	most := 1
 	for {
-		f.mu.Lock()
-		cursors := f.cursors
-		f.mu.Unlock()
-		c, run, reason := f.next(cursors, most)
+		c, run, reason := f.next(most)
 		var events []event
 		end := false
 		switch {
 		case len(run) > 0:
-			events = f.events(cursors, c, run)
+			events = f.events(c, run)
 		case reason != "" && !f.closed:
 			events, end = []event{closeEvent(reason)}, true
 		default:
-			if !f.awaitOpen() && f.rest(cursors) {
+			if !f.awaitOpen() && f.rest() {
 				return
 			}
 			continue
@@ -215,7 +187,7 @@ func (f *follower) deliver() {
 		r := f.conns.Send(f.identifier, f.token, events, end)
 		most = max(1, min(2*r.taken, maxRun))
 		f.closed = end && r.err == nil
-		if !f.settle(c, run, r, began) && f.rest(cursors) {
+		if !f.settle(c, run, r, began) && f.rest() {
 			return
 		}
 	}
@@ -223,20 +195,20 @@ func (f *follower) deliver() {
 
 // next returns the next run, or the reason of the end if there is none. The cursors take turns, but a log without event
 // IDs goes first: that a task is unknown must be said before its events.
-func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, reason string) {
+func (f *follower) next(most int) (c *cursor, run []entry, reason string) {
 	if !f.page {
-		run, reason = cursors[0].take(most)
-		return cursors[0], run, reason
+		run, reason = f.cursors[0].take(most)
+		return f.cursors[0], run, reason
 	}
-	for _, c = range cursors {
+	for _, c = range f.cursors {
 		if c.events.epoch == "" {
 			if run, _ = c.take(most); len(run) > 0 {
 				return c, run, ""
 			}
 		}
 	}
-	for range cursors {
-		c = cursors[int(f.turn)%len(cursors)]
+	for range f.cursors {
+		c = f.cursors[int(f.turn)%len(f.cursors)]
 		f.turn++
 		if run, _ = c.take(most); len(run) > 0 {
 			break
@@ -245,10 +217,10 @@ func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, re
 	return c, run, ""
 }
 
-func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
+func (f *follower) events(c *cursor, run []entry) []event {
 	var others *positions
 	if f.page {
-		others = around(cursors, c)
+		others = f.around(c)
 	}
 	var ids strings.Builder // for the whole run
 	ids.Grow(len(run) * maxPosition)
@@ -317,7 +289,7 @@ const (
 func (f *follower) awaitOpen() bool {
 	f.mu.Lock()
 	mayLose := slices.ContainsFunc(f.cursors, func(c *cursor) bool { return !c.events.policy.replay })
-	waiting := f.buffered && !f.stopped && !f.asked && mayLose
+	waiting := f.buffered && !f.stopped.Load() && !f.asked && mayLose
 	f.mu.Unlock()
 	if !waiting {
 		return false

@@ -90,10 +90,19 @@ func (t *logTest) keep(data string) {
 	t.rest()
 }
 
+// all follows the logs.
+func all(logs ...*eventLog) func(follow func(*eventLog)) {
+	return func(follow func(*eventLog)) {
+		for _, l := range logs {
+			follow(l)
+		}
+	}
+}
+
 // follow makes the stream of c the connection of identifier, which follows one log.
 func follow(conns *ConnectionManager, identifier string, c connectRequest, events *eventLog) (open event, end bool, err error) {
 	f := &follower{identifier: identifier}
-	return f.connect(conns, c, func() []*eventLog { return []*eventLog{events} })
+	return f.connect(conns, c, all(events))
 }
 
 // follow connects a stream as if the gateway had been asked, and knew both this stream and the present one.
@@ -221,9 +230,9 @@ func TestFollowerBegins(t *testing.T) {
 	// A connection that ends while its logs are looked up follows none of them.
 	testLog(t, "ended before it begins", taskLike(), func(t *logTest) {
 		f := &follower{identifier: "task:1"}
-		_, _, err := f.connect(t.conns, connectRequest{token: "a"}, func() []*eventLog {
+		_, _, err := f.connect(t.conns, connectRequest{token: "a"}, func(follow func(*eventLog)) {
 			t.conns.OnDisconnect("a")
-			return []*eventLog{t.events}
+			follow(t.events)
 		})
 		if n := t.events.stats().followers; n != 0 || err != nil {
 			t.Errorf("got %d followers and %v, want none", n, err)
@@ -954,7 +963,7 @@ func TestFollowerGives(t *testing.T) {
 func (t *logTest) page(token string, others ...*eventLog) {
 	t.Helper()
 	f := &follower{identifier: "page:1", page: true}
-	f.connect(t.conns, connectRequest{token: token}, func() []*eventLog { return append(others, t.events) })
+	f.connect(t.conns, connectRequest{token: token}, all(append(others, t.events)...))
 	t.rest()
 }
 
@@ -997,7 +1006,7 @@ func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
 				return sendResult{taken: 1}
 			}
 			return sendResult{taken: len(events)}
-		}), slog.New(slog.DiscardHandler), unreadMetrics()), connectRequest{token: "a"}, func() []*eventLog { return logs })
+		}), slog.New(slog.DiscardHandler), unreadMetrics()), connectRequest{token: "a"}, all(logs...))
 		if !<-waited {
 			t.Fatal("Wait returned false for an event that an open stream was given")
 		}
@@ -1218,7 +1227,7 @@ func (w *world) follow(s *simStream) (open event, end bool, err error) {
 		return follow(w.conns, "task:1", s.request, w.events)
 	}
 	f := &follower{identifier: "task:1", page: true}
-	return f.connect(w.conns, s.request, func() []*eventLog { return s.logs })
+	return f.connect(w.conns, s.request, all(s.logs...))
 }
 
 // arrives lets the connect callback reach the backend, which may have to ask the gateway before it decides.

@@ -105,7 +105,7 @@ func TestPage(t *testing.T) {
 		page.checkTask("later", "error")
 		page.checkTask("never", "error")
 		gone.leave()
-		if got := len(api.tasks.watched["later"]); got != 1 {
+		if got := api.tasks.awaited["later"].stats().followers; got != 1 {
 			t.Errorf("got %d pages that wait, want 1", got)
 		}
 		before := page.lastID()
@@ -117,14 +117,14 @@ func TestPage(t *testing.T) {
 		api.external("later")
 		api.post("later/complete", `{}`)
 		page.checkTask("later", "error task_started task_completed")
-		if got := len(api.tasks.watched["later"]); got != 0 {
-			t.Errorf("got %d pages that wait, want none", got)
+		if api.tasks.awaited["later"] != nil {
+			t.Error("a task that has been made is waited for")
 		}
 		page.leave()
 		again := api.page("r", page.lastID(), "later")
 		again.checkTask("later", "")
 		api.page("other", before, "later").checkTask("later", "task_started task_completed")
-		if got := len(api.tasks.watched); got != 0 {
+		if got := len(api.tasks.awaited); got != 0 {
 			t.Errorf("got %d tasks waited for, want none", got)
 		}
 	})
@@ -204,11 +204,10 @@ func TestRacePageConnectsWhileItsTaskIsMade(t *testing.T) {
 		page := &apiStream{api: api, token: "p"}
 		api.gateway.streams["p"] = page
 		f := &follower{identifier: "page:r", page: true}
-		open, _, err := f.connect(api.conns, connectRequest{token: "p"}, func() []*eventLog {
-			logs := api.tasks.watch([]string{"a", "later"}, f)
+		open, _, err := f.connect(api.conns, connectRequest{token: "p"}, func(follow func(*eventLog)) {
+			api.tasks.watch([]string{"a", "later"}, follow)
 			api.external("later")
 			api.settle()
-			return logs
 		})
 		if err != nil || len(parsePositions(open.ID)) != 2 {
 			t.Errorf("begins with %v, %v, want a position in both tasks", open, err)
@@ -290,7 +289,7 @@ func BenchmarkAppend(b *testing.B) {
 			log := newEventLog(&policy)
 			for i := range followers {
 				f := &follower{identifier: fmt.Sprint("page:", i), page: true}
-				f.connect(conns, connectRequest{token: newToken()}, func() []*eventLog { return []*eventLog{log} })
+				f.connect(conns, connectRequest{token: newToken()}, all(log))
 			}
 			b.ReportAllocs()
 			for b.Loop() {
@@ -326,7 +325,7 @@ func BenchmarkCatchUp(b *testing.B) {
 			for b.Loop() {
 				f := &follower{identifier: "page:" + newToken(), page: true}
 				taken = 0
-				f.connect(conns, connectRequest{token: newToken()}, func() []*eventLog { return logs })
+				f.connect(conns, connectRequest{token: newToken()}, all(logs...))
 				<-done
 			}
 		})

@@ -60,13 +60,13 @@ type TaskService struct {
 
 	mu       sync.Mutex // guards the rest, and what changes in a task
 	tasks    map[string]*task
-	queue    []*task                // pending, oldest first, at most cfg.queueLimit
-	finished list.List              // of *task, in the order in which they ended
-	memory   budget                 // of all tasks; see emitLocked for what happens beyond it
-	running  int                    // busy workers
-	outside  int                    // external tasks that have not ended, at most maxExternal
-	created  uint64                 // tasks ever made
-	watched  map[string][]*follower // pages that follow an unknown task, by its ID
+	queue    []*task              // pending, oldest first, at most cfg.queueLimit
+	finished list.List            // of *task, in the order in which they ended
+	memory   budget               // of all tasks; see emitLocked for what happens beyond it
+	running  int                  // busy workers
+	outside  int                  // external tasks that have not ended, at most maxExternal
+	created  uint64               // tasks ever made
+	awaited  map[string]*eventLog // of tasks that pages follow before they are made, by ID
 
 	life    context.Context // ends with Close: no new tasks
 	endLife context.CancelFunc
@@ -140,7 +140,7 @@ func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, 
 		},
 		unknown: &logPolicy{event: "error", replay: true},
 		tasks:   map[string]*task{},
-		watched: map[string][]*follower{},
+		awaited: map[string]*eventLog{},
 		memory:  budget{limit: cfg.memory},
 	}
 	s.life, s.endLife = context.WithCancel(context.Background())
@@ -158,7 +158,7 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 		events.End("task_not_found")
 	}
 	f := &follower{identifier: serviceTask + ":" + id}
-	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{events} })
+	return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(events) })
 }
 
 // Start makes a task of the given kind. It waits for a worker; an external one has started. If an external task with
@@ -220,19 +220,16 @@ func (s *TaskService) addLocked(t *task) error {
 	if s.life.Err() != nil {
 		return errClosing
 	}
-	t.events = newEventLog(s.policy)
+	t.events = cmp.Or(s.awaited[t.id], newEventLog(s.policy))
 	if !s.makeRoomLocked(t.size()) {
 		return errMemoryFull
 	}
+	delete(s.awaited, t.id)
 	s.created++
 	t.number, t.status = s.created, taskPending
 	s.tasks[t.id] = t
 	s.memory.count(&t.held, t.size())
 	s.storeLocked(t, t.record)
-	for _, page := range s.watched[t.id] {
-		page.add(t.events)
-	}
-	delete(s.watched, t.id)
 	return nil
 }
 

@@ -100,7 +100,7 @@ func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end
 		return event{}, false, err
 	}
 	f := &follower{identifier: serviceVersion + ":" + id}
-	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{s.followAgain(id, events)} })
+	return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(s.followAgain(id, events)) })
 }
 
 // followAgain is follow once the connection is known. Between the two an announcement to everybody did not see the

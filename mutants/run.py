@@ -17,10 +17,10 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("eventlog.go", "case c.detached, len(run) == 0 && l.visible < l.last:", "case c.detached:", "TestFollower"),
     ("eventlog.go", "return len(l.entries) > 0 && l.loseLocked", "return l.loseLocked", "TestRestoreMemory"),
     ("follower.go", "if f.buffered || at.Sub(f.since) < settleTime {", "if f.buffered {", "TestFollower|TestDeliveryModel"),
-    ("follower.go", "if f.stopped {\n\t\tf.detachLocked()", "if false {\n\t\tf.detachLocked()", "TestFollower|TestDeliveryModel"),
+    ("follower.go", "if f.stopped.Load() {\n\t\tf.ended(", "if false {\n\t\tf.ended(", "TestFollower|TestDeliveryModel"),
     ("follower.go", "f.closed = end && r.err == nil", "f.closed = false", "TestFollower|TestDeliveryModel"),
-    ("page.go", "|| len(s.watched[id]) >= maxFollowers", "", "TestPage"),
-    ("version.go", "s.followAgain(id, events)}", "events}", "TestRaceConnectDuring"),
+    ("page.go", "events := s.awaited[id]", "events := (*eventLog)(nil)", "TestPage"),
+    ("version.go", "follow(s.followAgain(id, events))", "follow(events)", "TestRaceConnectDuring"),
     ("version.go", "a.version == seen && a.version != s.Latest()", "(a.version == seen || true) && a.version != s.Latest()", "TestVersionPoll"),
     # tasks
     ("external.go", "t == nil || s.tasks[t.id] != t", "t == nil", "TestReportsOfAnEarlierTask"),
