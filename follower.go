@@ -26,9 +26,9 @@ type follower struct {
 	identifier string
 	token      string
 	conns      *ConnectionManager
-	onEnd      func() // called when the connection has ended, perhaps twice; may be nil
-	state      atomic.Int32
-	stopped    atomic.Bool // the connection has ended
+	onEnd      func()       // called when the connection has ended, perhaps twice; may be nil
+	wakes      atomic.Int32 // 0 when deliver does not run, otherwise 1 and how often it was woken since it last looked
+	stopped    atomic.Bool  // the connection has ended
 
 	// Of deliver alone.
 	turn   uint32 // index of the cursor that comes first in the next run
@@ -44,21 +44,13 @@ type follower struct {
 	buffered bool       // the last events wait in the gateway for the stream to open
 }
 
-// The states of a follower say whether deliver runs, and whether it must look once more. It does not run before begin,
-// as the ID of an event needs the positions in all logs.
-const (
-	notBegun int32 = iota
-	idle
-	working
-	workingAgain
-)
-
 // connect makes the stream of c the connection of f.identifier, in place of any other, and delivers to it the events of
 // the logs that choose calls follow with, once the connection is made: those after c.lastEventID, or from where a fresh
 // connection starts. It returns the event that begins the stream. If the request is older than that of the present
 // connection, this is connection_close, and end is true. The only error is errAskFirst.
 func (f *follower) connect(conns *ConnectionManager, c connectRequest, choose func(follow func(*eventLog))) (open event, end bool, err error) {
 	f.conns, f.token, f.probes, f.since = conns, c.token, c.probes, time.Now()
+	f.wakes.Store(1) // deliver begins below, as the ID of an event needs the positions in all logs
 	replaced, err := conns.OnConnect(f.identifier, c, f)
 	if err == errOutdated {
 		return closeEvent("replaced"), true, nil
@@ -76,8 +68,7 @@ func (f *follower) connect(conns *ConnectionManager, c connectRequest, choose fu
 	if f.stopped.Load() {
 		f.ended(time.Time{}) // again, for what choose did after the first call
 	} else {
-		f.state.Store(idle)
-		f.wake()
+		conns.spawn(f.deliver)
 	}
 	if replaced != "" {
 		conns.CloseReplaced(f.identifier, replaced)
@@ -139,23 +130,16 @@ func (f *follower) ended(until time.Time) {
 
 // wake makes deliver look for what is new. It takes no lock, as logs call it with theirs held.
 func (f *follower) wake() {
-	for {
-		switch state := f.state.Load(); {
-		case state == notBegun, state == workingAgain, f.state.CompareAndSwap(working, workingAgain):
-			return
-		case f.state.CompareAndSwap(idle, working):
-			f.conns.spawn(f.deliver)
-			return
-		}
+	if f.wakes.Add(1) == 1 {
+		f.conns.spawn(f.deliver)
 	}
 }
 
-func (f *follower) working() bool { return f.state.Load() != idle }
+func (f *follower) working() bool { return f.wakes.Load() > 0 }
 
-// rest makes f idle, unless it has been woken since deliver last looked. It reports whether it did.
+// rest lets deliver end, unless f has been woken since it last looked. It reports whether it did.
 func (f *follower) rest() bool {
-	if !f.state.CompareAndSwap(working, idle) {
-		f.state.Store(working)
+	if !f.wakes.CompareAndSwap(1, 0) {
 		return false
 	}
 	for _, c := range f.cursors {
@@ -169,6 +153,7 @@ func (f *follower) rest() bool {
 func (f *follower) deliver() {
 	most := 1
 	for {
+		f.wakes.Store(1)
 		c, run, reason := f.next(most)
 		var events []event
 		end := false
@@ -298,7 +283,7 @@ func (f *follower) awaitOpen() bool {
 	for tries := openLimit / openPause; tries > 0 && f.conns.current(f.identifier, f.token) != nil; tries-- {
 		if f.probes {
 			r = f.conns.Probe(f.identifier, f.token)
-		} else if f.state.CompareAndSwap(workingAgain, working) {
+		} else if f.wakes.Load() > 1 {
 			return true // the answer to the next send tells as well
 		}
 		if r.err != nil || !r.buffered {
