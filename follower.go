@@ -33,7 +33,6 @@ type follower struct {
 	// Of deliver alone.
 	turn   uint32 // index of the cursor that comes first in the next run
 	closed bool   // connection_close was sent
-	asked  bool   // whether the stream opened was asked, without success
 
 	page   bool // follows any number of logs
 	probes bool // the gateway can be asked about a stream that is not open yet
@@ -41,7 +40,7 @@ type follower struct {
 	mu       sync.Mutex // guards the rest
 	cursors  []*cursor  // does not change any more when deliver runs
 	since    time.Time  // when the connection was opened, as far as is known
-	buffered bool       // the last events wait in the gateway for the stream to open
+	buffered bool       // changed by deliver alone: the last events wait in the gateway for the stream to open
 }
 
 // connect makes the stream of c the connection of f.identifier, in place of any other, and delivers to it the events of
@@ -163,7 +162,8 @@ func (f *follower) deliver() {
 		case reason != "" && !f.closed:
 			events, end = []event{closeEvent(reason)}, true
 		default:
-			if !f.awaitOpen() && f.rest() {
+			f.awaitOpen()
+			if f.rest() {
 				return
 			}
 			continue
@@ -228,10 +228,9 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	took := r.taken > r.refused // what is refused arrives nowhere, and tells nothing of the stream
-	opened := false
-	if r.err == nil && took {
-		opened = f.buffered && !r.buffered
-		f.buffered, f.asked = r.buffered, false
+	opened := took && f.buffered && !r.buffered
+	if took {
+		f.buffered = r.buffered
 	}
 	c.settle(run, min(r.taken, len(run)), took && !f.buffered)
 	if opened { // after c.settle, as it settles every cursor
@@ -269,36 +268,28 @@ const (
 	openPause = 20 * time.Millisecond
 )
 
-// awaitOpen waits until the stream with the buffered events is known to be open, and reports whether deliver should
-// look again. If nothing is buffered, or no log can lose it, it returns false at once.
-func (f *follower) awaitOpen() bool {
-	f.mu.Lock()
-	mayLose := slices.ContainsFunc(f.cursors, func(c *cursor) bool { return !c.events.policy.replay })
-	waiting := f.buffered && !f.stopped.Load() && !f.asked && mayLose
-	f.mu.Unlock()
-	if !waiting {
-		return false
+// awaitOpen waits until the stream with the buffered events is known to be open. If nothing is buffered, or no log can
+// lose it, it returns at once.
+func (f *follower) awaitOpen() {
+	mayLose := func(c *cursor) bool { return !c.events.policy.replay }
+	if !f.buffered || !slices.ContainsFunc(f.cursors, mayLose) {
+		return
 	}
 	r := sendResult{buffered: true}
-	for tries := openLimit / openPause; tries > 0 && f.conns.current(f.identifier, f.token) != nil; tries-- {
-		if f.probes {
+	for tries := openLimit / openPause; tries >= 0 && f.conns.current(f.identifier, f.token) != nil; tries-- {
+		if f.probes || tries == 0 { // one that writes an empty event for each probe is asked once, when it must be open
 			r = f.conns.Probe(f.identifier, f.token)
 		} else if f.wakes.Load() > 1 {
-			return true // the answer to the next send tells as well
+			return // the answer to the next send tells as well
 		}
-		if r.err != nil || !r.buffered {
+		if !r.buffered {
 			break
 		}
 		time.Sleep(openPause)
 	}
-	if !f.probes { // it writes an empty event for each probe, so it is asked once, when the stream must be open
-		r = f.conns.Probe(f.identifier, f.token)
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.asked = true
 	if r.err == nil && !r.buffered {
+		f.mu.Lock()
+		defer f.mu.Unlock()
 		f.openedLocked()
 	}
-	return true
 }

@@ -811,8 +811,8 @@ func TestFollowerHeldBack(t *testing.T) {
 			time.Sleep(openPause)
 			t.rest()
 		}
-		if got := time.Since(start); got != openLimit {
-			t.Errorf("asked for %s, want %s", got, openLimit)
+		if got, want := time.Since(start)-openPause, openLimit; got != want { // the last pause is not needed
+			t.Errorf("asked for %s, want %s", got, want)
 		}
 		t.append("two")
 		t.delivers("a x-2 two") // taken and not held back, so the stream is open
