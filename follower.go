@@ -31,10 +31,9 @@ type follower struct {
 	stopped    atomic.Bool  // the connection has ended
 
 	// Of deliver alone.
-	turn   uint32 // index of the cursor that comes first in the next run
+	turn   uint32 // which of the cursors but the first comes next, modulo their number
 	closed bool   // connection_close was sent
 
-	page   bool // follows any number of logs
 	probes bool // the gateway can be asked about a stream that is not open yet
 
 	mu       sync.Mutex // guards the rest
@@ -178,33 +177,24 @@ func (f *follower) deliver() {
 	}
 }
 
-// next returns the next run, or the reason of the end if there is none. The cursors take turns, but a log without event
-// IDs goes first: that a task is unknown must be said before its events.
+// next returns the next run. If there is none it returns the reason of the end of the first log: of a page, that log
+// has no end. Events of the first go first, as that a task is unknown must be said before its events. The others take
+// turns.
 func (f *follower) next(most int) (c *cursor, run []entry, reason string) {
-	if !f.page {
-		run, reason = f.cursors[0].take(most)
-		return f.cursors[0], run, reason
-	}
-	for _, c = range f.cursors {
-		if c.events.epoch == "" {
-			if run, _ = c.take(most); len(run) > 0 {
-				return c, run, ""
-			}
-		}
-	}
-	for range f.cursors {
-		c = f.cursors[int(f.turn)%len(f.cursors)]
+	c = f.cursors[0]
+	run, reason = c.take(most)
+	others := f.cursors[1:]
+	for i := 0; i < len(others) && len(run) == 0; i++ {
+		c = others[int(f.turn)%len(others)]
 		f.turn++
-		if run, _ = c.take(most); len(run) > 0 {
-			break
-		}
+		run, _ = c.take(most)
 	}
-	return c, run, ""
+	return c, run, reason
 }
 
 func (f *follower) events(c *cursor, run []entry) []event {
 	var others *positions
-	if f.page {
+	if len(f.cursors) > 1 {
 		others = f.around(c)
 	}
 	var ids strings.Builder // for the whole run
@@ -246,10 +236,11 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 		return false
 	}
 	return len(run) > 0 && slices.ContainsFunc(f.cursors, func(other *cursor) bool {
+		n := other.sent
 		if other == c {
-			return c.behind(run[0].n, !f.page)
+			n = run[0].n
 		}
-		return other.behind(other.sent, false)
+		return other.behind(n, len(f.cursors) == 1)
 	})
 }
 

@@ -962,7 +962,7 @@ func TestFollowerGives(t *testing.T) {
 // stream a the first event of the log with the epoch t.
 func (t *logTest) page(token string, others ...*eventLog) {
 	t.Helper()
-	f := &follower{identifier: "page:1", page: true}
+	f := &follower{identifier: "page:1"}
 	f.connect(t.conns, connectRequest{token: token}, all(append(others, t.events)...))
 	t.rest()
 }
@@ -993,7 +993,7 @@ func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
 			logs = append(logs, logOf(fmt.Sprint(i), 0))
 		}
 		waited := make(chan bool, 1)
-		f := &follower{identifier: "page:1", page: true}
+		f := &follower{identifier: "page:1"}
 		f.connect(newConnectionManager(senderFunc(func(events []event) sendResult {
 			switch {
 			case len(events) > 0 && events[0].Data == "1":
@@ -1226,7 +1226,7 @@ func (w *world) follow(s *simStream) (open event, end bool, err error) {
 	if len(w.logs) == 1 {
 		return follow(w.conns, "task:1", s.request, w.events)
 	}
-	f := &follower{identifier: "task:1", page: true}
+	f := &follower{identifier: "task:1"}
 	return f.connect(w.conns, s.request, all(s.logs...))
 }
 

@@ -38,7 +38,7 @@ func (p *PageService) OnConnect(id string, c connectRequest) (open event, end bo
 	if err != nil {
 		return event{}, false, err
 	}
-	f := &follower{identifier: servicePage + ":" + id, page: true}
+	f := &follower{identifier: servicePage + ":" + id}
 	f.onEnd = func() { p.tasks.unwatch(taskIDs) }
 	return f.connect(p.tasks.conns, c, func(follow func(*eventLog)) {
 		p.tasks.watch(taskIDs, follow)

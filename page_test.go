@@ -203,7 +203,7 @@ func TestRacePageConnectsWhileItsTaskIsMade(t *testing.T) {
 		api.external("a")
 		page := &apiStream{api: api, token: "p"}
 		api.gateway.streams["p"] = page
-		f := &follower{identifier: "page:r", page: true}
+		f := &follower{identifier: "page:r"}
 		open, _, err := f.connect(api.conns, connectRequest{token: "p"}, func(follow func(*eventLog)) {
 			api.tasks.watch([]string{"a", "later"}, follow)
 			api.external("later")
@@ -288,7 +288,7 @@ func BenchmarkAppend(b *testing.B) {
 			policy.limit, policy.dropped = 1000, new(series)
 			log := newEventLog(&policy)
 			for i := range followers {
-				f := &follower{identifier: fmt.Sprint("page:", i), page: true}
+				f := &follower{identifier: fmt.Sprint("page:", i)}
 				f.connect(conns, connectRequest{token: newToken()}, all(log))
 			}
 			b.ReportAllocs()
@@ -323,7 +323,7 @@ func BenchmarkCatchUp(b *testing.B) {
 				logs = append(logs, log)
 			}
 			for b.Loop() {
-				f := &follower{identifier: "page:" + newToken(), page: true}
+				f := &follower{identifier: "page:" + newToken()}
 				taken = 0
 				f.connect(conns, connectRequest{token: newToken()}, all(logs...))
 				<-done
