@@ -81,7 +81,6 @@ type cursor struct {
 	sent     uint64 // the gateway took the events up to this number
 	first    uint64 // number of the first event of the run in flight
 	inFlight uint64 // and of the last one; 0 if none is in flight
-	detached bool   // the reader no longer follows
 }
 
 func newEventLog(policy *logPolicy) *eventLog {
@@ -379,21 +378,11 @@ func (l *eventLog) attach(r reader, named map[string]uint64) *cursor {
 	return c
 }
 
-// received notes that a browser has what was sent.
-func (c *cursor) received() {
-	c.events.mu.Lock()
-	defer c.events.mu.Unlock()
-	if !c.detached {
-		c.events.receivedLocked(c.sent)
-	}
-}
-
 // detach ends the following. Without replay, what was sent and not received is given again to the next connection that
 // names no event.
 func (c *cursor) detach() {
 	c.events.mu.Lock()
 	defer c.events.mu.Unlock()
-	c.detached = true
 	c.events.cursors = slices.DeleteFunc(c.events.cursors, func(other *cursor) bool { return other == c })
 	c.events.leaveLocked()
 	c.events.notifyLocked()
@@ -413,10 +402,10 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	run = l.shownLocked(c.sent)
-	switch {
-	case c.detached, len(run) == 0 && l.visible < l.last:
+	if len(run) == 0 && l.visible < l.last {
 		return nil, ""
-	case len(run) == 0:
+	}
+	if len(run) == 0 {
 		return nil, l.reason
 	}
 	size := 0
@@ -444,14 +433,12 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 	l := c.events
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !c.detached { // a replaced connection no longer moves a position
-		c.inFlight = 0
-		if taken > 0 {
-			c.sent = run[taken-1].n
-		}
-		if given {
-			l.given = max(l.given, c.sent)
-		}
+	c.inFlight = 0
+	if taken > 0 {
+		c.sent = run[taken-1].n
+	}
+	if given {
+		l.given = max(l.given, c.sent)
 	}
 	for _, e := range run[taken:] {
 		if e.n > l.given && !l.hasLocked(e.n) && !l.inFlightLocked(e.n) {

@@ -104,19 +104,19 @@ func (f *follower) seen(at time.Time) {
 }
 
 func (f *follower) seenLocked(at time.Time) {
-	if f.buffered || at.Sub(f.since) < settleTime {
+	if f.stopped.Load() || f.buffered || at.Sub(f.since) < settleTime {
 		return
 	}
 	for _, c := range f.cursors {
-		c.received()
+		c.events.Received(c.sent)
 	}
 }
 
 // ended stops the delivery for good. The connection was there until the given time, or zero if that is not known.
 func (f *follower) ended(until time.Time) {
-	f.stopped.Store(true)
 	f.mu.Lock()
 	f.seenLocked(until)
+	f.stopped.Store(true) // the connection moves no position of a log any more
 	for _, c := range f.cursors {
 		c.detach()
 	}
@@ -222,7 +222,7 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 	if took {
 		f.buffered = r.buffered
 	}
-	c.settle(run, min(r.taken, len(run)), took && !f.buffered)
+	c.settle(run, min(r.taken, len(run)), took && !f.buffered && !f.stopped.Load())
 	if opened { // after c.settle, as it settles every cursor
 		f.openedLocked()
 	}
@@ -248,7 +248,7 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 func (f *follower) openedLocked() {
 	f.buffered, f.since = false, time.Now()
 	for _, c := range f.cursors {
-		c.settle(nil, 0, true)
+		c.settle(nil, 0, !f.stopped.Load())
 	}
 }
 
