@@ -41,7 +41,7 @@ type eventLog struct {
 	visible uint64     // events up to this number are on disk, and may be sent
 	start   uint64     // a fresh connection gets the events after this number
 	given   uint64     // an open stream was given the events up to this number
-	reason  string     // of the end; then nothing more is appended
+	reason  string     // of the end, once that is visible; then nothing more is appended
 	left    bool       // only the present followers need it; see Leave
 	cursors []*cursor
 	changed chan struct{} // closed when what Wait looks at changes; nil if nobody waits
@@ -118,13 +118,10 @@ func parsePositions(id string) map[string]uint64 {
 	return positions
 }
 
-// Add adds an event, which nobody sees before Publish, and returns its number, or 0 after End.
+// Add adds an event, which nobody sees before Publish, and returns its number.
 func (l *eventLog) Add(e entry) (n uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.reason != "" {
-		return 0
-	}
 	e.n = l.last + 1
 	l.addLocked(e)
 	return e.n
@@ -146,24 +143,12 @@ func (l *eventLog) addLocked(e entry) {
 	l.trimLocked()
 }
 
-// Publish lets the followers have the events up to n.
-func (l *eventLog) Publish(n uint64) {
+// Publish lets the followers have the events up to n. A reason says that n is the last one: on a connection that
+// follows no other log, connection_close with this reason follows it.
+func (l *eventLog) Publish(n uint64, reason string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.visible = max(l.visible, n)
-	l.wakeLocked()
-}
-
-// End ends the log: on a connection that follows no other log, connection_close with this reason follows the last
-// event.
-func (l *eventLog) End(reason string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.reason = reason
-	l.wakeLocked()
-}
-
-func (l *eventLog) wakeLocked() {
+	l.visible, l.reason = max(l.visible, n), reason
 	for _, c := range l.cursors {
 		c.reader.wake()
 	}
@@ -402,9 +387,6 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	run = l.shownLocked(c.sent)
-	if len(run) == 0 && l.visible < l.last {
-		return nil, ""
-	}
 	if len(run) == 0 {
 		return nil, l.reason
 	}

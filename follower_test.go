@@ -54,12 +54,18 @@ func newLogTest(t *connTest, policy logPolicy) *logTest {
 	return o
 }
 
-// Append adds and publishes an event. It returns its number, or 0 after End, and does not wait for its delivery.
+// Append adds and publishes an event, unless the log has ended. It returns its number, and does not wait for its
+// delivery.
 func (l *eventLog) Append(data string, keep bool) (n uint64) {
-	n = l.Add(entry{data: data, keep: keep})
-	l.Publish(n)
+	if l.reason == "" {
+		n = l.Add(entry{data: data, keep: keep})
+		l.Publish(n, "")
+	}
 	return n
 }
+
+// End ends the log after its last event.
+func (l *eventLog) End(reason string) { l.Publish(l.last, reason) }
 
 // wantDropped checks how many events count as dropped so far.
 func (t *logTest) wantDropped(want int) {
@@ -563,7 +569,7 @@ func TestFollowerLimit(t *testing.T) {
 		}
 		want(0, 0, 0)
 		t.append("one", "two")
-		t.events.Publish(t.events.Add(entry{data: "shared", shared: true}))
+		t.events.Publish(t.events.Add(entry{data: "shared", shared: true}), "")
 		t.append("four")
 		want(4, 4, 24)
 		t.connect("a", "", "x-0")
@@ -584,11 +590,6 @@ func TestFollowerEnd(t *testing.T) {
 		t.append("one", "two")
 		t.end("task_completed")
 		t.delivers("a x-1 one", "a x-2 two", closing("a", "task_completed"))
-		if got := t.events.Append("three", true); got != 0 {
-			t.Errorf("got number %d for an event after the end, want 0", got)
-		}
-		t.rest()
-		t.delivers()
 	})
 	testLog(t, "at once for a browser that has everything", taskLike(), func(t *logTest) {
 		t.append("one")
@@ -923,14 +924,13 @@ func TestFollowerGives(t *testing.T) {
 		t.follow(connectRequest{token: "a"})
 		first := t.events.Add(entry{data: "one"})
 		t.events.Add(entry{data: "two"})
-		t.events.End("task_completed")
-		t.events.Publish(first)
+		t.events.Publish(first, "")
 		t.rest()
 		t.delivers("a x-1 one")
 		if got := t.events.After("", 9); len(got) != 1 {
 			t.Errorf("got %d events to show, want 1", len(got))
 		}
-		t.events.Publish(first + 1)
+		t.events.Publish(first+1, "task_completed")
 		t.rest()
 		t.delivers("a x-2 two", closing("a", "task_completed"))
 	})

@@ -75,7 +75,7 @@ func (s *TaskService) watch(ids []string, follow func(*eventLog)) {
 			follow(t.events)
 			continue
 		}
-		unknown.Publish(unknown.Add(entry{data: taskNotFound(id), keep: true}))
+		unknown.Publish(unknown.Add(entry{data: taskNotFound(id), keep: true}), "")
 		s.awaited[id] = cmp.Or(s.awaited[id], newEventLog(s.policy))
 		follow(s.awaited[id])
 	}

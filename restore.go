@@ -236,7 +236,7 @@ func (t *restoredTask) restore() error {
 	}
 	if t.status.finished() {
 		t.params = ""
-		t.events.End("task_" + string(t.status))
+		t.events.Publish(t.lastEvent, t.status.ending())
 	}
 	state := t.taskState
 	t.shown.Store(&state)

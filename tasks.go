@@ -45,6 +45,14 @@ const (
 
 func (s taskStatus) finished() bool { return s != taskPending && s != taskRunning }
 
+// ending returns the type of the event with which a task gets this status, and ends; "" if it goes on.
+func (s taskStatus) ending() string {
+	if !s.finished() {
+		return ""
+	}
+	return "task_" + string(s)
+}
+
 // TaskService runs tasks, or follows those that others run, and tells their followers.
 //
 // Lock order: mu, then that of an event log.
@@ -154,8 +162,7 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 	if t := s.task(id); t != nil {
 		events = t.events
 	} else {
-		events.Publish(events.Add(entry{data: taskNotFound(id), keep: true}))
-		events.End("task_not_found")
+		events.Publish(events.Add(entry{data: taskNotFound(id), keep: true}), "task_not_found")
 	}
 	f := &follower{identifier: serviceTask + ":" + id}
 	return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(events) })
@@ -203,7 +210,7 @@ func (s *TaskService) storeLocked(t *task, encode func() []byte) {
 	state, last := t.taskState, t.lastEvent
 	t.lastStored = s.journal.write(record, func() {
 		t.shown.Store(&state)
-		t.events.Publish(last)
+		t.events.Publish(last, state.status.ending())
 	})
 }
 
@@ -390,9 +397,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, outcome string) b
 			s.log.Info("task failed", "task_id", t.id, "type", t.kind, "err", outcome)
 		})
 	}
-	eventType := "task_" + string(status)
-	s.emitLocked(t, eventType, t.end, data, true)
-	t.events.End(eventType)
+	s.emitLocked(t, status.ending(), t.end, data, true)
 	if t.deadline != nil {
 		t.deadline.Stop()
 	}

@@ -180,7 +180,7 @@ func (s *VersionService) appendLocked(id string, st *versionStream, version stri
 		e.n = n
 		record = st.record(id, e)
 	}
-	s.journal.write(record, func() { st.events.Publish(n) })
+	s.journal.write(record, func() { st.events.Publish(n, "") })
 	return n
 }
 
