@@ -122,8 +122,11 @@ func parsePositions(id string) map[string]uint64 {
 func (l *eventLog) Add(e entry) (n uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e.n = l.last + 1
-	l.addLocked(e)
+	l.last++
+	e.n = l.last
+	l.entries = append(l.entries, e)
+	l.bytes += e.size()
+	l.trimLocked()
 	return e.n
 }
 
@@ -131,16 +134,9 @@ func (l *eventLog) Add(e entry) (n uint64) {
 // have been given to somebody.
 func (l *eventLog) Restore(e entry) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.visible, l.given = e.n, e.n
-	l.addLocked(e)
-}
-
-func (l *eventLog) addLocked(e entry) {
-	l.last = e.n
-	l.entries = append(l.entries, e)
-	l.bytes += e.size()
-	l.trimLocked()
+	l.last, l.visible, l.given = e.n-1, e.n, e.n
+	l.mu.Unlock()
+	l.Add(e)
 }
 
 // Publish lets the followers have the events up to n. A reason says that n is the last one: on a connection that
@@ -198,6 +194,7 @@ type logStats struct {
 	kept      int    // events
 	waiting   int    // those of them that a fresh connection would get
 	bytes     int    // of data that is not shared
+	held      int    // bytes of the heap, without shared data
 	start     uint64 // the number after which a fresh connection begins
 	last      uint64 // the number of the newest event
 	followers int
@@ -210,17 +207,11 @@ func (l *eventLog) stats() logStats {
 		kept:      len(l.entries),
 		waiting:   len(l.entries) - l.indexLocked(l.start),
 		bytes:     l.bytes,
+		held:      l.bytes + cap(l.entries)*entrySize,
 		start:     l.start,
 		last:      l.last,
 		followers: len(l.cursors),
 	}
-}
-
-// Held returns how many bytes of the heap the events take, without shared data.
-func (l *eventLog) Held() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.bytes + cap(l.entries)*entrySize
 }
 
 // After returns up to most of the events that follow the one with this ID, or that are kept if it is no event of this

@@ -169,11 +169,11 @@ func TestPage(t *testing.T) {
 		if got := len(page.taskStory("a")); got != 102 {
 			t.Errorf("got %d events, want 102", got)
 		}
-		if log.Held() < 100*len(text) {
+		if log.stats().held < 100*len(text) {
 			t.Error("events that a page still lacks were not kept")
 		}
 		slow.leave()
-		if got := log.Held(); got > 0 {
+		if got := log.stats().held; got > 0 {
 			t.Errorf("a forgotten task holds %d bytes", got)
 		}
 	})

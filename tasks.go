@@ -242,7 +242,7 @@ func (s *TaskService) addLocked(t *task) error {
 
 // size is about how many bytes of the heap the task takes.
 func (t *task) size() int {
-	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + 2*len(t.params) + t.events.Held()
+	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + 2*len(t.params) + t.events.stats().held
 	if t.progress != nil {
 		n += len(t.progress.Text)
 	}

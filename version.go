@@ -151,7 +151,7 @@ func (s *VersionService) streamLocked(id string, n int) (*versionStream, error) 
 
 // countLocked counts what st holds now.
 func (s *VersionService) countLocked(id string, st *versionStream) {
-	n := versionOverhead + 2*len(id) + len(st.version) + st.events.Held()
+	n := versionOverhead + 2*len(id) + len(st.version) + st.events.stats().held
 	if st.alone.IsZero() {
 		n += connectedOverhead
 	}
