@@ -31,18 +31,14 @@ func (p *PageService) OnConnect(id string, c connectRequest) (open event, end bo
 	if len(taskIDs) > maxPageTasks {
 		return event{}, false, errTooManyTasks
 	}
-	if p.tasks.crowded(taskIDs) {
+	if p.tasks.crowded(taskIDs) || p.version.crowded(id) {
 		return event{}, false, errNoRoom
-	}
-	versions, err := p.version.follow(id)
-	if err != nil {
-		return event{}, false, err
 	}
 	f := &follower{identifier: servicePage + ":" + id}
 	f.onEnd = func() { p.tasks.unwatch(taskIDs) }
 	return f.connect(p.tasks.conns, c, func(follow func(*eventLog)) {
 		p.tasks.watch(taskIDs, follow)
-		follow(p.version.followAgain(id, versions))
+		follow(p.version.follow(id))
 	})
 }
 

@@ -95,36 +95,31 @@ func newVersionService(cfg versionConfig, conns *ConnectionManager, log *slog.Lo
 // OnConnect makes a stream follow the versions for a request_id: first those that are pending for it, then the last one
 // announced to everybody, if that is missing.
 func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
-	events, err := s.follow(id)
-	if err != nil {
-		return event{}, false, err
+	if s.crowded(id) {
+		return event{}, false, errNoRoom
 	}
 	f := &follower{identifier: serviceVersion + ":" + id}
-	return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(s.followAgain(id, events)) })
+	return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(s.follow(id)) })
 }
 
-// followAgain is follow once the connection is known. Between the two an announcement to everybody did not see the
-// connection, and tidy may have dropped events. It returns events if there is no room any more.
-func (s *VersionService) followAgain(id string, events *eventLog) *eventLog {
-	if now, err := s.follow(id); err == nil {
-		return now
-	}
-	return events
-}
-
-// follow returns the log of a request_id, with the last announcement to everybody, for a connection that is about to be
-// made.
-func (s *VersionService) follow(id string) (*eventLog, error) {
+// crowded reports whether there is no room for a connection of a request_id. As it is looked at before the connection is
+// made, a few more may come to be made.
+func (s *VersionService) crowded(id string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	st, err := s.streamLocked(id, 0)
-	if err != nil {
-		return nil, err
-	}
+	return s.streams[id] == nil && !s.memory.fits(versionOverhead+2*len(id))
+}
+
+// follow returns the log of a request_id, with the last announcement to everybody. Its connection must have been made:
+// otherwise an announcement to everybody might not see it, and tidy might forget the log.
+func (s *VersionService) follow(id string) *eventLog {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.streamLocked(id)
 	st.alone = time.Time{}
 	s.catchUpLocked(id, st)
 	s.countLocked(id, st)
-	return st.events, nil
+	return st.events
 }
 
 // connected reports whether a request_id has a stream, of its own or of a page.
@@ -132,21 +127,14 @@ func (s *VersionService) connected(id string) bool {
 	return s.conns.Connected(serviceVersion+":"+id) || s.conns.Connected(servicePage+":"+id)
 }
 
-// streamLocked returns the stream of a request_id, and makes it if there is none. There must be room for n bytes more.
-// The caller counts what it holds then.
-func (s *VersionService) streamLocked(id string, n int) (*versionStream, error) {
+// streamLocked returns the stream of a request_id, and makes it if there is none. The caller counts what it holds then.
+func (s *VersionService) streamLocked(id string) *versionStream {
 	st := s.streams[id]
-	if st == nil {
-		n += versionOverhead + 2*len(id)
-	}
-	if n > 0 && !s.memory.fits(n) {
-		return nil, errNoRoom
-	}
 	if st == nil {
 		st = &versionStream{events: newEventLog(s.policy), alone: time.Now()}
 		s.streams[id] = st
 	}
-	return st, nil
+	return st
 }
 
 // countLocked counts what st holds now.
@@ -202,11 +190,11 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 		return false, err
 	}
 	s.mu.Lock()
-	st, err := s.streamLocked(id, heapSize(len(a.data))+entrySize)
-	if err != nil {
+	if !s.memory.fits(versionOverhead + 2*len(id) + heapSize(len(a.data)) + entrySize) {
 		s.mu.Unlock()
-		return false, err
+		return false, errNoRoom
 	}
+	st := s.streamLocked(id)
 	s.storeLocked(id, st)
 	if a.version != s.latest.version { // or a is what st lacks
 		s.catchUpLocked(id, st)

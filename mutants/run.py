@@ -19,7 +19,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("follower.go", "if f.stopped.Load() {\n\t\tf.ended(", "if false {\n\t\tf.ended(", "TestFollower|TestDeliveryModel"),
     ("follower.go", "f.closed = end && r.err == nil", "f.closed = false", "TestFollower|TestDeliveryModel"),
     ("page.go", "events := s.awaited[id]", "events := (*eventLog)(nil)", "TestPage"),
-    ("version.go", "follow(s.followAgain(id, events))", "follow(events)", "TestRaceConnectDuring"),
+    ("version.go", "return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(s.follow(id)) })", "events := s.follow(id)\n\treturn f.connect(s.conns, c, func(follow func(*eventLog)) { follow(events) })", "TestRaceConnect"),
     ("version.go", "a.version == seen && a.version != s.Latest()", "(a.version == seen || true) && a.version != s.Latest()", "TestVersionPoll"),
     # tasks
     ("external.go", "t == nil || s.tasks[t.id] != t", "t == nil", "TestReportsOfAnEarlierTask"),
