@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -149,11 +150,8 @@ func (s *VersionService) countLocked(id string, st *versionStream) {
 // catchUpLocked appends the last announcement to everybody, unless st has it, or the same version as its last one. It
 // returns the event's number, or 0.
 func (s *VersionService) catchUpLocked(id string, st *versionStream) (n uint64) {
-	if st.broadcast == s.broadcasts {
-		return 0
-	}
-	st.broadcast = s.broadcasts
-	if st.version == s.latest.version {
+	if st.broadcast == s.broadcasts || st.version == s.latest.version {
+		st.broadcast = s.broadcasts
 		return 0
 	}
 	return s.appendLocked(id, st, s.latest.version, entry{data: s.latest.data, shared: true})
@@ -169,18 +167,8 @@ func (s *VersionService) appendLocked(id string, st *versionStream, version stri
 		record = st.record(id, e)
 	}
 	s.journal.write(record, func() { st.events.Publish(n, "") })
+	s.countLocked(id, st)
 	return n
-}
-
-// storeLocked has st kept in the journal from now on.
-func (s *VersionService) storeLocked(id string, st *versionStream) {
-	if s.journal == nil || st.stored {
-		return
-	}
-	st.stored = true
-	for _, record := range st.records(id) {
-		s.journal.write(record, nil)
-	}
 }
 
 // Announce announces a version to one request_id, which gets it when it connects if it is not connected. It reports
@@ -195,12 +183,16 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 		return false, errNoRoom
 	}
 	st := s.streamLocked(id)
-	s.storeLocked(id, st)
+	if s.journal != nil && !st.stored { // from now on it is in the journal
+		st.stored = true
+		for _, record := range st.records(id) {
+			s.journal.write(record, nil)
+		}
+	}
 	if a.version != s.latest.version { // or a is what st lacks
 		s.catchUpLocked(id, st)
 	}
 	n := s.appendLocked(id, st, a.version, entry{data: a.data})
-	s.countLocked(id, st)
 	stored := s.journal.written()
 	s.mu.Unlock()
 	if err := stored.wait(); err != nil {
@@ -216,25 +208,18 @@ func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (deliv
 	if err := stored.wait(); err != nil {
 		return 0, 0, err
 	}
-	for _, e := range told {
-		if e.events.Wait(ctx, e.n) {
+	for events, n := range told {
+		if events.Wait(ctx, n) {
 			delivered++
-		} else {
-			failed++
 		}
 	}
-	return delivered, failed, nil
-}
-
-// pendingEvent is an event of which it is to be seen whether it is delivered.
-type pendingEvent struct {
-	events *eventLog
-	n      uint64
+	return delivered, len(told) - delivered, nil
 }
 
 // TellAll announces a version to everybody: to those that are connected, unless it is their last one, and to all that
-// connect later. It does not wait for the deliveries.
-func (s *VersionService) TellAll(a announcement) (told []pendingEvent, stored *commit) {
+// connect later. It does not wait for the deliveries, but returns the number of the event in each log.
+func (s *VersionService) TellAll(a announcement) (told map[*eventLog]uint64, stored *commit) {
+	told = map[*eventLog]uint64{}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.latest = a
@@ -243,8 +228,7 @@ func (s *VersionService) TellAll(a announcement) (told []pendingEvent, stored *c
 	for id, st := range s.streams {
 		if s.connected(id) {
 			if n := s.catchUpLocked(id, st); n != 0 {
-				told = append(told, pendingEvent{st.events, n})
-				s.countLocked(id, st)
+				told[st.events] = n
 			}
 		}
 	}
@@ -326,13 +310,11 @@ func (s *VersionService) Poll(ctx context.Context, target string, interval time.
 			s.log.Info("polling the frontend version works again")
 		}
 		failing = err != nil
-		if !failing {
-			if a.version == seen && a.version != s.Latest() {
-				s.log.Info("new frontend version", "version", a.version)
-				s.TellAll(a) // not AnnounceAll: a gateway that hangs must not delay the next poll
-			}
-			seen = a.version
+		if !failing && a.version == seen && a.version != s.Latest() {
+			s.log.Info("new frontend version", "version", a.version)
+			s.TellAll(a) // not AnnounceAll: a gateway that hangs must not delay the next poll
 		}
+		seen = cmp.Or(a.version, seen) // after a failure there is none
 		sleep(ctx, pause)
 	}
 }
@@ -413,11 +395,8 @@ func parseAnnouncement(o object) (a announcement, err error) {
 // serveAnnounce is POST /api/deployments/version.
 func (s *VersionService) serveAnnounce(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	body, err := readJSON(w, r, maxVersionBody)
-	if err != nil {
-		return 0, nil, err
-	}
-	a, err := parseAnnouncement(body)
-	if err != nil {
+	a, bad := parseAnnouncement(body)
+	if err := cmp.Or(err, bad); err != nil {
 		return 0, nil, err
 	}
 	id, single, err := body.str("request_id")
