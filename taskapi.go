@@ -80,23 +80,6 @@ func (s *TaskService) Counts() map[string]float64 {
 	return n
 }
 
-// Bytes returns how many bytes the tasks hold.
-func (s *TaskService) Bytes() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.memory.held
-}
-
-// Events returns how many events the logs of all tasks hold.
-func (s *TaskService) Events() (n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, t := range s.tasks {
-		n += t.events.stats().kept
-	}
-	return n
-}
-
 // usableFailure returns text as the error of a task: cut to maxTaskText, and never empty.
 func usableFailure(text string) string { return cmp.Or(truncate(text), "task failed") }
 

@@ -100,7 +100,7 @@ type task struct {
 	lastReport time.Time                 // of an external task; at first its start
 	deadline   *time.Timer               // fails the task, and later forgets it; nil while it is pending
 	place      *list.Element             // among the finished ones
-	held       int                       // bytes, as counted in the service's memory
+	held       share                     // as last counted in the service's memory
 }
 
 // taskState is the part of a task that changes and that the API shows.
@@ -228,7 +228,7 @@ func (s *TaskService) addLocked(t *task) error {
 		return errClosing
 	}
 	t.events = cmp.Or(s.awaited[t.id], newEventLog(s.policy))
-	if !s.makeRoomLocked(t.size()) {
+	if !s.makeRoomLocked(t.size().bytes) {
 		return errMemoryFull
 	}
 	delete(s.awaited, t.id)
@@ -240,13 +240,14 @@ func (s *TaskService) addLocked(t *task) error {
 	return nil
 }
 
-// size is about how many bytes of the heap the task takes.
-func (t *task) size() int {
-	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + 2*len(t.params) + t.events.stats().held
+// size is about how many bytes of the heap the task takes, and its events.
+func (t *task) size() share {
+	stats := t.events.stats()
+	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + 2*len(t.params) + stats.held
 	if t.progress != nil {
 		n += len(t.progress.Text)
 	}
-	return n
+	return share{n, stats.kept}
 }
 
 // makeRoomLocked forgets finished tasks, the first to finish first, until there is room for n bytes more. It reports
@@ -452,7 +453,7 @@ func (s *TaskService) Delete(id string) error {
 func (s *TaskService) forgetLocked(t *task) {
 	delete(s.tasks, t.id)
 	s.finished.Remove(t.place)
-	s.memory.count(&t.held, 0)
+	s.memory.count(&t.held, share{})
 	t.deadline.Stop()
 	t.events.Leave() // pages may follow it for long yet
 }

@@ -50,18 +50,18 @@ type VersionService struct {
 	streams    map[string]*versionStream // by request_id
 	memory     budget                    // of the streams
 	latest     announcement              // the last one to everybody
-	broadcasts uint64                    // how many there were to everybody
+	broadcasts uint32                    // how many there were to everybody
 }
 
 // versionStream is one request_id.
 type versionStream struct {
 	events      *eventLog
 	stored      bool      // there was an announcement to it alone, so it is in the journal
+	broadcast   uint32    // the last announcement to everybody that it has, or needs not have
 	storedStart uint64    // start of its log as last written to the journal
 	version     string    // of its last event
-	broadcast   uint64    // the last announcement to everybody that it has, or needs not have
 	alone       time.Time // since when it has no connection; zero while it has one
-	held        int       // bytes, as last counted
+	held        share     // as last counted in the service's memory
 }
 
 // announcement is a version, and the data of its event.
@@ -140,11 +140,12 @@ func (s *VersionService) streamLocked(id string) *versionStream {
 
 // countLocked counts what st holds now.
 func (s *VersionService) countLocked(id string, st *versionStream) {
-	n := versionOverhead + 2*len(id) + len(st.version) + st.events.stats().held
+	stats := st.events.stats()
+	n := versionOverhead + 2*len(id) + len(st.version) + stats.held
 	if st.alone.IsZero() {
 		n += connectedOverhead
 	}
-	s.memory.count(&st.held, n)
+	s.memory.count(&st.held, share{n, stats.kept})
 }
 
 // catchUpLocked appends the last announcement to everybody, unless st has it, or the same version as its last one. It
@@ -245,7 +246,7 @@ func (s *VersionService) tidy() {
 	now := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	short := s.memory.held > s.memory.limit/2
+	short := int(s.memory.bytes.Load()) > s.memory.limit/2
 	for id, st := range s.streams {
 		if short {
 			st.events.Shed()
@@ -266,29 +267,12 @@ func (s *VersionService) tidy() {
 			if st.stored {
 				s.journal.write(encodeRecord(recordDropID, recordFields{ID: id}), nil)
 			}
-			s.memory.count(&st.held, 0)
+			s.memory.count(&st.held, share{})
 			s.met.dropped.with(serviceVersion, "expired").Add(stats.waiting)
 			continue
 		}
 		s.countLocked(id, st)
 	}
-}
-
-// Bytes returns how many bytes are kept for all request IDs.
-func (s *VersionService) Bytes() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.memory.held
-}
-
-// Events returns how many events the logs of all request IDs hold.
-func (s *VersionService) Events() (n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, st := range s.streams {
-		n += st.events.stats().kept
-	}
-	return n
 }
 
 // Poll polls a version.json until ctx ends. A version that it sees twice in a row is announced to everybody, unless it
