@@ -126,7 +126,7 @@ func TestReportsOfAnEarlierTask(t *testing.T) {
 	body := &lineReader{body: read, ctx: context.Background(), timeout: time.Minute, control: http.NewResponseController(httptest.NewRecorder())}
 	failed := make(chan error)
 	go func() {
-		_, _, err := api.tasks.takeLines(api.tasks.task("a"), body)
+		_, err := api.tasks.takeLines(api.tasks.task("a"), body)
 		failed <- err
 	}()
 	io.WriteString(write, `{"text":"one"}`+"\n")
