@@ -418,36 +418,35 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, outcome string) b
 // Cancel ends a task that has not ended. Its work learns it from its context, an external worker from the answer to its
 // next report.
 func (s *TaskService) Cancel(id string) error {
-	s.mu.Lock()
-	t := s.tasks[id]
-	cancelled := t != nil && s.finishLocked(t, taskCancelled, "")
-	s.mu.Unlock()
-	if t == nil {
-		return errTaskUnknown
-	}
-	if err := s.await(t); err != nil || cancelled {
-		return err
-	}
-	return errCannotCancel
+	return s.change(id, errCannotCancel, func(t *task) bool { return s.finishLocked(t, taskCancelled, "") })
 }
 
 // Delete forgets a finished task before its time.
 func (s *TaskService) Delete(id string) error {
-	s.mu.Lock()
-	t := s.tasks[id]
-	finished := t != nil && t.status.finished()
-	if finished {
+	return s.change(id, errCannotDelete, func(t *task) bool {
+		if !t.status.finished() {
+			return false
+		}
 		s.forgetLocked(t)
 		t.lastStored = s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), nil)
-	}
+		return true
+	})
+}
+
+// change calls apply, with mu held, for the task with this ID, and waits until what the answer tells of it is on disk.
+// If apply returns false the error is refused.
+func (s *TaskService) change(id string, refused error, apply func(*task) bool) error {
+	s.mu.Lock()
+	t := s.tasks[id]
+	applied := t != nil && apply(t)
 	s.mu.Unlock()
-	switch {
-	case t == nil:
+	if t == nil {
 		return errTaskUnknown
-	case !finished:
-		return errCannotDelete
 	}
-	return s.await(t)
+	if err := s.await(t); err != nil || applied {
+		return err
+	}
+	return refused
 }
 
 func (s *TaskService) forgetLocked(t *task) {
