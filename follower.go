@@ -29,12 +29,8 @@ type follower struct {
 	onEnd      func()       // called when the connection has ended, perhaps twice; may be nil
 	wakes      atomic.Int32 // 0 when deliver does not run, otherwise 1 and how often it was woken since it last looked
 	stopped    atomic.Bool  // the connection has ended
-
-	// Of deliver alone.
-	turn   uint32 // which of the cursors but the first comes next, modulo their number
-	closed bool   // connection_close was sent
-
-	probes bool // the gateway can be asked about a stream that is not open yet
+	probes     bool         // the gateway can be asked about a stream that is not open yet
+	turn       uint32       // of deliver alone: which of the cursors but the first comes next, modulo their number
 
 	mu       sync.Mutex // guards the rest
 	cursors  []*cursor  // does not change any more when deliver runs
@@ -158,7 +154,7 @@ func (f *follower) deliver() {
 		switch {
 		case len(run) > 0:
 			events = f.events(c, run)
-		case reason != "" && !f.closed:
+		case reason != "":
 			events, end = []event{closeEvent(reason)}, true
 		default:
 			f.awaitOpen()
@@ -170,8 +166,7 @@ func (f *follower) deliver() {
 		began := time.Now()
 		r := f.conns.Send(f.identifier, f.token, events, end)
 		most = max(1, min(2*r.taken, maxRun))
-		f.closed = end && r.err == nil
-		if !f.settle(c, run, r, began) && f.rest() {
+		if !f.settle(c, run, r, began) && f.rest() || end && r.err == nil { // after the end it is not woken again
 			return
 		}
 	}
