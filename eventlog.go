@@ -15,7 +15,7 @@ import (
 // logPolicy is what the event logs of one service have in common.
 type logPolicy struct {
 	event string        // name of the events
-	epoch func() string // makes the epoch of a log; nil for events without ID
+	epoch func() string // makes the epoch of a log; "" for events without ID
 
 	// A connection that names no event of a log starts at its first event if replay is set, and otherwise at the first
 	// one that no browser is known to have.
@@ -84,11 +84,7 @@ type cursor struct {
 }
 
 func newEventLog(policy *logPolicy) *eventLog {
-	l := &eventLog{policy: policy}
-	if policy.epoch != nil {
-		l.epoch = policy.epoch()
-	}
-	return l
+	return &eventLog{policy: policy, epoch: policy.epoch()}
 }
 
 // id is the event ID of number n. The log has an epoch.

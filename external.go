@@ -45,9 +45,9 @@ func (s *TaskService) startExternal(params object) (t *task, known bool, err err
 	case !isTaskID(id):
 		return nil, false, errBadTaskID
 	}
-	title, _, err := params.str("title")
-	if err != nil || len(title) > maxTaskText {
-		return nil, false, badParam("title must be a string of at most %d bytes", maxTaskText)
+	title, err := textParam(params, "title", "")
+	if err != nil {
+		return nil, false, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -316,11 +316,8 @@ func atLine(err error, line int) error {
 // serveComplete is POST /api/tasks/{task_id}/complete.
 func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	body, err := readJSON(w, r, maxTaskBody)
-	if err != nil {
-		return 0, nil, err
-	}
-	result, err := compactResult(body["result"])
-	if err != nil {
+	result, bad := compactResult(body["result"])
+	if err := cmp.Or(err, bad); err != nil {
 		return 0, nil, err
 	}
 	answer, err = s.End(r.PathValue("task_id"), taskCompleted, result)

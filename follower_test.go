@@ -185,7 +185,7 @@ func TestFollowerBegins(t *testing.T) {
 		}
 		t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
 	})
-	testLog(t, "without numbers", logPolicy{event: "error", replay: true}, func(t *logTest) {
+	testLog(t, "without numbers", logPolicy{event: "error", epoch: func() string { return "" }, replay: true}, func(t *logTest) {
 		t.append("not found")
 		t.end("task_not_found")
 		t.connect("a", "-1", "") // not the ID of any event

@@ -23,15 +23,12 @@ var errTooManyTasks = badRequest("too_many_tasks", "a page stream follows at mos
 // error event; its events follow if it is made while the page is connected.
 func (p *PageService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
 	taskIDs := slices.Compact(slices.Sorted(slices.Values(c.taskIDs)))
-	for _, taskID := range taskIDs {
-		if err := checkID(taskID); err != nil {
-			return event{}, false, err
-		}
-	}
-	if len(taskIDs) > maxPageTasks {
+	switch {
+	case slices.ContainsFunc(taskIDs, func(id string) bool { return checkID(id) != nil }):
+		return event{}, false, errBadID
+	case len(taskIDs) > maxPageTasks:
 		return event{}, false, errTooManyTasks
-	}
-	if p.tasks.crowded(taskIDs) || p.version.crowded(id) {
+	case p.tasks.crowded(taskIDs), p.version.crowded(id):
 		return event{}, false, errNoRoom
 	}
 	f := &follower{identifier: servicePage + ":" + id}

@@ -101,14 +101,11 @@ func (t *task) conflict(e apiError) error {
 // serveStart is POST /api/tasks.
 func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	body, err := readJSON(w, r, maxTaskBody)
-	if err != nil {
+	kind, _, bad := body.str("type")
+	if err := cmp.Or(err, bad); err != nil {
 		return 0, nil, err
 	}
-	kind, _, err := body.str("type")
-	switch {
-	case err != nil:
-		return 0, nil, err
-	case kind == "":
+	if kind == "" {
 		return 0, nil, errMissingField
 	}
 	params := object{}

@@ -95,8 +95,8 @@ type task struct {
 	params     string                    // of work, in JSON; "" once the task has finished
 	seq        uint64                    // of the last report that had one
 	lastEvent  uint64                    // number of the last event in the log
-	worker     context.Context           // of an external task with a long body of reports: ends with the task
-	cancel     context.CancelFunc        // of work's context, or of worker; or nil
+	worker     context.Context           // of work, or of a long body of reports: ends with the task; or nil
+	cancel     context.CancelFunc        // of worker
 	lastReport time.Time                 // of an external task; at first its start
 	deadline   *time.Timer               // fails the task, and later forgets it; nil while it is pending
 	place      *list.Element             // among the finished ones
@@ -146,7 +146,7 @@ func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, 
 			limit:   cfg.eventLimit,
 			dropped: met.dropped.with(serviceTask, "limit"),
 		},
-		unknown: &logPolicy{event: "error", replay: true},
+		unknown: &logPolicy{event: "error", epoch: func() string { return "" }, replay: true},
 		tasks:   map[string]*task{},
 		awaited: map[string]*eventLog{},
 		memory:  budget{limit: cfg.memory},
@@ -265,10 +265,9 @@ func (s *TaskService) dispatchLocked() {
 		t := s.queue[0]
 		s.queue = slices.Delete(s.queue, 0, 1)
 		s.running++
-		ctx, cancel := context.WithCancel(context.Background())
-		t.cancel = cancel
+		t.worker, t.cancel = context.WithCancel(context.Background())
 		s.startLocked(t, "timed out")
-		go s.run(ctx, t, t.work)
+		go s.run(t.worker, t, t.work)
 		t.work = nil // run has it for as long as it needs it
 	}
 }
