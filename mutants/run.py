@@ -18,7 +18,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("follower.go", "f.buffered || at.Sub(f.since) < settleTime", "f.buffered", "TestFollower|TestDeliveryModel"),
     ("follower.go", "if f.stopped.Load() {\n\t\tf.ended(", "if false {\n\t\tf.ended(", "TestFollower|TestDeliveryModel"),
     ("follower.go", " || end && r.err == nil {", " {", "TestFollower|TestDeliveryModel"),
-    ("page.go", "events := s.awaited[id]", "events := (*eventLog)(nil)", "TestPage"),
+    ("page.go", "events := s.awaited[id]\n", "events := (*eventLog)(nil)\n", "TestPage"),
     ("version.go", "return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(s.follow(id)) })", "events := s.follow(id)\n\treturn f.connect(s.conns, c, func(follow func(*eventLog)) { follow(events) })", "TestRaceConnect"),
     ("version.go", "a.version == seen && a.version != s.Latest()", "(a.version == seen || true) && a.version != s.Latest()", "TestVersionPoll"),
     # tasks
