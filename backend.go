@@ -68,7 +68,7 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 	services := label{"service", []string{serviceTask, serviceVersion, servicePage}}
 	reg.gauge("sse_gateway_active_connections", "Current connections.", b.conns.Active, services)
 	reg.gauge("sse_outbox_events", "Events kept for delivery and resumption.", func() map[string]float64 {
-		return map[string]float64{serviceTask: float64(b.tasks.Events()), serviceVersion: float64(b.version.Events())}
+		return map[string]float64{serviceTask: float64(b.tasks.memory.events.Load()), serviceVersion: float64(b.version.memory.events.Load())}
 	}, services)
 	statuses := []string{string(taskPending), string(taskRunning), string(taskCompleted), string(taskFailed), string(taskCancelled)}
 	reg.gauge("tasks", "Tasks that are known.", b.tasks.Counts, label{"status", statuses})
@@ -100,7 +100,7 @@ func (b *backend) openJournal(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	j.live = func() int { return b.tasks.Bytes() + b.version.Bytes() }
+	j.live = func() int { return int(b.tasks.memory.bytes.Load() + b.version.memory.bytes.Load()) }
 	j.snapshot = func(record func([]byte)) {
 		b.tasks.snapshot(record)
 		b.version.snapshot(record)

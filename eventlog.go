@@ -15,7 +15,7 @@ import (
 // logPolicy is what the event logs of one service have in common.
 type logPolicy struct {
 	event string        // name of the events
-	epoch func() string // makes the epoch of a log; nil for events without ID
+	epoch func() string // makes the epoch of a log; "" for events without ID
 
 	// A connection that names no event of a log starts at its first event if replay is set, and otherwise at the first
 	// one that no browser is known to have.
@@ -41,7 +41,7 @@ type eventLog struct {
 	visible uint64     // events up to this number are on disk, and may be sent
 	start   uint64     // a fresh connection gets the events after this number
 	given   uint64     // an open stream was given the events up to this number
-	reason  string     // of the end; then nothing more is appended
+	reason  string     // of the end, once that is visible; then nothing more is appended
 	left    bool       // only the present followers need it; see Leave
 	cursors []*cursor
 	changed chan struct{} // closed when what Wait looks at changes; nil if nobody waits
@@ -81,15 +81,10 @@ type cursor struct {
 	sent     uint64 // the gateway took the events up to this number
 	first    uint64 // number of the first event of the run in flight
 	inFlight uint64 // and of the last one; 0 if none is in flight
-	detached bool   // the reader no longer follows
 }
 
 func newEventLog(policy *logPolicy) *eventLog {
-	l := &eventLog{policy: policy}
-	if policy.epoch != nil {
-		l.epoch = policy.epoch()
-	}
-	return l
+	return &eventLog{policy: policy, epoch: policy.epoch()}
 }
 
 // id is the event ID of number n. The log has an epoch.
@@ -119,15 +114,15 @@ func parsePositions(id string) map[string]uint64 {
 	return positions
 }
 
-// Add adds an event, which nobody sees before Publish, and returns its number, or 0 after End.
+// Add adds an event, which nobody sees before Publish, and returns its number.
 func (l *eventLog) Add(e entry) (n uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.reason != "" {
-		return 0
-	}
-	e.n = l.last + 1
-	l.addLocked(e)
+	l.last++
+	e.n = l.last
+	l.entries = append(l.entries, e)
+	l.bytes += e.size()
+	l.trimLocked()
 	return e.n
 }
 
@@ -135,36 +130,17 @@ func (l *eventLog) Add(e entry) (n uint64) {
 // have been given to somebody.
 func (l *eventLog) Restore(e entry) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.visible, l.given = e.n, e.n
-	l.addLocked(e)
+	l.last, l.visible, l.given = e.n-1, e.n, e.n
+	l.mu.Unlock()
+	l.Add(e)
 }
 
-func (l *eventLog) addLocked(e entry) {
-	l.last = e.n
-	l.entries = append(l.entries, e)
-	l.bytes += e.size()
-	l.trimLocked()
-}
-
-// Publish lets the followers have the events up to n.
-func (l *eventLog) Publish(n uint64) {
+// Publish lets the followers have the events up to n. A reason says that n is the last one: on a connection that
+// follows no other log, connection_close with this reason follows it.
+func (l *eventLog) Publish(n uint64, reason string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.visible = max(l.visible, n)
-	l.wakeLocked()
-}
-
-// End ends the log: on a connection that follows no other log, connection_close with this reason follows the last
-// event.
-func (l *eventLog) End(reason string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.reason = reason
-	l.wakeLocked()
-}
-
-func (l *eventLog) wakeLocked() {
+	l.visible, l.reason = max(l.visible, n), reason
 	for _, c := range l.cursors {
 		c.reader.wake()
 	}
@@ -214,6 +190,7 @@ type logStats struct {
 	kept      int    // events
 	waiting   int    // those of them that a fresh connection would get
 	bytes     int    // of data that is not shared
+	held      int    // bytes of the heap, without shared data
 	start     uint64 // the number after which a fresh connection begins
 	last      uint64 // the number of the newest event
 	followers int
@@ -226,17 +203,11 @@ func (l *eventLog) stats() logStats {
 		kept:      len(l.entries),
 		waiting:   len(l.entries) - l.indexLocked(l.start),
 		bytes:     l.bytes,
+		held:      l.bytes + cap(l.entries)*entrySize,
 		start:     l.start,
 		last:      l.last,
 		followers: len(l.cursors),
 	}
-}
-
-// Held returns how many bytes of the heap the events take, without shared data.
-func (l *eventLog) Held() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.bytes + cap(l.entries)*entrySize
 }
 
 // After returns up to most of the events that follow the one with this ID, or that are kept if it is no event of this
@@ -379,21 +350,11 @@ func (l *eventLog) attach(r reader, named map[string]uint64) *cursor {
 	return c
 }
 
-// received notes that a browser has what was sent.
-func (c *cursor) received() {
-	c.events.mu.Lock()
-	defer c.events.mu.Unlock()
-	if !c.detached {
-		c.events.receivedLocked(c.sent)
-	}
-}
-
 // detach ends the following. Without replay, what was sent and not received is given again to the next connection that
 // names no event.
 func (c *cursor) detach() {
 	c.events.mu.Lock()
 	defer c.events.mu.Unlock()
-	c.detached = true
 	c.events.cursors = slices.DeleteFunc(c.events.cursors, func(other *cursor) bool { return other == c })
 	c.events.leaveLocked()
 	c.events.notifyLocked()
@@ -413,10 +374,7 @@ func (c *cursor) take(most int) (run []entry, reason string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	run = l.shownLocked(c.sent)
-	switch {
-	case c.detached, len(run) == 0 && l.visible < l.last:
-		return nil, ""
-	case len(run) == 0:
+	if len(run) == 0 {
 		return nil, l.reason
 	}
 	size := 0
@@ -444,14 +402,12 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 	l := c.events
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !c.detached { // a replaced connection no longer moves a position
-		c.inFlight = 0
-		if taken > 0 {
-			c.sent = run[taken-1].n
-		}
-		if given {
-			l.given = max(l.given, c.sent)
-		}
+	c.inFlight = 0
+	if taken > 0 {
+		c.sent = run[taken-1].n
+	}
+	if given {
+		l.given = max(l.given, c.sent)
 	}
 	for _, e := range run[taken:] {
 		if e.n > l.given && !l.hasLocked(e.n) && !l.inFlightLocked(e.n) {

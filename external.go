@@ -45,9 +45,9 @@ func (s *TaskService) startExternal(params object) (t *task, known bool, err err
 	case !isTaskID(id):
 		return nil, false, errBadTaskID
 	}
-	title, _, err := params.str("title")
-	if err != nil || len(title) > maxTaskText {
-		return nil, false, badParam("title must be a string of at most %d bytes", maxTaskText)
+	title, err := textParam(params, "title", "")
+	if err != nil {
+		return nil, false, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -110,21 +110,16 @@ func parseReport(body []byte) (r report, err error) {
 
 // Progress applies a report to a running external task.
 func (s *TaskService) Progress(id string, r report) (reported, error) {
-	return reportStored(s.takeProgress(s.task(id), r))
+	a, err := s.takeProgress(s.task(id), r)
+	return a, cmp.Or(a.stored.wait(), err)
 }
 
-func (s *TaskService) takeProgress(t *task, r report) (a reported, stored *commit, err error) {
-	repeated := false
-	taken := func() bool {
-		repeated = r.seq != 0 && r.seq <= t.seq
-		return repeated
-	}
-	a, stored, err = s.take(t, taken, func() {
+func (s *TaskService) takeProgress(t *task, r report) (reported, error) {
+	taken := func() bool { return r.seq != 0 && r.seq <= t.seq }
+	return s.take(t, taken, func() {
 		t.seq = max(t.seq, r.seq)
 		s.reportLocked(t, r)
 	})
-	a.Repeated = repeated
-	return a, stored, err
 }
 
 // End ends a running external task: completed with a result as compactResult returns it, or failed with a text as
@@ -132,7 +127,9 @@ func (s *TaskService) takeProgress(t *task, r report) (a reported, stored *commi
 func (s *TaskService) End(id string, status taskStatus, outcome string) (reported, error) {
 	t := s.task(id)
 	taken := func() bool { return t.status == status && cmp.Or(t.result, t.err) == outcome } // t has one of the two
-	return reportStored(s.take(t, taken, func() { s.finishLocked(t, status, outcome) }))
+	a, err := s.take(t, taken, func() { s.finishLocked(t, status, outcome) })
+	a.Repeated = false // which only the answer to progress tells
+	return a, cmp.Or(a.stored.wait(), err)
 }
 
 // reported is the answer to a report: the ID of the event that tells the followers.
@@ -140,30 +137,27 @@ type reported struct {
 	EventID  string `json:"event_id"`
 	Repeated bool   `json:"repeated,omitempty"`
 	Reports  *int   `json:"reports,omitempty"` // of a body with one on each line
-}
 
-// reportStored waits until the report is on disk.
-func reportStored(a reported, stored *commit, err error) (reported, error) {
-	return a, cmp.Or(stored.wait(), err)
+	stored *commit // waited for before the answer, also with an error, as that tells what became of the task
 }
 
 // take calls apply, with mu held, if t is an external task that has not ended, unless taken says that t has this report
-// already: the worker may have missed the answer. The caller must wait for stored before it answers, also with an
-// error, as the answer tells what became of the task.
-func (s *TaskService) take(t *task, taken func() bool, apply func()) (a reported, stored *commit, err error) {
+// already: the worker may have missed the answer.
+func (s *TaskService) take(t *task, taken func() bool, apply func()) (a reported, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if t == nil || s.tasks[t.id] != t {
-		return a, nil, errTaskUnknown
+		return a, errTaskUnknown
 	}
+	a.stored = t.lastStored
 	isTaken := t.kind == externalTask && taken()
 	switch {
 	case t.kind != externalTask:
-		return a, t.lastStored, t.conflict(*errNotExternal)
+		return a, t.conflict(*errNotExternal)
 	case t.status == taskCancelled && !isTaken:
-		return a, t.lastStored, t.conflict(*errTaskCancelled)
+		return a, t.conflict(*errTaskCancelled)
 	case t.status.finished() && !isTaken:
-		return a, t.lastStored, t.conflict(*errTaskFinished)
+		return a, t.conflict(*errTaskFinished)
 	case !t.status.finished():
 		t.lastReport = time.Now()
 		t.deadline.Reset(s.cfg.timeout)
@@ -171,7 +165,7 @@ func (s *TaskService) take(t *task, taken func() bool, apply func()) (a reported
 	if !isTaken {
 		apply()
 	}
-	return reported{EventID: t.events.id(t.lastEvent)}, t.lastStored, nil
+	return reported{EventID: t.events.id(t.lastEvent), Repeated: isTaken, stored: t.lastStored}, nil
 }
 
 // heard notes a sign of life: a worker has reported, or somebody else has asked something of its task, and was refused.
@@ -213,19 +207,17 @@ func reportedTask(path []byte) string {
 // lineReader reads a body that may go on for as long as its task does.
 type lineReader struct {
 	body    io.Reader
-	broken  bool            // the body broke off: what follows the last newline is no report
 	ctx     context.Context // ends with the task
 	timeout time.Duration   // for each Read; longer than that of the task
 	control *http.ResponseController
 }
 
-func (l *lineReader) Read(b []byte) (n int, err error) {
+func (l *lineReader) Read(b []byte) (int, error) {
 	l.control.SetReadDeadline(time.Now().Add(l.timeout))
-	if err = l.ctx.Err(); err == nil { // looked at after SetReadDeadline, as the end of ctx sets a deadline, too
-		n, err = l.body.Read(b)
+	if err := l.ctx.Err(); err != nil { // looked at after SetReadDeadline, as the end of ctx sets a deadline, too
+		return 0, err
 	}
-	l.broken = err != nil && err != io.EOF
-	return n, err
+	return l.body.Read(b)
 }
 
 // answerLimit bounds the writing of the answer to such a body. The server's own limit counts from the start of the
@@ -243,8 +235,8 @@ func (s *TaskService) serveReports(w http.ResponseWriter, r *http.Request) (stat
 	defer context.AfterFunc(ctx, func() { control.SetReadDeadline(time.Now()) })()
 	defer func() { control.SetWriteDeadline(time.Now().Add(answerLimit)) }()
 	body := &lineReader{body: r.Body, ctx: ctx, timeout: s.cfg.timeout + time.Second, control: control}
-	answer, err = reportStored(s.takeLines(t, body))
-	return http.StatusOK, answer, err
+	all, err := s.takeLines(t, body)
+	return http.StatusOK, all, cmp.Or(all.stored.wait(), err)
 }
 
 // followWorker returns an external task, and a context that ends with it or with the service. For a task that has ended
@@ -268,12 +260,12 @@ func (s *TaskService) followWorker(id string) (t *task, ctx context.Context, err
 const maxUnstored = 1000
 
 // takeLines takes the reports of a body until it ends, one is bad, or the task ends.
-func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, stored *commit, err error) {
+func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, err error) {
 	all = reported{EventID: t.events.id(t.events.stats().last), Reports: new(int)}
 	lines := bufio.NewScanner(body)
 	lines.Buffer(nil, maxTaskBody+len("\r\n"))
 	lines.Split(func(data []byte, atEnd bool) (advance int, token []byte, err error) {
-		return bufio.ScanLines(data, atEnd && !body.broken)
+		return bufio.ScanLines(data, atEnd && lines.Err() == nil) // after an error the last line may lack its end
 	})
 	var before *commit
 	n := 0
@@ -288,36 +280,35 @@ func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, stored
 			err = errBodyTooLarge
 		}
 		if err != nil {
-			return all, stored, atLine(err, n)
+			return all, atLine(err, n)
 		}
-		one, lineStored, err := s.takeProgress(t, said)
-		stored = lineStored
+		one, err := s.takeProgress(t, said)
+		all.stored = one.stored
 		if err != nil {
-			return all, stored, err
+			return all, err
 		}
 		all.EventID = one.EventID
 		*all.Reports++
 		if *all.Reports%maxUnstored == 0 {
 			if err := before.wait(); err != nil {
-				return all, stored, err
+				return all, err
 			}
-			before = stored
+			before = all.stored
 		}
 	}
 	switch err := lines.Err(); {
 	case s.life.Err() != nil:
 		e := *errClosing
 		e.Reports = all.Reports
-		return all, stored, &e
+		return all, &e
 	case body.ctx.Err() != nil: // take says how the task has ended
-		_, stored, err = s.take(t, func() bool { return false }, func() {})
-		return all, stored, err
+		return s.take(t, func() bool { return false }, func() {})
 	case errors.Is(err, bufio.ErrTooLong):
-		return all, stored, atLine(errBodyTooLarge, n+1)
+		return all, atLine(errBodyTooLarge, n+1)
 	case err != nil:
-		return all, stored, errNotJSON // the worker broke off
+		return all, errNotJSON // the worker broke off
 	}
-	return all, stored, nil
+	return all, nil
 }
 
 // atLine adds the number of a line to an error.
@@ -333,11 +324,8 @@ func atLine(err error, line int) error {
 // serveComplete is POST /api/tasks/{task_id}/complete.
 func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	body, err := readJSON(w, r, maxTaskBody)
-	if err != nil {
-		return 0, nil, err
-	}
-	result, err := compactResult(body["result"])
-	if err != nil {
+	result, bad := compactResult(body["result"])
+	if err := cmp.Or(err, bad); err != nil {
 		return 0, nil, err
 	}
 	answer, err = s.End(r.PathValue("task_id"), taskCompleted, result)

@@ -26,39 +26,25 @@ type follower struct {
 	identifier string
 	token      string
 	conns      *ConnectionManager
-	onEnd      func() // called when the connection has ended, perhaps twice; may be nil
-	state      atomic.Int32
-
-	// Of deliver alone.
-	turn   uint32 // index of the cursor that comes first in the next run
-	closed bool   // connection_close was sent
-	asked  bool   // whether the stream opened was asked, without success
-
-	page   bool // follows any number of logs
-	probes bool // the gateway can be asked about a stream that is not open yet
+	onEnd      func()       // called when the connection has ended, perhaps twice; may be nil
+	wakes      atomic.Int32 // 0 when deliver does not run, otherwise 1 and how often it was woken since it last looked
+	stopped    atomic.Bool  // the connection has ended
+	probes     bool         // the gateway can be asked about a stream that is not open yet
+	turn       uint32       // of deliver alone: which of the cursors but the first comes next, modulo their number
 
 	mu       sync.Mutex // guards the rest
-	cursors  []*cursor  // only added to
+	cursors  []*cursor  // does not change any more when deliver runs
 	since    time.Time  // when the connection was opened, as far as is known
-	buffered bool       // the last events wait in the gateway for the stream to open
-	stopped  bool       // the connection has ended
+	buffered bool       // changed by deliver alone: the last events wait in the gateway for the stream to open
 }
 
-// The states of a follower say whether deliver runs, and whether it must look once more. It does not run before begin,
-// as the ID of an event needs the positions in all logs.
-const (
-	notBegun int32 = iota
-	idle
-	working
-	workingAgain
-)
-
 // connect makes the stream of c the connection of f.identifier, in place of any other, and delivers to it the events of
-// the logs that it gets from logs once the connection is made: those after c.lastEventID, or from where a fresh connection
-// starts. It returns the event that begins the stream. If the request is older than that of the present connection, this
-// is connection_close, and end is true. The only error is errAskFirst.
-func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func() []*eventLog) (open event, end bool, err error) {
+// the logs that choose calls follow with, once the connection is made: those after c.lastEventID, or from where a fresh
+// connection starts. It returns the event that begins the stream. If the request is older than that of the present
+// connection, this is connection_close, and end is true. The only error is errAskFirst.
+func (f *follower) connect(conns *ConnectionManager, c connectRequest, choose func(follow func(*eventLog))) (open event, end bool, err error) {
 	f.conns, f.token, f.probes, f.since = conns, c.token, c.probes, time.Now()
+	f.wakes.Store(1) // deliver begins below, as the ID of an event needs the positions in all logs
 	replaced, err := conns.OnConnect(f.identifier, c, f)
 	if err == errOutdated {
 		return closeEvent("replaced"), true, nil
@@ -66,9 +52,17 @@ func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func
 	if err != nil {
 		return event{}, false, err
 	}
-	position, stopped := f.begin(logs(), c.lastEventID)
-	if stopped && f.onEnd != nil {
-		f.onEnd() // undoes what logs did after the first call
+	named := parsePositions(c.lastEventID)
+	choose(func(events *eventLog) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.cursors = append(f.cursors, events.attach(f, named))
+	})
+	position := strings.TrimPrefix(f.around(nil).after, ".")
+	if f.stopped.Load() {
+		f.ended(time.Time{}) // again, for what choose did after the first call
+	} else {
+		conns.spawn(f.deliver)
 	}
 	if replaced != "" {
 		conns.CloseReplaced(f.identifier, replaced)
@@ -76,41 +70,12 @@ func (f *follower) connect(conns *ConnectionManager, c connectRequest, logs func
 	return event{ID: position, Name: "connection_open", Data: `{"status":"connected"}`}, false, nil
 }
 
-// begin starts the delivery, unless the connection has ended meanwhile. It returns the ID after which delivery starts.
-func (f *follower) begin(logs []*eventLog, lastEventID string) (position string, stopped bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	named := parsePositions(lastEventID)
-	for _, l := range logs {
-		f.cursors = append(f.cursors, l.attach(f, named))
-	}
-	position = around(f.cursors, nil).after
-	if f.stopped {
-		f.detachLocked()
-	} else {
-		f.state.Store(idle)
-		f.wake()
-	}
-	return strings.TrimPrefix(position, "."), f.stopped
-}
-
-// add makes the follower follow one more log, from its first event on.
-func (f *follower) add(events *eventLog) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.stopped {
-		return
-	}
-	f.cursors = append(f.cursors, events.attach(f, nil))
-	f.wake()
-}
-
 // around returns the parts of an event ID before and after the one of c: the positions in the other logs. If c is nil
 // all are in after, which begins with a dot.
-func around(cursors []*cursor, c *cursor) *positions {
+func (f *follower) around(c *cursor) *positions {
 	var ids strings.Builder
 	middle := 0
-	for _, other := range cursors {
+	for _, other := range f.cursors {
 		switch {
 		case other == c:
 			middle = ids.Len()
@@ -135,55 +100,43 @@ func (f *follower) seen(at time.Time) {
 }
 
 func (f *follower) seenLocked(at time.Time) {
-	if f.buffered || at.Sub(f.since) < settleTime {
+	if f.stopped.Load() || f.buffered || at.Sub(f.since) < settleTime {
 		return
 	}
 	for _, c := range f.cursors {
-		c.received()
+		c.events.Received(c.sent)
 	}
 }
 
 // ended stops the delivery for good. The connection was there until the given time, or zero if that is not known.
 func (f *follower) ended(until time.Time) {
 	f.mu.Lock()
-	stopped := f.stopped
-	f.stopped = true
 	f.seenLocked(until)
-	f.detachLocked()
-	f.mu.Unlock()
-	if !stopped && f.onEnd != nil {
-		f.onEnd()
-	}
-}
-
-func (f *follower) detachLocked() {
+	f.stopped.Store(true) // the connection moves no position of a log any more
 	for _, c := range f.cursors {
 		c.detach()
+	}
+	f.mu.Unlock()
+	if f.onEnd != nil {
+		f.onEnd()
 	}
 }
 
 // wake makes deliver look for what is new. It takes no lock, as logs call it with theirs held.
 func (f *follower) wake() {
-	for {
-		switch state := f.state.Load(); {
-		case state == notBegun, state == workingAgain, f.state.CompareAndSwap(working, workingAgain):
-			return
-		case f.state.CompareAndSwap(idle, working):
-			f.conns.spawn(f.deliver)
-			return
-		}
+	if f.wakes.Add(1) == 1 {
+		f.conns.spawn(f.deliver)
 	}
 }
 
-func (f *follower) working() bool { return f.state.Load() != idle }
+func (f *follower) working() bool { return f.wakes.Load() > 0 }
 
-// rest makes f idle, unless it has been woken since deliver last looked. It reports whether it did.
-func (f *follower) rest(cursors []*cursor) bool {
-	if !f.state.CompareAndSwap(working, idle) {
-		f.state.Store(working)
+// rest lets deliver end, unless f has been woken since it last looked. It reports whether it did.
+func (f *follower) rest() bool {
+	if !f.wakes.CompareAndSwap(1, 0) {
 		return false
 	}
-	for _, c := range cursors {
+	for _, c := range f.cursors {
 		c.events.notify()
 	}
 	return true
@@ -194,19 +147,18 @@ func (f *follower) rest(cursors []*cursor) bool {
 func (f *follower) deliver() {
 	most := 1
 	for {
-		f.mu.Lock()
-		cursors := f.cursors
-		f.mu.Unlock()
-		c, run, reason := f.next(cursors, most)
+		f.wakes.Store(1)
+		c, run, reason := f.next(most)
 		var events []event
 		end := false
 		switch {
 		case len(run) > 0:
-			events = f.events(cursors, c, run)
-		case reason != "" && !f.closed:
+			events = f.events(c, run)
+		case reason != "":
 			events, end = []event{closeEvent(reason)}, true
 		default:
-			if !f.awaitOpen() && f.rest(cursors) {
+			f.awaitOpen()
+			if f.rest() {
 				return
 			}
 			continue
@@ -214,41 +166,31 @@ func (f *follower) deliver() {
 		began := time.Now()
 		r := f.conns.Send(f.token, events, end)
 		most = max(1, min(2*r.taken, maxRun))
-		f.closed = end && r.err == nil
-		if !f.settle(c, run, r, began) && f.rest(cursors) {
+		if !f.settle(c, run, r, began) && f.rest() || end && r.err == nil { // after the end it is not woken again
 			return
 		}
 	}
 }
 
-// next returns the next run, or the reason of the end if there is none. The cursors take turns, but a log without event
-// IDs goes first: that a task is unknown must be said before its events.
-func (f *follower) next(cursors []*cursor, most int) (c *cursor, run []entry, reason string) {
-	if !f.page {
-		run, reason = cursors[0].take(most)
-		return cursors[0], run, reason
-	}
-	for _, c = range cursors {
-		if c.events.epoch == "" {
-			if run, _ = c.take(most); len(run) > 0 {
-				return c, run, ""
-			}
-		}
-	}
-	for range cursors {
-		c = cursors[int(f.turn)%len(cursors)]
+// next returns the next run. If there is none it returns the reason of the end of the first log: of a page, that log
+// has no end. Events of the first go first, as that a task is unknown must be said before its events. The others take
+// turns.
+func (f *follower) next(most int) (c *cursor, run []entry, reason string) {
+	c = f.cursors[0]
+	run, reason = c.take(most)
+	others := f.cursors[1:]
+	for i := 0; i < len(others) && len(run) == 0; i++ {
+		c = others[int(f.turn)%len(others)]
 		f.turn++
-		if run, _ = c.take(most); len(run) > 0 {
-			break
-		}
+		run, _ = c.take(most)
 	}
-	return c, run, ""
+	return c, run, reason
 }
 
-func (f *follower) events(cursors []*cursor, c *cursor, run []entry) []event {
+func (f *follower) events(c *cursor, run []entry) []event {
 	var others *positions
-	if f.page {
-		others = around(cursors, c)
+	if len(f.cursors) > 1 {
+		others = f.around(c)
 	}
 	var ids strings.Builder // for the whole run
 	ids.Grow(len(run) * maxPosition)
@@ -271,12 +213,11 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	took := r.taken > r.refused // what is refused arrives nowhere, and tells nothing of the stream
-	opened := false
-	if r.err == nil && took {
-		opened = f.buffered && !r.buffered
-		f.buffered, f.asked = r.buffered, false
+	opened := took && f.buffered && !r.buffered
+	if took {
+		f.buffered = r.buffered
 	}
-	c.settle(run, min(r.taken, len(run)), took && !f.buffered)
+	c.settle(run, min(r.taken, len(run)), took && !f.buffered && !f.stopped.Load())
 	if opened { // after c.settle, as it settles every cursor
 		f.openedLocked()
 	}
@@ -290,10 +231,11 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 		return false
 	}
 	return len(run) > 0 && slices.ContainsFunc(f.cursors, func(other *cursor) bool {
+		n := other.sent
 		if other == c {
-			return c.behind(run[0].n, !f.page)
+			n = run[0].n
 		}
-		return other.behind(other.sent, false)
+		return other.behind(n, len(f.cursors) == 1)
 	})
 }
 
@@ -301,7 +243,7 @@ func (f *follower) settle(c *cursor, run []entry, r sendResult, began time.Time)
 func (f *follower) openedLocked() {
 	f.buffered, f.since = false, time.Now()
 	for _, c := range f.cursors {
-		c.settle(nil, 0, true)
+		c.settle(nil, 0, !f.stopped.Load())
 	}
 }
 
@@ -312,36 +254,28 @@ const (
 	openPause = 20 * time.Millisecond
 )
 
-// awaitOpen waits until the stream with the buffered events is known to be open, and reports whether deliver should
-// look again. If nothing is buffered, or no log can lose it, it returns false at once.
-func (f *follower) awaitOpen() bool {
-	f.mu.Lock()
-	mayLose := slices.ContainsFunc(f.cursors, func(c *cursor) bool { return !c.events.policy.replay })
-	waiting := f.buffered && !f.stopped && !f.asked && mayLose
-	f.mu.Unlock()
-	if !waiting {
-		return false
+// awaitOpen waits until the stream with the buffered events is known to be open. If nothing is buffered, or no log can
+// lose it, it returns at once.
+func (f *follower) awaitOpen() {
+	mayLose := func(c *cursor) bool { return !c.events.policy.replay }
+	if !f.buffered || !slices.ContainsFunc(f.cursors, mayLose) {
+		return
 	}
 	r := sendResult{buffered: true}
-	for tries := openLimit / openPause; tries > 0 && f.conns.current(f.token) != nil; tries-- {
-		if f.probes {
+	for tries := openLimit / openPause; tries >= 0 && f.conns.current(f.token) != nil; tries-- {
+		if f.probes || tries == 0 { // one that writes an empty event for each probe is asked once, when it must be open
 			r = f.conns.Probe(f.token)
-		} else if f.state.CompareAndSwap(workingAgain, working) {
-			return true // the answer to the next send tells as well
+		} else if f.wakes.Load() > 1 {
+			return // the answer to the next send tells as well
 		}
-		if r.err != nil || !r.buffered {
+		if !r.buffered {
 			break
 		}
 		time.Sleep(openPause)
 	}
-	if !f.probes { // it writes an empty event for each probe, so it is asked once, when the stream must be open
-		r = f.conns.Probe(f.token)
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.asked = true
 	if r.err == nil && !r.buffered {
+		f.mu.Lock()
+		defer f.mu.Unlock()
 		f.openedLocked()
 	}
-	return true
 }

@@ -6,22 +6,29 @@ package main
 import (
 	"math/bits"
 	"net/http"
+	"sync/atomic"
 )
 
-// budget bounds the bytes that the parts of a service hold together. The service's mutex guards it.
+// budget bounds the bytes that the parts of a service hold together. The service's mutex guards it; the totals may be
+// read without.
 type budget struct {
-	limit int
-	held  int
+	limit  int
+	bytes  atomic.Int64
+	events atomic.Int64
 }
 
-// count notes that a part holds n bytes now. *held is what was counted for it before, and becomes n.
-func (b *budget) count(held *int, n int) {
-	b.held += n - *held
-	*held = n
+// share is what a part of a service holds of it.
+type share struct{ bytes, events int }
+
+// count notes what a part holds now. *before is what was counted for it before, and becomes the same.
+func (b *budget) count(before *share, now share) {
+	b.bytes.Add(int64(now.bytes - before.bytes))
+	b.events.Add(int64(now.events - before.events))
+	*before = now
 }
 
 // fits reports whether there is room for n bytes more.
-func (b *budget) fits(n int) bool { return b.held+n <= b.limit }
+func (b *budget) fits(n int) bool { return int(b.bytes.Load())+n <= b.limit }
 
 // heapSize returns about how many bytes of the heap a string of n bytes takes. The runtime rounds up: to one of about
 // eight sizes between two powers of two, and beyond 32 KiB to pages of 8 KiB.

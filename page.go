@@ -3,7 +3,10 @@
 
 package main
 
-import "slices"
+import (
+	"cmp"
+	"slices"
+)
 
 // maxPageTasks is how many tasks a page stream may follow.
 const maxPageTasks = 50
@@ -20,25 +23,19 @@ var errTooManyTasks = badRequest("too_many_tasks", "a page stream follows at mos
 // error event; its events follow if it is made while the page is connected.
 func (p *PageService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
 	taskIDs := slices.Compact(slices.Sorted(slices.Values(c.taskIDs)))
-	for _, taskID := range taskIDs {
-		if err := checkID(taskID); err != nil {
-			return event{}, false, err
-		}
-	}
-	if len(taskIDs) > maxPageTasks {
+	switch {
+	case slices.ContainsFunc(taskIDs, func(id string) bool { return checkID(id) != nil }):
+		return event{}, false, errBadID
+	case len(taskIDs) > maxPageTasks:
 		return event{}, false, errTooManyTasks
-	}
-	if p.tasks.crowded(taskIDs) {
+	case p.tasks.crowded(taskIDs), p.version.crowded(id):
 		return event{}, false, errNoRoom
 	}
-	versions, err := p.version.follow(id)
-	if err != nil {
-		return event{}, false, err
-	}
-	f := &follower{identifier: servicePage + ":" + id, page: true}
-	f.onEnd = func() { p.tasks.unwatch(taskIDs, f) }
-	return f.connect(p.tasks.conns, c, func() []*eventLog {
-		return append(p.tasks.watch(taskIDs, f), p.version.followAgain(id, versions))
+	f := &follower{identifier: servicePage + ":" + id}
+	f.onEnd = func() { p.tasks.unwatch(taskIDs) }
+	return f.connect(p.tasks.conns, c, func(follow func(*eventLog)) {
+		p.tasks.watch(taskIDs, follow)
+		follow(p.version.follow(id))
 	})
 }
 
@@ -51,37 +48,39 @@ func (s *TaskService) crowded(ids []string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.ContainsFunc(ids, func(id string) bool {
-		t := s.tasks[id]
-		return t != nil && t.events.stats().followers >= maxFollowers || len(s.watched[id]) >= maxFollowers
+		events := s.awaited[id]
+		if t := s.tasks[id]; t != nil {
+			events = t.events
+		}
+		return events != nil && events.stats().followers >= maxFollowers
 	})
 }
 
-// watch returns a log with an error event for each unknown task, and the logs of the others. When one of the unknown
-// tasks is made the page follows it, too, until unwatch.
-func (s *TaskService) watch(ids []string, page *follower) []*eventLog {
+// watch has a page follow a log with an error event for each unknown task, and the logs of all tasks: an unknown one
+// gets the log for when it is made, until unwatch.
+func (s *TaskService) watch(ids []string, follow func(*eventLog)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	unknown := newEventLog(s.unknown)
-	logs := []*eventLog{unknown}
+	follow(unknown)
 	for _, id := range ids {
 		if t := s.tasks[id]; t != nil {
-			logs = append(logs, t.events)
+			follow(t.events)
 			continue
 		}
-		unknown.Publish(unknown.Add(entry{data: taskNotFound(id), keep: true}))
-		s.watched[id] = append(s.watched[id], page)
+		unknown.Publish(unknown.Add(entry{data: taskNotFound(id), keep: true}), "")
+		s.awaited[id] = cmp.Or(s.awaited[id], newEventLog(s.policy))
+		follow(s.awaited[id])
 	}
-	return logs
 }
 
-// unwatch ends what watch began.
-func (s *TaskService) unwatch(ids []string, page *follower) {
+// unwatch is called when a page with these tasks has ended.
+func (s *TaskService) unwatch(ids []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, id := range ids {
-		s.watched[id] = slices.DeleteFunc(s.watched[id], func(other *follower) bool { return other == page })
-		if len(s.watched[id]) == 0 {
-			delete(s.watched, id)
+		if events := s.awaited[id]; events != nil && events.stats().followers == 0 {
+			delete(s.awaited, id)
 		}
 	}
 }

@@ -105,7 +105,7 @@ func TestPage(t *testing.T) {
 		page.checkTask("later", "error")
 		page.checkTask("never", "error")
 		gone.leave()
-		if got := len(api.tasks.watched["later"]); got != 1 {
+		if got := api.tasks.awaited["later"].stats().followers; got != 1 {
 			t.Errorf("got %d pages that wait, want 1", got)
 		}
 		before := page.lastID()
@@ -117,14 +117,14 @@ func TestPage(t *testing.T) {
 		api.external("later")
 		api.post("later/complete", `{}`)
 		page.checkTask("later", "error task_started task_completed")
-		if got := len(api.tasks.watched["later"]); got != 0 {
-			t.Errorf("got %d pages that wait, want none", got)
+		if api.tasks.awaited["later"] != nil {
+			t.Error("a task that has been made is waited for")
 		}
 		page.leave()
 		again := api.page("r", page.lastID(), "later")
 		again.checkTask("later", "")
 		api.page("other", before, "later").checkTask("later", "task_started task_completed")
-		if got := len(api.tasks.watched); got != 0 {
+		if got := len(api.tasks.awaited); got != 0 {
 			t.Errorf("got %d tasks waited for, want none", got)
 		}
 	})
@@ -169,11 +169,11 @@ func TestPage(t *testing.T) {
 		if got := len(page.taskStory("a")); got != 102 {
 			t.Errorf("got %d events, want 102", got)
 		}
-		if log.Held() < 100*len(text) {
+		if log.stats().held < 100*len(text) {
 			t.Error("events that a page still lacks were not kept")
 		}
 		slow.leave()
-		if got := log.Held(); got > 0 {
+		if got := log.stats().held; got > 0 {
 			t.Errorf("a forgotten task holds %d bytes", got)
 		}
 	})
@@ -203,12 +203,11 @@ func TestRacePageConnectsWhileItsTaskIsMade(t *testing.T) {
 		api.external("a")
 		page := &apiStream{api: api, token: "p"}
 		api.gateway.streams["p"] = page
-		f := &follower{identifier: "page:r", page: true}
-		open, _, err := f.connect(api.conns, connectRequest{token: "p"}, func() []*eventLog {
-			logs := api.tasks.watch([]string{"a", "later"}, f)
+		f := &follower{identifier: "page:r"}
+		open, _, err := f.connect(api.conns, connectRequest{token: "p"}, func(follow func(*eventLog)) {
+			api.tasks.watch([]string{"a", "later"}, follow)
 			api.external("later")
 			api.settle()
-			return logs
 		})
 		if err != nil || len(parsePositions(open.ID)) != 2 {
 			t.Errorf("begins with %v, %v, want a position in both tasks", open, err)
@@ -289,8 +288,8 @@ func BenchmarkAppend(b *testing.B) {
 			policy.limit, policy.dropped = 1000, new(series)
 			log := newEventLog(&policy)
 			for i := range followers {
-				f := &follower{identifier: fmt.Sprint("page:", i), page: true}
-				f.connect(conns, connectRequest{token: newToken()}, func() []*eventLog { return []*eventLog{log} })
+				f := &follower{identifier: fmt.Sprint("page:", i)}
+				f.connect(conns, connectRequest{token: newToken()}, all(log))
 			}
 			b.ReportAllocs()
 			for b.Loop() {
@@ -324,9 +323,9 @@ func BenchmarkCatchUp(b *testing.B) {
 				logs = append(logs, log)
 			}
 			for b.Loop() {
-				f := &follower{identifier: "page:" + newToken(), page: true}
+				f := &follower{identifier: "page:" + newToken()}
 				taken = 0
-				f.connect(conns, connectRequest{token: newToken()}, func() []*eventLog { return logs })
+				f.connect(conns, connectRequest{token: newToken()}, all(logs...))
 				<-done
 			}
 		})

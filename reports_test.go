@@ -133,7 +133,7 @@ func TestReportsCutOff(t *testing.T) {
 	api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
 	said := strings.NewReader(`{"text":"one"}` + "\n" + `{"text":"two"}` + "\n" + `{"text":"half of a line"}`)
 	body := iotest.DataErrReader(io.MultiReader(said, iotest.ErrReader(io.ErrUnexpectedEOF)))
-	if _, _, err := api.tasks.takeLines(api.tasks.task("a"), lines(body)); err != errNotJSON {
+	if _, err := api.tasks.takeLines(api.tasks.task("a"), lines(body)); err != errNotJSON {
 		t.Errorf("got %v, want %v", err, errNotJSON)
 	}
 	if got := api.do("GET", "/api/tasks/a/status", ""); !strings.Contains(got, `"text":"two"`) {
@@ -149,7 +149,7 @@ func TestReportsOfAnEarlierTask(t *testing.T) {
 	read, write := io.Pipe()
 	failed := make(chan error)
 	go func() {
-		_, _, err := api.tasks.takeLines(api.tasks.task("a"), lines(read))
+		_, err := api.tasks.takeLines(api.tasks.task("a"), lines(read))
 		failed <- err
 	}()
 	io.WriteString(write, `{"text":"one"}`+"\n")

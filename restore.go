@@ -187,7 +187,7 @@ func (s *TaskService) resumeLocked(t *task) {
 func (s *TaskService) displaceLocked() {
 	for most := s.memory.limit; !s.memory.fits(0) && most > taskOverhead; most -= most / 8 {
 		for _, t := range s.tasks {
-			for t.held > most && t.events.DropOldest() {
+			for t.held.bytes > most && t.events.DropOldest() {
 				s.memory.count(&t.held, t.size())
 			}
 		}
@@ -224,7 +224,7 @@ func (t *task) restore() error {
 	}
 	if t.status.finished() {
 		t.params = ""
-		t.events.End("task_" + string(t.status))
+		t.events.Publish(t.lastEvent, t.status.ending())
 	}
 	state := t.taskState
 	t.shown.Store(&state)

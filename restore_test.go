@@ -150,7 +150,7 @@ func TestRestoreMemory(t *testing.T) {
 				t.Errorf("%s: got only %d events", id, strings.Count(got, `"id"`))
 			}
 		}
-		if got := api.tasks.Bytes(); got > 300000 {
+		if got := api.tasks.memory.bytes.Load(); got > 300000 {
 			t.Errorf("got %d bytes, want 300000 at most", got)
 		}
 	})
@@ -368,7 +368,7 @@ func TestRestoreSnapshot(t *testing.T) {
 					}
 				}
 				again.check("POST", "/api/tasks/a/progress", `{"text":"x","seq":8}`, `200 {"event_id":"e-9","repeated":true}`)
-				if got := again.version.Events(); got != 5 {
+				if got := again.version.memory.events.Load(); got != 5 {
 					t.Errorf("got %d events, want 5", got)
 				}
 				wantVersions(t, again, "both", "", "v1 v2")

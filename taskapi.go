@@ -80,23 +80,6 @@ func (s *TaskService) Counts() map[string]float64 {
 	return n
 }
 
-// Bytes returns how many bytes the tasks hold.
-func (s *TaskService) Bytes() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.memory.held
-}
-
-// Events returns how many events the logs of all tasks hold.
-func (s *TaskService) Events() (n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, t := range s.tasks {
-		n += t.events.stats().kept
-	}
-	return n
-}
-
 // usableFailure returns text as the error of a task: cut to maxTaskText, and never empty.
 func usableFailure(text string) string { return cmp.Or(truncate(text), "task failed") }
 
@@ -118,14 +101,11 @@ func (t *task) conflict(e apiError) error {
 // serveStart is POST /api/tasks.
 func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	body, err := readJSON(w, r, maxTaskBody)
-	if err != nil {
+	kind, _, bad := body.str("type")
+	if err := cmp.Or(err, bad); err != nil {
 		return 0, nil, err
 	}
-	kind, _, err := body.str("type")
-	switch {
-	case err != nil:
-		return 0, nil, err
-	case kind == "":
+	if kind == "" {
 		return 0, nil, errMissingField
 	}
 	params := object{}

@@ -45,6 +45,14 @@ const (
 
 func (s taskStatus) finished() bool { return s != taskPending && s != taskRunning }
 
+// ending returns the type of the event with which a task gets this status, and ends; "" if it goes on.
+func (s taskStatus) ending() string {
+	if !s.finished() {
+		return ""
+	}
+	return "task_" + string(s)
+}
+
 // TaskService runs tasks, or follows those that others run, and tells their followers.
 //
 // Lock order: mu, then that of an event log.
@@ -60,13 +68,13 @@ type TaskService struct {
 
 	mu       sync.Mutex // guards the rest, and what changes in a task
 	tasks    map[string]*task
-	queue    []*task                // pending, oldest first, at most cfg.queueLimit
-	finished list.List              // of *task, in the order in which they ended
-	memory   budget                 // of all tasks; see emitLocked for what happens beyond it
-	running  int                    // busy workers
-	outside  int                    // external tasks that have not ended, at most maxExternal
-	created  uint64                 // tasks ever made
-	watched  map[string][]*follower // pages that follow an unknown task, by its ID
+	queue    []*task              // pending, oldest first, at most cfg.queueLimit
+	finished list.List            // of *task, in the order in which they ended
+	memory   budget               // of all tasks; see emitLocked for what happens beyond it
+	running  int                  // busy workers
+	outside  int                  // external tasks that have not ended, at most maxExternal
+	created  uint64               // tasks ever made
+	awaited  map[string]*eventLog // of tasks that pages follow before they are made, by ID
 
 	life    context.Context // ends with Close: no new tasks
 	endLife context.CancelFunc
@@ -87,12 +95,12 @@ type task struct {
 	params     string                    // of work, in JSON; "" once the task has finished
 	seq        uint64                    // of the last report that had one
 	lastEvent  uint64                    // number of the last event in the log
-	worker     context.Context           // of an external task with a long body of reports: ends with the task
-	cancel     context.CancelFunc        // of work's context, or of worker; or nil
+	worker     context.Context           // of work, or of a long body of reports: ends with the task; or nil
+	cancel     context.CancelFunc        // of worker
 	lastReport time.Time                 // of an external task; at first its start
 	deadline   *time.Timer               // fails the task, and later forgets it; nil while it is pending
 	place      *list.Element             // among the finished ones
-	held       int                       // bytes, as counted in the service's memory
+	held       share                     // as last counted in the service's memory
 }
 
 // taskState is the part of a task that changes and that the API shows.
@@ -138,9 +146,9 @@ func newTaskService(cfg taskConfig, conns *ConnectionManager, log *slog.Logger, 
 			limit:   cfg.eventLimit,
 			dropped: met.dropped.with(serviceTask, "limit"),
 		},
-		unknown: &logPolicy{event: "error", replay: true},
+		unknown: &logPolicy{event: "error", epoch: func() string { return "" }, replay: true},
 		tasks:   map[string]*task{},
-		watched: map[string][]*follower{},
+		awaited: map[string]*eventLog{},
 		memory:  budget{limit: cfg.memory},
 	}
 	s.life, s.endLife = context.WithCancel(context.Background())
@@ -154,11 +162,10 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 	if t := s.task(id); t != nil {
 		events = t.events
 	} else {
-		events.Publish(events.Add(entry{data: taskNotFound(id), keep: true}))
-		events.End("task_not_found")
+		events.Publish(events.Add(entry{data: taskNotFound(id), keep: true}), "task_not_found")
 	}
 	f := &follower{identifier: serviceTask + ":" + id}
-	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{events} })
+	return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(events) })
 }
 
 // Start makes a task of the given kind. It waits for a worker; an external one has started. If an external task with
@@ -203,7 +210,7 @@ func (s *TaskService) storeLocked(t *task, encode func() []byte) {
 	state, last := t.taskState, t.lastEvent
 	t.lastStored = s.journal.write(record, func() {
 		t.shown.Store(&state)
-		t.events.Publish(last)
+		t.events.Publish(last, state.status.ending())
 	})
 }
 
@@ -220,29 +227,27 @@ func (s *TaskService) addLocked(t *task) error {
 	if s.life.Err() != nil {
 		return errClosing
 	}
-	t.events = newEventLog(s.policy)
-	if !s.makeRoomLocked(t.size()) {
+	t.events = cmp.Or(s.awaited[t.id], newEventLog(s.policy))
+	if !s.makeRoomLocked(t.size().bytes) {
 		return errMemoryFull
 	}
+	delete(s.awaited, t.id)
 	s.created++
 	t.number, t.status = s.created, taskPending
 	s.tasks[t.id] = t
 	s.memory.count(&t.held, t.size())
 	s.storeLocked(t, t.record)
-	for _, page := range s.watched[t.id] {
-		page.add(t.events)
-	}
-	delete(s.watched, t.id)
 	return nil
 }
 
-// size is about how many bytes of the heap the task takes.
-func (t *task) size() int {
-	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + 2*len(t.params) + t.events.Held()
+// size is about how many bytes of the heap the task takes, and its events.
+func (t *task) size() share {
+	stats := t.events.stats()
+	n := taskOverhead + 2*len(t.id) + len(t.title) + len(t.err) + 2*len(t.params) + stats.held
 	if t.progress != nil {
 		n += len(t.progress.Text)
 	}
-	return n
+	return share{n, stats.kept}
 }
 
 // makeRoomLocked forgets finished tasks, the first to finish first, until there is room for n bytes more. It reports
@@ -260,10 +265,9 @@ func (s *TaskService) dispatchLocked() {
 		t := s.queue[0]
 		s.queue = slices.Delete(s.queue, 0, 1)
 		s.running++
-		ctx, cancel := context.WithCancel(context.Background())
-		t.cancel = cancel
+		t.worker, t.cancel = context.WithCancel(context.Background())
 		s.startLocked(t, "timed out")
-		go s.run(ctx, t, t.work)
+		go s.run(t.worker, t, t.work)
 		t.work = nil // run has it for as long as it needs it
 	}
 }
@@ -393,9 +397,7 @@ func (s *TaskService) finishLocked(t *task, status taskStatus, outcome string) b
 			s.log.Info("task failed", "task_id", t.id, "type", t.kind, "err", outcome)
 		})
 	}
-	eventType := "task_" + string(status)
-	s.emitLocked(t, eventType, t.end, data, true)
-	t.events.End(eventType)
+	s.emitLocked(t, status.ending(), t.end, data, true)
 	if t.deadline != nil {
 		t.deadline.Stop()
 	}
@@ -430,14 +432,14 @@ func (s *TaskService) Cancel(id string) error {
 
 // Delete forgets a finished task before its time: when that is on disk.
 func (s *TaskService) Delete(id string) error {
-	s.mu.Lock()
-	t := s.tasks[id]
-	finished := t != nil && t.status.finished()
-	s.mu.Unlock()
-	switch {
-	case t == nil:
+	t := s.task(id)
+	if t == nil {
 		return errTaskUnknown
-	case !finished:
+	}
+	s.mu.Lock()
+	finished := t.status.finished()
+	s.mu.Unlock()
+	if !finished {
 		return errCannotDelete
 	}
 	stored := s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), func() {
@@ -453,7 +455,7 @@ func (s *TaskService) Delete(id string) error {
 func (s *TaskService) forgetLocked(t *task) {
 	delete(s.tasks, t.id)
 	s.finished.Remove(t.place)
-	s.memory.count(&t.held, 0)
+	s.memory.count(&t.held, share{})
 	t.deadline.Stop()
 	t.events.Leave() // pages may follow it for long yet
 }

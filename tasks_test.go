@@ -962,7 +962,7 @@ func TestTaskMemoryForgetsTheOldest(t *testing.T) {
 			if got := complete(id); got[:4] != "200 " || got != complete(id) {
 				t.Fatalf("task %d: got %s, which is not remembered", i, got)
 			}
-			if got := api.tasks.memory.held; got > 1000000 {
+			if got := int(api.tasks.memory.bytes.Load()); got > 1000000 {
 				t.Fatalf("got %d bytes held, want the limit at most", got)
 			}
 		}
@@ -991,7 +991,7 @@ func TestTaskMemoryOfRunningTasks(t *testing.T) {
 			if got := api.post("a/progress", fmt.Sprintf(`{"text":"%d %s","value":0.5}`, n, text)); got != fmt.Sprintf(`200 {"event_id":"e-%d"}`, n+2) {
 				t.Fatalf("report %d: got %s", n, got)
 			}
-			if got := api.tasks.memory.held; got > 100000 {
+			if got := int(api.tasks.memory.bytes.Load()); got > 100000 {
 				t.Fatalf("got %d bytes held, want the limit at most", got)
 			}
 		}
@@ -1059,7 +1059,7 @@ func TestTaskMemoryIsCounted(t *testing.T) {
 				eventually(t, patience, "all have failed", func() bool { return api.tasks.Counts()["failed"] == tasks })
 			}
 			synctest.Wait()
-			checkCounted(t, tt.name, tasks, api.tasks.memory.held, before)
+			checkCounted(t, tt.name, tasks, int(api.tasks.memory.bytes.Load()), before)
 			runtime.KeepAlive(api)
 		})
 	}

@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -49,18 +50,18 @@ type VersionService struct {
 	streams    map[string]*versionStream // by request_id
 	memory     budget                    // of the streams
 	latest     announcement              // the last one to everybody
-	broadcasts uint64                    // how many there were to everybody
+	broadcasts uint32                    // how many there were to everybody
 }
 
 // versionStream is one request_id.
 type versionStream struct {
 	events      *eventLog
 	stored      bool      // there was an announcement to it alone, so it is in the journal
+	broadcast   uint32    // the last announcement to everybody that it has, or needs not have
 	storedStart uint64    // start of its log as last written to the journal
 	version     string    // of its last event
-	broadcast   uint64    // the last announcement to everybody that it has, or needs not have
 	alone       time.Time // since when it has no connection; zero while it has one
-	held        int       // bytes, as last counted
+	held        share     // as last counted in the service's memory
 }
 
 // announcement is a version, and the data of its event.
@@ -95,36 +96,31 @@ func newVersionService(cfg versionConfig, conns *ConnectionManager, log *slog.Lo
 // OnConnect makes a stream follow the versions for a request_id: first those that are pending for it, then the last one
 // announced to everybody, if that is missing.
 func (s *VersionService) OnConnect(id string, c connectRequest) (open event, end bool, err error) {
-	events, err := s.follow(id)
-	if err != nil {
-		return event{}, false, err
+	if s.crowded(id) {
+		return event{}, false, errNoRoom
 	}
 	f := &follower{identifier: serviceVersion + ":" + id}
-	return f.connect(s.conns, c, func() []*eventLog { return []*eventLog{s.followAgain(id, events)} })
+	return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(s.follow(id)) })
 }
 
-// followAgain is follow once the connection is known. Between the two an announcement to everybody did not see the
-// connection, and tidy may have dropped events. It returns events if there is no room any more.
-func (s *VersionService) followAgain(id string, events *eventLog) *eventLog {
-	if now, err := s.follow(id); err == nil {
-		return now
-	}
-	return events
-}
-
-// follow returns the log of a request_id, with the last announcement to everybody, for a connection that is about to be
-// made.
-func (s *VersionService) follow(id string) (*eventLog, error) {
+// crowded reports whether there is no room for a connection of a request_id. As it is looked at before the connection is
+// made, a few more may come to be made.
+func (s *VersionService) crowded(id string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	st, err := s.streamLocked(id, 0)
-	if err != nil {
-		return nil, err
-	}
+	return s.streams[id] == nil && !s.memory.fits(versionOverhead+2*len(id))
+}
+
+// follow returns the log of a request_id, with the last announcement to everybody. Its connection must have been made:
+// otherwise an announcement to everybody might not see it, and tidy might forget the log.
+func (s *VersionService) follow(id string) *eventLog {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.streamLocked(id)
 	st.alone = time.Time{}
 	s.catchUpLocked(id, st)
 	s.countLocked(id, st)
-	return st.events, nil
+	return st.events
 }
 
 // connected reports whether a request_id has a stream, of its own or of a page.
@@ -132,40 +128,31 @@ func (s *VersionService) connected(id string) bool {
 	return s.conns.Connected(serviceVersion+":"+id) || s.conns.Connected(servicePage+":"+id)
 }
 
-// streamLocked returns the stream of a request_id, and makes it if there is none. There must be room for n bytes more.
-// The caller counts what it holds then.
-func (s *VersionService) streamLocked(id string, n int) (*versionStream, error) {
+// streamLocked returns the stream of a request_id, and makes it if there is none. The caller counts what it holds then.
+func (s *VersionService) streamLocked(id string) *versionStream {
 	st := s.streams[id]
-	if st == nil {
-		n += versionOverhead + 2*len(id)
-	}
-	if n > 0 && !s.memory.fits(n) {
-		return nil, errNoRoom
-	}
 	if st == nil {
 		st = &versionStream{events: newEventLog(s.policy), alone: time.Now()}
 		s.streams[id] = st
 	}
-	return st, nil
+	return st
 }
 
 // countLocked counts what st holds now.
 func (s *VersionService) countLocked(id string, st *versionStream) {
-	n := versionOverhead + 2*len(id) + len(st.version) + st.events.Held()
+	stats := st.events.stats()
+	n := versionOverhead + 2*len(id) + len(st.version) + stats.held
 	if st.alone.IsZero() {
 		n += connectedOverhead
 	}
-	s.memory.count(&st.held, n)
+	s.memory.count(&st.held, share{n, stats.kept})
 }
 
 // catchUpLocked appends the last announcement to everybody, unless st has it, or the same version as its last one. It
 // returns the event's number, or 0.
 func (s *VersionService) catchUpLocked(id string, st *versionStream) (n uint64) {
-	if st.broadcast == s.broadcasts {
-		return 0
-	}
-	st.broadcast = s.broadcasts
-	if st.version == s.latest.version {
+	if st.broadcast == s.broadcasts || st.version == s.latest.version {
+		st.broadcast = s.broadcasts
 		return 0
 	}
 	return s.appendLocked(id, st, s.latest.version, entry{data: s.latest.data, shared: true})
@@ -180,19 +167,9 @@ func (s *VersionService) appendLocked(id string, st *versionStream, version stri
 		e.n = n
 		record = st.record(id, e)
 	}
-	s.journal.write(record, func() { st.events.Publish(n) })
+	s.journal.write(record, func() { st.events.Publish(n, "") })
+	s.countLocked(id, st)
 	return n
-}
-
-// storeLocked has st kept in the journal from now on.
-func (s *VersionService) storeLocked(id string, st *versionStream) {
-	if s.journal == nil || st.stored {
-		return
-	}
-	st.stored = true
-	for _, record := range st.records(id) {
-		s.journal.write(record)
-	}
 }
 
 // Announce announces a version to one request_id, which gets it when it connects if it is not connected. It reports
@@ -202,17 +179,21 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 		return false, err
 	}
 	s.mu.Lock()
-	st, err := s.streamLocked(id, heapSize(len(a.data))+entrySize)
-	if err != nil {
+	if !s.memory.fits(versionOverhead + 2*len(id) + heapSize(len(a.data)) + entrySize) {
 		s.mu.Unlock()
-		return false, err
+		return false, errNoRoom
 	}
-	s.storeLocked(id, st)
+	st := s.streamLocked(id)
+	if s.journal != nil && !st.stored { // from now on it is in the journal
+		st.stored = true
+		for _, record := range st.records(id) {
+			s.journal.write(record)
+		}
+	}
 	if a.version != s.latest.version { // or a is what st lacks
 		s.catchUpLocked(id, st)
 	}
 	n := s.appendLocked(id, st, a.version, entry{data: a.data})
-	s.countLocked(id, st)
 	stored := s.journal.written()
 	s.mu.Unlock()
 	if err := stored.wait(); err != nil {
@@ -228,25 +209,18 @@ func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (deliv
 	if err := stored.wait(); err != nil {
 		return 0, 0, err
 	}
-	for _, e := range told {
-		if e.events.Wait(ctx, e.n) {
+	for events, n := range told {
+		if events.Wait(ctx, n) {
 			delivered++
-		} else {
-			failed++
 		}
 	}
-	return delivered, failed, nil
-}
-
-// pendingEvent is an event of which it is to be seen whether it is delivered.
-type pendingEvent struct {
-	events *eventLog
-	n      uint64
+	return delivered, len(told) - delivered, nil
 }
 
 // TellAll announces a version to everybody: to those that are connected, unless it is their last one, and to all that
-// connect later. It does not wait for the deliveries.
-func (s *VersionService) TellAll(a announcement) (told []pendingEvent, stored *commit) {
+// connect later. It does not wait for the deliveries, but returns the number of the event in each log.
+func (s *VersionService) TellAll(a announcement) (told map[*eventLog]uint64, stored *commit) {
+	told = map[*eventLog]uint64{}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.latest = a
@@ -255,8 +229,7 @@ func (s *VersionService) TellAll(a announcement) (told []pendingEvent, stored *c
 	for id, st := range s.streams {
 		if s.connected(id) {
 			if n := s.catchUpLocked(id, st); n != 0 {
-				told = append(told, pendingEvent{st.events, n})
-				s.countLocked(id, st)
+				told[st.events] = n
 			}
 		}
 	}
@@ -273,7 +246,7 @@ func (s *VersionService) tidy() {
 	now := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	short := s.memory.held > s.memory.limit/2
+	short := int(s.memory.bytes.Load()) > s.memory.limit/2
 	for id, st := range s.streams {
 		if short {
 			st.events.Shed()
@@ -294,29 +267,12 @@ func (s *VersionService) tidy() {
 			if st.stored {
 				s.journal.write(encodeRecord(recordDropID, recordFields{ID: id}))
 			}
-			s.memory.count(&st.held, 0)
+			s.memory.count(&st.held, share{})
 			s.met.dropped.with(serviceVersion, "expired").Add(stats.waiting)
 			continue
 		}
 		s.countLocked(id, st)
 	}
-}
-
-// Bytes returns how many bytes are kept for all request IDs.
-func (s *VersionService) Bytes() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.memory.held
-}
-
-// Events returns how many events the logs of all request IDs hold.
-func (s *VersionService) Events() (n int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, st := range s.streams {
-		n += st.events.stats().kept
-	}
-	return n
 }
 
 // Poll polls a version.json until ctx ends. A version that it sees twice in a row is announced to everybody, unless it
@@ -338,13 +294,11 @@ func (s *VersionService) Poll(ctx context.Context, target string, interval time.
 			s.log.Info("polling the frontend version works again")
 		}
 		failing = err != nil
-		if !failing {
-			if a.version == seen && a.version != s.Latest() {
-				s.log.Info("new frontend version", "version", a.version)
-				s.TellAll(a) // not AnnounceAll: a gateway that hangs must not delay the next poll
-			}
-			seen = a.version
+		if !failing && a.version == seen && a.version != s.Latest() {
+			s.log.Info("new frontend version", "version", a.version)
+			s.TellAll(a) // not AnnounceAll: a gateway that hangs must not delay the next poll
 		}
+		seen = cmp.Or(a.version, seen) // after a failure there is none
 		sleep(ctx, pause)
 	}
 }
@@ -425,11 +379,8 @@ func parseAnnouncement(o object) (a announcement, err error) {
 // serveAnnounce is POST /api/deployments/version.
 func (s *VersionService) serveAnnounce(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	body, err := readJSON(w, r, maxVersionBody)
-	if err != nil {
-		return 0, nil, err
-	}
-	a, err := parseAnnouncement(body)
-	if err != nil {
+	a, bad := parseAnnouncement(body)
+	if err := cmp.Or(err, bad); err != nil {
 		return 0, nil, err
 	}
 	id, single, err := body.str("request_id")

@@ -243,7 +243,7 @@ func TestVersionBodies(t *testing.T) {
 func TestVersionMemoryIsBounded(t *testing.T) {
 	apiTest(t, "", func(t *testing.T, api *apiFixture) {
 		api.checkAnnounced("a", "1", false)
-		one := api.version.memory.held
+		one := int(api.version.memory.bytes.Load())
 		api.version.memory.limit = 2 * one
 		api.checkAnnounced("b", "1", false)
 		full := `503 {"error":"too many announcements or request IDs","code":"no_room"}`
@@ -269,11 +269,11 @@ func TestVersionMemory(t *testing.T) {
 	apiStory(t, "is what is kept", "VERSION_PENDING_LIMIT=1", func(t *testing.T, api *apiFixture) {
 		api.checkAnnounced("a", "1", false)
 		api.checkAnnounced("a", "2", false)
-		one := api.version.memory.held
+		one := int(api.version.memory.bytes.Load())
 		for range 100 {
 			api.checkAnnounced("a", "2", false)
 		}
-		if got := api.version.memory.held; got != one {
+		if got := int(api.version.memory.bytes.Load()); got != one {
 			t.Errorf("got %d bytes held, want %d", got, one)
 		}
 	})
@@ -293,7 +293,7 @@ func TestVersionMemory(t *testing.T) {
 		if got := len(api.version.streams); got != 4 {
 			t.Errorf("with memory left: got %d logs, want 4", got)
 		}
-		api.version.memory.limit = 2*api.version.memory.held - 1
+		api.version.memory.limit = 2*int(api.version.memory.bytes.Load()) - 1
 		api.version.tidy()
 		if got, want := slices.Sorted(maps.Keys(api.version.streams)), []string{"here", "waits"}; !slices.Equal(got, want) {
 			t.Errorf("got logs of %q, want of %q", got, want)
@@ -355,7 +355,7 @@ func TestVersionMemoryIsCounted(t *testing.T) {
 				}
 			}
 			synctest.Wait()
-			checkCounted(t, tt.name, ids, api.version.memory.held, before)
+			checkCounted(t, tt.name, ids, int(api.version.memory.bytes.Load()), before)
 			runtime.KeepAlive(api)
 		})
 	}
