@@ -488,7 +488,6 @@ func TestIntegrationBackendRestarts(t *testing.T) {
 func TestIntegrationOutOfDescriptors(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)
-	t.Cleanup(backend.server.Close)
 	p := gatewayProcess(t, []string{"CALLBACK_URL=" + backend.server.URL + callbackTarget},
 		"sh", "-c", "ulimit -n 40; exec "+os.Args[0]+" gateway").mustStart(t)
 	began := time.Now()

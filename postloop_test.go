@@ -279,10 +279,8 @@ func TestSendConnectionPipelined(t *testing.T) {
 	}
 	writer.Wait()
 	c.wantData(want...)
-	conn.callback = receive(t, g.connects)
-	conn.begin()
-	g.send(conn.callback.Token, "live")
-	conn.wantData("live")
+	g.asked(conn).begin()
+	g.wantLive(conn)
 }
 
 // A head that announces a large body must not take the memory for it before the body comes.

@@ -105,27 +105,6 @@ func TestSendAnswers(t *testing.T) {
 	c.wantEnd()
 }
 
-func TestSendWhileConnecting(t *testing.T) {
-	t.Parallel()
-	gate := make(chan struct{})
-	g := newGatewayFixture(t, "", holding("connect", gate, answering(200, `{"event":{"data":"first"}}`)))
-	c := g.get("/x")
-	token := receive(t, g.connects).Token
-	if got := g.send(token, "last"); got != sentBuffered {
-		t.Errorf("send: got %s, want %s", got, sentBuffered)
-	}
-	if got := g.end(token); got != sentBuffered {
-		t.Errorf("close: got %s, want %s", got, sentBuffered)
-	}
-	if got := g.send(token, "too late"); got != sentGone {
-		t.Errorf("send after the close: got %s, want %s", got, sentGone)
-	}
-	close(gate)
-	c.begin()
-	c.wantData("first", "last")
-	c.wantEnd()
-}
-
 // A malformed body is the sender's fault, and does not affect the stream that it names.
 func TestMalformedBodies(t *testing.T) {
 	t.Parallel()
@@ -151,8 +130,7 @@ func TestMalformedBodies(t *testing.T) {
 			t.Errorf("%q: got %s, want a status 4xx", body, got)
 		}
 	}
-	g.send(c.callback.Token, "live")
-	c.wantData("live")
+	g.wantLive(c)
 }
 
 func TestBatch(t *testing.T) {
@@ -163,8 +141,7 @@ func TestBatch(t *testing.T) {
 			c.await(gate)
 		}
 	})
-	open, ended, held := g.open("/x"), g.open("/x"), g.get("/held")
-	held.callback = receive(t, g.connects)
+	open, ended, held := g.open("/x"), g.open("/x"), g.asked(g.get("/held"))
 	lines := []struct{ body, want string }{
 		{`{"token":"$open","event":{"data":"1"}}`, `{"status":"ok"}`},
 		{`{"token":"$held","event":{"data":"a"}}`, `{"status":"buffered"}`},
@@ -193,12 +170,8 @@ func TestBatch(t *testing.T) {
 	open.wantData("1", "5")
 	ended.wantData("last")
 	ended.wantEnd()
-	if got, want := g.post("application/x-ndjson", ""), "200 "; got != want {
-		t.Errorf("an empty batch: got %s, want %s", got, want)
-	}
-	if got, want := g.post("application/x-ndjson", strings.Repeat("\n", 4<<20+1)), `413 {"error":"request body too large","code":"too_large"}`; got != want {
-		t.Errorf("a batch of more than 4 MiB: got %s, want %s", got, want)
-	}
+	g.wantAnswers("200 ", g.post("application/x-ndjson", ""))
+	g.wantAnswers(`413 {"error":"request body too large","code":"too_large"}`, g.post("application/x-ndjson", strings.Repeat("\n", 4<<20+1)))
 }
 
 // Consecutive events for one stream are one write, and so one chunk, unless they are large.
