@@ -719,7 +719,9 @@ func TestMonitoring(t *testing.T) {
 	families := map[string]bool{}
 	for _, p := range []*process{host.backend, host.gateway} {
 		page := mustAsk(t, "GET", p.URL+"/metrics", "")
-		tool(t, page, "promtool", "check", "metrics")
+		if out := tool(t, page, "promtool", "check", "metrics"); out != "" { // it also knows how metrics should be named
+			t.Error(out)
+		}
 		for _, m := range regexp.MustCompile(`(?m)^# TYPE (\S+)`).FindAllStringSubmatch(page, -1) {
 			families[m[1]] = true
 		}
