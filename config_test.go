@@ -47,11 +47,16 @@ func TestConfigDefaults(t *testing.T) {
 		Sweep:               time.Minute,
 		Gateway:             wantGateway,
 	}
-	if got, err := loadBackendConfig(getenvFrom(nil)); err != nil || got != wantBackend {
+	wantGateway.Addr = ":3000"
+	checkConfig(t, nil, wantBackend, wantGateway)
+}
+
+func checkConfig(t *testing.T, env map[string]string, wantBackend backendConfig, wantGateway gatewayConfig) {
+	t.Helper()
+	if got, err := loadBackendConfig(getenvFrom(env)); err != nil || got != wantBackend {
 		t.Errorf("backend: got %+v, %v\nwant %+v", got, err, wantBackend)
 	}
-	wantGateway.Addr = ":3000"
-	if got, err := loadGatewayConfig(getenvFrom(nil)); err != nil || got != wantGateway {
+	if got, err := loadGatewayConfig(getenvFrom(env)); err != nil || got != wantGateway {
 		t.Errorf("gateway: got %+v, %v\nwant %+v", got, err, wantGateway)
 	}
 }
@@ -93,14 +98,9 @@ func TestConfigEveryVariable(t *testing.T) {
 		Sweep:               500 * time.Millisecond,
 		Gateway:             wantGateway,
 	}
-	if got, err := loadBackendConfig(getenvFrom(env)); err != nil || got != wantBackend {
-		t.Errorf("backend: got %+v, %v\nwant %+v", got, err, wantBackend)
-	}
 	wantGateway.Addr = "192.0.2.1:12"
 	wantGateway.CallbackURL = "http://localhost/cb?secret=14"
-	if got, err := loadGatewayConfig(getenvFrom(env)); err != nil || got != wantGateway {
-		t.Errorf("gateway: got %+v, %v\nwant %+v", got, err, wantGateway)
-	}
+	checkConfig(t, env, wantBackend, wantGateway)
 }
 
 func TestConfigReportsEveryProblemAtOnce(t *testing.T) {
