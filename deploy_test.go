@@ -80,6 +80,8 @@ const (
 	deployToken    = "api-token-of-a-test"
 	deploySecret   = "callback-secret-of-a-test"
 	deployPatience = 20 * time.Second // for what takes milliseconds unless the machine is busy with other tests
+
+	oneTask = `{"type":"external","params":{"task_id":"t"}}` // the body that starts the task "t"
 )
 
 // ask makes a request as a page of the same site would, with the API token, and returns the answer's status and body.
@@ -258,7 +260,7 @@ func TestContainer(t *testing.T) {
 	if data := envValue(img.env, "DATA_DIR"); !slices.Equal(img.volumes, []string{data}) {
 		t.Errorf("the volumes are %q, and DATA_DIR is %q", img.volumes, data)
 	}
-	path = startTask(t, backend.URL, "", `{"type":"external","params":{"task_id":"t"}}`)
+	path = startTask(t, backend.URL, "", oneTask)
 	es = openEventSource(t, gateway.URL+path, retryScale(0.05))
 	waitTold(t, es, "1 task_started")
 	backend.kill(t)
@@ -289,13 +291,19 @@ func TestContainer(t *testing.T) {
 // A host is a machine with a backend and its gateway.
 type host struct{ backend, gateway *process }
 
-// startHost starts a host, with env added to the environment of its backend.
+// startHost starts a host, with env for both processes.
 func startHost(t testing.TB, env ...string) host {
 	t.Helper()
+	return startHostBehind(t, startOwnGateway, env...)
+}
+
+// startHostBehind is startHost with a gateway that start starts.
+func startHostBehind(t testing.TB, start func(testing.TB, ...string) *process, env ...string) host {
+	t.Helper()
 	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	gateway := startOwnGateway(t, "CALLBACK_URL=http://"+addr+"/api/sse/callback?secret="+deploySecret)
-	backend := startBackend(t, append(env, "ADDR="+addr, "SSE_GATEWAY_URL="+gateway.URL,
-		"SSE_CALLBACK_SECRET="+deploySecret, "API_TOKEN="+deployToken)...)
+	gateway := start(t, append(env, "CALLBACK_URL=http://"+addr+"/api/sse/callback?secret="+deploySecret)...)
+	backend := startBackend(t, append([]string{"API_TOKEN=" + deployToken, "SSE_CALLBACK_SECRET=" + deploySecret,
+		"SSE_GATEWAY_URL=" + gateway.URL, "ADDR=" + addr}, env...)...)
 	return host{backend, gateway}
 }
 
@@ -366,7 +374,7 @@ func TestNginx(t *testing.T) {
 	if page := mustAsk(t, "GET", site+"/", ""); !strings.Contains(page, "new EventSource(") {
 		t.Errorf("the page is not ours: %.200s", page)
 	}
-	path := startTask(t, site, "", `{"type":"external","params":{"task_id":"t"}}`)
+	path := startTask(t, site, "", oneTask)
 	es := openEventSource(t, site+path, retryScale(0.05))
 	progress := func() { mustAsk(t, "POST", site+"/api/tasks/t/progress", `{"value":0.5}`) }
 	progress()

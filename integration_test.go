@@ -438,29 +438,8 @@ func TestIntegrationReconnect(t *testing.T) {
 // startSplit starts each role in a process of its own, the gateway with start.
 func startSplit(t testing.TB, start func(testing.TB, ...string) *process, env ...string) (v visitor, backend *process) {
 	t.Helper()
-	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	gateway := start(t, "CALLBACK_URL=http://"+addr+"/api/sse/callback?secret=shared", "RETRY_MILLISECONDS=50")
-	env = append(env, "ADDR="+addr, "SSE_GATEWAY_URL="+gateway.URL+"/", "SSE_CALLBACK_SECRET=shared")
-	backend = startBackend(t, env...)
-	return newVisitor(t, backend.URL, gateway.URL), backend
-}
-
-// One process and two processes do the same.
-func TestIntegrationProcesses(t *testing.T) {
-	t.Parallel()
-	check := func(v visitor) {
-		v.t.Helper()
-		wantStory(v.t, v.follow(v.start("demo", `{"steps":1}`)), "task_started", "progress_update step 1 of 1",
-			"task_completed", "connection_close task_completed")
-	}
-	t.Run("embedded", func(t *testing.T) {
-		backend := startBackend(t)
-		check(newVisitor(t, backend.URL, backend.URL))
-	})
-	t.Run("split", func(t *testing.T) {
-		v, _ := startSplit(t, startGateway)
-		check(v)
-	})
+	h := startHostBehind(t, start, append(env, "RETRY_MILLISECONDS=50", "API_TOKEN=")...)
+	return newVisitor(t, h.backend.URL, h.gateway.URL), h.backend
 }
 
 // The streams that a gateway holds for a backend must end with it, as the next backend does not know them. A backend

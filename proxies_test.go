@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -82,11 +83,7 @@ func TestProxies(t *testing.T) {
 
 func (proxy proxyFile) test(t *testing.T, version int) {
 	needs(t, strings.Fields(proxy.command)[0], "root")
-	host := startHost(t)
-	if proxy.heartbeat > 0 {
-		host.gateway.env = append(host.gateway.env, fmt.Sprintf("HEARTBEAT_INTERVAL_SECONDS=%v", proxy.heartbeat.Seconds()))
-		host.gateway.restart(t)
-	}
+	host := startHost(t, fmt.Sprintf("HEARTBEAT_INTERVAL_SECONDS=%v", cmp.Or(proxy.heartbeat, 15*time.Second).Seconds()))
 	site := proxy.start(t, host, version).URL
 
 	// A whole task.
@@ -99,7 +96,7 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	wantHidden(t, site)
 
 	// Each event comes at once. The median counts, as this machine may be busy.
-	startTask(t, site, "", `{"type":"external","params":{"task_id":"t"}}`)
+	startTask(t, site, "", oneTask)
 	es = openEventSource(t, site+"/api/sse/tasks?task_id=t", retryScale(0.05))
 	waitTold(t, es, "1 task_started")
 	if got := es.look().http; got != version {
