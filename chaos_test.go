@@ -112,9 +112,7 @@ func (c *chaos) rivals(n int) {
 
 // disturb cuts the streams of clients at random, and now and then adds a rival.
 func (c *chaos) disturb(d time.Duration) {
-	tick := time.NewTicker(25 * time.Millisecond)
-	defer tick.Stop()
-	for end := time.Now().Add(d); time.Now().Before(end); <-tick.C {
+	for tick, end := time.Tick(25*time.Millisecond), time.Now().Add(d); time.Now().Before(end); <-tick {
 		if rand.IntN(8) == 0 {
 			c.rivals(1)
 		}
@@ -289,9 +287,7 @@ func TestChaosPages(t *testing.T) {
 		c.turn(readers[i])
 	}
 	churn := func(d time.Duration) {
-		tick := time.NewTicker(25 * time.Millisecond)
-		defer tick.Stop()
-		for end := time.Now().Add(d); time.Now().Before(end); <-tick.C {
+		for tick, end := time.Tick(25*time.Millisecond), time.Now().Add(d); time.Now().Before(end); <-tick {
 			r := readers[rand.IntN(len(readers))]
 			switch es := r.parts[len(r.parts)-1].eventSource; {
 			case es.state() != "open": // otherwise its request might come after that of its successor

@@ -586,9 +586,15 @@ func TestReplicas(t *testing.T) {
 		}
 		return followers
 	}
-	complete := func(id string) (status int) {
-		status, _ = ask(t, "POST", ingress+"/api/tasks/"+id+"/complete", `{"result":null}`)
-		return status
+	complete := func(id string, want int) {
+		t.Helper()
+		if got, answer := ask(t, "POST", ingress+"/api/tasks/"+id+"/complete", `{"result":null}`); got != want {
+			t.Errorf("completing %s: got %d %.200s, want %d", id, got, answer, want)
+		}
+	}
+	dies := func(id string) bool { // it is a task of the replica that dies
+		status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", "")
+		return status == http.StatusOK
 	}
 
 	followers := follow("first", 300)
@@ -598,9 +604,7 @@ func TestReplicas(t *testing.T) {
 		}
 	}
 	for id, es := range followers {
-		if got := complete(id); got != http.StatusOK {
-			t.Errorf("completing %s: got %d", id, got)
-		}
+		complete(id, http.StatusOK)
 		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
 	}
 
@@ -640,29 +644,20 @@ func TestReplicas(t *testing.T) {
 
 	// While one replica is away, no other answers for its IDs, and the other replicas' IDs are not affected.
 	followers = follow("second", 60)
-	away := map[string]bool{}
-	for id := range followers {
-		status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", "")
-		away[id] = status == http.StatusOK
-	}
 	dyingNginx.kill(t)
 	for id, es := range followers {
-		if away[id] { // twice: by then a proxy that gives up on a server has done so
+		want := http.StatusOK
+		if dies(id) { // twice: by then a proxy that gives up on a server has done so
 			before := es.opens()
 			eventually(t, deployPatience, "told to come back", func() bool { return es.opens() >= before+2 })
-		}
-		want := http.StatusOK
-		if away[id] {
 			want = http.StatusBadGateway
 		}
-		if got := complete(id); got != want {
-			t.Errorf("completing %s (replica away: %v): got %d, want %d", id, away[id], got, want)
-		}
+		complete(id, want)
 	}
 	dyingNginx.restart(t)
 	for id, es := range followers {
-		if away[id] {
-			complete(id)
+		if dies(id) {
+			complete(id, http.StatusOK)
 		} else if es.opens() != 1 {
 			t.Errorf("the follower of %s reconnected", id)
 		}
@@ -675,7 +670,7 @@ func TestReplicas(t *testing.T) {
 	for i := range 20 {
 		id := fmt.Sprintf("third-%d", i)
 		path := startTask(t, ingress, "?task_id="+id, `{"type":"external","params":{"task_id":"`+id+`"}}`)
-		if status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", ""); status == http.StatusOK {
+		if dies(id) {
 			paths[id] = path
 		}
 	}
@@ -683,9 +678,7 @@ func TestReplicas(t *testing.T) {
 	followers = map[string]*eventSource{}
 	for id, path := range paths {
 		followers[id] = openEventSource(t, ingress+path, retryScale(0.05))
-		if got := complete(id); got != http.StatusBadGateway {
-			t.Errorf("completing %s while its backend is dead: got %d, want 502", id, got)
-		}
+		complete(id, http.StatusBadGateway)
 	}
 	for _, es := range followers {
 		eventually(t, deployPatience, "told to come back", func() bool { return es.opens() >= 2 })
@@ -693,9 +686,7 @@ func TestReplicas(t *testing.T) {
 	dying.backend.restart(t)
 	for id, es := range followers {
 		waitTold(t, es, "1 task_started")
-		if got := complete(id); got != http.StatusOK {
-			t.Errorf("completing %s after the restart: got %d", id, got)
-		}
+		complete(id, http.StatusOK)
 		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
 		waitFinished(t, es)
 	}

@@ -13,10 +13,10 @@ import (
 
 // These tests run the commands in README.md and the files in examples, with only addresses, secrets and pauses changed.
 
-// readme returns what is in README.md between two lines.
-func readme(t testing.TB, after, before string) string {
+// readme returns what is in README.md between two lines, edited as oldNew says.
+func readme(t testing.TB, after, before string, oldNew ...string) string {
 	t.Helper()
-	_, text, found := strings.Cut(edited(t, "README.md"), after+"\n")
+	_, text, found := strings.Cut(edited(t, "README.md", oldNew...), after+"\n")
 	text, _, ended := strings.Cut(text, before+"\n")
 	if !found || !ended {
 		t.Fatalf("README.md has nothing between %q and %q", after, before)
@@ -29,14 +29,7 @@ func TestWorkers(t *testing.T) {
 	t.Parallel()
 	backend := startBackend(t, "API_TOKEN="+deployToken)
 	dir := t.TempDir()
-	script := readme(t, "```sh", "```")
-	for _, change := range [][2]string{{"localhost:8080", backend.URL}, {"sleep 1", "sleep 0.01"}} {
-		if !strings.Contains(script, change[0]) {
-			t.Fatalf("README.md: the worker has no %q", change[0])
-		}
-		script = strings.ReplaceAll(script, change[0], change[1])
-	}
-	writeFile(t, dir+"/worker.sh", script)
+	writeFile(t, dir+"/worker.sh", readme(t, "```sh", "```", "api=localhost:8080", "api="+backend.URL, "sleep 1", "sleep 0.01"))
 	writeFile(t, dir+"/worker.py", edited(t, "examples/worker.py", "sleep(1)", "sleep(0.01)"))
 	writeFile(t, dir+"/worker.mjs", edited(t, "examples/worker.mjs", "sleep(1000)", "sleep(10)"))
 	for _, worker := range [][]string{{"sh", "worker.sh", "curl"}, {"python3", "worker.py"}, {"node", "worker.mjs"}} {

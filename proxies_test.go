@@ -118,24 +118,22 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	active := func() float64 {
 		return scrapeValue(mustAsk(t, "GET", host.backend.URL+"/metrics", ""), `sse_gateway_active_connections{service="version"}`)
 	}
-	var pages []*eventSource
-	for i := range 6 {
-		pages = append(pages, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=leaver-%d", site, i), retryScale(0.05)))
+	open := func(name string, n int) (pages []*eventSource) {
+		for i := range n {
+			pages = append(pages, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=%s-%d", site, name, i), retryScale(0.05)))
+		}
+		return pages
 	}
+	pages := open("leaver", 6)
 	eventually(t, deployPatience, "all pages are known", func() bool { return active() == 6 })
 	for _, page := range pages[:3] {
 		page.close()
 	}
 	eventually(t, time.Second+2*proxy.heartbeat, "the backend knows who left", func() bool { return active() == 3 })
-	pages = pages[3:]
 
 	// No page gives up while the gateway is away, and each gets what it has missed.
-	for i := range 3 {
-		pages = append(pages, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=page-%d", site, i), retryScale(0.05)))
-	}
-	for _, page := range pages {
-		eventually(t, deployPatience, "the page has a stream", func() bool { return page.state() == "open" })
-	}
+	pages = append(pages[3:], open("page", 3)...)
+	waitOpen(t, pages...)
 	host.gateway.kill(t)
 	killed := time.Now()
 	mustAsk(t, "POST", site+"/api/tasks/t/progress", `{"text":"away"}`)
