@@ -15,12 +15,14 @@ import (
 	"net/http/httptest"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 )
 
 // apiFixture is a backend, put together and routed as in main, with a gateway in memory. The epoch of events is "e".
@@ -456,22 +458,26 @@ func TestLoggedOnceASecond(t *testing.T) {
 
 // apiMalformed returns a body that is not JSON, made from a good one.
 func apiMalformed(r *rand.Rand, good string) string {
-	i := r.IntN(len(good))
-	switch r.IntN(4) {
-	case 0:
-		return good[:i]
-	case 1: // a byte that is valid nowhere: a control character, or one that is not in UTF-8
-		bad := [...]string{"\x00", "\x08", "\x1f", "\xc0", "\xff"}
-		return good[:i] + bad[r.IntN(len(bad))] + good[i+1:]
-	case 2:
-		return good + good[i:]
-	default:
-		noise := make([]byte, r.IntN(200))
-		for i := range noise {
-			noise[i] = byte(r.IntN(256))
+	body := []byte(good)
+	for json.Valid(body) && utf8.Valid(body) {
+		switch at := r.IntN(len(body)); r.IntN(6) {
+		case 0:
+			body = body[:at]
+		case 1:
+			body[at] = byte(r.Uint32())
+		case 2:
+			body = slices.Delete(body, at, at+1)
+		case 3: // punctuation, or a byte that is valid nowhere: a control character, or one that is not in UTF-8
+			body = slices.Insert(body, at, "{}[]\",:\\\x00\x1f\xff"[r.IntN(11)])
+		case 4:
+			body = append(body, body[at:]...)
+		case 5:
+			for i := range body[at:] {
+				body[at+i] = byte(r.Uint32())
+			}
 		}
-		return string(noise)
 	}
+	return string(body)
 }
 
 func TestMalformedBodiesAreTheClientsFault(t *testing.T) {
