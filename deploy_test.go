@@ -77,9 +77,8 @@ func tool(t testing.TB, stdin, name string, args ...string) (out string) {
 }
 
 const (
-	deployToken    = "api-token-of-a-test"
-	deploySecret   = "callback-secret-of-a-test"
-	deployPatience = 20 * time.Second // for what takes milliseconds unless the machine is busy with other tests
+	deployToken  = "api-token-of-a-test"
+	deploySecret = "callback-secret-of-a-test"
 
 	oneTask = `{"type":"external","params":{"task_id":"t"}}` // the body that starts the task "t"
 )
@@ -94,7 +93,7 @@ func ask(t testing.TB, method, target, body string) (status int, answer string) 
 	if body != "" {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	client := http.Client{Timeout: deployPatience}
+	client := http.Client{Timeout: soon}
 	resp, err := client.Do(req)
 	must(t, err)
 	defer resp.Body.Close()
@@ -123,37 +122,29 @@ func startTask(t testing.TB, base, query, body string) (streamPath string) {
 	return answer.StreamURL
 }
 
-// told returns what a page was told, without connection_open: the number of each event and what it says, as in
-// "1 task_started".
+// told returns the story of a page's stream with the number of each event, as in "1 task_started".
 func told(events []message) (all []string) {
 	for _, m := range events {
-		var data struct {
-			EventType              string `json:"event_type"`
-			Version, Error, Reason string
-		}
-		json.Unmarshal([]byte(m.Data), &data)
-		if m.Name != "connection_open" {
+		for _, said := range story([]message{m}) { // nothing of connection_open
 			_, n, _ := strings.Cut(m.ID, "-")
-			all = append(all, strings.TrimSpace(n+" "+data.EventType+data.Version+data.Error+data.Reason))
+			all = append(all, strings.TrimSpace(n+" "+said))
 		}
 	}
 	return all
 }
 
-// waitTold waits until a page was told as much as want has, and checks that it is want; see told.
+// waitTold waits until a page was told as much as want has, and checks that it is want; see told. After
+// connection_close it waits until the stream has ended for good.
 func waitTold(t testing.TB, es *eventSource, want ...string) {
 	t.Helper()
-	es.waitFor(t, deployPatience, func(got []message) bool { return len(told(got)) >= len(want) })
+	es.waitFor(t, soon, func(got []message) bool { return len(told(got)) >= len(want) })
+	if strings.HasPrefix(want[len(want)-1], "connection_close") {
+		if got := es.waitClosed(t, soon); got != http.StatusGone {
+			t.Errorf("a finished stream ended with %d, want 410", got)
+		}
+	}
 	if got := told(es.events()); !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
-	}
-}
-
-// waitFinished waits until a page's stream has ended for good.
-func waitFinished(t testing.TB, es *eventSource) {
-	t.Helper()
-	if got := es.waitClosed(t, deployPatience); got != http.StatusGone {
-		t.Errorf("a finished stream ended with %d, want 410", got)
 	}
 }
 
@@ -253,8 +244,7 @@ func TestContainer(t *testing.T) {
 
 	path := startTask(t, backend.URL, "", `{"type":"demo","params":{"steps":1}}`)
 	es := openEventSource(t, gateway.URL+path, retryScale(0.05))
-	waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
-	waitFinished(t, es)
+	waitTold(t, es, "1 task_started", "2 progress_update step 1 of 1", "3 task_completed", "connection_close task_completed")
 
 	// The journal is in the volume, where the next container finds it.
 	if data := envValue(img.env, "DATA_DIR"); !slices.Equal(img.volumes, []string{data}) {
@@ -266,8 +256,7 @@ func TestContainer(t *testing.T) {
 	backend.kill(t)
 	backend.restart(t)
 	mustAsk(t, "POST", backend.URL+"/api/tasks/t/complete", `{"result":null}`)
-	waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
-	waitFinished(t, es)
+	waitTold(t, es, "1 task_started", "2 task_completed", "connection_close task_completed")
 
 	for _, p := range []*process{gateway, backend} {
 		if !img.healthy(p) {
@@ -383,12 +372,11 @@ func TestNginx(t *testing.T) {
 	// While the gateway is down, nginx keeps the page trying. Afterwards the page gets what it has missed.
 	host.gateway.kill(t)
 	before := es.opens()
-	eventually(t, deployPatience, "nginx answered in the gateway's place", func() bool { return es.opens() >= before+2 })
+	eventually(t, soon, "nginx answered in the gateway's place", func() bool { return es.opens() >= before+2 })
 	progress()
 	host.gateway.restart(t)
 	mustAsk(t, "POST", site+"/api/tasks/t/complete", `{"result":null}`)
-	waitTold(t, es, "1 task_started", "2 progress_update", "3 progress_update", "4 task_completed", "task_completed")
-	waitFinished(t, es)
+	waitTold(t, es, "1 task_started", "2 progress_update", "3 progress_update", "4 task_completed", "connection_close task_completed")
 
 	wantHidden(t, site)
 }
@@ -487,7 +475,7 @@ func askForStreams(t testing.TB, target string, n int) (away int) {
 		all.Go(func() { answers <- request() })
 	}
 	streams := 0
-	for patience, answered := deployPatience, 0; answered < n; answered++ {
+	for patience, answered := soon, 0; answered < n; answered++ {
 		select {
 		case answer := <-answers:
 			switch answer {
@@ -573,6 +561,13 @@ func TestReplicas(t *testing.T) {
 	ingress := startNginx(t, "deploy/nginx-replicas.conf", "10.0.0.1:80", address(dyingNginx),
 		"10.0.0.2:80", address(staying.front(t)), "10.0.0.3:80", address(embedded)).URL
 
+	waitAll := func(pages map[string]*eventSource, want ...string) {
+		t.Helper()
+		for _, es := range pages {
+			waitTold(t, es, want...)
+		}
+	}
+	ended := []string{"1 task_started", "2 task_completed", "connection_close task_completed"}
 	// follow starts n external tasks, each with a follower.
 	follow := func(name string, n int) map[string]*eventSource {
 		followers := map[string]*eventSource{}
@@ -581,9 +576,7 @@ func TestReplicas(t *testing.T) {
 			path := startTask(t, ingress, "?task_id="+id, `{"type":"external","params":{"task_id":"`+id+`"}}`)
 			followers[id] = openEventSource(t, ingress+path, retryScale(0.05))
 		}
-		for _, es := range followers {
-			waitTold(t, es, "1 task_started")
-		}
+		waitAll(followers, "1 task_started")
 		return followers
 	}
 	complete := func(id string, want int) {
@@ -603,32 +596,31 @@ func TestReplicas(t *testing.T) {
 			t.Errorf("replica %d has %v of 300 tasks", i, n)
 		}
 	}
-	for id, es := range followers {
+	for id := range followers {
 		complete(id, http.StatusOK)
-		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
 	}
+	waitAll(followers, ended...)
 
 	// An id that a backend chose does not lead to its replica; the route does.
 	for i := range 6 {
 		route := fmt.Sprintf("route=%d", i)
 		path := startTask(t, ingress, "?"+route, `{"type":"demo","params":{"steps":1}}`)
 		es := openEventSource(t, ingress+path+"&"+route)
-		waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
+		waitTold(t, es, "1 task_started", "2 progress_update step 1 of 1", "3 task_completed", "connection_close task_completed")
 	}
 
 	// Each replica polls on its own, and together they tell every page.
-	eventually(t, deployPatience, "every replica has polled", func() bool {
+	eventually(t, soon, "every replica has polled", func() bool {
 		mu.Lock()
 		defer mu.Unlock()
 		return len(pollers) == len(backends)
 	})
-	var tabs []*eventSource
+	tabs := map[string]*eventSource{}
 	for i := range 40 {
-		tabs = append(tabs, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=tab-%d", ingress, i)))
+		id := fmt.Sprint("tab-", i)
+		tabs[id] = openEventSource(t, ingress+versionPath(id))
 	}
-	for _, tab := range tabs {
-		waitTold(t, tab, "1 1.0")
-	}
+	waitAll(tabs, "1 version 1.0")
 	for i, b := range backends {
 		series := `sse_gateway_active_connections{service="version"}`
 		if n := scrapeValue(mustAsk(t, "GET", b.URL+"/metrics", ""), series); n < 1 {
@@ -638,9 +630,7 @@ func TestReplicas(t *testing.T) {
 	mu.Lock()
 	version = "1.1"
 	mu.Unlock()
-	for _, tab := range tabs {
-		waitTold(t, tab, "1 1.0", "2 1.1")
-	}
+	waitAll(tabs, "1 version 1.0", "2 version 1.1")
 
 	// While one replica is away, no other answers for its IDs, and the other replicas' IDs are not affected.
 	followers = follow("second", 60)
@@ -649,7 +639,7 @@ func TestReplicas(t *testing.T) {
 		want := http.StatusOK
 		if dies(id) { // twice: by then a proxy that gives up on a server has done so
 			before := es.opens()
-			eventually(t, deployPatience, "told to come back", func() bool { return es.opens() >= before+2 })
+			eventually(t, soon, "told to come back", func() bool { return es.opens() >= before+2 })
 			want = http.StatusBadGateway
 		}
 		complete(id, want)
@@ -661,9 +651,8 @@ func TestReplicas(t *testing.T) {
 		} else if es.opens() != 1 {
 			t.Errorf("the follower of %s reconnected", id)
 		}
-		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
-		waitFinished(t, es)
 	}
+	waitAll(followers, ended...)
 
 	// Then its backend dies. Until it is back, no other replica says that its tasks are unknown. Then it resumes them.
 	paths := map[string]string{}
@@ -681,15 +670,14 @@ func TestReplicas(t *testing.T) {
 		complete(id, http.StatusBadGateway)
 	}
 	for _, es := range followers {
-		eventually(t, deployPatience, "told to come back", func() bool { return es.opens() >= 2 })
+		eventually(t, soon, "told to come back", func() bool { return es.opens() >= 2 })
 	}
 	dying.backend.restart(t)
-	for id, es := range followers {
-		waitTold(t, es, "1 task_started")
+	waitAll(followers, "1 task_started")
+	for id := range followers {
 		complete(id, http.StatusOK)
-		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
-		waitFinished(t, es)
 	}
+	waitAll(followers, ended...)
 	if len(paths) == 0 {
 		t.Error("the replica that died had no task")
 	}
@@ -735,7 +723,7 @@ func TestMonitoring(t *testing.T) {
 	prometheus := newProcess(t, "http://"+addr, nil, "prometheus", "--log.level=warn", "--web.listen-address="+addr,
 		"--config.file="+dir+"/prometheus.yml", "--storage.tsdb.path="+dir+"/data")
 	prometheus.probe = "/-/ready"
-	prometheus.limit = deployPatience
+	prometheus.limit = soon
 	prometheus.mustStart(t)
 	api := func(path string, data any) {
 		t.Helper()
@@ -749,7 +737,7 @@ func TestMonitoring(t *testing.T) {
 		api("/query?query="+url.QueryEscape(expr), &data)
 		return len(data.Result)
 	}
-	eventually(t, deployPatience, "both roles are scraped, more than once", func() bool {
+	eventually(t, soon, "both roles are scraped, more than once", func() bool {
 		return series("up == 1") == 2 && series("count_over_time(up[1m]) > 1") == 2
 	})
 
@@ -768,7 +756,7 @@ func TestMonitoring(t *testing.T) {
 				shown[name] = true
 			}
 			// On a busy machine a scrape may fail. That hides its series until the next one.
-			eventually(t, deployPatience, panel.Title+": something for "+target.Expr, func() bool { return series(target.Expr) > 0 })
+			eventually(t, soon, panel.Title+": something for "+target.Expr, func() bool { return series(target.Expr) > 0 })
 		}
 	}
 	for name := range families {
@@ -780,7 +768,7 @@ func TestMonitoring(t *testing.T) {
 	// The alerts can be evaluated, use only metrics that exist, and are quiet while all is well.
 	type rule struct{ Name, Query, Health, LastError, State string }
 	var rules struct{ Groups []struct{ Rules []rule } }
-	eventually(t, deployPatience, "the alerts were evaluated", func() bool {
+	eventually(t, soon, "the alerts were evaluated", func() bool {
 		api("/rules", &rules)
 		return !slices.ContainsFunc(rules.Groups[0].Rules, func(r rule) bool { return r.Health == "unknown" })
 	})

@@ -49,8 +49,8 @@ func TestWorkers(t *testing.T) {
 				t.Fatalf("%v, want a stream_url with a UUID:\n%s", err, out)
 			}
 			es := openEventSource(t, backend.URL+path)
-			waitTold(t, es, "1 task_started", "2 progress_update", "3 progress_update", "4 progress_update", "5 progress_update",
-				"6 task_completed", "task_completed")
+			waitTold(t, es, "1 task_started", "2 progress_update 2 of 10 files", "3 progress_update 4 of 10 files", "4 progress_update 6 of 10 files",
+				"5 progress_update 8 of 10 files", "6 task_completed", "connection_close task_completed")
 			if data := es.events()[5].Data; !strings.Contains(data, `"text":"8 of 10 files","value":0.8`) {
 				t.Errorf("got %s", data)
 			}
@@ -83,7 +83,7 @@ func TestProductionCommands(t *testing.T) {
 	backend := newProcess(t, "http://"+envValue(env[1], "ADDR"), env[1], os.Args[0]).mustStart(t)
 
 	path := startTask(t, backend.URL, "", `{"type":"demo","params":{"steps":1}}`)
-	waitTold(t, openEventSource(t, gateway.URL+path), "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
+	waitTold(t, openEventSource(t, gateway.URL+path), "1 task_started", "2 progress_update step 1 of 1", "3 task_completed", "connection_close task_completed")
 	for _, path := range []string{"/internal/send", "/internal/reset", "/metrics"} {
 		if status, _ := ask(t, "POST", gateway.URL+path, "{}"); status != http.StatusNotFound {
 			t.Errorf("%s on the gateway's public port: got %d, want 404", path, status)

@@ -89,8 +89,7 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	// A whole task.
 	path := startTask(t, site, "", `{"type":"demo","params":{"steps":1}}`)
 	es := openEventSource(t, site+path, retryScale(0.05))
-	waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
-	waitFinished(t, es)
+	waitTold(t, es, "1 task_started", "2 progress_update step 1 of 1", "3 task_completed", "connection_close task_completed")
 
 	// What is not for browsers.
 	wantHidden(t, site)
@@ -106,7 +105,7 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	for i := range 9 {
 		began := time.Now()
 		mustAsk(t, "POST", site+"/api/tasks/t/progress", fmt.Sprintf(`{"value":0.%d}`, i+1))
-		es.waitFor(t, deployPatience, func(got []message) bool { return len(told(got)) >= i+2 })
+		es.waitFor(t, soon, func(got []message) bool { return len(told(got)) >= i+2 })
 		took = append(took, time.Since(began))
 	}
 	slices.Sort(took)
@@ -125,7 +124,7 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 		return pages
 	}
 	pages := open("leaver", 6)
-	eventually(t, deployPatience, "all pages are known", func() bool { return active() == 6 })
+	eventually(t, soon, "all pages are known", func() bool { return active() == 6 })
 	for _, page := range pages[:3] {
 		page.close()
 	}
@@ -137,7 +136,7 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	host.gateway.kill(t)
 	killed := time.Now()
 	mustAsk(t, "POST", site+"/api/tasks/t/progress", `{"text":"away"}`)
-	eventually(t, deployPatience, "the proxy answers in the gateway's place, also to pages of another site", func() bool {
+	eventually(t, soon, "the proxy answers in the gateway's place, also to pages of another site", func() bool {
 		return askForStreams(t, site+"/api/sse/x", 1) == 1
 	})
 	// No page gives up either when a gateway ends before it has answered.
@@ -149,15 +148,15 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	host.gateway.restart(t)
 	mustAsk(t, "POST", site+"/api/deployments/version", `{"version":"2.0"}`)
 	for _, page := range pages {
-		page.waitFor(t, deployPatience, func(got []message) bool { return slices.Contains(told(got), "1 2.0") })
+		page.waitFor(t, soon, func(got []message) bool { return slices.Contains(told(got), "1 version 2.0") })
 		if page.failure() != 0 {
 			t.Errorf("a page gave up on a %d", page.failure())
 		}
 	}
 	mustAsk(t, "POST", site+"/api/tasks/t/complete", `{"result":null}`)
-	waitFinished(t, es)
-	if got := told(es.events()); len(got) != 13 {
-		t.Errorf("the task's page was told %q, want each of 12 events once, and the end", got)
+	failure := es.waitClosed(t, soon)
+	if got := told(es.events()); failure != http.StatusGone || len(got) != 13 {
+		t.Errorf("the task's page was told %q and then %d, want each of 12 events once, the end, and 410", got, failure)
 	}
 }
 
