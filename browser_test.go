@@ -86,8 +86,8 @@ func TestBrowserPage(t *testing.T) {
 
 	// A deployment reaches the page.
 	site.post(t, "/api/deployments/version", `{"version":"browser-2","changelog":"faster"}`)
-	tab.wait(`!document.querySelector("#version-banner").hidden &&
-		document.querySelector("#version-banner").textContent.includes("browser-2")`)
+	const banner = `!document.querySelector("#version-banner").hidden && document.querySelector("#version-banner").textContent.includes(%q)`
+	tab.wait(fmt.Sprintf(banner, "browser-2"))
 	tab.wait(`document.querySelector("#version-current").textContent == "browser-2"`)
 
 	// A page that is loaded afterwards has that version, and shows a banner only for the next one.
@@ -95,8 +95,7 @@ func TestBrowserPage(t *testing.T) {
 	second.wait(`document.querySelector("#version-name").textContent == "browser-2"`)
 	second.wait(`document.querySelector("#version-banner").hidden`)
 	site.post(t, "/api/deployments/version", `{"version":"browser-3"}`)
-	second.wait(`!document.querySelector("#version-banner").hidden &&
-		document.querySelector("#version-banner").textContent.includes("browser-3")`)
+	second.wait(fmt.Sprintf(banner, "browser-3"))
 }
 
 // A link to a download or to mailto: makes the browser announce that the page is being left, and the page closes its
