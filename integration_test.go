@@ -193,13 +193,13 @@ type system struct {
 	visitor
 	*backend
 	gateway *process
-	server  *server // the latest one of the backend
 }
 
 // newSystem starts both roles. start is startGateway or startOwnGateway; env is for both roles.
 func newSystem(t testing.TB, start func(testing.TB, ...string) *process, env ...string) *system {
 	t.Helper()
-	l := listen(t, fmt.Sprintf("127.0.0.1:%d", freePort(t)))
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
 	env = append([]string{
 		"ADDR=" + l.Addr().String(), "SSE_CALLBACK_SECRET=shared",
 		"CALLBACK_URL=http://" + l.Addr().String() + "/api/sse/callback?secret=shared",
@@ -207,50 +207,26 @@ func newSystem(t testing.TB, start func(testing.TB, ...string) *process, env ...
 	}, env...)
 	cfg, err := loadBackendConfig(func(key string) string { return envValue(env, key) })
 	must(t, err)
-	out, err := os.CreateTemp(t.TempDir(), "log")
-	must(t, err)
-	gateway := start(t, env...)
-	log := slog.New(slog.NewTextHandler(out, nil))
+	gateway, logged := start(t, env...), &testOutput{}
 	s := &system{
 		visitor: newVisitor(t, "http://"+cfg.Addr, gateway.URL),
-		backend: newBackend(cfg, gateway.URL, newRegistry("test"), log),
+		backend: newBackend(cfg, gateway.URL, newRegistry("test"), slog.New(slog.NewTextHandler(logged, nil))),
 		gateway: gateway,
 	}
-	s.serve(l)
+	server := newServer(s.log, s.reg, s.routes(nil), l)
+	go server.Serve(l)
 	s.work(t.Context())
 	t.Cleanup(func() {
-		s.down()
+		server.Close()
 		if err := checkConsistency(s.conns); err != nil {
 			t.Error(err)
 		}
-		if text, _ := os.ReadFile(out.Name()); t.Failed() {
-			t.Logf("log of the backend:\n%s", text)
+		if t.Failed() {
+			t.Logf("log of the backend:\n%s", logged)
 		}
-		out.Close()
 	})
 	return s
 }
-
-// listen listens on addr. It tries again and again, as a process that another test is starting may have a copy of the
-// old descriptor until its exec.
-func listen(t testing.TB, addr string) (l net.Listener) {
-	t.Helper()
-	eventually(t, soon, "listening on "+addr, func() (ok bool) {
-		var err error
-		l, err = net.Listen("tcp", addr)
-		return err == nil
-	})
-	return l
-}
-
-func (s *system) serve(l net.Listener) {
-	s.server = newServer(s.log, s.reg, s.routes(nil), l)
-	go s.server.Serve(l)
-}
-
-// down makes the backend unreachable, and up makes it reachable again. It keeps working all the while.
-func (s *system) down() { s.server.Close() }
-func (s *system) up()   { s.serve(listen(s.t, s.cfg.Addr)) }
 
 // metric returns the value of a series of the backend.
 func (s *system) metric(series string) float64 { return scrapeValue(scrapeAll(s.reg), series) }
@@ -431,27 +407,6 @@ func startSplit(t testing.TB, start func(testing.TB, ...string) *process, env ..
 	return newVisitor(t, h.backend.URL, h.gateway.URL), h.backend
 }
 
-// The streams that a gateway holds for a backend must end with it, as the next backend does not know them. A backend
-// that stops ends them. If it is killed, the next backend has the gateway end them.
-func TestIntegrationBackendRestarts(t *testing.T) {
-	t.Parallel()
-	for name, end := range map[string]func(*process, testing.TB){"stopped": (*process).wantStop, "killed": (*process).kill} {
-		t.Run(name, func(t *testing.T) {
-			v, backend := startSplit(t, startOwnGateway)
-			es := v.subscribe("me")
-			waitOpen(t, es)
-			v.wantAnnounced("me", "1.0", true)
-			end(backend, t)
-			if name == "stopped" {
-				eventually(t, soon, "stream ended", func() bool { return es.attempts() > 1 })
-			}
-			backend.restart(t)
-			v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`) // delivered now or later
-			wantStory(t, es, "version 1.0", "version 1.1")
-		})
-	}
-}
-
 // A gateway that is out of file descriptors can accept no connections. It must not crash or spin, and must recover.
 func TestIntegrationOutOfDescriptors(t *testing.T) {
 	t.Parallel()
@@ -477,23 +432,6 @@ func TestIntegrationOutOfDescriptors(t *testing.T) {
 		t.Errorf("%d lines of log in %v, want one a second", n, took)
 	}
 	eventually(t, soon, "recovered", p.isUp)
-}
-
-// Profiles reveal too much for a public address, and can keep a core busy.
-func TestIntegrationProfiles(t *testing.T) {
-	t.Parallel()
-	for _, start := range []func(testing.TB, ...string) *process{startOwnGateway, startBackend} {
-		internal := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-		p := start(t, "INTERNAL_ADDR="+internal, "CALLBACK_URL=http://127.0.0.1:1/")
-		for path, want := range map[string]int{"/debug/pprof/goroutine": 200, "/metrics": 200, "/healthz": 404} {
-			if got := newVisitor(t, "", "").status("http://" + internal + path); got != want {
-				t.Errorf("%s%s: got %d, want %d", internal, path, got, want)
-			}
-		}
-		if got := newVisitor(t, "", "").status(p.URL + "/debug/pprof/goroutine"); got == 200 {
-			t.Errorf("%s has profiles", p.URL)
-		}
-	}
 }
 
 // A browser opens connections ahead of requests, and an http.Server that shuts down waits for them for 5 s.
@@ -635,44 +573,6 @@ func TestIntegrationUnaskedAnswerIsNotPrinted(t *testing.T) {
 	if got := p.output(); strings.Contains(got, "leak") {
 		t.Errorf("got output %q", got)
 	}
-}
-
-// An EventSource gives up for good at any status but 200. A backend that is away for seconds must not cost every page
-// its stream.
-func TestIntegrationBackendUnreachable(t *testing.T) {
-	t.Parallel()
-	s := newSystem(t, startOwnGateway, "RETRY_MILLISECONDS=200")
-	id := s.start("external", `{}`)
-	clients := []*eventSource{s.follow(id)}
-	for i := range 20 {
-		clients = append(clients, s.subscribe(fmt.Sprint(i)))
-	}
-	for _, es := range clients {
-		es.waitFor(t, soon, func(events []message) bool { return len(events) > 0 })
-	}
-	s.down()
-	for _, es := range clients {
-		es.cut()
-	}
-	text := "meanwhile"
-	if _, err := s.tasks.Progress(id, report{text: &text}); err != nil {
-		t.Fatal(err)
-	}
-	time.Sleep(3 * time.Second) // the outage
-	s.up()
-	for _, es := range clients[1:] {
-		es.waitFor(t, soon, func(events []message) bool { return len(events) == 2 }) // connection_open again
-	}
-	s.wantBroadcast("1.0", 20)
-	for _, es := range clients[1:] {
-		wantStory(t, es, "version 1.0")
-		if es.attempts() < 4 {
-			t.Errorf("got %d attempts, want several during the outage", es.attempts())
-		}
-	}
-	s.complete(id)
-	wantEnd(t, clients[0], "task_started", "progress_update meanwhile",
-		"task_completed", "connection_close task_completed")
 }
 
 // BenchmarkReplay gives a fresh page the 1,000 events of a finished task.

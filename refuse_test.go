@@ -325,13 +325,15 @@ func TestAnswersAreNotCached(t *testing.T) {
 	for base, requests := range map[string][]string{
 		b.URL: {"200 GET /", "200 GET /healthz", "200 GET /readyz", "200 GET /metrics", "404 GET /nothing", "405 PUT /api/tasks",
 			"200 GET /api/tasks", "404 GET /api/tasks/x/status", "400 POST /api/tasks", "405 POST /api/sse/tasks", "401 POST /api/sse/callback",
-			"400 GET /api/sse/tasks", "404 GET /internal/send", "400 GET /api/sse//tasks", "400 GET /api/sse/x"},
-		g.URL: {"200 GET /healthz", "200 GET /readyz", "404 GET /metrics", "410 GET /x", "405 PUT /x", "405 POST /healthz", "404 POST /internal/send"},
+			"400 GET /api/sse/tasks", "404 GET /internal/send", "400 GET /api/sse//tasks", "400 GET /api/sse/x", "404 GET /debug/pprof/goroutine"},
+		g.URL: {"200 GET /healthz", "200 GET /readyz", "404 GET /metrics", "410 GET /x", "405 PUT /x", "405 POST /healthz", "404 POST /internal/send",
+			"410 GET /debug/pprof/goroutine"},
 		own.URL: {"503 GET /x", "503 GET /readyz", "200 GET /metrics", "405 GET /internal/send", "415 POST /internal/send",
 			"415 POST /internal/reset"},
-		"http://" + strings.TrimPrefix(backendInternal, "INTERNAL_ADDR="): {"200 GET /metrics", "200 GET /debug/pprof/", "404 GET /x"},
+		// Profiles are here alone: they reveal too much for a public address, and can keep a core busy.
+		"http://" + strings.TrimPrefix(backendInternal, "INTERNAL_ADDR="): {"200 GET /metrics", "200 GET /debug/pprof/", "404 GET /x", "404 GET /healthz"},
 		"http://" + strings.TrimPrefix(gatewayInternal, "INTERNAL_ADDR="): {"200 GET /metrics", "200 GET /debug/pprof/heap?debug=1",
-			"404 GET /debug/pprof/x", "404 GET /x", "405 PUT /metrics", "30 GET /debug//pprof/"},
+			"404 GET /debug/pprof/x", "404 GET /x", "404 GET /healthz", "405 PUT /metrics", "30 GET /debug//pprof/"},
 	} {
 		for _, request := range requests {
 			status, rest, _ := strings.Cut(request, " ")
