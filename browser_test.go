@@ -103,7 +103,7 @@ func TestBrowserPage(t *testing.T) {
 func TestBrowserPageThatStays(t *testing.T) {
 	t.Parallel()
 	site, tab := openSite(t)
-	site.post(t, "/api/tasks", oneTask)
+	site.post(t, "/api/tasks", oneExternal)
 	tab.run(`window.left = 0; addEventListener("beforeunload", () => left++)`)
 	tab.follow("t")
 	open := `document.querySelectorAll("[data-state=open]").length == 2 && document.querySelectorAll("#tasks li").length == %d`
@@ -268,7 +268,7 @@ func TestBrowserTable(t *testing.T) {
 func TestBrowserReplaced(t *testing.T) {
 	t.Parallel()
 	site, tab := openSite(t)
-	site.post(t, "/api/tasks", oneTask)
+	site.post(t, "/api/tasks", oneExternal)
 	tab.follow("t")
 	tab.wait(`document.querySelectorAll("#tasks tbody[data-state=open] li").length == 1`)
 	var requestID string
@@ -432,7 +432,7 @@ func TestBrowserSilence(t *testing.T) {
 func TestBrowserSilentGateway(t *testing.T) {
 	t.Parallel()
 	site, tab := openSite(t, "HEARTBEAT_INTERVAL_SECONDS=0.5")
-	site.post(t, "/api/tasks", oneTask)
+	site.post(t, "/api/tasks", oneExternal)
 	tab.run(pageClient(t) + `window.ids = []; window.beats = 0; window.lost = 0;
 		openStream("/api/sse/tasks?task_id=t", { heartbeat: () => beats++, lost: () => lost++,
 			task_event: e => ids.push(e.lastEventId), connection_close: () => window.end = true })`)
@@ -455,7 +455,7 @@ func TestBrowserSilentGateway(t *testing.T) {
 func TestBrowserEnd(t *testing.T) {
 	t.Parallel()
 	site := startSite(t)
-	site.post(t, "/api/tasks", oneTask)
+	site.post(t, "/api/tasks", oneExternal)
 	browser := startBrowser(t)
 	const follow = `window.source = new EventSource("/api/sse/tasks?task_id=t"); window.got = [];
 		for (const name of ["connection_open", "task_event", "connection_close"])
@@ -479,7 +479,7 @@ func TestBrowserEnd(t *testing.T) {
 func TestBrowserOtherSite(t *testing.T) {
 	t.Parallel()
 	site := startSite(t)
-	site.post(t, "/api/tasks", oneTask)
+	site.post(t, "/api/tasks", oneExternal)
 	const path = "/api/sse/tasks?task_id=t"
 	other := serveTest(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	browser := startBrowser(t)
@@ -526,7 +526,7 @@ func TestBrowserOtherOrigin(t *testing.T) {
 	t.Parallel()
 	h := startHost(t, "CORS_ALLOW_ORIGIN=*", "RETRY_MILLISECONDS=100")
 	nginx := h.front(t, "retry: 3000", "retry: 100", "limit_conn streams 1000", "limit_conn streams 1")
-	path := startTask(t, h.backend.URL, "", oneTask)
+	path := startTask(t, h.backend.URL, "", oneExternal)
 	page := serveTest(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	tab := startBrowser(t).open(page.URL + "/")
 	tab.run(`window.lost = [0, 0]; window.got = [];

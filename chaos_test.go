@@ -59,13 +59,8 @@ func (j *job) check(events []message) (n int, err error) {
 }
 
 // current returns the clients of the job that have not given up.
-func (j *job) current() (clients []*eventSource) {
-	for _, es := range j.clients {
-		if es.state() != "closed" {
-			clients = append(clients, es)
-		}
-	}
-	return clients
+func (j *job) current() []*eventSource {
+	return slices.DeleteFunc(slices.Clone(j.clients), func(es *eventSource) bool { return es.state() == "closed" })
 }
 
 // A chaos is a system in which everything happens at the same time.
@@ -317,13 +312,7 @@ func TestChaosPages(t *testing.T) {
 	for _, r := range readers {
 		last := r.parts[len(r.parts)-1]
 		last.events = last.waitFor(t, soon, func(events []message) bool {
-			ended := 0
-			for _, m := range events {
-				if completed([]message{m}) {
-					ended++
-				}
-			}
-			return ended >= len(last.jobs)
+			return !slices.ContainsFunc(last.jobs, func(j *job) bool { return !completed(ofTask(events, j.id)) })
 		})
 		for _, p := range r.parts {
 			n, err := p.check()

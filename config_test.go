@@ -183,24 +183,17 @@ func TestConfigBounds(t *testing.T) {
 
 func TestConfigProduction(t *testing.T) {
 	const long, short = "sixteen-letters!", "fifteen-letters"
-	tests := []struct{ gatewayURL, callbackSecret, apiToken, want string }{
-		{"", "", long, ""},
-		{"http://h", long, long, ""},
-		{"", "", "", "API_TOKEN must be set in production"},
-		{"http://h", "", long, "SSE_CALLBACK_SECRET must be set in production"},
-		{"", "", short, "API_TOKEN must be at least 16 characters long in production"},
-		{"", short, long, "SSE_CALLBACK_SECRET must be at least 16 characters long in production"},
-		{"", "", strings.Repeat("ü", 15), "API_TOKEN must be at least 16 characters long in production"},
-	}
-	for _, test := range tests {
-		got := configProblems(map[string]string{
-			"APP_ENV":             "production",
-			"SSE_GATEWAY_URL":     test.gatewayURL,
-			"SSE_CALLBACK_SECRET": test.callbackSecret,
-			"API_TOKEN":           test.apiToken,
-		})
-		if got != test.want {
-			t.Errorf("%+v: got %q", test, got)
+	for settings, want := range map[string]string{
+		"API_TOKEN=" + long: "",
+		"API_TOKEN=" + long + " SSE_GATEWAY_URL=http://h SSE_CALLBACK_SECRET=" + long: "",
+		"": "API_TOKEN must be set in production",
+		"API_TOKEN=" + long + " SSE_GATEWAY_URL=http://h":     "SSE_CALLBACK_SECRET must be set in production",
+		"API_TOKEN=" + short:                                  "API_TOKEN must be at least 16 characters long in production",
+		"API_TOKEN=" + long + " SSE_CALLBACK_SECRET=" + short: "SSE_CALLBACK_SECRET must be at least 16 characters long in production",
+		"API_TOKEN=" + strings.Repeat("ü", 15):                "API_TOKEN must be at least 16 characters long in production",
+	} {
+		if got := configProblems(settingsEnv("APP_ENV=production " + settings)); got != want {
+			t.Errorf("%s: got %q, want %q", settings, got, want)
 		}
 	}
 }

@@ -80,7 +80,9 @@ const (
 	deployToken  = "api-token-of-a-test"
 	deploySecret = "callback-secret-of-a-test"
 
-	oneTask = `{"type":"external","params":{"task_id":"t"}}` // the body that starts the task "t"
+	// The bodies that start the external task "t" and a short demo.
+	oneExternal = `{"type":"external","params":{"task_id":"t"}}`
+	oneDemo     = `{"type":"demo","params":{"steps":1}}`
 )
 
 // ask makes a request as a page of the same site would, with the API token, and returns the answer's status and body.
@@ -242,16 +244,14 @@ func TestContainer(t *testing.T) {
 		"API_TOKEN=" + deployToken,
 	})
 
-	path := startTask(t, backend.URL, "", `{"type":"demo","params":{"steps":1}}`)
-	es := openEventSource(t, gateway.URL+path, retryScale(0.05))
+	es := openEventSource(t, gateway.URL+startTask(t, backend.URL, "", oneDemo), retryScale(0.05))
 	waitTold(t, es, "1 task_started", "2 progress_update step 1 of 1", "3 task_completed", "connection_close task_completed")
 
 	// The journal is in the volume, where the next container finds it.
 	if data := envValue(img.env, "DATA_DIR"); !slices.Equal(img.volumes, []string{data}) {
 		t.Errorf("the volumes are %q, and DATA_DIR is %q", img.volumes, data)
 	}
-	path = startTask(t, backend.URL, "", oneTask)
-	es = openEventSource(t, gateway.URL+path, retryScale(0.05))
+	es = openEventSource(t, gateway.URL+startTask(t, backend.URL, "", oneExternal), retryScale(0.05))
 	waitTold(t, es, "1 task_started")
 	backend.kill(t)
 	backend.restart(t)
@@ -363,8 +363,7 @@ func TestNginx(t *testing.T) {
 	if page := mustAsk(t, "GET", site+"/", ""); !strings.Contains(page, "new EventSource(") {
 		t.Errorf("the page is not ours: %.200s", page)
 	}
-	path := startTask(t, site, "", oneTask)
-	es := openEventSource(t, site+path, retryScale(0.05))
+	es := openEventSource(t, site+startTask(t, site, "", oneExternal), retryScale(0.05))
 	progress := func() { mustAsk(t, "POST", site+"/api/tasks/t/progress", `{"value":0.5}`) }
 	progress()
 	waitTold(t, es, "1 task_started", "2 progress_update") // at once: nginx buffers nothing
@@ -604,8 +603,7 @@ func TestReplicas(t *testing.T) {
 	// An id that a backend chose does not lead to its replica; the route does.
 	for i := range 6 {
 		route := fmt.Sprintf("route=%d", i)
-		path := startTask(t, ingress, "?"+route, `{"type":"demo","params":{"steps":1}}`)
-		es := openEventSource(t, ingress+path+"&"+route)
+		es := openEventSource(t, ingress+startTask(t, ingress, "?"+route, oneDemo)+"&"+route)
 		waitTold(t, es, "1 task_started", "2 progress_update step 1 of 1", "3 task_completed", "connection_close task_completed")
 	}
 

@@ -87,16 +87,14 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	site := proxy.start(t, host, version).URL
 
 	// A whole task.
-	path := startTask(t, site, "", `{"type":"demo","params":{"steps":1}}`)
-	es := openEventSource(t, site+path, retryScale(0.05))
+	es := openEventSource(t, site+startTask(t, site, "", oneDemo), retryScale(0.05))
 	waitTold(t, es, "1 task_started", "2 progress_update step 1 of 1", "3 task_completed", "connection_close task_completed")
 
 	// What is not for browsers.
 	wantHidden(t, site)
 
 	// Each event comes at once. The median counts, as this machine may be busy.
-	startTask(t, site, "", oneTask)
-	es = openEventSource(t, site+"/api/sse/tasks?task_id=t", retryScale(0.05))
+	es = openEventSource(t, site+startTask(t, site, "", oneExternal), retryScale(0.05))
 	waitTold(t, es, "1 task_started")
 	if got := es.look().http; got != version {
 		t.Errorf("the stream came over HTTP/%d, want %d", got, version)
