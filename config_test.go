@@ -321,38 +321,33 @@ func TestMisspeltVariables(t *testing.T) {
 func TestHealthcheckURL(t *testing.T) {
 	const noPort = " must be given a port above 0 for a health check, " +
 		"which cannot know the port that the system chose, not "
-	tests := []struct{ addr, port, want string }{ // port may be host and port
-		{"", "127.0.0.9 3000", "http://127.0.0.9:3000/readyz"},
-		{"", "::1 3000", "http://[::1]:3000/readyz"},
-		{"", ":: 3000", "http://127.0.0.1:3000/readyz"},
-		{"", "0.0.0.0 3000", "http://127.0.0.1:3000/readyz"},
-		{"", "localhost 3000", "http://127.0.0.1:3000/readyz"},
-		{"localhost:9", "192.0.2.7 3000", "http://127.0.0.1:9/readyz"},
-		{"", "", "http://127.0.0.1:8080/readyz"},
-		{"", "3000", "http://127.0.0.1:3000/readyz"},
-		{"localhost:9", "3000", "http://127.0.0.1:9/readyz"},
-		{"192.0.2.7:80", "", "http://192.0.2.7:80/readyz"},
-		{"[::1]:80", "", "http://[::1]:80/readyz"},
-		{"[fe80::1%eth0]:80", "", "http://[fe80::1%25eth0]:80/readyz"},
-		{":8080", "", "http://127.0.0.1:8080/readyz"},
-		{"0.0.0.0:8080", "", "http://127.0.0.1:8080/readyz"},
-		{"[::]:8080", "", "http://127.0.0.1:8080/readyz"},
-		{"localhost", "", `ADDR must be host:port with a port from 0 to 65535, not "localhost"`},
-		{"", "x", `PORT must be a whole number from 0 to 65535, not "x"`},
-		{"", "0", "PORT" + noPort + `"0"`},
-		{":00", "", "ADDR" + noPort + `":00"`},
-	}
-	for _, test := range tests {
-		host, port, found := strings.Cut(test.port, " ")
-		if !found {
-			host, port = "", test.port
-		}
-		got, err := healthcheckURL(getenvFrom(map[string]string{"ADDR": test.addr, "HOST": host, "PORT": port}))
+	for settings, want := range map[string]string{
+		"HOST=127.0.0.9 PORT=3000":                  "http://127.0.0.9:3000/readyz",
+		"HOST=::1 PORT=3000":                        "http://[::1]:3000/readyz",
+		"HOST=:: PORT=3000":                         "http://127.0.0.1:3000/readyz",
+		"HOST=0.0.0.0 PORT=3000":                    "http://127.0.0.1:3000/readyz",
+		"HOST=localhost PORT=3000":                  "http://127.0.0.1:3000/readyz",
+		"ADDR=localhost:9 HOST=192.0.2.7 PORT=3000": "http://127.0.0.1:9/readyz",
+		"":                           "http://127.0.0.1:8080/readyz",
+		"PORT=3000":                  "http://127.0.0.1:3000/readyz",
+		"ADDR=localhost:9 PORT=3000": "http://127.0.0.1:9/readyz",
+		"ADDR=192.0.2.7:80":          "http://192.0.2.7:80/readyz",
+		"ADDR=[::1]:80":              "http://[::1]:80/readyz",
+		"ADDR=[fe80::1%eth0]:80":     "http://[fe80::1%25eth0]:80/readyz",
+		"ADDR=:8080":                 "http://127.0.0.1:8080/readyz",
+		"ADDR=0.0.0.0:8080":          "http://127.0.0.1:8080/readyz",
+		"ADDR=[::]:8080":             "http://127.0.0.1:8080/readyz",
+		"ADDR=localhost":             `ADDR must be host:port with a port from 0 to 65535, not "localhost"`,
+		"PORT=x":                     `PORT must be a whole number from 0 to 65535, not "x"`,
+		"PORT=0":                     "PORT" + noPort + `"0"`,
+		"ADDR=:00":                   "ADDR" + noPort + `":00"`,
+	} {
+		got, err := healthcheckURL(getenvFrom(settingsEnv(settings)))
 		if err != nil {
 			got = err.Error()
 		}
-		if got != test.want {
-			t.Errorf("ADDR=%q PORT=%q: got %s, want %s", test.addr, test.port, got, test.want)
+		if got != want {
+			t.Errorf("%s: got %s, want %s", settings, got, want)
 		}
 	}
 }
