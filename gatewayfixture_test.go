@@ -497,15 +497,13 @@ func (b *stubBackend) count(token string, n int) {
 	b.balance[token] += n
 }
 
-// wantDisconnect waits for a disconnect callback of the stream that c opened, and returns how long that took.
-func (b *stubBackend) wantDisconnect(c *streamClient, reason string) time.Duration {
+// wantDisconnect waits for a disconnect callback of the stream that c opened.
+func (b *stubBackend) wantDisconnect(c *streamClient, reason string) {
 	b.t.Helper()
-	began := time.Now()
 	got := receive(b.t, b.disconnects)
 	if got.Token != c.callback.Token || got.Reason != reason {
 		b.t.Errorf("%s: got the end of %s, reason %q; want of %s, %q", c.request, got.Token, got.Reason, c.callback.Token, reason)
 	}
-	return time.Since(began)
 }
 
 // A statusWriter remembers the status that was answered.

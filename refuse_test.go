@@ -317,10 +317,9 @@ func TestRefusalMetrics(t *testing.T) {
 // Browsers and caches keep an answer that does not forbid it, and would serve a 410 to the next request.
 func TestAnswersAreNotCached(t *testing.T) {
 	t.Parallel()
-	internal := func() string { return fmt.Sprint("INTERNAL_ADDR=127.0.0.1:", freePort(t)) }
-	backendInternal, gatewayInternal := internal(), internal()
-	b, stub := startBackend(t, backendInternal), newStubBackend(t, answering(410, ""))
-	g := startOwnGateway(t, gatewayInternal, "CALLBACK_URL="+stub.server.URL+callbackTarget)
+	backendInternal, gatewayInternal := fmt.Sprint("127.0.0.1:", freePort(t)), fmt.Sprint("127.0.0.1:", freePort(t))
+	b, stub := startBackend(t, "INTERNAL_ADDR="+backendInternal), newStubBackend(t, answering(410, ""))
+	g := startOwnGateway(t, "INTERNAL_ADDR="+gatewayInternal, "CALLBACK_URL="+stub.server.URL+callbackTarget)
 	own := startOwnGateway(t)
 	for base, requests := range map[string][]string{
 		b.URL: {"200 GET /", "200 GET /healthz", "200 GET /readyz", "200 GET /metrics", "404 GET /nothing", "405 PUT /api/tasks",
@@ -331,8 +330,8 @@ func TestAnswersAreNotCached(t *testing.T) {
 		own.URL: {"503 GET /x", "503 GET /readyz", "200 GET /metrics", "405 GET /internal/send", "415 POST /internal/send",
 			"415 POST /internal/reset"},
 		// Profiles are here alone: they reveal too much for a public address, and can keep a core busy.
-		"http://" + strings.TrimPrefix(backendInternal, "INTERNAL_ADDR="): {"200 GET /metrics", "200 GET /debug/pprof/", "404 GET /x", "404 GET /healthz"},
-		"http://" + strings.TrimPrefix(gatewayInternal, "INTERNAL_ADDR="): {"200 GET /metrics", "200 GET /debug/pprof/heap?debug=1",
+		"http://" + backendInternal: {"200 GET /metrics", "200 GET /debug/pprof/", "404 GET /x", "404 GET /healthz"},
+		"http://" + gatewayInternal: {"200 GET /metrics", "200 GET /debug/pprof/heap?debug=1",
 			"404 GET /debug/pprof/x", "404 GET /x", "404 GET /healthz", "405 PUT /metrics", "30 GET /debug//pprof/"},
 	} {
 		for _, request := range requests {

@@ -95,22 +95,23 @@ func TestSlowClientGetsEverything(t *testing.T) {
 	g.wantDisconnect(c, "server_closed")
 }
 
-// overflow sends events of 16 KiB until one is refused, and returns what was accepted.
-func (g *gatewayFixture) overflow(c *streamClient) (accepted []string) {
+// overflow sends events of 16 KiB until one is refused. It returns what was accepted, and when that one was sent.
+func (g *gatewayFixture) overflow(c *streamClient) (accepted []string, at time.Time) {
 	g.t.Helper()
 	for i := range 1000 {
 		data := strconv.Itoa(i) + strings.Repeat("x", 16<<10)
+		at = time.Now()
 		switch got := g.send(c.callback.Token, data); got {
 		case sentOK:
 			accepted = append(accepted, data)
 		case sentGone:
-			return accepted
+			return accepted, at
 		default:
 			g.t.Fatalf("event %d: got %s", i, got)
 		}
 	}
 	g.t.Fatal("all events were accepted, want some refused")
-	return nil
+	return nil, at
 }
 
 // A client that does not read may keep its buffer for a second, and must not affect other clients.
@@ -118,10 +119,12 @@ func TestBufferOverflowCutsTheStream(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
 	c, other := g.open("/x"), g.open("/x")
-	if n := len(g.overflow(c)); n >= len(muchData()) {
+	accepted, at := g.overflow(c)
+	if n := len(accepted); n >= len(muchData()) {
 		t.Errorf("%d events were accepted, want fewer", n)
 	}
-	if took := g.wantDisconnect(c, "error"); took < overflowTimeout/2 || took > 5*overflowTimeout {
+	g.wantDisconnect(c, "error")
+	if took := time.Since(at); took < overflowTimeout/2 || took > 5*overflowTimeout {
 		t.Errorf("cut after %v, want %v", took, overflowTimeout)
 	}
 	if _, err := c.rest(); !errors.Is(err, syscall.ECONNRESET) {
@@ -138,8 +141,9 @@ func TestBufferOverflowOfALargeBuffer(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304", nil)
 	c := g.open("/x")
-	g.overflow(c)
-	if took := g.wantDisconnect(c, "error"); took > 3*overflowTimeout { // 4.7 s with the deadline of the earlier write
+	_, at := g.overflow(c)
+	g.wantDisconnect(c, "error")
+	if took := time.Since(at); took > 3*overflowTimeout { // 4.7 s with the deadline of the earlier write
 		t.Errorf("cut after %v, want %v", took, overflowTimeout)
 	}
 }
@@ -185,7 +189,8 @@ func TestBufferOverflowKeepsWhatWasAccepted(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
 	c := g.open("/x")
-	c.wantData(g.overflow(c)...)
+	accepted, _ := g.overflow(c)
+	c.wantData(accepted...)
 	c.wantCut()
 	g.wantDisconnect(c, "error")
 }
