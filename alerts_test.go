@@ -142,14 +142,12 @@ func TestAlerts(t *testing.T) {
 			for key, values := range in {
 				input = append(input, object{"series": key, "values": values})
 			}
-			for minute := range 60 {
-				if !strings.HasPrefix(name, "broken") {
-					want = append(want, object{"alertname": alert, "eval_time": fmt.Sprintf("%dm", minute), "exp_alerts": []object{}})
-				}
-			}
+			fires, minutes := []object{}, 60
 			if strings.HasPrefix(name, "broken") {
-				want = []object{{"alertname": alert, "eval_time": "58m",
-					"exp_alerts": []object{{"exp_labels": tt.labels, "exp_annotations": object{"summary": tt.summary}}}}}
+				fires, minutes = []object{{"exp_labels": tt.labels, "exp_annotations": object{"summary": tt.summary}}}, 1
+			}
+			for i := range minutes { // backwards from the end
+				want = append(want, object{"alertname": alert, "eval_time": fmt.Sprintf("%dm", 59-i), "exp_alerts": fires})
 			}
 			tests = append(tests, object{"name": alert + ", " + name, "interval": "1m", "input_series": input, "alert_rule_test": want})
 		}

@@ -24,54 +24,44 @@ import (
 // These tests have the last word on what a browser does: they drive Chromium with the DevTools protocol. It is spoken
 // over a pair of pipes, --remote-debugging-pipe, which needs no WebSocket. Each message is JSON that ends in a NUL.
 
-// A site is what a browser sees: one origin, with a gateway process for the streams and a backend process for the rest.
+// A site is what a browser sees: one origin, with a host's gateway for the streams and its backend for the rest.
 type site struct {
-	URL     string
-	gateway *process
-	backend *process
+	host
+	URL string
 }
 
-// startSite starts a site, with env added to the environment of its gateway.
-func startSite(t *testing.T, env ...string) *site {
-	backendAddr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	s := &site{gateway: startOwnGateway(t, append(env, "RETRY_MILLISECONDS=100",
-		"CALLBACK_URL=http://"+backendAddr+"/api/sse/callback?secret=browser")...)}
-	s.backend = startBackend(t, "ADDR="+backendAddr, "SSE_GATEWAY_URL="+s.gateway.URL, "SSE_CALLBACK_SECRET=browser")
-	proxy := &httputil.ReverseProxy{
-		FlushInterval: -1,
-		Rewrite: func(r *httputil.ProxyRequest) {
-			target := s.backend.URL
-			if strings.HasPrefix(r.In.URL.Path, "/api/sse/") {
-				target = s.gateway.URL
-			}
-			u, _ := url.Parse(target)
-			r.SetURL(u)
-		},
-		ErrorLog: log.New(io.Discard, "", 0), // streams break: that is the test
-		// As a proxy should: an answer with another status would end the EventSource for good.
-		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { panic(http.ErrAbortHandler) },
-	}
-	mux := http.NewServeMux()
-	mux.Handle("/", proxy)
-	mux.HandleFunc("/report.csv", func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Disposition", "attachment")
-	})
-	front := serveTest(t, mux)
-	s.URL = front.URL
-	return s
-}
-
-// openSite starts a site and opens its page.
-func openSite(t *testing.T) (*site, *tab) {
-	s := startSite(t)
+// openSite starts a site, with env added to the environment of its host, and opens its page.
+func openSite(t *testing.T, env ...string) (*site, *tab) {
+	s := startSite(t, env...)
 	return s, startBrowser(t).open(s.URL + "/")
 }
 
+func startSite(t *testing.T, env ...string) *site {
+	s := &site{host: startHost(t, append(env, "RETRY_MILLISECONDS=100", "API_TOKEN=")...)}
+	proxyTo := func(p *process) http.Handler {
+		target, _ := url.Parse(p.URL)
+		return &httputil.ReverseProxy{
+			FlushInterval: -1,
+			Rewrite:       func(r *httputil.ProxyRequest) { r.SetURL(target) },
+			ErrorLog:      log.New(io.Discard, "", 0), // streams break: that is the test
+			// As a proxy should: an answer with another status would end the EventSource for good.
+			ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) { panic(http.ErrAbortHandler) },
+		}
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/", proxyTo(s.backend))
+	mux.Handle("/api/sse/", proxyTo(s.gateway))
+	mux.HandleFunc("/report.csv", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Disposition", "attachment")
+	})
+	s.URL = serveTest(t, mux).URL
+	return s
+}
+
 // post posts to the backend, as a script would.
-func (s *site) post(t *testing.T, path, body string) (answer map[string]any) {
+func (s *site) post(t *testing.T, path, body string) {
 	t.Helper()
-	must(t, json.Unmarshal([]byte(mustAsk(t, "POST", s.backend.URL+path, body)), &answer))
-	return answer
+	mustAsk(t, "POST", s.backend.URL+path, body)
 }
 
 func TestBrowserPage(t *testing.T) {
@@ -96,8 +86,8 @@ func TestBrowserPage(t *testing.T) {
 
 	// A deployment reaches the page.
 	site.post(t, "/api/deployments/version", `{"version":"browser-2","changelog":"faster"}`)
-	tab.wait(`!document.querySelector("#version-banner").hidden &&
-		document.querySelector("#version-banner").textContent.includes("browser-2")`)
+	const banner = `!document.querySelector("#version-banner").hidden && document.querySelector("#version-banner").textContent.includes(%q)`
+	tab.wait(fmt.Sprintf(banner, "browser-2"))
 	tab.wait(`document.querySelector("#version-current").textContent == "browser-2"`)
 
 	// A page that is loaded afterwards has that version, and shows a banner only for the next one.
@@ -105,8 +95,7 @@ func TestBrowserPage(t *testing.T) {
 	second.wait(`document.querySelector("#version-name").textContent == "browser-2"`)
 	second.wait(`document.querySelector("#version-banner").hidden`)
 	site.post(t, "/api/deployments/version", `{"version":"browser-3"}`)
-	second.wait(`!document.querySelector("#version-banner").hidden &&
-		document.querySelector("#version-banner").textContent.includes("browser-3")`)
+	second.wait(fmt.Sprintf(banner, "browser-3"))
 }
 
 // A link to a download or to mailto: makes the browser announce that the page is being left, and the page closes its
@@ -114,20 +103,18 @@ func TestBrowserPage(t *testing.T) {
 func TestBrowserPageThatStays(t *testing.T) {
 	t.Parallel()
 	site, tab := openSite(t)
-	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
-	tab.run(`window.left = 0; addEventListener("beforeunload", () => left++)
-		const form = document.querySelector("#follow-form");
-		form.elements.task_id.value = "` + task + `";
-		form.requestSubmit()`)
+	site.post(t, "/api/tasks", oneExternal)
+	tab.run(`window.left = 0; addEventListener("beforeunload", () => left++)`)
+	tab.follow("t")
 	open := `document.querySelectorAll("[data-state=open]").length == 2 && document.querySelectorAll("#tasks li").length == %d`
 	tab.wait(fmt.Sprintf(open, 1)) // the state of the stream is shown at the top and at the task
 	for i, link := range []string{"/report.csv", "mailto:somebody@example.com"} {
 		tab.run(`location.href = "` + link + `"`)
 		tab.wait(fmt.Sprintf(`left == %d && document.querySelector("#connection").dataset.state == "reconnecting"`, i+1))
-		site.post(t, "/api/tasks/"+task+"/progress", `{"value":0.5}`)
+		site.post(t, "/api/tasks/t/progress", `{"value":0.5}`)
 		tab.wait(fmt.Sprintf(open, i+2))
 	}
-	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
+	site.post(t, "/api/tasks/t/complete", `{"result":1}`)
 	tab.wait(`document.querySelector("#tasks tbody[data-status=completed][data-state=closed]")`)
 	tab.wantEvents(t, "#tasks tbody", "task_started null", `progress_update {"text":"","value":0.5}`,
 		`progress_update {"text":"","value":0.5}`, "task_completed 1")
@@ -219,10 +206,7 @@ func TestBrowserTable(t *testing.T) {
 		says(id, ".open-log", "Task "+id)
 		says(id, ".badge", "running")
 	}
-	var order string
-	if tab.get(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId).join("")`, &order); order != "cba" {
-		t.Errorf("got rows in the order %s, want cba", order)
-	}
+	tab.want(`[...document.querySelectorAll("#tasks tbody")].map(row => row.dataset.taskId).join("")`, "cba", "the order of the rows")
 	site.post(t, "/api/tasks/a/progress", `{"text":"a third","value":0.33}`)
 	says("a", ".text", "a third")
 	says("a", ".percent", "33 %")
@@ -246,9 +230,7 @@ func TestBrowserTable(t *testing.T) {
 	filter("all", "c", "b", "a")
 
 	// One key moves the focus to the next row, and another opens the log.
-	if shown := tab.count(`document.querySelectorAll("#tasks .log:not([hidden])").length`); shown != 0 {
-		t.Errorf("got %d open logs before any click, want 0", shown)
-	}
+	tab.want(`document.querySelectorAll("#tasks .log:not([hidden])").length`, 0, "open logs before any click")
 	tab.run(row("b") + `.querySelector(".open-log").focus()`)
 	for _, key := range []string{"ArrowDown", "Enter"} {
 		press := map[string]any{"type": "keyDown", "key": key, "code": key}
@@ -270,9 +252,7 @@ func TestBrowserTable(t *testing.T) {
 	tab.wait(`lists > 0`)
 	tab.run(`setTimeout(() => window.waited = true, 500)`)
 	tab.wait(`window.waited`)
-	if rows := tab.count(`document.querySelectorAll("#tasks tbody").length`); rows != 3 {
-		t.Errorf("there are %d rows under a moving pointer, want 3", rows)
-	}
+	tab.want(`document.querySelectorAll("#tasks tbody").length`, 3, "rows under a moving pointer")
 	tab.run(`clearInterval(moving)`)
 	says("d", ".badge", "running")
 
@@ -288,16 +268,15 @@ func TestBrowserTable(t *testing.T) {
 func TestBrowserReplaced(t *testing.T) {
 	t.Parallel()
 	site, tab := openSite(t)
-	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
-	tab.run(`const form = document.querySelector("#follow-form");
-		form.elements.task_id.value = "` + task + `"; form.requestSubmit()`)
+	site.post(t, "/api/tasks", oneExternal)
+	tab.follow("t")
 	tab.wait(`document.querySelectorAll("#tasks tbody[data-state=open] li").length == 1`)
 	var requestID string
 	tab.get(`document.querySelector("#request-id").textContent`, &requestID)
 	openEventSource(t, site.URL+"/api/sse/stream?request_id="+requestID)
 	tab.wait(`document.querySelector("#request-id").textContent != "` + requestID + `"`)
 	tab.wait(`document.querySelectorAll("#tasks tbody[data-state=open] li").length == 1`)
-	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
+	site.post(t, "/api/tasks/t/complete", `{"result":1}`)
 	tab.wait(`document.querySelector("#tasks tbody[data-status=completed][data-state=closed]")`)
 	tab.wantEvents(t, "#tasks tbody", "task_started null", "task_completed 1")
 }
@@ -368,10 +347,7 @@ func TestBrowserChange(t *testing.T) {
 	tab.wait(`got.join() == "1"`)
 	tab.run(`stream.change("/stream?task_id=b"); stream.change("/stream?task_id=b")`)
 	tab.wait(`got.includes("2")`)
-	var got string
-	if tab.get(`got.join()`, &got); got != "1,2" {
-		t.Errorf("got %s, want 1,2", got)
-	}
+	tab.want(`got.join()`, "1,2", "the events")
 	for _, want := range []string{"task_id=a&heartbeat=event", "task_id=b&heartbeat=event&lastEventId=a-1"} {
 		if got := <-queries; got != want {
 			t.Errorf("got query %s, want %s", got, want)
@@ -387,9 +363,14 @@ func (tab *tab) wantEvents(t *testing.T, row string, want ...string) {
 	if tab.get(items+`.map(li => li.textContent)`, &got); !slices.Equal(got, want) {
 		t.Errorf("%s: got events %q, want %q", row, got, want)
 	}
-	if ids := tab.count(`new Set(` + items + `.map(li => li.dataset.eventId)).size`); ids != len(want) {
-		t.Errorf("%s: got %d IDs, want %d", row, ids, len(want))
-	}
+	tab.want(`new Set(`+items+`.map(li => li.dataset.eventId)).size`, len(want), "IDs of events")
+}
+
+// follow makes our page follow a task.
+func (t *tab) follow(id string) {
+	t.t.Helper()
+	t.run(`const form = document.querySelector("#follow-form");
+		form.elements.task_id.value = "` + id + `"; form.requestSubmit()`)
 }
 
 // pageClient returns the function openStream of the page, which README.md must have, too.
@@ -439,9 +420,7 @@ func TestBrowserSilence(t *testing.T) {
 			t.Errorf("request %d: got %v, want lastEventId %q", i, q, want)
 		}
 	}
-	if lost := tab.count("lost"); lost < 3 {
-		t.Errorf("the page was told of %d losses, want 3 or more", lost)
-	}
+	tab.want(`Math.min(lost, 3)`, 3, "losses that the page was told of, or more")
 	tab.run(`dispatchEvent(new Event("beforeunload")); setTimeout(() => window.late = true, 3000)`)
 	tab.wait(`window.late`)
 	if n := len(queries); n > 0 {
@@ -452,36 +431,30 @@ func TestBrowserSilence(t *testing.T) {
 // A gateway that is suspended keeps its connections open, so a browser sees no loss. The page does.
 func TestBrowserSilentGateway(t *testing.T) {
 	t.Parallel()
-	site := startSite(t, "HEARTBEAT_INTERVAL_SECONDS=0.5")
-	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
-	tab := startBrowser(t).open(site.URL + "/")
+	site, tab := openSite(t, "HEARTBEAT_INTERVAL_SECONDS=0.5")
+	site.post(t, "/api/tasks", oneExternal)
 	tab.run(pageClient(t) + `window.ids = []; window.beats = 0; window.lost = 0;
-		openStream("/api/sse/tasks?task_id=` + task + `", { heartbeat: () => beats++, lost: () => lost++,
+		openStream("/api/sse/tasks?task_id=t", { heartbeat: () => beats++, lost: () => lost++,
 			task_event: e => ids.push(e.lastEventId), connection_close: () => window.end = true })`)
 	tab.wait(`ids.length == 1 && beats > 0`)
 	site.gateway.signal(syscall.SIGSTOP)
 	tab.wait(`lost > 0`)
 	site.gateway.signal(syscall.SIGCONT)
-	site.post(t, "/api/tasks/"+task+"/progress", `{"value":0.5}`)
-	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
+	site.post(t, "/api/tasks/t/progress", `{"value":0.5}`)
+	site.post(t, "/api/tasks/t/complete", `{"result":1}`)
 	tab.wait(`window.end`)
-	var ids []string
-	tab.get(`ids`, &ids)
-	epoch, _, _ := strings.Cut(ids[0], "-")
-	if want := []string{epoch + "-1", epoch + "-2", epoch + "-3"}; !slices.Equal(ids, want) {
-		t.Errorf("got events %q, want %q", ids, want)
-	}
+	tab.want(`ids.join().replaceAll(ids[0].split("-")[0], "epoch")`, "epoch-1,epoch-2,epoch-3", "the IDs of the events")
 }
 
 // A page that uses a plain EventSource makes no more requests after the end.
 func TestBrowserEnd(t *testing.T) {
 	t.Parallel()
 	site := startSite(t)
-	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
+	site.post(t, "/api/tasks", oneExternal)
 	browser := startBrowser(t)
-	follow := fmt.Sprintf(`window.source = new EventSource("/api/sse/tasks?task_id=%s"); window.got = [];
+	const follow = `window.source = new EventSource("/api/sse/tasks?task_id=t"); window.got = [];
 		for (const name of ["connection_open", "task_event", "connection_close"])
-			source.addEventListener(name, e => got.push(name + " " + e.lastEventId + " " + e.data))`, task)
+			source.addEventListener(name, e => got.push(name + " " + e.lastEventId + " " + e.data))`
 	first, second := browser.open(site.URL+"/healthz"), browser.open(site.URL+"/healthz")
 	first.run(follow)
 	first.wait(`got.length == 2`)
@@ -489,13 +462,11 @@ func TestBrowserEnd(t *testing.T) {
 	second.wait(`got.length == 2`)
 	first.wait(`source.readyState == EventSource.CLOSED && got.at(-1) == 'connection_close close {"reason":"replaced"}'`)
 
-	site.post(t, "/api/tasks/"+task+"/progress", `{"text":"half","value":0.5}`)
-	site.post(t, "/api/tasks/"+task+"/complete", `{"result":1}`)
+	site.post(t, "/api/tasks/t/progress", `{"text":"half","value":0.5}`)
+	site.post(t, "/api/tasks/t/complete", `{"result":1}`)
 	second.wait(`source.readyState == EventSource.CLOSED && got.length == 5 &&
 		got.at(-1) == 'connection_close close {"reason":"task_completed"}'`)
-	if got := first.count(`got.length`); got != 3 {
-		t.Errorf("the replaced tab got %d events, want 3: it should stay away", got)
-	}
+	first.want(`got.length`, 3, "events of the replaced tab, which should stay away")
 }
 
 // Another site that knows an ID can neither take over a stream nor consume its events, whatever it embeds. (Browsers
@@ -503,8 +474,8 @@ func TestBrowserEnd(t *testing.T) {
 func TestBrowserOtherSite(t *testing.T) {
 	t.Parallel()
 	site := startSite(t)
-	task := site.post(t, "/api/tasks", `{"type":"external"}`)["task_id"].(string)
-	path := "/api/sse/tasks?task_id=" + task
+	site.post(t, "/api/tasks", oneExternal)
+	const path = "/api/sse/tasks?task_id=t"
 	other := serveTest(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	browser := startBrowser(t)
 	victim := browser.open(site.URL + "/healthz")
@@ -521,14 +492,9 @@ func TestBrowserOtherSite(t *testing.T) {
 			new EventSource(url).onerror = () => failed++`)
 		attacker.wait(`failed == 3`)
 	}
-	site.post(t, "/api/tasks/"+task+"/progress", `{"value":0.5}`)
+	site.post(t, "/api/tasks/t/progress", `{"value":0.5}`)
 	victim.wait(`got.length > 1`)
-	if n := victim.count(`got.filter(event => event.startsWith("task_event")).length`); n != 2 {
-		t.Errorf("the victim has %d events of its task, want 2", n)
-	}
-	if n := victim.count(`got.length`); n != 2 {
-		t.Errorf("the victim has %d events, want 2: its stream was ended", n)
-	}
+	victim.want(`got.map(event => event.split(" ")[0]).join()`, "task_event,task_event", "what the victim has, whose stream goes on")
 }
 
 // A page can make its own name point at this machine. To its browser that is the same site, so the page could do
@@ -542,9 +508,8 @@ func TestBrowserRebinding(t *testing.T) {
 		.then(answer => window.post = answer.status);
 		fetch("/api/tasks").then(answer => window.list = answer.status)`)
 	tab.wait(`window.post && window.list`)
-	if post, list := tab.count(`post`), tab.count(`list`); post != http.StatusForbidden || list != http.StatusForbidden {
-		t.Errorf("a page of another name got %d for a POST and %d for the list, want 403", post, list)
-	}
+	tab.want(`post`, http.StatusForbidden, "the status of a POST by a page of another name")
+	tab.want(`list`, http.StatusForbidden, "the status of the list")
 	if list := mustAsk(t, "GET", backend.URL+"/api/tasks", ""); !strings.Contains(list, `"tasks":[]`) {
 		t.Errorf("it started a task: %s", list)
 	}
@@ -554,12 +519,9 @@ func TestBrowserRebinding(t *testing.T) {
 func TestBrowserOtherOrigin(t *testing.T) {
 	needs(t, "nginx", "root")
 	t.Parallel()
-	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	h := host{gateway: startOwnGateway(t, "CORS_ALLOW_ORIGIN=*", "RETRY_MILLISECONDS=100",
-		"CALLBACK_URL=http://"+addr+"/api/sse/callback?secret="+deploySecret)}
-	h.backend = startBackend(t, "ADDR="+addr, "SSE_GATEWAY_URL="+h.gateway.URL, "SSE_CALLBACK_SECRET="+deploySecret)
+	h := startHost(t, "CORS_ALLOW_ORIGIN=*", "RETRY_MILLISECONDS=100")
 	nginx := h.front(t, "retry: 3000", "retry: 100", "limit_conn streams 1000", "limit_conn streams 1")
-	path := startTask(t, h.backend.URL, "", `{"type":"external","params":{"task_id":"t"}}`)
+	path := startTask(t, h.backend.URL, "", oneExternal)
 	page := serveTest(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	tab := startBrowser(t).open(page.URL + "/")
 	tab.run(`window.lost = [0, 0]; window.got = [];
@@ -576,9 +538,7 @@ func TestBrowserOtherOrigin(t *testing.T) {
 	tab.wait(`lost[0] > 1 && lost[1] > 1`)
 	h.gateway.restart(t)
 	tab.wait(`sources.some(source => source.readyState == EventSource.OPEN)`)
-	if n := tab.count(`sources.filter(source => source.readyState == EventSource.CLOSED).length`); n > 0 {
-		t.Errorf("%d of 2 EventSources of another origin died", n)
-	}
+	tab.want(`sources.filter(source => source.readyState == EventSource.CLOSED).length`, 0, "EventSources of another origin that died")
 }
 
 // browserPatience is for what takes milliseconds unless the machine is busy with other tests.
@@ -755,10 +715,13 @@ func (t *tab) run(script string) {
 	t.get("{"+script+"}; true", &done)
 }
 
-func (t *tab) count(expression string) (n int) {
+// want checks a number or a string.
+func (t *tab) want(expression string, want any, what string) {
 	t.t.Helper()
-	t.get(expression, &n)
-	return n
+	var got any
+	if t.get(expression, &got); fmt.Sprint(got) != fmt.Sprint(want) {
+		t.t.Errorf("%s: got %v, want %v", what, got, want)
+	}
 }
 
 // wait waits until a condition is truthy.

@@ -59,13 +59,8 @@ func (j *job) check(events []message) (n int, err error) {
 }
 
 // current returns the clients of the job that have not given up.
-func (j *job) current() (clients []*eventSource) {
-	for _, es := range j.clients {
-		if es.state() != "closed" {
-			clients = append(clients, es)
-		}
-	}
-	return clients
+func (j *job) current() []*eventSource {
+	return slices.DeleteFunc(slices.Clone(j.clients), func(es *eventSource) bool { return es.state() == "closed" })
 }
 
 // A chaos is a system in which everything happens at the same time.
@@ -112,9 +107,7 @@ func (c *chaos) rivals(n int) {
 
 // disturb cuts the streams of clients at random, and now and then adds a rival.
 func (c *chaos) disturb(d time.Duration) {
-	tick := time.NewTicker(25 * time.Millisecond)
-	defer tick.Stop()
-	for end := time.Now().Add(d); time.Now().Before(end); <-tick.C {
+	for tick, end := time.Tick(25*time.Millisecond), time.Now().Add(d); time.Now().Before(end); <-tick {
 		if rand.IntN(8) == 0 {
 			c.rivals(1)
 		}
@@ -289,9 +282,7 @@ func TestChaosPages(t *testing.T) {
 		c.turn(readers[i])
 	}
 	churn := func(d time.Duration) {
-		tick := time.NewTicker(25 * time.Millisecond)
-		defer tick.Stop()
-		for end := time.Now().Add(d); time.Now().Before(end); <-tick.C {
+		for tick, end := time.Tick(25*time.Millisecond), time.Now().Add(d); time.Now().Before(end); <-tick {
 			r := readers[rand.IntN(len(readers))]
 			switch es := r.parts[len(r.parts)-1].eventSource; {
 			case es.state() != "open": // otherwise its request might come after that of its successor
@@ -321,13 +312,7 @@ func TestChaosPages(t *testing.T) {
 	for _, r := range readers {
 		last := r.parts[len(r.parts)-1]
 		last.events = last.waitFor(t, soon, func(events []message) bool {
-			ended := 0
-			for _, m := range events {
-				if completed([]message{m}) {
-					ended++
-				}
-			}
-			return ended >= len(last.jobs)
+			return !slices.ContainsFunc(last.jobs, func(j *job) bool { return !completed(ofTask(events, j.id)) })
 		})
 		for _, p := range r.parts {
 			n, err := p.check()

@@ -47,11 +47,16 @@ func TestConfigDefaults(t *testing.T) {
 		Sweep:               time.Minute,
 		Gateway:             wantGateway,
 	}
-	if got, err := loadBackendConfig(getenvFrom(nil)); err != nil || got != wantBackend {
+	wantGateway.Addr = ":3000"
+	checkConfig(t, nil, wantBackend, wantGateway)
+}
+
+func checkConfig(t *testing.T, env map[string]string, wantBackend backendConfig, wantGateway gatewayConfig) {
+	t.Helper()
+	if got, err := loadBackendConfig(getenvFrom(env)); err != nil || got != wantBackend {
 		t.Errorf("backend: got %+v, %v\nwant %+v", got, err, wantBackend)
 	}
-	wantGateway.Addr = ":3000"
-	if got, err := loadGatewayConfig(getenvFrom(nil)); err != nil || got != wantGateway {
+	if got, err := loadGatewayConfig(getenvFrom(env)); err != nil || got != wantGateway {
 		t.Errorf("gateway: got %+v, %v\nwant %+v", got, err, wantGateway)
 	}
 }
@@ -93,14 +98,9 @@ func TestConfigEveryVariable(t *testing.T) {
 		Sweep:               500 * time.Millisecond,
 		Gateway:             wantGateway,
 	}
-	if got, err := loadBackendConfig(getenvFrom(env)); err != nil || got != wantBackend {
-		t.Errorf("backend: got %+v, %v\nwant %+v", got, err, wantBackend)
-	}
 	wantGateway.Addr = "192.0.2.1:12"
 	wantGateway.CallbackURL = "http://localhost/cb?secret=14"
-	if got, err := loadGatewayConfig(getenvFrom(env)); err != nil || got != wantGateway {
-		t.Errorf("gateway: got %+v, %v\nwant %+v", got, err, wantGateway)
-	}
+	checkConfig(t, env, wantBackend, wantGateway)
 }
 
 func TestConfigReportsEveryProblemAtOnce(t *testing.T) {
@@ -183,24 +183,17 @@ func TestConfigBounds(t *testing.T) {
 
 func TestConfigProduction(t *testing.T) {
 	const long, short = "sixteen-letters!", "fifteen-letters"
-	tests := []struct{ gatewayURL, callbackSecret, apiToken, want string }{
-		{"", "", long, ""},
-		{"http://h", long, long, ""},
-		{"", "", "", "API_TOKEN must be set in production"},
-		{"http://h", "", long, "SSE_CALLBACK_SECRET must be set in production"},
-		{"", "", short, "API_TOKEN must be at least 16 characters long in production"},
-		{"", short, long, "SSE_CALLBACK_SECRET must be at least 16 characters long in production"},
-		{"", "", strings.Repeat("ü", 15), "API_TOKEN must be at least 16 characters long in production"},
-	}
-	for _, test := range tests {
-		got := configProblems(map[string]string{
-			"APP_ENV":             "production",
-			"SSE_GATEWAY_URL":     test.gatewayURL,
-			"SSE_CALLBACK_SECRET": test.callbackSecret,
-			"API_TOKEN":           test.apiToken,
-		})
-		if got != test.want {
-			t.Errorf("%+v: got %q", test, got)
+	for settings, want := range map[string]string{
+		"API_TOKEN=" + long: "",
+		"API_TOKEN=" + long + " SSE_GATEWAY_URL=http://h SSE_CALLBACK_SECRET=" + long: "",
+		"": "API_TOKEN must be set in production",
+		"API_TOKEN=" + long + " SSE_GATEWAY_URL=http://h":     "SSE_CALLBACK_SECRET must be set in production",
+		"API_TOKEN=" + short:                                  "API_TOKEN must be at least 16 characters long in production",
+		"API_TOKEN=" + long + " SSE_CALLBACK_SECRET=" + short: "SSE_CALLBACK_SECRET must be at least 16 characters long in production",
+		"API_TOKEN=" + strings.Repeat("ü", 15):                "API_TOKEN must be at least 16 characters long in production",
+	} {
+		if got := configProblems(settingsEnv("APP_ENV=production " + settings)); got != want {
+			t.Errorf("%s: got %q, want %q", settings, got, want)
 		}
 	}
 }
@@ -328,38 +321,33 @@ func TestMisspeltVariables(t *testing.T) {
 func TestHealthcheckURL(t *testing.T) {
 	const noPort = " must be given a port above 0 for a health check, " +
 		"which cannot know the port that the system chose, not "
-	tests := []struct{ addr, port, want string }{ // port may be host and port
-		{"", "127.0.0.9 3000", "http://127.0.0.9:3000/readyz"},
-		{"", "::1 3000", "http://[::1]:3000/readyz"},
-		{"", ":: 3000", "http://127.0.0.1:3000/readyz"},
-		{"", "0.0.0.0 3000", "http://127.0.0.1:3000/readyz"},
-		{"", "localhost 3000", "http://127.0.0.1:3000/readyz"},
-		{"localhost:9", "192.0.2.7 3000", "http://127.0.0.1:9/readyz"},
-		{"", "", "http://127.0.0.1:8080/readyz"},
-		{"", "3000", "http://127.0.0.1:3000/readyz"},
-		{"localhost:9", "3000", "http://127.0.0.1:9/readyz"},
-		{"192.0.2.7:80", "", "http://192.0.2.7:80/readyz"},
-		{"[::1]:80", "", "http://[::1]:80/readyz"},
-		{"[fe80::1%eth0]:80", "", "http://[fe80::1%25eth0]:80/readyz"},
-		{":8080", "", "http://127.0.0.1:8080/readyz"},
-		{"0.0.0.0:8080", "", "http://127.0.0.1:8080/readyz"},
-		{"[::]:8080", "", "http://127.0.0.1:8080/readyz"},
-		{"localhost", "", `ADDR must be host:port with a port from 0 to 65535, not "localhost"`},
-		{"", "x", `PORT must be a whole number from 0 to 65535, not "x"`},
-		{"", "0", "PORT" + noPort + `"0"`},
-		{":00", "", "ADDR" + noPort + `":00"`},
-	}
-	for _, test := range tests {
-		host, port, found := strings.Cut(test.port, " ")
-		if !found {
-			host, port = "", test.port
-		}
-		got, err := healthcheckURL(getenvFrom(map[string]string{"ADDR": test.addr, "HOST": host, "PORT": port}))
+	for settings, want := range map[string]string{
+		"HOST=127.0.0.9 PORT=3000":                  "http://127.0.0.9:3000/readyz",
+		"HOST=::1 PORT=3000":                        "http://[::1]:3000/readyz",
+		"HOST=:: PORT=3000":                         "http://127.0.0.1:3000/readyz",
+		"HOST=0.0.0.0 PORT=3000":                    "http://127.0.0.1:3000/readyz",
+		"HOST=localhost PORT=3000":                  "http://127.0.0.1:3000/readyz",
+		"ADDR=localhost:9 HOST=192.0.2.7 PORT=3000": "http://127.0.0.1:9/readyz",
+		"":                           "http://127.0.0.1:8080/readyz",
+		"PORT=3000":                  "http://127.0.0.1:3000/readyz",
+		"ADDR=localhost:9 PORT=3000": "http://127.0.0.1:9/readyz",
+		"ADDR=192.0.2.7:80":          "http://192.0.2.7:80/readyz",
+		"ADDR=[::1]:80":              "http://[::1]:80/readyz",
+		"ADDR=[fe80::1%eth0]:80":     "http://[fe80::1%25eth0]:80/readyz",
+		"ADDR=:8080":                 "http://127.0.0.1:8080/readyz",
+		"ADDR=0.0.0.0:8080":          "http://127.0.0.1:8080/readyz",
+		"ADDR=[::]:8080":             "http://127.0.0.1:8080/readyz",
+		"ADDR=localhost":             `ADDR must be host:port with a port from 0 to 65535, not "localhost"`,
+		"PORT=x":                     `PORT must be a whole number from 0 to 65535, not "x"`,
+		"PORT=0":                     "PORT" + noPort + `"0"`,
+		"ADDR=:00":                   "ADDR" + noPort + `":00"`,
+	} {
+		got, err := healthcheckURL(getenvFrom(settingsEnv(settings)))
 		if err != nil {
 			got = err.Error()
 		}
-		if got != test.want {
-			t.Errorf("ADDR=%q PORT=%q: got %s, want %s", test.addr, test.port, got, test.want)
+		if got != want {
+			t.Errorf("%s: got %s, want %s", settings, got, want)
 		}
 	}
 }

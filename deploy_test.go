@@ -77,9 +77,12 @@ func tool(t testing.TB, stdin, name string, args ...string) (out string) {
 }
 
 const (
-	deployToken    = "api-token-of-a-test"
-	deploySecret   = "callback-secret-of-a-test"
-	deployPatience = 20 * time.Second // for what takes milliseconds unless the machine is busy with other tests
+	deployToken  = "api-token-of-a-test"
+	deploySecret = "callback-secret-of-a-test"
+
+	// The bodies that start the external task "t" and a short demo.
+	oneExternal = `{"type":"external","params":{"task_id":"t"}}`
+	oneDemo     = `{"type":"demo","params":{"steps":1}}`
 )
 
 // ask makes a request as a page of the same site would, with the API token, and returns the answer's status and body.
@@ -92,7 +95,7 @@ func ask(t testing.TB, method, target, body string) (status int, answer string) 
 	if body != "" {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	client := http.Client{Timeout: deployPatience}
+	client := http.Client{Timeout: soon}
 	resp, err := client.Do(req)
 	must(t, err)
 	defer resp.Body.Close()
@@ -121,37 +124,29 @@ func startTask(t testing.TB, base, query, body string) (streamPath string) {
 	return answer.StreamURL
 }
 
-// told returns what a page was told, without connection_open: the number of each event and what it says, as in
-// "1 task_started".
+// told returns the story of a page's stream with the number of each event, as in "1 task_started".
 func told(events []message) (all []string) {
 	for _, m := range events {
-		var data struct {
-			EventType              string `json:"event_type"`
-			Version, Error, Reason string
-		}
-		json.Unmarshal([]byte(m.Data), &data)
-		if m.Name != "connection_open" {
+		for _, said := range story([]message{m}) { // nothing of connection_open
 			_, n, _ := strings.Cut(m.ID, "-")
-			all = append(all, strings.TrimSpace(n+" "+data.EventType+data.Version+data.Error+data.Reason))
+			all = append(all, strings.TrimSpace(n+" "+said))
 		}
 	}
 	return all
 }
 
-// waitTold waits until a page was told as much as want has, and checks that it is want; see told.
+// waitTold waits until a page was told as much as want has, and checks that it is want; see told. After
+// connection_close it waits until the stream has ended for good.
 func waitTold(t testing.TB, es *eventSource, want ...string) {
 	t.Helper()
-	es.waitFor(t, deployPatience, func(got []message) bool { return len(told(got)) >= len(want) })
+	es.waitFor(t, soon, func(got []message) bool { return len(told(got)) >= len(want) })
+	if strings.HasPrefix(want[len(want)-1], "connection_close") {
+		if got := es.waitClosed(t, soon); got != http.StatusGone {
+			t.Errorf("a finished stream ended with %d, want 410", got)
+		}
+	}
 	if got := told(es.events()); !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
-	}
-}
-
-// waitFinished waits until a page's stream has ended for good.
-func waitFinished(t testing.TB, es *eventSource) {
-	t.Helper()
-	if got := es.waitClosed(t, deployPatience); got != http.StatusGone {
-		t.Errorf("a finished stream ended with %d, want 410", got)
 	}
 }
 
@@ -249,23 +244,19 @@ func TestContainer(t *testing.T) {
 		"API_TOKEN=" + deployToken,
 	})
 
-	path := startTask(t, backend.URL, "", `{"type":"demo","params":{"steps":1}}`)
-	es := openEventSource(t, gateway.URL+path, retryScale(0.05))
-	waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
-	waitFinished(t, es)
+	es := openEventSource(t, gateway.URL+startTask(t, backend.URL, "", oneDemo), retryScale(0.05))
+	waitTold(t, es, "1 task_started", "2 progress_update step 1 of 1", "3 task_completed", "connection_close task_completed")
 
 	// The journal is in the volume, where the next container finds it.
 	if data := envValue(img.env, "DATA_DIR"); !slices.Equal(img.volumes, []string{data}) {
 		t.Errorf("the volumes are %q, and DATA_DIR is %q", img.volumes, data)
 	}
-	path = startTask(t, backend.URL, "", `{"type":"external","params":{"task_id":"t"}}`)
-	es = openEventSource(t, gateway.URL+path, retryScale(0.05))
+	es = openEventSource(t, gateway.URL+startTask(t, backend.URL, "", oneExternal), retryScale(0.05))
 	waitTold(t, es, "1 task_started")
 	backend.kill(t)
 	backend.restart(t)
 	mustAsk(t, "POST", backend.URL+"/api/tasks/t/complete", `{"result":null}`)
-	waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
-	waitFinished(t, es)
+	waitTold(t, es, "1 task_started", "2 task_completed", "connection_close task_completed")
 
 	for _, p := range []*process{gateway, backend} {
 		if !img.healthy(p) {
@@ -289,13 +280,19 @@ func TestContainer(t *testing.T) {
 // A host is a machine with a backend and its gateway.
 type host struct{ backend, gateway *process }
 
-// startHost starts a host, with env added to the environment of its backend.
+// startHost starts a host, with env for both processes.
 func startHost(t testing.TB, env ...string) host {
 	t.Helper()
+	return startHostBehind(t, startOwnGateway, env...)
+}
+
+// startHostBehind is startHost with a gateway that start starts.
+func startHostBehind(t testing.TB, start func(testing.TB, ...string) *process, env ...string) host {
+	t.Helper()
 	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	gateway := startOwnGateway(t, "CALLBACK_URL=http://"+addr+"/api/sse/callback?secret="+deploySecret)
-	backend := startBackend(t, append(env, "ADDR="+addr, "SSE_GATEWAY_URL="+gateway.URL,
-		"SSE_CALLBACK_SECRET="+deploySecret, "API_TOKEN="+deployToken)...)
+	gateway := start(t, append(env, "CALLBACK_URL=http://"+addr+"/api/sse/callback?secret="+deploySecret)...)
+	backend := startBackend(t, append([]string{"API_TOKEN=" + deployToken, "SSE_CALLBACK_SECRET=" + deploySecret,
+		"SSE_GATEWAY_URL=" + gateway.URL, "ADDR=" + addr}, env...)...)
 	return host{backend, gateway}
 }
 
@@ -366,8 +363,7 @@ func TestNginx(t *testing.T) {
 	if page := mustAsk(t, "GET", site+"/", ""); !strings.Contains(page, "new EventSource(") {
 		t.Errorf("the page is not ours: %.200s", page)
 	}
-	path := startTask(t, site, "", `{"type":"external","params":{"task_id":"t"}}`)
-	es := openEventSource(t, site+path, retryScale(0.05))
+	es := openEventSource(t, site+startTask(t, site, "", oneExternal), retryScale(0.05))
 	progress := func() { mustAsk(t, "POST", site+"/api/tasks/t/progress", `{"value":0.5}`) }
 	progress()
 	waitTold(t, es, "1 task_started", "2 progress_update") // at once: nginx buffers nothing
@@ -375,12 +371,11 @@ func TestNginx(t *testing.T) {
 	// While the gateway is down, nginx keeps the page trying. Afterwards the page gets what it has missed.
 	host.gateway.kill(t)
 	before := es.opens()
-	eventually(t, deployPatience, "nginx answered in the gateway's place", func() bool { return es.opens() >= before+2 })
+	eventually(t, soon, "nginx answered in the gateway's place", func() bool { return es.opens() >= before+2 })
 	progress()
 	host.gateway.restart(t)
 	mustAsk(t, "POST", site+"/api/tasks/t/complete", `{"result":null}`)
-	waitTold(t, es, "1 task_started", "2 progress_update", "3 progress_update", "4 task_completed", "task_completed")
-	waitFinished(t, es)
+	waitTold(t, es, "1 task_started", "2 progress_update", "3 progress_update", "4 task_completed", "connection_close task_completed")
 
 	wantHidden(t, site)
 }
@@ -479,7 +474,7 @@ func askForStreams(t testing.TB, target string, n int) (away int) {
 		all.Go(func() { answers <- request() })
 	}
 	streams := 0
-	for patience, answered := deployPatience, 0; answered < n; answered++ {
+	for patience, answered := soon, 0; answered < n; answered++ {
 		select {
 		case answer := <-answers:
 			switch answer {
@@ -565,6 +560,13 @@ func TestReplicas(t *testing.T) {
 	ingress := startNginx(t, "deploy/nginx-replicas.conf", "10.0.0.1:80", address(dyingNginx),
 		"10.0.0.2:80", address(staying.front(t)), "10.0.0.3:80", address(embedded)).URL
 
+	waitAll := func(pages map[string]*eventSource, want ...string) {
+		t.Helper()
+		for _, es := range pages {
+			waitTold(t, es, want...)
+		}
+	}
+	ended := []string{"1 task_started", "2 task_completed", "connection_close task_completed"}
 	// follow starts n external tasks, each with a follower.
 	follow := func(name string, n int) map[string]*eventSource {
 		followers := map[string]*eventSource{}
@@ -573,14 +575,18 @@ func TestReplicas(t *testing.T) {
 			path := startTask(t, ingress, "?task_id="+id, `{"type":"external","params":{"task_id":"`+id+`"}}`)
 			followers[id] = openEventSource(t, ingress+path, retryScale(0.05))
 		}
-		for _, es := range followers {
-			waitTold(t, es, "1 task_started")
-		}
+		waitAll(followers, "1 task_started")
 		return followers
 	}
-	complete := func(id string) (status int) {
-		status, _ = ask(t, "POST", ingress+"/api/tasks/"+id+"/complete", `{"result":null}`)
-		return status
+	complete := func(id string, want int) {
+		t.Helper()
+		if got, answer := ask(t, "POST", ingress+"/api/tasks/"+id+"/complete", `{"result":null}`); got != want {
+			t.Errorf("completing %s: got %d %.200s, want %d", id, got, answer, want)
+		}
+	}
+	dies := func(id string) bool { // it is a task of the replica that dies
+		status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", "")
+		return status == http.StatusOK
 	}
 
 	followers := follow("first", 300)
@@ -589,34 +595,30 @@ func TestReplicas(t *testing.T) {
 			t.Errorf("replica %d has %v of 300 tasks", i, n)
 		}
 	}
-	for id, es := range followers {
-		if got := complete(id); got != http.StatusOK {
-			t.Errorf("completing %s: got %d", id, got)
-		}
-		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
+	for id := range followers {
+		complete(id, http.StatusOK)
 	}
+	waitAll(followers, ended...)
 
 	// An id that a backend chose does not lead to its replica; the route does.
 	for i := range 6 {
 		route := fmt.Sprintf("route=%d", i)
-		path := startTask(t, ingress, "?"+route, `{"type":"demo","params":{"steps":1}}`)
-		es := openEventSource(t, ingress+path+"&"+route)
-		waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
+		es := openEventSource(t, ingress+startTask(t, ingress, "?"+route, oneDemo)+"&"+route)
+		waitTold(t, es, "1 task_started", "2 progress_update step 1 of 1", "3 task_completed", "connection_close task_completed")
 	}
 
 	// Each replica polls on its own, and together they tell every page.
-	eventually(t, deployPatience, "every replica has polled", func() bool {
+	eventually(t, soon, "every replica has polled", func() bool {
 		mu.Lock()
 		defer mu.Unlock()
 		return len(pollers) == len(backends)
 	})
-	var tabs []*eventSource
+	tabs := map[string]*eventSource{}
 	for i := range 40 {
-		tabs = append(tabs, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=tab-%d", ingress, i)))
+		id := fmt.Sprint("tab-", i)
+		tabs[id] = openEventSource(t, ingress+versionPath(id))
 	}
-	for _, tab := range tabs {
-		waitTold(t, tab, "1 1.0")
-	}
+	waitAll(tabs, "1 version 1.0")
 	for i, b := range backends {
 		series := `sse_gateway_active_connections{service="version"}`
 		if n := scrapeValue(mustAsk(t, "GET", b.URL+"/metrics", ""), series); n < 1 {
@@ -626,48 +628,36 @@ func TestReplicas(t *testing.T) {
 	mu.Lock()
 	version = "1.1"
 	mu.Unlock()
-	for _, tab := range tabs {
-		waitTold(t, tab, "1 1.0", "2 1.1")
-	}
+	waitAll(tabs, "1 version 1.0", "2 version 1.1")
 
 	// While one replica is away, no other answers for its IDs, and the other replicas' IDs are not affected.
 	followers = follow("second", 60)
-	away := map[string]bool{}
-	for id := range followers {
-		status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", "")
-		away[id] = status == http.StatusOK
-	}
 	dyingNginx.kill(t)
 	for id, es := range followers {
-		if away[id] { // twice: by then a proxy that gives up on a server has done so
-			before := es.opens()
-			eventually(t, deployPatience, "told to come back", func() bool { return es.opens() >= before+2 })
-		}
 		want := http.StatusOK
-		if away[id] {
+		if dies(id) { // twice: by then a proxy that gives up on a server has done so
+			before := es.opens()
+			eventually(t, soon, "told to come back", func() bool { return es.opens() >= before+2 })
 			want = http.StatusBadGateway
 		}
-		if got := complete(id); got != want {
-			t.Errorf("completing %s (replica away: %v): got %d, want %d", id, away[id], got, want)
-		}
+		complete(id, want)
 	}
 	dyingNginx.restart(t)
 	for id, es := range followers {
-		if away[id] {
-			complete(id)
+		if dies(id) {
+			complete(id, http.StatusOK)
 		} else if es.opens() != 1 {
 			t.Errorf("the follower of %s reconnected", id)
 		}
-		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
-		waitFinished(t, es)
 	}
+	waitAll(followers, ended...)
 
 	// Then its backend dies. Until it is back, no other replica says that its tasks are unknown. Then it resumes them.
 	paths := map[string]string{}
 	for i := range 20 {
 		id := fmt.Sprintf("third-%d", i)
 		path := startTask(t, ingress, "?task_id="+id, `{"type":"external","params":{"task_id":"`+id+`"}}`)
-		if status, _ := ask(t, "GET", dying.backend.URL+"/api/tasks/"+id+"/status", ""); status == http.StatusOK {
+		if dies(id) {
 			paths[id] = path
 		}
 	}
@@ -675,22 +665,17 @@ func TestReplicas(t *testing.T) {
 	followers = map[string]*eventSource{}
 	for id, path := range paths {
 		followers[id] = openEventSource(t, ingress+path, retryScale(0.05))
-		if got := complete(id); got != http.StatusBadGateway {
-			t.Errorf("completing %s while its backend is dead: got %d, want 502", id, got)
-		}
+		complete(id, http.StatusBadGateway)
 	}
 	for _, es := range followers {
-		eventually(t, deployPatience, "told to come back", func() bool { return es.opens() >= 2 })
+		eventually(t, soon, "told to come back", func() bool { return es.opens() >= 2 })
 	}
 	dying.backend.restart(t)
-	for id, es := range followers {
-		waitTold(t, es, "1 task_started")
-		if got := complete(id); got != http.StatusOK {
-			t.Errorf("completing %s after the restart: got %d", id, got)
-		}
-		waitTold(t, es, "1 task_started", "2 task_completed", "task_completed")
-		waitFinished(t, es)
+	waitAll(followers, "1 task_started")
+	for id := range followers {
+		complete(id, http.StatusOK)
 	}
+	waitAll(followers, ended...)
 	if len(paths) == 0 {
 		t.Error("the replica that died had no task")
 	}
@@ -719,7 +704,9 @@ func TestMonitoring(t *testing.T) {
 	families := map[string]bool{}
 	for _, p := range []*process{host.backend, host.gateway} {
 		page := mustAsk(t, "GET", p.URL+"/metrics", "")
-		tool(t, page, "promtool", "check", "metrics")
+		if out := tool(t, page, "promtool", "check", "metrics"); out != "" { // it also knows how metrics should be named
+			t.Error(out)
+		}
 		for _, m := range regexp.MustCompile(`(?m)^# TYPE (\S+)`).FindAllStringSubmatch(page, -1) {
 			families[m[1]] = true
 		}
@@ -734,7 +721,7 @@ func TestMonitoring(t *testing.T) {
 	prometheus := newProcess(t, "http://"+addr, nil, "prometheus", "--log.level=warn", "--web.listen-address="+addr,
 		"--config.file="+dir+"/prometheus.yml", "--storage.tsdb.path="+dir+"/data")
 	prometheus.probe = "/-/ready"
-	prometheus.limit = deployPatience
+	prometheus.limit = soon
 	prometheus.mustStart(t)
 	api := func(path string, data any) {
 		t.Helper()
@@ -748,7 +735,7 @@ func TestMonitoring(t *testing.T) {
 		api("/query?query="+url.QueryEscape(expr), &data)
 		return len(data.Result)
 	}
-	eventually(t, deployPatience, "both roles are scraped, more than once", func() bool {
+	eventually(t, soon, "both roles are scraped, more than once", func() bool {
 		return series("up == 1") == 2 && series("count_over_time(up[1m]) > 1") == 2
 	})
 
@@ -767,7 +754,7 @@ func TestMonitoring(t *testing.T) {
 				shown[name] = true
 			}
 			// On a busy machine a scrape may fail. That hides its series until the next one.
-			eventually(t, deployPatience, panel.Title+": something for "+target.Expr, func() bool { return series(target.Expr) > 0 })
+			eventually(t, soon, panel.Title+": something for "+target.Expr, func() bool { return series(target.Expr) > 0 })
 		}
 	}
 	for name := range families {
@@ -779,7 +766,7 @@ func TestMonitoring(t *testing.T) {
 	// The alerts can be evaluated, use only metrics that exist, and are quiet while all is well.
 	type rule struct{ Name, Query, Health, LastError, State string }
 	var rules struct{ Groups []struct{ Rules []rule } }
-	eventually(t, deployPatience, "the alerts were evaluated", func() bool {
+	eventually(t, soon, "the alerts were evaluated", func() bool {
 		api("/rules", &rules)
 		return !slices.ContainsFunc(rules.Groups[0].Rules, func(r rule) bool { return r.Health == "unknown" })
 	})

@@ -13,10 +13,10 @@ import (
 
 // These tests run the commands in README.md and the files in examples, with only addresses, secrets and pauses changed.
 
-// readme returns what is in README.md between two lines.
-func readme(t testing.TB, after, before string) string {
+// readme returns what is in README.md between two lines, edited as oldNew says.
+func readme(t testing.TB, after, before string, oldNew ...string) string {
 	t.Helper()
-	_, text, found := strings.Cut(edited(t, "README.md"), after+"\n")
+	_, text, found := strings.Cut(edited(t, "README.md", oldNew...), after+"\n")
 	text, _, ended := strings.Cut(text, before+"\n")
 	if !found || !ended {
 		t.Fatalf("README.md has nothing between %q and %q", after, before)
@@ -29,25 +29,15 @@ func TestWorkers(t *testing.T) {
 	t.Parallel()
 	backend := startBackend(t, "API_TOKEN="+deployToken)
 	dir := t.TempDir()
-	script := readme(t, "```sh", "```")
-	for _, change := range [][2]string{{"localhost:8080", backend.URL}, {"sleep 1", "sleep 0.01"}} {
-		if !strings.Contains(script, change[0]) {
-			t.Fatalf("README.md: the worker has no %q", change[0])
-		}
-		script = strings.ReplaceAll(script, change[0], change[1])
-	}
-	writeFile(t, dir+"/worker.sh", script)
+	writeFile(t, dir+"/worker.sh", readme(t, "```sh", "```", "api=localhost:8080", "api="+backend.URL, "sleep 1", "sleep 0.01"))
 	writeFile(t, dir+"/worker.py", edited(t, "examples/worker.py", "sleep(1)", "sleep(0.01)"))
 	writeFile(t, dir+"/worker.mjs", edited(t, "examples/worker.mjs", "sleep(1000)", "sleep(10)"))
 	for _, worker := range [][]string{{"sh", "worker.sh", "curl"}, {"python3", "worker.py"}, {"node", "worker.mjs"}} {
 		t.Run(worker[0], func(t *testing.T) {
-			for _, command := range append(worker[2:], worker[0]) {
-				if _, err := exec.LookPath(command); err != nil && command != "node" && command != "python3" {
-					needs(t, command)
-				} else if err != nil {
-					t.Skipf("there is no %s, and .ci/run installs none", command)
-				}
+			if _, err := exec.LookPath(worker[0]); err != nil && worker[0] != "sh" {
+				t.Skipf("there is no %s, and .ci/run installs none", worker[0])
 			}
+			needs(t, append(worker[2:], worker[0])...)
 			cmd := exec.Command(worker[0], filepath.Join(dir, worker[1]))
 			cmd.Env = append(os.Environ(), "API="+backend.URL, "API_TOKEN="+deployToken)
 			out, err := cmd.CombinedOutput()
@@ -56,8 +46,8 @@ func TestWorkers(t *testing.T) {
 				t.Fatalf("%v, want a stream_url with a UUID:\n%s", err, out)
 			}
 			es := openEventSource(t, backend.URL+path)
-			waitTold(t, es, "1 task_started", "2 progress_update", "3 progress_update", "4 progress_update", "5 progress_update",
-				"6 task_completed", "task_completed")
+			waitTold(t, es, "1 task_started", "2 progress_update 2 of 10 files", "3 progress_update 4 of 10 files", "4 progress_update 6 of 10 files",
+				"5 progress_update 8 of 10 files", "6 task_completed", "connection_close task_completed")
 			if data := es.events()[5].Data; !strings.Contains(data, `"text":"8 of 10 files","value":0.8`) {
 				t.Errorf("got %s", data)
 			}
@@ -89,8 +79,7 @@ func TestProductionCommands(t *testing.T) {
 	gateway := newProcess(t, "http://127.0.0.1:"+envValue(env[0], "PORT"), env[0], os.Args[0], "gateway").mustStart(t)
 	backend := newProcess(t, "http://"+envValue(env[1], "ADDR"), env[1], os.Args[0]).mustStart(t)
 
-	path := startTask(t, backend.URL, "", `{"type":"demo","params":{"steps":1}}`)
-	waitTold(t, openEventSource(t, gateway.URL+path), "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
+	waitTold(t, openEventSource(t, gateway.URL+startTask(t, backend.URL, "", oneDemo)), "1 task_started", "2 progress_update step 1 of 1", "3 task_completed", "connection_close task_completed")
 	for _, path := range []string{"/internal/send", "/internal/reset", "/metrics"} {
 		if status, _ := ask(t, "POST", gateway.URL+path, "{}"); status != http.StatusNotFound {
 			t.Errorf("%s on the gateway's public port: got %d, want 404", path, status)

@@ -45,7 +45,6 @@ func newGatewayFixture(t testing.TB, settings string, answer backendAnswer) *gat
 	g.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 	env := settingsEnv("PORT=0 LOG_LEVEL=debug CALLBACK_URL=" + g.server.URL + callbackTarget +
 		" HEARTBEAT_INTERVAL_SECONDS=3600 " + settings) // only tests of the heartbeat want to see one
-	t.Cleanup(g.server.Close)
 	addr, logged, stop := startRun(t, []string{"gateway"}, env)
 	g.addr, g.logged = addr, logged
 	g.stop = func() int {
@@ -67,7 +66,6 @@ func newGatewayFixture(t testing.TB, settings string, answer backendAnswer) *gat
 // serveStreams serves only the streams of a gateway. The fixture has its backend and clients, and nothing else.
 func serveStreams(t testing.TB, cfg gatewayConfig) (*gateway, *gatewayFixture) {
 	backend := newStubBackend(t, nil)
-	t.Cleanup(backend.server.Close)
 	cfg.CallbackURL = secret(backend.server.URL + callbackTarget)
 	gateway := newGateway(cfg, slog.New(slog.DiscardHandler), newRegistry("test"))
 	server := serveTest(t, http.HandlerFunc(gateway.serveStream))
@@ -132,11 +130,17 @@ func (g *gatewayFixture) get(target string, headers ...string) *streamClient {
 	return g.request("GET", target, headers...)
 }
 
+// asked waits until the backend has been asked about the stream that c requests.
+func (g *gatewayFixture) asked(c *streamClient) *streamClient {
+	g.t.Helper()
+	c.callback = receive(g.t, g.connects)
+	return c
+}
+
 // open opens a stream up to the point where its events begin.
 func (g *gatewayFixture) open(target string, headers ...string) *streamClient {
 	g.t.Helper()
-	c := g.get(target, headers...)
-	c.callback = receive(g.t, g.connects)
+	c := g.asked(g.get(target, headers...))
 	c.begin()
 	return c
 }
@@ -197,11 +201,30 @@ func (g *gatewayFixture) wantMetric(series string, want float64) {
 	}
 }
 
-// wantSend sends an event that has only data, and checks the answer.
-func (g *gatewayFixture) wantSend(token, data, want string) {
+// wantSend sends an event that has only data to a stream, and checks the answer.
+func (g *gatewayFixture) wantSend(c *streamClient, data, want string) {
 	g.t.Helper()
-	if got := g.send(token, data); got != want {
-		g.t.Errorf("sending %.20q: got %s, want %s", data, got, want)
+	if got := g.send(c.callback.Token, data); got != want {
+		g.t.Errorf("%s: sending %.20q: got %s, want %s", c.request, data, got, want)
+	}
+}
+
+// wantAnswers checks answers of post.
+func (g *gatewayFixture) wantAnswers(want string, answers ...string) {
+	g.t.Helper()
+	for i, got := range answers {
+		if got != want {
+			g.t.Errorf("answer %d of %d: got %s, want %s", i+1, len(answers), got, want)
+		}
+	}
+}
+
+// wantLive checks that streams get what is sent to them.
+func (g *gatewayFixture) wantLive(clients ...*streamClient) {
+	g.t.Helper()
+	for _, c := range clients {
+		g.wantSend(c, "live", sentOK)
+		c.wantData("live")
 	}
 }
 
@@ -428,6 +451,7 @@ func newStubBackend(t testing.TB, answer backendAnswer) *stubBackend {
 		balance:     map[string]int{},
 	}
 	b.server = httptest.NewServer(b)
+	t.Cleanup(b.server.Close)
 	return b
 }
 
@@ -478,7 +502,7 @@ func (b *stubBackend) wantDisconnect(c *streamClient, reason string) {
 	b.t.Helper()
 	got := receive(b.t, b.disconnects)
 	if got.Token != c.callback.Token || got.Reason != reason {
-		b.t.Errorf("disconnect callback: got token %s, reason %q; want %s, %q", got.Token, got.Reason, c.callback.Token, reason)
+		b.t.Errorf("%s: got the end of %s, reason %q; want of %s, %q", c.request, got.Token, got.Reason, c.callback.Token, reason)
 	}
 }
 

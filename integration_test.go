@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -194,13 +193,13 @@ type system struct {
 	visitor
 	*backend
 	gateway *process
-	server  *server // the latest one of the backend
 }
 
 // newSystem starts both roles. start is startGateway or startOwnGateway; env is for both roles.
 func newSystem(t testing.TB, start func(testing.TB, ...string) *process, env ...string) *system {
 	t.Helper()
-	l := listen(t, fmt.Sprintf("127.0.0.1:%d", freePort(t)))
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
 	env = append([]string{
 		"ADDR=" + l.Addr().String(), "SSE_CALLBACK_SECRET=shared",
 		"CALLBACK_URL=http://" + l.Addr().String() + "/api/sse/callback?secret=shared",
@@ -208,59 +207,32 @@ func newSystem(t testing.TB, start func(testing.TB, ...string) *process, env ...
 	}, env...)
 	cfg, err := loadBackendConfig(func(key string) string { return envValue(env, key) })
 	must(t, err)
-	out, err := os.CreateTemp(t.TempDir(), "log")
-	must(t, err)
-	gateway := start(t, env...)
-	log := slog.New(slog.NewTextHandler(out, nil))
+	gateway, logged := start(t, env...), &testOutput{}
 	s := &system{
 		visitor: newVisitor(t, "http://"+cfg.Addr, gateway.URL),
-		backend: newBackend(cfg, gateway.URL, newRegistry("test"), log),
+		backend: newBackend(cfg, gateway.URL, newRegistry("test"), slog.New(slog.NewTextHandler(logged, nil))),
 		gateway: gateway,
 	}
-	s.serve(l)
+	server := newServer(s.log, s.reg, s.routes(nil), l)
+	go server.Serve(l)
 	s.work(t.Context())
 	t.Cleanup(func() {
-		s.down()
+		server.Close()
 		if err := checkConsistency(s.conns); err != nil {
 			t.Error(err)
 		}
-		if text, _ := os.ReadFile(out.Name()); t.Failed() {
-			t.Logf("log of the backend:\n%s", text)
+		if t.Failed() {
+			t.Logf("log of the backend:\n%s", logged)
 		}
-		out.Close()
 	})
 	return s
 }
-
-// listen listens on addr. It tries again and again, as a process that another test is starting may have a copy of the
-// old descriptor until its exec.
-func listen(t testing.TB, addr string) (l net.Listener) {
-	t.Helper()
-	eventually(t, soon, "listening on "+addr, func() (ok bool) {
-		var err error
-		l, err = net.Listen("tcp", addr)
-		return err == nil
-	})
-	return l
-}
-
-func (s *system) serve(l net.Listener) {
-	s.server = newServer(s.log, s.reg, s.routes(nil), l)
-	go s.server.Serve(l)
-}
-
-// down makes the backend unreachable, and up makes it reachable again. It keeps working all the while.
-func (s *system) down() { s.server.Close() }
-func (s *system) up()   { s.serve(listen(s.t, s.cfg.Addr)) }
-
-// metric returns the value of a series of the backend.
-func (s *system) metric(series string) float64 { return scrapeValue(scrapeAll(s.reg), series) }
 
 // wantConnections waits until the gauge of a service is n.
 func (s *system) wantConnections(service string, n int) {
 	s.t.Helper()
 	eventually(s.t, soon, fmt.Sprintf("%d connections of service %s", n, service), func() bool {
-		return s.metric(fmt.Sprintf("sse_gateway_active_connections{service=%q}", service)) == float64(n)
+		return scrapeValue(scrapeAll(s.reg), fmt.Sprintf("sse_gateway_active_connections{service=%q}", service)) == float64(n)
 	})
 }
 
@@ -300,19 +272,6 @@ func TestIntegrationExternalTask(t *testing.T) {
 	}
 	if got != nil && !slices.Equal(got[1:], eventIDs) {
 		t.Errorf("got event IDs %q after the first, want %q as in the answers to the reports", got[1:], eventIDs)
-	}
-}
-
-func TestIntegrationClientLeaves(t *testing.T) {
-	t.Parallel()
-	s := newSystem(t, startGateway)
-	es := s.follow(s.start("external", `{}`))
-	wantStory(t, es, "task_started")
-	s.wantConnections("task", 1)
-	es.close()
-	s.wantConnections("task", 0)
-	if got := s.metric(`sse_gateway_connections_total{service="task",action="disconnect"}`); got != 1 {
-		t.Errorf("got %v disconnects, want 1", got)
 	}
 }
 
@@ -385,6 +344,9 @@ func TestIntegrationRejectedConnect(t *testing.T) {
 	t.Parallel()
 	s := newSystem(t, startGateway)
 	wantGivenUp(t, openEventSource(t, s.streams+"/api/sse/elsewhere"), http.StatusBadRequest)
+	s = newSystem(t, startGateway, "SSE_CALLBACK_SECRET=not what the gateway says")
+	wantGivenUp(t, s.follow(s.start("external", `{}`)), http.StatusUnauthorized)
+	s.wantConnections("task", 0)
 }
 
 // wantGivenUp checks that an event source gives up for good at its first answer, which has this status.
@@ -395,13 +357,6 @@ func wantGivenUp(t *testing.T, es *eventSource, status int) {
 	}
 }
 
-func TestIntegrationCallbackSecret(t *testing.T) {
-	t.Parallel()
-	s := newSystem(t, startGateway, "SSE_CALLBACK_SECRET=not what the gateway says")
-	wantGivenUp(t, s.follow(s.start("external", `{}`)), http.StatusUnauthorized)
-	s.wantConnections("task", 0)
-}
-
 func TestIntegrationPageReload(t *testing.T) {
 	t.Parallel()
 	s := newSystem(t, startGateway)
@@ -409,7 +364,10 @@ func TestIntegrationPageReload(t *testing.T) {
 	s.progress(id, "1")
 	before := s.follow(id)
 	wantStory(t, before, "task_started", "progress_update 1")
+	s.wantConnections("task", 1)
 	before.close()
+	s.wantConnections("task", 0)
+	wantSeries(t, scrapeAll(s.reg), map[string]float64{`sse_gateway_connections_total{service="task",action="disconnect"}`: 1})
 	s.progress(id, "2")
 	wantStory(t, s.follow(id), "task_started", "progress_update 1", "progress_update 2")
 }
@@ -438,57 +396,14 @@ func TestIntegrationReconnect(t *testing.T) {
 // startSplit starts each role in a process of its own, the gateway with start.
 func startSplit(t testing.TB, start func(testing.TB, ...string) *process, env ...string) (v visitor, backend *process) {
 	t.Helper()
-	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	gateway := start(t, "CALLBACK_URL=http://"+addr+"/api/sse/callback?secret=shared", "RETRY_MILLISECONDS=50")
-	env = append(env, "ADDR="+addr, "SSE_GATEWAY_URL="+gateway.URL+"/", "SSE_CALLBACK_SECRET=shared")
-	backend = startBackend(t, env...)
-	return newVisitor(t, backend.URL, gateway.URL), backend
-}
-
-// One process and two processes do the same.
-func TestIntegrationProcesses(t *testing.T) {
-	t.Parallel()
-	check := func(v visitor) {
-		v.t.Helper()
-		wantStory(v.t, v.follow(v.start("demo", `{"steps":1}`)), "task_started", "progress_update step 1 of 1",
-			"task_completed", "connection_close task_completed")
-	}
-	t.Run("embedded", func(t *testing.T) {
-		backend := startBackend(t)
-		check(newVisitor(t, backend.URL, backend.URL))
-	})
-	t.Run("split", func(t *testing.T) {
-		v, _ := startSplit(t, startGateway)
-		check(v)
-	})
-}
-
-// The streams that a gateway holds for a backend must end with it, as the next backend does not know them. A backend
-// that stops ends them. If it is killed, the next backend has the gateway end them.
-func TestIntegrationBackendRestarts(t *testing.T) {
-	t.Parallel()
-	for name, end := range map[string]func(*process, testing.TB){"stopped": (*process).wantStop, "killed": (*process).kill} {
-		t.Run(name, func(t *testing.T) {
-			v, backend := startSplit(t, startOwnGateway)
-			es := v.subscribe("me")
-			waitOpen(t, es)
-			v.wantAnnounced("me", "1.0", true)
-			end(backend, t)
-			if name == "stopped" {
-				eventually(t, soon, "stream ended", func() bool { return es.attempts() > 1 })
-			}
-			backend.restart(t)
-			v.post("/api/deployments/version", `{"request_id":"me","version":"1.1"}`) // delivered now or later
-			wantStory(t, es, "version 1.0", "version 1.1")
-		})
-	}
+	h := startHostBehind(t, start, append(env, "RETRY_MILLISECONDS=50", "API_TOKEN=")...)
+	return newVisitor(t, h.backend.URL, h.gateway.URL), h.backend
 }
 
 // A gateway that is out of file descriptors can accept no connections. It must not crash or spin, and must recover.
 func TestIntegrationOutOfDescriptors(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)
-	t.Cleanup(backend.server.Close)
 	p := gatewayProcess(t, []string{"CALLBACK_URL=" + backend.server.URL + callbackTarget},
 		"sh", "-c", "ulimit -n 40; exec "+os.Args[0]+" gateway").mustStart(t)
 	began := time.Now()
@@ -510,23 +425,6 @@ func TestIntegrationOutOfDescriptors(t *testing.T) {
 		t.Errorf("%d lines of log in %v, want one a second", n, took)
 	}
 	eventually(t, soon, "recovered", p.isUp)
-}
-
-// Profiles reveal too much for a public address, and can keep a core busy.
-func TestIntegrationProfiles(t *testing.T) {
-	t.Parallel()
-	for _, start := range []func(testing.TB, ...string) *process{startOwnGateway, startBackend} {
-		internal := fmt.Sprintf("127.0.0.1:%d", freePort(t))
-		p := start(t, "INTERNAL_ADDR="+internal, "CALLBACK_URL=http://127.0.0.1:1/")
-		for path, want := range map[string]int{"/debug/pprof/goroutine": 200, "/metrics": 200, "/healthz": 404} {
-			if got := newVisitor(t, "", "").status("http://" + internal + path); got != want {
-				t.Errorf("%s%s: got %d, want %d", internal, path, got, want)
-			}
-		}
-		if got := newVisitor(t, "", "").status(p.URL + "/debug/pprof/goroutine"); got == 200 {
-			t.Errorf("%s has profiles", p.URL)
-		}
-	}
 }
 
 // A browser opens connections ahead of requests, and an http.Server that shuts down waits for them for 5 s.
@@ -670,30 +568,18 @@ func TestIntegrationSweep(t *testing.T) {
 func TestIntegrationUnaskedAnswerIsNotPrinted(t *testing.T) {
 	t.Parallel()
 	const answer = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	t.Cleanup(func() { l.Close() })
 	callbacks := make(chan struct{}, 2)
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer conn.Close()
-				if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
-					return
-				}
-				io.WriteString(conn, answer)
-				time.Sleep(50 * time.Millisecond) // until it has been read, and the connection is idle
-				io.WriteString(conn, answer+"leak")
-				io.Copy(io.Discard, conn) // until the gateway closes it
-				callbacks <- struct{}{}
-			}()
-		}
-	}()
-	p := startOwnGateway(t, "CALLBACK_URL=http://"+l.Addr().String()+"/")
+	peer := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		conn, _, _ := http.NewResponseController(w).Hijack()
+		defer conn.Close()
+		io.WriteString(conn, answer)
+		time.Sleep(50 * time.Millisecond) // until it has been read, and the connection is idle
+		io.WriteString(conn, answer+"leak")
+		io.Copy(io.Discard, conn) // until the gateway closes it
+		callbacks <- struct{}{}
+	}))
+	p := startOwnGateway(t, "CALLBACK_URL="+peer.URL)
 	resp, err := http.Get(p.URL + "/x")
 	must(t, err)
 	receive(t, callbacks)
@@ -702,44 +588,6 @@ func TestIntegrationUnaskedAnswerIsNotPrinted(t *testing.T) {
 	if got := p.output(); strings.Contains(got, "leak") {
 		t.Errorf("got output %q", got)
 	}
-}
-
-// An EventSource gives up for good at any status but 200. A backend that is away for seconds must not cost every page
-// its stream.
-func TestIntegrationBackendUnreachable(t *testing.T) {
-	t.Parallel()
-	s := newSystem(t, startOwnGateway, "RETRY_MILLISECONDS=200")
-	id := s.start("external", `{}`)
-	clients := []*eventSource{s.follow(id)}
-	for i := range 20 {
-		clients = append(clients, s.subscribe(fmt.Sprint(i)))
-	}
-	for _, es := range clients {
-		es.waitFor(t, soon, func(events []message) bool { return len(events) > 0 })
-	}
-	s.down()
-	for _, es := range clients {
-		es.cut()
-	}
-	text := "meanwhile"
-	if _, err := s.tasks.Progress(id, report{text: &text}); err != nil {
-		t.Fatal(err)
-	}
-	time.Sleep(3 * time.Second) // the outage
-	s.up()
-	for _, es := range clients[1:] {
-		es.waitFor(t, soon, func(events []message) bool { return len(events) == 2 }) // connection_open again
-	}
-	s.wantBroadcast("1.0", 20)
-	for _, es := range clients[1:] {
-		wantStory(t, es, "version 1.0")
-		if es.attempts() < 4 {
-			t.Errorf("got %d attempts, want several during the outage", es.attempts())
-		}
-	}
-	s.complete(id)
-	wantEnd(t, clients[0], "task_started", "progress_update meanwhile",
-		"task_completed", "connection_close task_completed")
 }
 
 // BenchmarkReplay gives a fresh page the 1,000 events of a finished task.

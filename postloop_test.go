@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -36,14 +37,14 @@ func TestReportConnection(t *testing.T) {
 	backend := startBackend(t, "API_TOKEN=k")
 	addr := strings.TrimPrefix(backend.URL, "http://")
 	const report = `{"text":"x","seq":1}`
-	first := func(path, body, want string) {
-		text := fmt.Sprintf("POST %s HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\nContent-Length: %d\r\n\r\n%s", path, len(body), body)
-		if got := dialTo(t, addr, text).reply(); !strings.HasPrefix(got, want) {
-			t.Fatalf("got %s, want %s", got, want)
-		}
+	post := func(conn *streamClient, path, body string) {
+		conn.write(fmt.Sprintf("POST %s HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n"+
+			"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", path, len(body), body))
+		conn.reply()
 	}
-	first("/api/tasks", `{"type":"external","params":{"task_id":"a"}}`, "202 ")
-	first("/api/tasks/a/progress", report, "200 ") // all later ones repeat it
+	conn := dialTo(t, addr, "")
+	post(conn, "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
+	post(conn, "/api/tasks/a/progress", report) // all later ones repeat it
 	epochs := regexp.MustCompile(`"[0-9a-z]{8}-`)
 	sameAnswers(t, addr, "/api/tasks/a/progress", report, `200 {"event_id":"-2","repeated":true}`, func(text string) string {
 		return epochs.ReplaceAllString(text, `"-`)
@@ -52,11 +53,9 @@ func TestReportConnection(t *testing.T) {
 	v := newVisitor(t, backend.URL, backend.URL)
 	counted := func() float64 { return scrapeValue(v.getText("/metrics"), `http_requests_total{code="2xx"}`) }
 	before := counted()
-	conn := dialTo(t, addr, "")
+	conn = dialTo(t, addr, "")
 	for range 3 {
-		conn.write(fmt.Sprintf("POST /api/tasks/a/progress HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n"+
-			"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(report), report))
-		conn.reply()
+		post(conn, "/api/tasks/a/progress", report)
 	}
 	if got := counted() - before; got != 4 {
 		t.Errorf("three reports and /metrics: counted %v answers, want 4", got)
@@ -71,75 +70,49 @@ func sameAnswers(t *testing.T, addr, path, body, plainAnswer string, normal func
 	post := "POST " + path + " HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n"
 	const jsonType = "Content-Type: application/json\r\n"
 	plain := post + jsonType + length + "\r\n" + body
-	for _, request := range []string{
+	requests := []string{
 		plain,
 		post + strings.ToLower(jsonType+length) + "\r\n" + body,
 		post + "content-LENGTH:" + strconv.Itoa(len(body)) + "\t\r\nCONTENT-type:\tApplication/Json \t;charset=utf-8\r\n\r\n" + body,
-		post + jsonType + length + "Connection: Keep-Alive\r\nUser-Agent: a:b\r\nX-Empty:\r\n\r\n" + body,
-		post + jsonType + length + "Connection: close\r\n\r\n" + body,
-		post + jsonType + length + "Expect: 100-continue\r\n\r\n" + body,
-		post + jsonType + length + length + "\r\n" + body,
-		post + jsonType + length + "Content-Length: 1\r\n\r\n" + body,
-		post + jsonType + "Content-Length: -1\r\n\r\n" + body,
 		post + jsonType + "Content-Length: 0\r\n\r\n",
+		post + jsonType + "Content-Length: 2\r\n\r\n{}",
 		post + jsonType + "Content-Length: 99999999999999999999\r\n\r\n",
-		post + jsonType + "Content-Length : 1\r\n\r\n" + body,
+		post + jsonType + "Content-Length: 262145\r\n\r\n" + strings.Repeat(" ", 256<<10+1),
+		post + jsonType + "Content-Length: 1048577\r\n\r\n" + strings.Repeat(" ", 1<<20+1),
 		post + jsonType + "\r\n",
 		post + jsonType + fmt.Sprintf("Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", len(body), body),
 		post + jsonType + "Transfer-Encoding: chunked\r\n\r\nz\r\n",
-		post + jsonType + " folded: x\r\n" + length + "\r\n" + body,
-		post + jsonType + length + "no colon\r\n\r\n" + body,
-		post + jsonType + length + "X: " + strings.Repeat("x", 32<<10) + "\r\n\r\n" + body,
-		post + jsonType + length + "User-Agent: " + strings.Repeat("x", 20<<10) + "\r\n\r\n" + body,
-		post + length + "\r\n" + body,
-		post + "Content-Type: text/plain\r\n" + length + "\r\n" + body,
-		post + "Content-Type: application/x-ndjson\r\n" + length + "\r\n" + body,
-		post + jsonType + "Content-Length: 1048577\r\n\r\n" + strings.Repeat(" ", 1<<20+1),
-		post + jsonType + "Content-Type: text/plain\r\n" + length + "\r\n" + body,
-		post + "Content-Type: text/plain\r\n" + jsonType + length + "\r\n" + body,
-		post + "Content-Type: application/json;;\r\n" + length + "\r\n" + body,
-		post + "Content-Type: application/json; a=b; a=c\r\n" + length + "\r\n" + body,
-		post + "Content-Type: Application/X-NDJSON; a=b\r\n" + length + "\r\n" + body,
-		post + jsonType + length + "Host: localhost\r\n\r\n" + body,
-		post + jsonType + length + ": x\r\n\r\n" + body,
-		post + jsonType + length + "a(b: x\r\n\r\n" + body,
-		post + jsonType + length + "User-Agent: a\x00b\r\n\r\n" + body,
-		post + jsonType + length + "User-Agent: a\rb\r\n\r\n" + body,
-		strings.Replace(plain, "Host: localhost\r\n", "", 1),
-		strings.Replace(plain, "Host: localhost\r\n", "Host: a b\r\n", 1),
-		strings.Replace(plain, "Host: localhost\r\n", "Host: [::1]:80\r\n", 1),
 		strings.ReplaceAll(plain, "\r\n", "\n"),
-		strings.Replace(plain, "HTTP/1.1", "HTTP/1.0", 1),
-		strings.Replace(plain, path, path+"?x=1", 1),
-		strings.Replace(plain, path, "http://h"+path, 1),
-		strings.Replace(plain, "POST", "PUT", 1),
-		strings.Replace(plain, "POST", "post", 1),
-		strings.Replace(plain, path, path+"/", 1),
-		strings.Replace(plain, path, "/"+path, 1),
-		strings.Replace(plain, path, "/."+path, 1),
-		strings.Replace(plain, path, strings.Replace(path, "s", "%73", 1), 1),
-		strings.Replace(plain, path, strings.Replace(path, "/a/", "/./", 1), 1),
-		strings.Replace(plain, path, strings.Replace(path, "/a/", "/../", 1), 1),
-		strings.Replace(plain, path, strings.Replace(path, "/a/", "//", 1), 1),
-		strings.Replace(plain, path, strings.Replace(path, "/a/", "/unknown/", 1), 1),
-		strings.Replace(plain, path, strings.Replace(path, "/a/", "/"+strings.Repeat("a", 129)+"/", 1), 1),
-		strings.Replace(plain, "Host: localhost", "Host: elsewhere", 1),
-		strings.Replace(plain, "Authorization: Bearer k\r\n", "", 1),
-		strings.Replace(plain, "Bearer k", "bearer k", 1),
-		strings.Replace(plain, "Bearer k", "Bearer K", 1),
-		strings.Replace(plain, "Bearer k", "Basic k", 1),
-		strings.Replace(plain, "Bearer k", "Bearer k\r\nAuthorization: Bearer K", 1),
-		strings.Replace(plain, "Bearer k", "Bearer K\r\nAuthorization: Bearer k", 1),
-		post + jsonType + length + "Origin: https://elsewhere.test\r\n\r\n" + body,
-		post + jsonType + length + "Sec-Fetch-Site: cross-site\r\n\r\n" + body,
-		post + jsonType + length + "Cookie: a=b\r\n\r\n" + body,
-		post + jsonType + "Content-Length: 2\r\n\r\n{}",
-		post + jsonType + "Content-Length: 262145\r\n\r\n" + strings.Repeat(" ", 256<<10+1),
 		"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
 		"POST /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx",
 		"GET /a%zz HTTP/1.1\r\nHost: localhost\r\n\r\n",
 		"POST\r\n\r\n",
+	}
+	for _, header := range []string{
+		"Connection: Keep-Alive\r\nUser-Agent: a:b\r\nX-Empty:", "Connection: close", "Expect: 100-continue",
+		strings.TrimSpace(length), "Content-Length: 1", "Content-Type: text/plain", "Host: localhost", "Cookie: a=b",
+		"no colon", ": x", "a(b: x", "User-Agent: a\x00b", "User-Agent: a\rb",
+		"X: " + strings.Repeat("x", 32<<10), "User-Agent: " + strings.Repeat("x", 20<<10),
+		"Origin: https://elsewhere.test", "Sec-Fetch-Site: cross-site",
 	} {
+		requests = append(requests, post+jsonType+length+header+"\r\n\r\n"+body)
+	}
+	for _, change := range [][2]string{
+		{jsonType, ""}, {jsonType, jsonType + " folded: x\r\n"}, {jsonType, "Content-Type: text/plain\r\n" + jsonType},
+		{"application/json", "text/plain"}, {"application/json", "application/x-ndjson"}, {"application/json", "Application/X-NDJSON; a=b"},
+		{"application/json", "application/json;;"}, {"application/json", "application/json; a=b; a=c"},
+		{length, "Content-Length: -1\r\n"}, {length, "Content-Length : 1\r\n"},
+		{"Host: localhost\r\n", ""}, {"localhost", "a b"}, {"localhost", "[::1]:80"}, {"localhost", "elsewhere"},
+		{"HTTP/1.1", "HTTP/1.0"}, {"POST", "PUT"}, {"POST", "post"},
+		{path, path + "?x=1"}, {path, "http://h" + path}, {path, path + "/"}, {path, "/" + path}, {path, "/." + path},
+		{path, strings.Replace(path, "s", "%73", 1)}, {"/a/", "/./"}, {"/a/", "/../"}, {"/a/", "//"}, {"/a/", "/unknown/"},
+		{"/a/", "/" + strings.Repeat("a", 129) + "/"},
+		{"Authorization: Bearer k\r\n", ""}, {"Bearer k", "bearer k"}, {"Bearer k", "Bearer K"}, {"Bearer k", "Basic k"},
+		{"Bearer k", "Bearer k\r\nAuthorization: Bearer K"}, {"Bearer k", "Bearer K\r\nAuthorization: Bearer k"},
+	} {
+		requests = append(requests, strings.Replace(plain, change[0], change[1], 1))
+	}
+	for _, request := range requests {
 		fresh, used := dialTo(t, addr, request), dialTo(t, addr, plain)
 		if got := normal(used.reply()); got != plainAnswer {
 			t.Fatalf("got %s, want %s", got, plainAnswer)
@@ -279,10 +252,8 @@ func TestSendConnectionPipelined(t *testing.T) {
 	}
 	writer.Wait()
 	c.wantData(want...)
-	conn.callback = receive(t, g.connects)
-	conn.begin()
-	g.send(conn.callback.Token, "live")
-	conn.wantData("live")
+	g.asked(conn).begin()
+	g.wantLive(conn)
 }
 
 // A head that announces a large body must not take the memory for it before the body comes.
@@ -305,35 +276,62 @@ func TestSendBufferGrowsWithTheRequest(t *testing.T) {
 	}
 }
 
-// roomConn notes how much the next Read may take.
-type roomConn struct {
+// A heldLoop is a postLoop with one connection, a pipe. Its requests are answered when the test says so.
+type heldLoop struct {
+	*postLoop
+	heldPoster
+	net.Conn              // the client's end
+	room     atomic.Int64 // how much the next Read of the other may take
+}
+
+// heldConn is the other end.
+type heldConn struct {
 	net.Conn
 	room *atomic.Int64
 }
 
-func (c roomConn) Read(b []byte) (int, error) {
+func (c heldConn) Read(b []byte) (int, error) {
 	c.room.Store(int64(len(b)))
 	return c.Conn.Read(b)
 }
 
-// A connection that has brought much keeps little of it while it is silent, if there are many.
-func TestSendBufferShrinks(t *testing.T) {
+// heldPoster answers when the test says so.
+type heldPoster struct{ asked, answered chan struct{} }
+
+func (heldPoster) plainLimit(plainPost) int64 { return maxSend }
+
+func (h heldPoster) answerPlain(text []byte, _ plainPost, _ []byte) (int, []byte) {
+	h.asked <- struct{}{}
+	<-h.answered
+	return http.StatusOK, text
+}
+
+// testHeld runs a test in a bubble, with a loop that has read text from its connection.
+func testHeld(t *testing.T, text string, test func(t *testing.T, h *heldLoop)) {
+	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		poster := heldPoster{make(chan struct{}), make(chan struct{})}
+		h := &heldLoop{heldPoster: heldPoster{make(chan struct{}), make(chan struct{})}}
+		h.postLoop = newPostLoop(h.heldPoster, nil)
 		ours, theirs := net.Pipe()
 		defer theirs.Close()
-		var room atomic.Int64
-		l := newPostLoop(poster, nil)
-		l.open.Add(1000)
-		go l.serve(roomConn{ours, &room}, nil)
+		h.Conn = theirs
+		go h.serve(heldConn{ours, &h.room}, []byte(text))
+		test(t, h)
+	})
+}
+
+// A connection that has brought much keeps little of it while it is silent, if there are many.
+func TestSendBufferShrinks(t *testing.T) {
+	testHeld(t, "", func(t *testing.T, h *heldLoop) {
+		h.open.Add(1000)
 		for _, size := range []int{2, 20 << 10, 40 << 10, 250 << 10, 1 << 20, 250 << 10} {
-			go io.WriteString(theirs, sendText(jsonType, make([]byte, size)))
-			<-poster.asked
-			poster.answered <- struct{}{}
-			theirs.Read(make([]byte, 1<<10))
+			go io.WriteString(h, sendText(jsonType, make([]byte, size)))
+			<-h.asked
+			h.answered <- struct{}{}
+			h.Read(make([]byte, 1<<10))
 			synctest.Wait()
-			if got := room.Load(); got > 64<<10 {
+			if got := h.room.Load(); got > 64<<10 {
 				t.Errorf("after %d bytes: got room for %d, want at most 64 KiB", size, got)
 			}
 		}
@@ -403,25 +401,33 @@ func TestReportConnectionsDuringShutdown(t *testing.T) {
 		if got := report(); got != http.StatusOK {
 			t.Errorf("got %d, want 200", got)
 		}
-		api.reports.busy.Add(1)
-		stopped := make(chan struct{})
-		go func() {
-			api.stop(t.Context())
-			close(stopped)
-		}()
-		time.Sleep(drainLimit / 2)
-		synctest.Wait()
-		select {
-		case <-stopped:
-			t.Error("stopped while a report was being answered")
-		default:
-		}
-		if got := report(); got != 0 {
-			t.Errorf("in a shutdown: got %d, want 0", got)
-		}
-		api.reports.busy.Add(-1)
-		<-stopped
+		waitsForPosts(t, api.reports, api.stop, func() {
+			if got := report(); got != 0 {
+				t.Errorf("in a shutdown: got %d, want 0", got)
+			}
+		})
 	})
+}
+
+// waitsForPosts checks that a shutdown waits for the posts that a loop answers. It calls meanwhile during the wait.
+func waitsForPosts(t *testing.T, l *postLoop, shutdown func(context.Context), meanwhile func()) {
+	t.Helper()
+	l.busy.Add(1)
+	stopped := make(chan struct{})
+	go func() {
+		shutdown(t.Context())
+		close(stopped)
+	}()
+	time.Sleep(drainLimit / 2)
+	synctest.Wait()
+	select {
+	case <-stopped:
+		t.Error("stopped while a post was being answered")
+	default:
+	}
+	meanwhile()
+	l.busy.Add(-1)
+	<-stopped
 }
 
 // So it is with a gateway's: its shutdown waits for the sends that are under way, and net/http has the next.
@@ -433,56 +439,26 @@ func TestSendConnectionsDuringShutdown(t *testing.T) {
 		if got := g.plainLimit(p); got != maxSend {
 			t.Errorf("got a limit of %d, want %d", got, maxSend)
 		}
-		g.posts.busy.Add(1)
-		stopped := make(chan struct{})
-		go func() {
-			g.shutdown(t.Context())
-			close(stopped)
-		}()
-		time.Sleep(time.Second)
-		synctest.Wait()
-		select {
-		case <-stopped:
-			t.Error("stopped while a send was being answered")
-		default:
-		}
-		if got := g.plainLimit(p); got >= 0 {
-			t.Errorf("in a shutdown: got a limit of %d, want none", got)
-		}
-		g.posts.busy.Add(-1)
-		<-stopped
+		waitsForPosts(t, g.posts, g.shutdown, func() {
+			if got := g.plainLimit(p); got >= 0 {
+				t.Errorf("in a shutdown: got a limit of %d, want none", got)
+			}
+		})
 	})
-}
-
-// heldPoster answers when the test says so.
-type heldPoster struct{ asked, answered chan struct{} }
-
-func (heldPoster) plainLimit(plainPost) int64 { return maxSend }
-
-func (h heldPoster) answerPlain(text []byte, _ plainPost, _ []byte) (int, []byte) {
-	h.asked <- struct{}{}
-	<-h.answered
-	return http.StatusOK, text
 }
 
 // A request counts as under way until its answer has been written.
 func TestPlainPostsAreTracked(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		poster := heldPoster{make(chan struct{}), make(chan struct{})}
-		l := newPostLoop(poster, nil)
-		ours, theirs := net.Pipe()
-		defer theirs.Close()
-		go l.serve(ours, []byte(sendText(jsonType, nil)))
-		<-poster.asked
-		poster.answered <- struct{}{}
+	testHeld(t, sendText(jsonType, nil), func(t *testing.T, h *heldLoop) {
+		<-h.asked
+		h.answered <- struct{}{}
 		synctest.Wait() // it writes
-		if got := l.busy.Load(); got != 1 {
+		if got := h.busy.Load(); got != 1 {
 			t.Errorf("got %d under way, want 1", got)
 		}
-		theirs.Read(make([]byte, 1<<10))
+		h.Read(make([]byte, 1<<10))
 		synctest.Wait()
-		if got := l.busy.Load(); got != 0 {
+		if got := h.busy.Load(); got != 0 {
 			t.Errorf("after the answer: got %d under way, want 0", got)
 		}
 	})
@@ -490,19 +466,14 @@ func TestPlainPostsAreTracked(t *testing.T) {
 
 // An answer has time to be made and written, however late its request came.
 func TestPlainPostsThatComeLate(t *testing.T) {
-	t.Parallel()
 	text := sendText(jsonType, []byte("{}"))
-	synctest.Test(t, func(t *testing.T) {
-		poster := heldPoster{make(chan struct{}), make(chan struct{})}
-		ours, theirs := net.Pipe()
-		defer theirs.Close()
-		go newPostLoop(poster, nil).serve(ours, nil)
-		answers := bufio.NewReader(theirs)
+	testHeld(t, "", func(t *testing.T, h *heldLoop) {
+		answers := bufio.NewReader(h)
 		ask := func(name, text string) {
-			io.WriteString(theirs, text)
-			<-poster.asked
+			io.WriteString(h, text)
+			<-h.asked
 			time.Sleep(2 * time.Second)
-			poster.answered <- struct{}{}
+			h.answered <- struct{}{}
 			if _, err := http.ReadResponse(answers, nil); err != nil {
 				t.Fatalf("%s: got %v, want an answer", name, err)
 			}
@@ -510,7 +481,7 @@ func TestPlainPostsThatComeLate(t *testing.T) {
 		ask("the first", text)
 		time.Sleep(postIdle - 3*time.Second)
 		ask("after a silence", text)
-		io.WriteString(theirs, text[:60])
+		io.WriteString(h, text[:60])
 		time.Sleep(postDue - time.Second)
 		ask("in parts", text[60:])
 	})

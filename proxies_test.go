@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -82,25 +83,18 @@ func TestProxies(t *testing.T) {
 
 func (proxy proxyFile) test(t *testing.T, version int) {
 	needs(t, strings.Fields(proxy.command)[0], "root")
-	host := startHost(t)
-	if proxy.heartbeat > 0 {
-		host.gateway.env = append(host.gateway.env, fmt.Sprintf("HEARTBEAT_INTERVAL_SECONDS=%v", proxy.heartbeat.Seconds()))
-		host.gateway.restart(t)
-	}
+	host := startHost(t, fmt.Sprintf("HEARTBEAT_INTERVAL_SECONDS=%v", cmp.Or(proxy.heartbeat, 15*time.Second).Seconds()))
 	site := proxy.start(t, host, version).URL
 
 	// A whole task.
-	path := startTask(t, site, "", `{"type":"demo","params":{"steps":1}}`)
-	es := openEventSource(t, site+path, retryScale(0.05))
-	waitTold(t, es, "1 task_started", "2 progress_update", "3 task_completed", "task_completed")
-	waitFinished(t, es)
+	es := openEventSource(t, site+startTask(t, site, "", oneDemo), retryScale(0.05))
+	waitTold(t, es, "1 task_started", "2 progress_update step 1 of 1", "3 task_completed", "connection_close task_completed")
 
 	// What is not for browsers.
 	wantHidden(t, site)
 
 	// Each event comes at once. The median counts, as this machine may be busy.
-	startTask(t, site, "", `{"type":"external","params":{"task_id":"t"}}`)
-	es = openEventSource(t, site+"/api/sse/tasks?task_id=t", retryScale(0.05))
+	es = openEventSource(t, site+startTask(t, site, "", oneExternal), retryScale(0.05))
 	waitTold(t, es, "1 task_started")
 	if got := es.look().http; got != version {
 		t.Errorf("the stream came over HTTP/%d, want %d", got, version)
@@ -109,7 +103,7 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	for i := range 9 {
 		began := time.Now()
 		mustAsk(t, "POST", site+"/api/tasks/t/progress", fmt.Sprintf(`{"value":0.%d}`, i+1))
-		es.waitFor(t, deployPatience, func(got []message) bool { return len(told(got)) >= i+2 })
+		es.waitFor(t, soon, func(got []message) bool { return len(told(got)) >= i+2 })
 		took = append(took, time.Since(began))
 	}
 	slices.Sort(took)
@@ -121,28 +115,26 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	active := func() float64 {
 		return scrapeValue(mustAsk(t, "GET", host.backend.URL+"/metrics", ""), `sse_gateway_active_connections{service="version"}`)
 	}
-	var pages []*eventSource
-	for i := range 6 {
-		pages = append(pages, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=leaver-%d", site, i), retryScale(0.05)))
+	open := func(name string, n int) (pages []*eventSource) {
+		for i := range n {
+			pages = append(pages, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=%s-%d", site, name, i), retryScale(0.05)))
+		}
+		return pages
 	}
-	eventually(t, deployPatience, "all pages are known", func() bool { return active() == 6 })
+	pages := open("leaver", 6)
+	eventually(t, soon, "all pages are known", func() bool { return active() == 6 })
 	for _, page := range pages[:3] {
 		page.close()
 	}
 	eventually(t, time.Second+2*proxy.heartbeat, "the backend knows who left", func() bool { return active() == 3 })
-	pages = pages[3:]
 
 	// No page gives up while the gateway is away, and each gets what it has missed.
-	for i := range 3 {
-		pages = append(pages, openEventSource(t, fmt.Sprintf("%s/api/sse/utils/version?request_id=page-%d", site, i), retryScale(0.05)))
-	}
-	for _, page := range pages {
-		eventually(t, deployPatience, "the page has a stream", func() bool { return page.state() == "open" })
-	}
+	pages = append(pages[3:], open("page", 3)...)
+	waitOpen(t, pages...)
 	host.gateway.kill(t)
 	killed := time.Now()
 	mustAsk(t, "POST", site+"/api/tasks/t/progress", `{"text":"away"}`)
-	eventually(t, deployPatience, "the proxy answers in the gateway's place, also to pages of another site", func() bool {
+	eventually(t, soon, "the proxy answers in the gateway's place, also to pages of another site", func() bool {
 		return askForStreams(t, site+"/api/sse/x", 1) == 1
 	})
 	// No page gives up either when a gateway ends before it has answered.
@@ -154,15 +146,15 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 	host.gateway.restart(t)
 	mustAsk(t, "POST", site+"/api/deployments/version", `{"version":"2.0"}`)
 	for _, page := range pages {
-		page.waitFor(t, deployPatience, func(got []message) bool { return slices.Contains(told(got), "1 2.0") })
+		page.waitFor(t, soon, func(got []message) bool { return slices.Contains(told(got), "1 version 2.0") })
 		if page.failure() != 0 {
 			t.Errorf("a page gave up on a %d", page.failure())
 		}
 	}
 	mustAsk(t, "POST", site+"/api/tasks/t/complete", `{"result":null}`)
-	waitFinished(t, es)
-	if got := told(es.events()); len(got) != 13 {
-		t.Errorf("the task's page was told %q, want each of 12 events once, and the end", got)
+	failure := es.waitClosed(t, soon)
+	if got := told(es.events()); failure != http.StatusGone || len(got) != 13 {
+		t.Errorf("the task's page was told %q and then %d, want each of 12 events once, the end, and 410", got, failure)
 	}
 }
 

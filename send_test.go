@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"reflect"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -20,69 +19,56 @@ func TestSendAnswers(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
 	c := g.open("/x")
-	const (
-		invalid  = `400 {"error":"body must be one JSON object"}`
-		badType  = `400 {"error":"a field has the wrong type"}`
-		twice    = `400 {"error":"a field is given twice"}`
-		noToken  = `400 {"error":"token is missing or empty"}`
-		noData   = `400 {"error":"event data is missing"}`
-		badField = `400 {"error":"event name and id must not contain CR, LF or NUL"}`
-		badRetry = `400 {"error":"event retry must be a whole number of milliseconds from 1 to 86400000"}`
-	)
-	for _, tt := range []struct {
-		body string // with $ for the token
-		want string
-		wire string // what the client reads
-	}{
-		{`{"token":"$","event":{"data":"a"}}`, sentOK, "data: a"},
-		{`{"token":"$","event":{"id":"k-1","name":"n","data":"a\nb\r\nc\rd"},"close":false}`, sentOK,
-			"event: n\ndata: a\ndata: b\ndata: c\ndata: d\nid: k-1"},
-		{`{"token":"$","event":{"id":"","name":"","data":""}}`, sentOK, "data: "},
-		{` { "close" : false , "event" : { "data" : "\u00e9\u0000" } , "token" : "$" } `, sentOK, "data: é\x00"},
-		{`{"token":"$","event":{"data":"a","other":1},"more":{"token":1}}`, sentOK, "data: a"},
-		{`{"token":"$","event":{"data":"a","retry":1}}`, sentOK, "retry: 1\ndata: a"},
-		{`{"token":"$","event":{"retry":86400000,"id":"1","name":"n","data":"a"}}`, sentOK, "retry: 86400000\nevent: n\ndata: a\nid: 1"},
-		{`{"token":"$","event":{"data":"a","retry":1.5e3}}`, sentOK, "retry: 1500\ndata: a"},
-		{`{"token":"$","Event":{"data":"a"},"CLOSE":true}`, sentOK, ""}, // names are case-sensitive: only a probe
-
-		// A probe writes nothing.
-		{`{"token":"$"}`, sentOK, ""},
-		{`{"token":"$","close":false}`, sentOK, ""},
-
-		{``, invalid, ""}, {`null`, invalid, ""}, {`[]`, invalid, ""}, {`"$"`, invalid, ""}, {`{"token":"$"`, invalid, ""},
-		{`{"token":"$"}{"token":"$"}`, invalid, ""}, {`{"token":"$"} x`, invalid, ""}, {"{\"token\":\"$\",\"x\":\"\xff\"}", invalid, ""},
-		{`{}`, noToken, ""}, {`{"token":""}`, noToken, ""}, {`{"Token":"$"}`, noToken, ""}, {`{"event":{"data":"a"}}`, noToken, ""},
-		{`{"token":null}`, badType, ""}, {`{"token":1}`, badType, ""}, {`{"token":["$"]}`, badType, ""},
-		{`{"token":"$","event":null}`, badType, ""}, {`{"token":"$","event":"a"}`, badType, ""},
-		{`{"token":"$","event":[]}`, badType, ""}, {`{"token":"$","event":true}`, badType, ""},
-		{`{"token":"$","event":{"data":null}}`, badType, ""}, {`{"token":"$","event":{"data":{}}}`, badType, ""},
-		{`{"token":"$","event":{"data":"a","id":1}}`, badType, ""}, {`{"token":"$","event":{"data":"a","name":null}}`, badType, ""},
-		{`{"token":"$","event":{"data":"a","retry":null}}`, badType, ""}, {`{"token":"$","event":{"data":"a","retry":"1"}}`, badType, ""},
-		{`{"token":"$","event":{"data":"a","retry":0}}`, badRetry, ""}, {`{"token":"$","event":{"data":"a","retry":1.5}}`, badRetry, ""},
-		{`{"token":"$","event":{"data":"a","retry":-1}}`, badRetry, ""}, {`{"token":"$","event":{"data":"a","retry":86400001}}`, badRetry, ""},
-		{`{"token":"$","event":{"retry":1}}`, noData, ""}, {`{"token":"$","event":{"data":"a","retry":1,"retry":1}}`, twice, ""},
-		{`{"token":"$","close":null}`, badType, ""}, {`{"token":"$","close":0}`, badType, ""},
-		{`{"token":"$","close":"true"}`, badType, ""}, {`{"token":"$","event":{"data":"a"},"close":{}}`, badType, ""},
-		{`{"token":"$","event":{}}`, noData, ""}, {`{"token":"$","event":{"Data":"a"}}`, noData, ""},
-		{`{"token":"$","event":{"id":"1","name":"n"}}`, noData, ""},
-		{`{"token":"$","event":{"data":"a","id":"1\n"}}`, badField, ""}, {`{"token":"$","event":{"data":"a","name":"\r"}}`, badField, ""},
-		{`{"token":"$","event":{"data":"a","id":"\u0000"}}`, badField, ""},
-		{`{"token":"$","event":{"data":"a","name":"n\ndata: b"}}`, badField, ""},
-		{`{"token":"$","token":"$"}`, twice, ""}, {`{"token":"$","event":{"data":"a","data":"b"}}`, twice, ""},
-
-		{`{"token":"00000000-0000-4000-8000-000000000000"}`, sentGone, ""},
-		{`{"token":"?","event":{"data":"a"},"close":true}`, sentGone, ""},
-		{`{"token":"$ "}`, sentGone, ""},
-
-		{`{"token":"$","x":"` + strings.Repeat("x", 1<<20) + `"}`, `413 {"error":"request body too large","code":"too_large"}`, ""},
-	} {
-		if got := g.post("application/json", strings.ReplaceAll(tt.body, "$", c.callback.Token)); got != tt.want {
-			t.Errorf("%.100s: got %s, want %s", tt.body, got, tt.want)
+	post := func(contentType, body, want string) { // with $ for the token
+		t.Helper()
+		if got := g.post(contentType, strings.ReplaceAll(body, "$", c.callback.Token)); got != want {
+			t.Errorf("%s: %.100s: got %s, want %s", contentType, body, got, want)
 		}
-		if tt.wire != "" {
-			if got := c.event(); got != tt.wire {
-				t.Errorf("%.100s: the client got %q, want %q", tt.body, got, tt.wire)
-			}
+	}
+	for _, tt := range []struct{ body, wire string }{ // what the client reads
+		{`{"token":"$","event":{"data":"a"}}`, "data: a"},
+		{`{"token":"$","event":{"id":"k-1","name":"n","data":"a\nb\r\nc\rd"},"close":false}`,
+			"event: n\ndata: a\ndata: b\ndata: c\ndata: d\nid: k-1"},
+		{`{"token":"$","event":{"id":"","name":"","data":""}}`, "data: "},
+		{` { "close" : false , "event" : { "data" : "\u00e9\u0000" } , "token" : "$" } `, "data: é\x00"},
+		{`{"token":"$","event":{"data":"a","other":1},"more":{"token":1}}`, "data: a"},
+		{`{"token":"$","event":{"data":"a","retry":1}}`, "retry: 1\ndata: a"},
+		{`{"token":"$","event":{"retry":86400000,"id":"1","name":"n","data":"a"}}`, "retry: 86400000\nevent: n\ndata: a\nid: 1"},
+		{`{"token":"$","event":{"data":"a","retry":1.5e3}}`, "retry: 1500\ndata: a"},
+	} {
+		post("application/json", tt.body, sentOK)
+		if got := c.event(); got != tt.wire {
+			t.Errorf("%.100s: the client got %q, want %q", tt.body, got, tt.wire)
+		}
+	}
+	for want, bodies := range map[string][]string{
+		// A probe writes nothing. Names are case-sensitive.
+		sentOK: {`{"token":"$"}`, `{"token":"$","close":false}`, `{"token":"$","Event":{"data":"a"},"CLOSE":true}`},
+		`400 {"error":"body must be one JSON object"}`: {``, `null`, `[]`, `"$"`, `{"token":"$"`,
+			`{"token":"$"}{"token":"$"}`, `{"token":"$"} x`, "{\"token\":\"$\",\"x\":\"\xff\"}"},
+		`400 {"error":"token is missing or empty"}`: {`{}`, `{"token":""}`, `{"Token":"$"}`, `{"event":{"data":"a"}}`},
+		`400 {"error":"a field has the wrong type"}`: {`{"token":null}`, `{"token":1}`, `{"token":["$"]}`,
+			`{"token":"$","event":null}`, `{"token":"$","event":"a"}`, `{"token":"$","event":[]}`, `{"token":"$","event":true}`,
+			`{"token":"$","event":{"data":null}}`, `{"token":"$","event":{"data":{}}}`,
+			`{"token":"$","event":{"data":"a","id":1}}`, `{"token":"$","event":{"data":"a","name":null}}`,
+			`{"token":"$","event":{"data":"a","retry":null}}`, `{"token":"$","event":{"data":"a","retry":"1"}}`,
+			`{"token":"$","close":null}`, `{"token":"$","close":0}`, `{"token":"$","close":"true"}`,
+			`{"token":"$","event":{"data":"a"},"close":{}}`},
+		`400 {"error":"event retry must be a whole number of milliseconds from 1 to 86400000"}`: {
+			`{"token":"$","event":{"data":"a","retry":0}}`, `{"token":"$","event":{"data":"a","retry":1.5}}`,
+			`{"token":"$","event":{"data":"a","retry":-1}}`, `{"token":"$","event":{"data":"a","retry":86400001}}`},
+		`400 {"error":"event data is missing"}`: {`{"token":"$","event":{"retry":1}}`, `{"token":"$","event":{}}`,
+			`{"token":"$","event":{"Data":"a"}}`, `{"token":"$","event":{"id":"1","name":"n"}}`},
+		`400 {"error":"event name and id must not contain CR, LF or NUL"}`: {
+			`{"token":"$","event":{"data":"a","id":"1\n"}}`, `{"token":"$","event":{"data":"a","name":"\r"}}`,
+			`{"token":"$","event":{"data":"a","id":"\u0000"}}`, `{"token":"$","event":{"data":"a","name":"n\ndata: b"}}`},
+		`400 {"error":"a field is given twice"}`: {`{"token":"$","token":"$"}`, `{"token":"$","event":{"data":"a","data":"b"}}`,
+			`{"token":"$","event":{"data":"a","retry":1,"retry":1}}`},
+		sentGone: {`{"token":"00000000-0000-4000-8000-000000000000"}`, `{"token":"?","event":{"data":"a"},"close":true}`, `{"token":"$ "}`},
+		`413 {"error":"request body too large","code":"too_large"}`: {`{"token":"$","x":"` + strings.Repeat("x", 1<<20) + `"}`},
+	} {
+		for _, body := range bodies {
+			post("application/json", body, want)
 		}
 	}
 	for contentType, want := range map[string]string{
@@ -92,37 +78,12 @@ func TestSendAnswers(t *testing.T) {
 		"text/plain":                        `415 {"error":"content type must be application/json","code":"media_type"}`,
 		"application/x-www-form-urlencoded": `415 {"error":"content type must be application/json","code":"media_type"}`,
 	} {
-		if got := g.post(contentType, `{"token":"`+c.callback.Token+`"}`); got != want {
-			t.Errorf("Content-Type %q: got %s, want %s", contentType, got, want)
-		}
+		post(contentType, `{"token":"$"}`, want)
 	}
 	// The last event is written before the end. Then the stream is gone, even before the client has done anything.
-	last := g.post("application/json", `{"close":true,"event":{"data":"last"},"token":"`+c.callback.Token+`"}`)
-	if probe := g.probe(c.callback.Token); last != sentOK || probe != sentGone {
-		t.Errorf("event and close: got %s, then %s; want %s, then %s", last, probe, sentOK, sentGone)
-	}
+	post("application/json", `{"close":true,"event":{"data":"last"},"token":"$"}`, sentOK)
+	post("application/json", `{"token":"$"}`, sentGone)
 	c.wantData("last")
-	c.wantEnd()
-}
-
-func TestSendWhileConnecting(t *testing.T) {
-	t.Parallel()
-	gate := make(chan struct{})
-	g := newGatewayFixture(t, "", holding("connect", gate, answering(200, `{"event":{"data":"first"}}`)))
-	c := g.get("/x")
-	token := receive(t, g.connects).Token
-	if got := g.send(token, "last"); got != sentBuffered {
-		t.Errorf("send: got %s, want %s", got, sentBuffered)
-	}
-	if got := g.end(token); got != sentBuffered {
-		t.Errorf("close: got %s, want %s", got, sentBuffered)
-	}
-	if got := g.send(token, "too late"); got != sentGone {
-		t.Errorf("send after the close: got %s, want %s", got, sentGone)
-	}
-	close(gate)
-	c.begin()
-	c.wantData("first", "last")
 	c.wantEnd()
 }
 
@@ -131,28 +92,15 @@ func TestMalformedBodies(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
 	c := g.open("/x")
-	valid := []byte(`{"token":"` + c.callback.Token + `","event":{"id":"1","name":"n","data":"\u00e9\n"},"close":true}`)
+	valid := `{"token":"` + c.callback.Token + `","event":{"id":"1","name":"n","data":"\u00e9\n"},"close":true}`
 	random := rand.New(rand.NewPCG(1, 2))
 	for range 1000 {
-		body := slices.Clone(valid)
-		for json.Valid(body) {
-			switch at := random.IntN(len(body)); random.IntN(4) {
-			case 0:
-				body = body[:at]
-			case 1:
-				body[at] = byte(random.Uint32())
-			case 2:
-				body = slices.Delete(body, at, at+1)
-			case 3:
-				body = slices.Insert(body, at, `{}[]",:\`[random.IntN(8)])
-			}
-		}
-		if got := g.post("application/json", string(body)); !strings.HasPrefix(got, `4`) {
+		body := apiMalformed(random, valid)
+		if got := g.post("application/json", body); !strings.HasPrefix(got, `4`) {
 			t.Errorf("%q: got %s, want a status 4xx", body, got)
 		}
 	}
-	g.send(c.callback.Token, "live")
-	c.wantData("live")
+	g.wantLive(c)
 }
 
 func TestBatch(t *testing.T) {
@@ -163,8 +111,7 @@ func TestBatch(t *testing.T) {
 			c.await(gate)
 		}
 	})
-	open, ended, held := g.open("/x"), g.open("/x"), g.get("/held")
-	held.callback = receive(t, g.connects)
+	open, ended, held := g.open("/x"), g.open("/x"), g.asked(g.get("/held"))
 	lines := []struct{ body, want string }{
 		{`{"token":"$open","event":{"data":"1"}}`, `{"status":"ok"}`},
 		{`{"token":"$held","event":{"data":"a"}}`, `{"status":"buffered"}`},
@@ -193,12 +140,8 @@ func TestBatch(t *testing.T) {
 	open.wantData("1", "5")
 	ended.wantData("last")
 	ended.wantEnd()
-	if got, want := g.post("application/x-ndjson", ""), "200 "; got != want {
-		t.Errorf("an empty batch: got %s, want %s", got, want)
-	}
-	if got, want := g.post("application/x-ndjson", strings.Repeat("\n", 4<<20+1)), `413 {"error":"request body too large","code":"too_large"}`; got != want {
-		t.Errorf("a batch of more than 4 MiB: got %s, want %s", got, want)
-	}
+	g.wantAnswers("200 ", g.post("application/x-ndjson", ""))
+	g.wantAnswers(`413 {"error":"request body too large","code":"too_large"}`, g.post("application/x-ndjson", strings.Repeat("\n", 4<<20+1)))
 }
 
 // Consecutive events for one stream are one write, and so one chunk, unless they are large.

@@ -41,8 +41,7 @@ func TestStreamBeginning(t *testing.T) {
 	if got, want := c.event(), "event: connection_open\ndata: {}\nid: e-0"; got != want {
 		t.Errorf("got %q, want the event of the callback, %q", got, want)
 	}
-	g.send(receive(t, g.connects).Token, "live")
-	c.wantData("live")
+	g.wantLive(g.asked(c))
 }
 
 func TestCallbackBodies(t *testing.T) {
@@ -108,18 +107,17 @@ func TestBufferedEvents(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
 	g := newGatewayFixture(t, "", holding("connect", gate, answering(201, `{"event":{"data":"first"}}`)))
-	c := g.get("/x")
-	token := receive(t, g.connects).Token
-	for _, got := range []string{g.probe(token), g.send(token, "1"), g.send(token, "2")} {
-		if got != sentBuffered {
-			t.Errorf("during the callback: got %s, want %s", got, sentBuffered)
-		}
-	}
+	c, ended := g.asked(g.get("/x")), g.asked(g.get("/x"))
+	token, endedToken := c.callback.Token, ended.callback.Token
+	g.wantAnswers(sentBuffered, g.probe(token), g.send(token, "1"), g.send(token, "2"), g.send(endedToken, "last"), g.end(endedToken))
+	g.wantSend(ended, "too late", sentGone)
 	close(gate)
 	c.begin()
 	c.wantData("first", "1", "2")
-	g.wantSend(token, "3", sentOK)
-	c.wantData("3")
+	g.wantLive(c)
+	ended.begin()
+	ended.wantData("first", "last")
+	ended.wantEnd()
 }
 
 // A send that arrives while the buffer is flushed must not overtake it. Many rounds make the race likely.
@@ -143,14 +141,13 @@ func TestBufferedEventsKeepOrder(t *testing.T) {
 	for range 40 {
 		gate := make(chan struct{})
 		gates <- gate
-		c := g.get("/x")
-		token := receive(t, g.connects).Token
+		c := g.asked(g.get("/x"))
 		sender.Go(func() {
 			for i, data := range want {
 				if i == events/4 {
 					close(gate)
 				}
-				if got := g.send(token, data); got != sentBuffered && got != sentOK {
+				if got := g.send(c.callback.Token, data); got != sentBuffered && got != sentOK {
 					t.Errorf("event %d: got %s", i, got)
 				}
 			}
@@ -207,8 +204,7 @@ func TestOddCallbackAnswers(t *testing.T) {
 		if tt.ends {
 			c.wantEnd()
 		} else {
-			g.send(c.callback.Token, "next")
-			c.wantData("next")
+			g.wantLive(c)
 		}
 		if logged := strings.Contains(g.logged.String()[before:], "level=WARN"); logged != tt.logged {
 			t.Errorf("%.80s: got a warning in the log: %v, want %v", tt.body, logged, tt.logged)
@@ -282,7 +278,6 @@ func TestBackendUnreachable(t *testing.T) {
 func TestClientHasLeft(t *testing.T) {
 	t.Parallel()
 	backend := newStubBackend(t, nil)
-	t.Cleanup(backend.server.Close)
 	p := startOwnGateway(t, "CALLBACK_URL="+backend.server.URL+callbackTarget)
 	g := &gatewayFixture{stubBackend: backend, t: t, addr: strings.TrimPrefix(p.URL, "http://"), internal: p.URL, client: http.DefaultClient}
 	p.signal(syscall.SIGSTOP)
@@ -381,10 +376,7 @@ func TestMaxConnections(t *testing.T) {
 	g.get("/3", "Accept: text/event-stream").wantTransient("no capacity")
 	first.Close()
 	g.waitMetric("gateway_streams", 1)
-	for _, c := range []*streamClient{second, g.open("/3")} { // nobody was evicted
-		g.send(c.callback.Token, "live")
-		c.wantData("live")
-	}
+	g.wantLive(second, g.open("/3")) // nobody was evicted
 }
 
 func TestRequestsThatOpenNoStream(t *testing.T) {
@@ -459,26 +451,21 @@ func TestDisconnectReasons(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
 	for _, tt := range []struct {
-		name   string
+		target string
 		end    func(c *streamClient)
 		reason string
 	}{
-		{"the client closes", func(c *streamClient) { c.Close() }, "client_closed"},
-		{"the client resets", (*streamClient).reset, "client_closed"},
-		{"the client closes its half", func(c *streamClient) { c.CloseWrite() }, "client_closed"},
-		{"the client sends a byte", func(c *streamClient) { c.write("x") }, "client_closed"},
-		{"the client sends a request", func(c *streamClient) { c.write("GET / HTTP/1.1\r\nHost: h\r\n\r\n") }, "client_closed"},
-		{"the backend ends it", func(c *streamClient) { g.end(c.callback.Token) }, "server_closed"},
+		{"/client-closes", func(c *streamClient) { c.Close() }, "client_closed"},
+		{"/client-resets", (*streamClient).reset, "client_closed"},
+		{"/client-closes-its-half", func(c *streamClient) { c.CloseWrite() }, "client_closed"},
+		{"/client-sends-a-byte", func(c *streamClient) { c.write("x") }, "client_closed"},
+		{"/client-sends-a-request", func(c *streamClient) { c.write("GET / HTTP/1.1\r\nHost: h\r\n\r\n") }, "client_closed"},
+		{"/backend-ends-it", func(c *streamClient) { g.end(c.callback.Token) }, "server_closed"},
 	} {
-		c := g.open("/x")
+		c := g.open(tt.target)
 		tt.end(c)
-		got := receive(t, g.disconnects)
-		if got.Token != c.callback.Token || got.Reason != tt.reason {
-			t.Errorf("%s: got %q of %s, want %q of %s", tt.name, got.Reason, got.Token, tt.reason, c.callback.Token)
-		}
-		if got := g.send(c.callback.Token, "late"); got != sentGone {
-			t.Errorf("%s: got %s for a later send, want %s", tt.name, got, sentGone)
-		}
+		g.wantDisconnect(c, tt.reason)
+		g.wantSend(c, "late", sentGone)
 	}
 	g.waitMetric("gateway_streams", 0)
 }
@@ -487,9 +474,10 @@ func TestDisconnectReasons(t *testing.T) {
 func TestPipelinedBytesEndTheStream(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "", nil)
-	c := g.dial("GET /1 HTTP/1.1\r\nHost: h\r\n\r\nGET /2 HTTP/1.1\r\nHost: h\r\n\r\n")
-	c.callback = receive(t, g.connects)
-	g.wantDisconnect(c, "client_closed")
+	for _, end := range []string{"\r\n", "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"} {
+		c := g.asked(g.dial("GET /1 HTTP/1.1\r\nHost: h\r\n" + end + "GET /2 HTTP/1.1\r\nHost: h\r\n\r\n"))
+		g.wantDisconnect(c, "client_closed")
+	}
 	g.waitMetric("gateway_streams", 0)
 	g.wantNotAsked()
 }
@@ -563,8 +551,7 @@ func TestClientLeavesDuringCallback(t *testing.T) {
 		status := []int{200, 204, 410}[i%3]
 		gate := make(chan struct{})
 		gates <- gate
-		c := g.get(fmt.Sprint("/", status))
-		c.callback = receive(t, g.connects)
+		c := g.asked(g.get(fmt.Sprint("/", status)))
 		var answer sync.WaitGroup
 		answer.Go(func() { close(gate) })
 		leave[i%2](c)
@@ -575,7 +562,7 @@ func TestClientLeavesDuringCallback(t *testing.T) {
 		if got := receive(t, g.disconnects); got.Token != c.callback.Token || got.Reason == "server_closed" {
 			t.Errorf("got disconnect of %s with reason %q, want of %s", got.Token, got.Reason, c.callback.Token)
 		}
-		g.wantSend(c.callback.Token, "late", sentGone)
+		g.wantSend(c, "late", sentGone)
 	}
 	g.waitMetric("gateway_streams", 0)
 }
@@ -588,9 +575,7 @@ func TestEndDoesNotWaitForTheCallback(t *testing.T) {
 	g := newGatewayFixture(t, "", holding("disconnect", gate, answering(200, "")))
 	for range 50 {
 		c := g.open("/x")
-		if got := g.end(c.callback.Token); got != sentOK {
-			t.Errorf("got %s, want %s", got, sentOK)
-		}
+		g.wantAnswers(sentOK, g.end(c.callback.Token))
 		c.wantEnd()
 	}
 	g.waitMetric("gateway_streams", 0)
@@ -606,8 +591,7 @@ func TestReset(t *testing.T) {
 			c.await(gate)
 		}
 	})
-	open, held := g.open("/x"), g.get("/held")
-	receive(t, g.connects)
+	open, held := g.open("/x"), g.asked(g.get("/held"))
 	const json = "Content-Type: application/json"
 	for _, tt := range []struct {
 		want    string
@@ -618,8 +602,7 @@ func TestReset(t *testing.T) {
 		{`401 {"error":"missing or wrong secret","code":"unauthorized"}`, []string{json, "Authorization: Bearer guessed"}},
 		{sentOK, []string{json, "Authorization: Bearer " + callbackSecret}},
 	} {
-		g.send(open.callback.Token, "still here")
-		open.wantData("still here")
+		g.wantLive(open)
 		g.request("POST", "/internal/reset", append(tt.headers, "Content-Length: 0")...).wantReply(tt.want)
 	}
 	open.wantEnd()
@@ -627,9 +610,7 @@ func TestReset(t *testing.T) {
 	close(gate)
 	held.begin()
 	held.wantEnd()
-	later := g.open("/x")
-	g.send(later.callback.Token, "live")
-	later.wantData("live")
+	g.wantLive(g.open("/later"))
 }
 
 func TestMaxStreamSeconds(t *testing.T) {
@@ -659,24 +640,22 @@ func TestGatewayShutdown(t *testing.T) {
 	for range 100 {
 		open = append(open, g.open("/x"))
 	}
-	late := g.get("/late") // is being opened when the shutdown comes
-	receive(t, g.connects)
+	late := g.asked(g.get("/late")) // is being opened when the shutdown comes
 
 	code := make(chan int, 1)
 	go func() { code <- g.stop() }()
-	var ends []time.Time
-	var mu sync.Mutex
-	var clients sync.WaitGroup
+	ends := make(chan time.Time, len(open))
 	for _, c := range open {
-		clients.Go(func() {
+		go func() {
 			c.wantEnd()
-			mu.Lock()
-			defer mu.Unlock()
-			ends = append(ends, time.Now())
-		})
+			ends <- time.Now()
+		}()
 	}
-	clients.Wait()
-	if spread := ends[len(ends)-1].Sub(ends[0]); spread < 50*time.Millisecond {
+	first := <-ends
+	for range len(open) - 2 {
+		<-ends
+	}
+	if spread := (<-ends).Sub(first); spread < 50*time.Millisecond {
 		t.Errorf("all browsers lost their streams within %v, want at least 50 ms", spread)
 	}
 	g.get("/readyz").wantReply(`503 {"configured":true,"status":"not_ready"}`)
@@ -828,9 +807,7 @@ func TestInternalAddr(t *testing.T) {
 	if n := len(g.connects); resp.StatusCode != 404 || n != 0 {
 		t.Errorf("internal GET /x: got %s, want 404; the backend was asked %d times, want never", resp.Status, n)
 	}
-	c := g.open("/x")
-	g.send(c.callback.Token, "live")
-	c.wantData("live")
+	g.wantLive(g.open("/x"))
 	g.waitMetric("gateway_streams", 1)
 }
 
@@ -842,13 +819,8 @@ func TestGatewayMetrics(t *testing.T) {
 			w.WriteHeader(403)
 		}
 	}))
-	first, refused := g.get("/yes"), g.get("/no")
-	calls := map[string]string{}
-	for range 2 {
-		c := receive(t, g.connects)
-		calls[c.Request.URL] = c.Token
-	}
-	token := calls["/yes"]
+	first, refused := g.asked(g.get("/yes")), g.asked(g.get("/no"))
+	token := first.callback.Token
 	g.send(token, "1")
 	g.send(token, "2")
 	close(gate)
@@ -867,7 +839,7 @@ func TestGatewayMetrics(t *testing.T) {
 	third.Close()
 	g.wantDisconnect(third, "client_closed")
 	g.waitMetric(`gateway_callbacks_total{action="disconnect",status="accepted"}`, 2)
-	for series, want := range map[string]float64{
+	wantSeries(t, scrapeURL(g.client, g.internal), map[string]float64{
 		`gateway_streams`:                                              1,
 		`gateway_streams_opened_total`:                                 3,
 		`gateway_streams_closed_total{reason="client_closed"}`:         1,
@@ -882,7 +854,5 @@ func TestGatewayMetrics(t *testing.T) {
 		`gateway_callbacks_total{action="connect",status="timeout"}`:   0,
 		`gateway_callback_duration_seconds_count{action="connect"}`:    4,
 		`gateway_callback_duration_seconds_count{action="disconnect"}`: 2,
-	} {
-		g.wantMetric(series, want)
-	}
+	})
 }

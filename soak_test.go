@@ -139,34 +139,31 @@ func (s *soak) callback(_ http.ResponseWriter, r *http.Request) {
 	}
 }
 
-func (s *soak) dial(text string) net.Conn {
-	conn, err := (&net.Dialer{Control: smallSocket}).Dial("tcp", strings.TrimPrefix(s.gateway.URL, "http://"))
+// with sends text on a connection of its own, which it then gives to use.
+func (s *soak) with(text string, use func(conn net.Conn)) {
+	conn, err := (&net.Dialer{Control: smallSocket}).Dial("tcp", address(s.gateway))
 	if err != nil {
 		s.t.Error(err)
-		return nil
+		return
 	}
+	defer conn.Close()
 	io.WriteString(conn, text)
-	return conn
+	use(conn)
 }
 
 const soakRequest = "GET /soak HTTP/1.1\r\nHost: h\r\nAccept: text/event-stream\r\n\r\n"
 
 // visit opens a stream, reads for a while, and leaves, with a reset or without. Sometimes it stays to the end.
 func (s *soak) visit() {
-	conn := s.dial(soakRequest)
-	if conn == nil {
-		return
-	}
-	defer conn.Close()
-	if rand.IntN(50) == 0 {
+	s.with(soakRequest, func(conn net.Conn) {
+		if rand.IntN(50) > 0 {
+			conn.SetReadDeadline(time.Now().Add(rand.N(50 * time.Millisecond)))
+		}
 		io.Copy(io.Discard, conn)
-		return
-	}
-	conn.SetReadDeadline(time.Now().Add(rand.N(50 * time.Millisecond)))
-	io.Copy(io.Discard, conn)
-	if rand.IntN(2) == 0 {
-		conn.(*net.TCPConn).SetLinger(0)
-	}
+		if rand.IntN(2) == 0 {
+			conn.(*net.TCPConn).SetLinger(0)
+		}
+	})
 }
 
 // send posts to a stream that was opened lately, and perhaps ends it.
@@ -191,18 +188,15 @@ func (s *soak) post(body string) (status int) {
 
 // stall opens a stream, reads nothing, and sends more to it than may wait.
 func (s *soak) stall() {
-	conn := s.dial(soakRequest)
-	if conn == nil {
-		return
-	}
-	defer conn.Close()
-	select {
-	case token := <-s.lately: // perhaps of another client, which does no harm
-		big := fmt.Sprintf(`{"token":%q,"event":{"data":%q}}`, token, strings.Repeat("x", 60<<10))
-		for s.post(big) == http.StatusOK {
+	s.with(soakRequest, func(net.Conn) {
+		select {
+		case token := <-s.lately: // perhaps of another client, which does no harm
+			big := fmt.Sprintf(`{"token":%q,"event":{"data":%q}}`, token, strings.Repeat("x", 60<<10))
+			for s.post(big) == http.StatusOK {
+			}
+		case <-time.After(time.Second):
 		}
-	case <-time.After(time.Second):
-	}
+	})
 }
 
 // misbehave sends what no browser or backend sends.
@@ -216,11 +210,10 @@ func (s *soak) misbehave() {
 		sendText("application/x-ndjson", []byte("{}\n\n\"\"\n")), sendText("text/plain", nil),
 		"GET /" + strings.Repeat("x", 40<<10) + " HTTP/1.1\r\nHost: h\r\n\r\n",
 	}
-	if conn := s.dial(bad[rand.IntN(len(bad))]); conn != nil {
+	s.with(bad[rand.IntN(len(bad))], func(conn net.Conn) {
 		conn.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
 		io.Copy(io.Discard, conn)
-		conn.Close()
-	}
+	})
 }
 
 func (s *soak) metric(series string) float64 {

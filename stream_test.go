@@ -36,12 +36,9 @@ func TestFraming(t *testing.T) {
 		{"GET /x HTTP/1.1\r\nHost: h\r\n\r\n", func(s string) string { return fmt.Sprintf("%x\r\n%s\r\n", len(s), s) }, "0\r\n\r\n"},
 		{"GET /x HTTP/1.0\r\n\r\n", func(s string) string { return s }, ""},
 	} {
-		c := g.dial(tt.request)
-		token := receive(t, g.connects).Token
-		c.SetReadDeadline(time.Now().Add(patience))
-		for line := "head"; line != "\r\n"; {
-			line, _ = c.wire.ReadString('\n')
-		}
+		c := g.asked(g.dial(tt.request))
+		token := c.callback.Token
+		c.answer()
 		want := []string{tt.frame("retry: 2\n"), tt.frame("retry: 3\n"), tt.frame("retry: 4\n")}
 		if got := c.wireString(len(want[0])); !slices.Contains(want, got) {
 			t.Errorf("%q: got %q, want one of %q", tt.request, got, want)
@@ -77,7 +74,7 @@ func TestSlowClientGetsEverything(t *testing.T) {
 	data := muchData()
 	send := func() {
 		for _, d := range data {
-			g.wantSend(c.callback.Token, d, sentOK)
+			g.wantSend(c, d, sentOK)
 		}
 	}
 	send() // while the client reads nothing
@@ -87,18 +84,34 @@ func TestSlowClientGetsEverything(t *testing.T) {
 	c.wantData(data...)
 	c.wantData(data...)
 	sender.Wait()
-	g.send(c.callback.Token, "live")
-	c.wantData("live")
+	g.wantLive(c)
 
 	// The end comes after everything else, however long that takes.
 	send()
-	if got := g.end(c.callback.Token); got != sentOK {
-		t.Errorf("end: got %s, want %s", got, sentOK)
-	}
-	g.wantSend(c.callback.Token, "late", sentGone)
+	g.wantAnswers(sentOK, g.end(c.callback.Token))
+	g.wantSend(c, "late", sentGone)
 	c.wantData(data...)
 	c.wantEnd()
 	g.wantDisconnect(c, "server_closed")
+}
+
+// overflow sends events of 16 KiB until one is refused. It returns what was accepted, and when that one was sent.
+func (g *gatewayFixture) overflow(c *streamClient) (accepted []string, at time.Time) {
+	g.t.Helper()
+	for i := range 1000 {
+		data := strconv.Itoa(i) + strings.Repeat("x", 16<<10)
+		at = time.Now()
+		switch got := g.send(c.callback.Token, data); got {
+		case sentOK:
+			accepted = append(accepted, data)
+		case sentGone:
+			return accepted, at
+		default:
+			g.t.Fatalf("event %d: got %s", i, got)
+		}
+	}
+	g.t.Fatal("all events were accepted, want some refused")
+	return nil, at
 }
 
 // A client that does not read may keep its buffer for a second, and must not affect other clients.
@@ -106,30 +119,18 @@ func TestBufferOverflowCutsTheStream(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
 	c, other := g.open("/x"), g.open("/x")
-	accepted := 0
-	for _, d := range muchData() {
-		got := g.send(c.callback.Token, d)
-		if got == sentGone {
-			break
-		}
-		if got != sentOK {
-			t.Fatalf("got %s, want %s", got, sentOK)
-		}
-		accepted++
+	accepted, at := g.overflow(c)
+	if n := len(accepted); n >= len(muchData()) {
+		t.Errorf("%d events were accepted, want fewer", n)
 	}
-	began := time.Now()
 	g.wantDisconnect(c, "error")
-	if took := time.Since(began); took < overflowTimeout/2 || took > 5*overflowTimeout {
+	if took := time.Since(at); took < overflowTimeout/2 || took > 5*overflowTimeout {
 		t.Errorf("cut after %v, want %v", took, overflowTimeout)
-	}
-	if accepted == len(muchData()) {
-		t.Errorf("all %d events were accepted, want some refused", accepted)
 	}
 	if _, err := c.rest(); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the client got %v, want a reset: nothing is left for it", err)
 	}
-	g.send(other.callback.Token, "live")
-	other.wantData("live")
+	g.wantLive(other)
 	g.waitMetric(`gateway_streams_closed_total{reason="error"}`, 1)
 	g.waitMetric("gateway_streams", 1)
 }
@@ -140,15 +141,9 @@ func TestBufferOverflowOfALargeBuffer(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=4194304", nil)
 	c := g.open("/x")
-	data := strings.Repeat("x", 16<<10)
-	for range 1000 {
-		if g.send(c.callback.Token, data) == sentGone {
-			break
-		}
-	}
-	began := time.Now()
+	_, at := g.overflow(c)
 	g.wantDisconnect(c, "error")
-	if took := time.Since(began); took > 3*overflowTimeout { // 4.7 s with the deadline of the earlier write
+	if took := time.Since(at); took > 3*overflowTimeout { // 4.7 s with the deadline of the earlier write
 		t.Errorf("cut after %v, want %v", took, overflowTimeout)
 	}
 }
@@ -158,10 +153,9 @@ func TestBufferOverflowDuringCallback(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=1024", holding("connect", gate, answering(200, "")))
-	c := g.get("/x")
-	c.callback = receive(t, g.connects)
+	c := g.asked(g.get("/x"))
 	for _, want := range []string{sentBuffered, sentGone, sentGone} {
-		g.wantSend(c.callback.Token, strings.Repeat("x", 600), want)
+		g.wantSend(c, strings.Repeat("x", 600), want)
 	}
 	close(gate)
 	c.begin()
@@ -176,22 +170,17 @@ func TestEventLargerThanTheBuffer(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=1024", holding("connect", gate, answering(200, "")))
-	c := g.get("/x")
-	c.callback = receive(t, g.connects)
+	c := g.asked(g.get("/x"))
 	large := strings.Repeat("x", 1000<<10) // the socket takes part of it
-	g.wantSend(c.callback.Token, large, sentBuffered)
-	for _, ask := range []func(token string) string{g.probe, g.end} { // these need no room
-		if got := ask(c.callback.Token); got != sentBuffered {
-			t.Errorf("got %s, want %s", got, sentBuffered)
-		}
-	}
+	g.wantSend(c, large, sentBuffered)
+	g.wantAnswers(sentBuffered, g.probe(c.callback.Token), g.end(c.callback.Token)) // these need no room
 	close(gate)
 	c.begin()
 	c.wantData(large)
 	c.wantEnd()
 
 	c = g.open("/x")
-	g.wantSend(c.callback.Token, large, sentOK)
+	g.wantSend(c, large, sentOK)
 	c.wantData(large)
 }
 
@@ -200,11 +189,8 @@ func TestBufferOverflowKeepsWhatWasAccepted(t *testing.T) {
 	t.Parallel()
 	g := newGatewayFixture(t, "STREAM_BUFFER_BYTES=65536", nil)
 	c := g.open("/x")
-	data, accepted := muchData(), 0
-	for g.send(c.callback.Token, data[accepted]) == sentOK {
-		accepted++
-	}
-	c.wantData(data[:accepted]...)
+	accepted, _ := g.overflow(c)
+	c.wantData(accepted...)
 	c.wantCut()
 	g.wantDisconnect(c, "error")
 }
@@ -221,7 +207,7 @@ func TestWriteTimeoutCutsTheStream(t *testing.T) {
 	if took := time.Since(began); took < 500*time.Millisecond {
 		t.Errorf("cut after %v, want 0.5 s", took)
 	}
-	g.wantSend(c.callback.Token, "late", sentGone)
+	g.wantSend(c, "late", sentGone)
 	c.wantCut()
 }
 
@@ -241,8 +227,7 @@ func TestStreamOutlivesTheWriteTimeout(t *testing.T) {
 	c.wantData(data...)
 	sending.Wait()
 	time.Sleep(timeout * 5 / 4)
-	g.send(c.callback.Token, "live")
-	c.wantData("live")
+	g.wantLive(c)
 }
 
 // The limit is for a client that takes nothing. One that reads slowly but steadily keeps its stream, even if its socket
@@ -280,9 +265,7 @@ func TestClientThatAcknowledgesNothing(t *testing.T) {
 	g := newGatewayFixture(t, "WRITE_TIMEOUT_SECONDS=0.3", nil)
 	c := g.open("/x")
 	for _, d := range muchData()[:8] { // more than its window, less than the gateway's socket takes
-		if got := g.send(c.callback.Token, d[:min(len(d), 32<<10)]); got != sentOK {
-			t.Fatalf("got %s, want %s", got, sentOK)
-		}
+		g.wantSend(c, d, sentOK)
 	}
 	g.wantDisconnect(c, "error")
 }
