@@ -170,33 +170,6 @@ func TestFollowerBegins(t *testing.T) {
 		}
 		t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
 	})
-	testLog(t, "without numbers", logPolicy{event: "error", replay: true}, func(t *logTest) {
-		t.append("not found")
-		t.end("task_not_found")
-		t.connect("a", "-1", "") // not the ID of any event
-		t.delivers("a not found", closing("a", "task_not_found"))
-	})
-	testLog(t, "a fresh connection to a task", taskLike(), func(t *logTest) {
-		t.append("one", "two")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 one", "a x-2 two")
-		t.onDisconnect("a")
-		t.append("three")
-		t.connect("b", "", "x-0")
-		t.delivers("b x-1 one", "b x-2 two", "b x-3 three")
-	})
-	testLog(t, "a fresh connection for versions", versionLike(), func(t *logTest) {
-		t.append("one", "two")
-		t.connect("a", "", "x-0")
-		t.ok("a x-1 one")
-		t.notFound("a x-2 two")
-		t.append("three")
-		t.connect("b", "", "x-1")
-		t.delivers("b x-2 two", "b x-3 three")
-		t.onDisconnect("b")
-		t.connect("c", "", "x-3")
-		t.delivers()
-	})
 
 	// The last event ID proves that this event and all before it have arrived, whatever the gateway answered.
 	testLog(t, "the last event ID tells what arrived", versionLike(), func(t *logTest) {
@@ -273,36 +246,6 @@ func TestRace(t *testing.T) {
 			t.Errorf("got %v, want errAskFirst again", err)
 		}
 		t.wantConnections("task:1 b")
-	})
-	testLog(t, "disconnect of the old token", taskLike(), func(t *logTest) {
-		t.connect("a", "", "x-0")
-		t.append("one")
-		t.ok("a x-1 one")
-		t.connect("b", "x-1", "x-1")
-		t.notFound(closing("a", "replaced"))
-		t.onDisconnect("a")
-		t.wantConnections("task:1 b")
-		t.append("two")
-		t.delivers("b x-2 two")
-	})
-	testLog(t, "404 for the old token", taskLike(), func(t *logTest) {
-		t.connect("a", "", "x-0")
-		t.append("one")
-		t.connect("b", "x-0", "x-0")
-		t.notFound("a x-1 one")
-		t.notFound(closing("a", "replaced"))
-		t.wantConnections("task:1 b")
-		t.append("two")
-		t.delivers("b x-1 one", "b x-2 two")
-	})
-	testLog(t, "during the replay", taskLike(), func(t *logTest) {
-		t.append("one", "two", "three")
-		t.connect("a", "", "x-0")
-		t.ok("a x-1 one")
-		t.connect("b", "", "x-0")
-		t.ok("b x-1 one")
-		t.ok("a x-2 two")
-		t.delivers(closing("a", "replaced"), "b x-2 two", "b x-3 three")
 	})
 
 	// The later one is the connection, in both maps and for the log.
@@ -381,15 +324,8 @@ func TestFollowerResume(t *testing.T) {
 	}
 }
 
+// A backlog goes out in runs, each up to twice as long as what was taken of the one before.
 func TestFollowerRuns(t *testing.T) {
-	// A backlog goes out in runs, each up to twice as long as what was taken of the one before.
-	testLog(t, "grow", taskLike(), func(t *logTest) {
-		t.gateway.batches = true
-		t.append("1", "2", "3", "4", "5", "6")
-		t.end("task_completed")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 1", "a x-2 2 x-3 3", "a x-4 4 x-5 5 x-6 6", closing("a", "task_completed"))
-	})
 	testLog(t, "are bounded", versionLike(), func(t *logTest) {
 		t.gateway.batches = true
 		half := strings.Repeat("x", maxRunBytes/2)
@@ -474,18 +410,6 @@ func TestFollowerLimit(t *testing.T) {
 		t.wantDropped(3)             // 5 had been delivered before it was dropped
 		t.connect("b", "x-2", "x-2") // x-2 was dropped, but its number tells where to resume
 		t.delivers("b x-6 last", "b x-7 very last", "b x-8 the end")
-	})
-
-	// An event that an open stream was given does not count as dropped when the limit removes it.
-	testLog(t, "drops nothing that was given", limited(taskLike(), 2), func(t *logTest) {
-		t.append("1", "2")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 1", "a x-2 2")
-		t.onDisconnect("a")
-		t.connect("b", "", "x-0")
-		t.append("3")
-		t.wantDropped(0)
-		t.delivers("b x-1 1", "b x-2 2", "b x-3 3")
 	})
 
 	// Events held back for a stream that never opened were delivered to nobody, so they count as dropped.
@@ -592,13 +516,6 @@ func TestFollowerEnd(t *testing.T) {
 		t.onDisconnect("b")
 		t.connect("c", "x-1", "x-1")
 		t.delivers(closing("c", "task_failed"))
-	})
-	testLog(t, "while idle", taskLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "x-1", "x-1")
-		t.delivers()
-		t.end("task_cancelled")
-		t.delivers(closing("a", "task_cancelled"))
 	})
 
 	// After a failed send, the next event ends the stream. The end of the log counts as an event, so this is at once.
