@@ -123,6 +123,21 @@ func (t *logTest) connect(token, lastEventID, wantOpen string) {
 	t.rest()
 }
 
+// begin appends events, and connects stream a, which gets them from the first on.
+func (t *logTest) begin(data ...string) {
+	t.Helper()
+	t.append(data...)
+	t.connect("a", "", "x-0")
+}
+
+// visit connects a stream as connect does, checks what it is then given, and disconnects it.
+func (t *logTest) visit(token, lastEventID, wantOpen string, want ...string) {
+	t.Helper()
+	t.connect(token, lastEventID, wantOpen)
+	t.delivers(want...)
+	t.onDisconnect(token)
+}
+
 // ok has the gateway take a send, and then say that the stream is still there.
 func (t *logTest) ok(send string) {
 	t.Helper()
@@ -184,8 +199,7 @@ func TestFollowerBegins(t *testing.T) {
 
 	// A proxy may repeat a callback. The first must not affect the second.
 	testLog(t, "the same token again", taskLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.notFound("a x-1 one")
 		t.connect("a", "", "x-0")
 		t.delivers("a x-1 one")
@@ -274,8 +288,7 @@ func TestRace(t *testing.T) {
 
 	// Appending never waits for the network. An event appended during a flush is sent at the end of it.
 	testLog(t, "append during a flush", versionLike(), func(t *logTest) {
-		t.append("one", "two")
-		t.connect("a", "", "x-0")
+		t.begin("one", "two")
 		t.wantUnderWay("a x-1 one")
 		t.append("three")
 		t.wantUnderWay("a x-1 one")
@@ -288,39 +301,26 @@ func TestRace(t *testing.T) {
 }
 
 func TestFollowerResume(t *testing.T) {
-	tests := []struct{ lastEventID, task, version string }{ // the event after which delivery resumes
-		{"x-0", "x-0", "x-0"},
-		{"x-1", "x-1", "x-1"},
-		{"x-3", "x-3", "x-3"},
-		{"x-4", "x-0", "x-3"}, // this and all below are not events of this log
-		{"", "x-0", "x-3"},
-		{"y-1", "x-0", "x-3"}, // the backend was restarted
-		{"-1", "x-0", "x-3"},
-		{"1", "x-0", "x-3"},
-		{"x", "x-0", "x-3"},
-		{"x-", "x-0", "x-3"},
-		{"x--1", "x-0", "x-3"},
-		{"x-+1", "x-0", "x-3"},
-		{"x-1-2", "x-0", "x-3"},
-		{"x-1.5", "x-0", "x-3"},
-		{"x-1, x-2", "x-0", "x-3"}, // the header was sent twice
-		{"x-18446744073709551616", "x-0", "x-3"},
-		{"close", "x-0", "x-3"},
-	}
 	resume := func(t *testing.T, policy logPolicy, lastEventID, wantOpen string) {
 		testLog(t, fmt.Sprintf("%s after %q", policy.event, lastEventID), policy, func(t *logTest) {
 			t.append("data", "data", "data")
-			t.connect("a", "", "x-0")
-			t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
-			t.onDisconnect("a")
+			t.visit("a", "", "x-0", "a x-1 data", "a x-2 data", "a x-3 data")
 			t.connect("b", lastEventID, wantOpen)
 			rest := []string{"b x-1 data", "b x-2 data", "b x-3 data"}
 			t.delivers(rest[slices.Index([]string{"x-0", "x-1", "x-2", "x-3"}, wantOpen):]...)
 		})
 	}
-	for _, test := range tests {
-		resume(t, taskLike(), test.lastEventID, test.task)
-		resume(t, versionLike(), test.lastEventID, test.version)
+	for _, id := range []string{"x-0", "x-1", "x-3"} {
+		resume(t, taskLike(), id, id)
+		resume(t, versionLike(), id, id)
+	}
+	for _, id := range []string{ // of no event of this log
+		"", "x-4", "-1", "1", "x", "x-", "x--1", "x-+1", "x-1-2", "x-1.5", "x-18446744073709551616", "close",
+		"y-1",      // the backend was restarted
+		"x-1, x-2", // the header was sent twice
+	} {
+		resume(t, taskLike(), id, "x-0")
+		resume(t, versionLike(), id, "x-3")
 	}
 }
 
@@ -357,8 +357,7 @@ func TestFollowerRunTakenInPart(t *testing.T) {
 	} {
 		testLog(t, name, versionLike(), func(t *logTest) {
 			t.gateway.batches = true
-			t.append("1", "2", "3", "4")
-			t.connect("a", "", "x-0")
+			t.begin("1", "2", "3", "4")
 			t.ok("a x-1 1")
 			t.answer("a x-2 2 x-3 3", test.answer)
 			t.wantUnderWay(test.underWay...)
@@ -379,18 +378,14 @@ func TestFollowerDropsWhatIsUnderWay(t *testing.T) {
 	} {
 		testLog(t, name, limited(versionLike(), 3), func(t *logTest) {
 			t.gateway.batches = true
-			t.append("1", "2", "3")
-			t.connect("a", "", "x-0")
+			t.begin("1", "2", "3")
 			t.ok("a x-1 1")
-			waited := make(chan bool, 1)
-			go func() { waited <- t.events.Wait(t.Context(), 3) }()
-			t.append("4", "5", "6", "7")
-			t.wantDropped(1)
-			t.answer("a x-2 2 x-3 3", test.answer)
-			t.wantDropped(test.dropped)
-			if got := <-waited; got != test.arrived {
-				t.Errorf("waited for the last of them: got %t, want %t", got, test.arrived)
-			}
+			t.wantWait(3, waited{test.arrived, 0}, func() { // for the last of them
+				t.append("4", "5", "6", "7")
+				t.wantDropped(1)
+				t.answer("a x-2 2 x-3 3", test.answer)
+				t.wantDropped(test.dropped)
+			})
 		})
 	}
 }
@@ -401,9 +396,7 @@ func TestFollowerLimit(t *testing.T) {
 		t.append("2", "3", "4", "5")
 		t.wantDropped(2)
 		t.keep("last")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 first", "a x-5 5", "a x-6 last")
-		t.onDisconnect("a")
+		t.visit("a", "", "x-0", "a x-1 first", "a x-5 5", "a x-6 last")
 
 		t.keep("very last")
 		t.keep("the end")            // nothing left may be dropped
@@ -414,8 +407,7 @@ func TestFollowerLimit(t *testing.T) {
 
 	// Events held back for a stream that never opened were delivered to nobody, so they count as dropped.
 	testLog(t, "drops what was held back and lost", limited(versionLike(), 2), func(t *logTest) {
-		t.append("1", "2")
-		t.connect("a", "", "x-0")
+		t.begin("1", "2")
 		t.buffered("a x-1 1")
 		t.buffered("a x-2 2")
 		t.notFound("a ?")
@@ -428,9 +420,7 @@ func TestFollowerLimit(t *testing.T) {
 	// The events that a resuming browser has yet to get are still needed.
 	testLog(t, "sheds nothing under way", versionLike(), func(t *logTest) {
 		t.append("1", "2", "3")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 1", "a x-2 2", "a x-3 3")
-		t.onDisconnect("a")
+		t.visit("a", "", "x-0", "a x-1 1", "a x-2 2", "a x-3 3")
 		t.connect("b", "x-0", "x-0")
 		t.ok("b x-1 1")
 		t.events.Shed()
@@ -456,16 +446,10 @@ func TestFollowerLimit(t *testing.T) {
 	// The gateway may have taken all the events that the limit allows, and the browser may have none of them.
 	testLog(t, "keeps what the gateway took", limited(versionLike(), 4), func(t *logTest) {
 		t.append("1", "2", "3", "4")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 1", "a x-2 2", "a x-3 3", "a x-4 4")
-		t.onDisconnect("a")
+		t.visit("a", "", "x-0", "a x-1 1", "a x-2 2", "a x-3 3", "a x-4 4")
 		t.append("5")
-		t.connect("b", "x-0", "x-0")
-		t.delivers("b x-1 1", "b x-2 2", "b x-3 3", "b x-4 4", "b x-5 5")
-		t.onDisconnect("b")
-		t.connect("c", "x-0", "x-0")
-		t.delivers("c x-2 2", "c x-3 3", "c x-4 4", "c x-5 5")
-		t.onDisconnect("c")
+		t.visit("b", "x-0", "x-0", "b x-1 1", "b x-2 2", "b x-3 3", "b x-4 4", "b x-5 5")
+		t.visit("c", "x-0", "x-0", "c x-2 2", "c x-3 3", "c x-4 4", "c x-5 5")
 		t.connect("d", "x-4", "x-4")
 		t.delivers("d x-5 5")
 	})
@@ -508,20 +492,15 @@ func TestFollowerEnd(t *testing.T) {
 	testLog(t, "at once for a browser that has everything", taskLike(), func(t *logTest) {
 		t.append("one")
 		t.end("task_failed")
-		t.connect("a", "x-1", "x-1")
-		t.delivers(closing("a", "task_failed"))
-		t.onDisconnect("a")
-		t.connect("b", "", "x-0") // a page that was loaded again
-		t.delivers("b x-1 one", closing("b", "task_failed"))
-		t.onDisconnect("b")
+		t.visit("a", "x-1", "x-1", closing("a", "task_failed"))
+		t.visit("b", "", "x-0", "b x-1 one", closing("b", "task_failed")) // a page that was loaded again
 		t.connect("c", "x-1", "x-1")
 		t.delivers(closing("c", "task_failed"))
 	})
 
 	// After a failed send, the next event ends the stream. The end of the log counts as an event, so this is at once.
 	testLog(t, "after a failed send", taskLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.end("task_completed")
 		t.fails("a x-1 one")
 		t.wantUnderWay("a end")
@@ -555,8 +534,8 @@ type waited struct {
 	after time.Duration
 }
 
-// wait waits for event n, for a second at most.
-func (t *logTest) wait(n uint64) <-chan waited {
+// wantWait waits for event n, for a second at most, while the steps are taken. It checks the result.
+func (t *logTest) wantWait(n uint64, want waited, steps ...func()) {
 	t.Helper()
 	result := make(chan waited, 1)
 	go func() {
@@ -567,110 +546,88 @@ func (t *logTest) wait(n uint64) <-chan waited {
 		result <- waited{given, time.Since(start)}
 	}()
 	t.rest()
-	return result
-}
-
-func (t *logTest) wantWaited(result <-chan waited, want waited) {
-	t.Helper()
+	for _, step := range steps {
+		step()
+	}
 	if got := <-result; got != want {
 		t.Errorf("got %t after %s, want %t after %s", got.given, got.after, want.given, want.after)
 	}
 }
 
 func TestFollowerWait(t *testing.T) {
+	given, lost := waited{true, 0}, waited{false, 0}
 	testLog(t, "for each event", versionLike(), func(t *logTest) {
 		t.append("one")
-		t.wantWaited(t.wait(1), waited{false, 0}) // nobody is there
+		t.wantWait(1, lost) // nobody is there
 		t.connect("a", "", "x-0")
-		result := t.wait(1)
-		t.ok("a x-1 one")
-		t.wantWaited(result, waited{true, 0})
-		t.wantWaited(t.wait(1), waited{true, 0})
+		t.wantWait(1, given, func() { t.ok("a x-1 one") })
+		t.wantWait(1, given)
 
 		t.append("two")
-		t.wantWaited(t.wait(2), waited{false, time.Second})
-		result = t.wait(2)
-		t.notFound("a x-2 two")
-		t.wantWaited(result, waited{false, 0})
-
+		t.wantWait(2, waited{false, time.Second})
+		t.wantWait(2, lost, func() { t.notFound("a x-2 two") })
 		t.connect("b", "", "x-1")
-		result = t.wait(2)
-		t.fails("b x-2 two")
-		t.wantWaited(result, waited{false, 0})
-
+		t.wantWait(2, lost, func() { t.fails("b x-2 two") })
 		t.connect("c", "", "x-1")
-		result = t.wait(2)
-		t.follow(connectRequest{token: "d"})
-		t.ok("d x-2 two")
-		t.wantWaited(result, waited{true, 0})
+		t.wantWait(2, given, func() {
+			t.follow(connectRequest{token: "d"})
+			t.ok("d x-2 two")
+		})
 		t.connect("e", "x-0", "x-0") // gets both again
-		t.wantWaited(t.wait(2), waited{true, 0})
+		t.wantWait(2, given)
 	})
 
 	// A browser that comes back with the event's ID has the event. This must end the wait, as nothing more is sent.
 	testLog(t, "until the browser names the event", versionLike(), func(t *logTest) {
-		t.connect("a", "", "x-0")
-		t.append("one")
-		result := t.wait(1)
-		t.connect("b", "x-1", "x-1")
-		t.wantWaited(result, waited{true, 0})
+		t.begin("one")
+		t.wantWait(1, given, func() { t.connect("b", "x-1", "x-1") })
 	})
 
 	// A dropped event is delivered to nobody, even if later ones are.
 	testLog(t, "for a dropped event", limited(versionLike(), 1), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.append("one", "two")
-		result := t.wait(2)
-		t.append("three")
-		t.wantWaited(result, waited{false, 0})
+		t.wantWait(2, lost, func() { t.append("three") })
 	})
 
 	// An event is not sent while it is unknown what became of earlier ones that were held back. If those are lost, the
 	// wait for it must end.
 	testLog(t, "after what was held back and lost", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.buffered("a x-1 one")
 		t.append("two")
-		result := t.wait(2)
-		t.notFound("a ?")
-		t.wantWaited(result, waited{false, 0})
+		t.wantWait(2, lost, func() { t.notFound("a ?") })
 	})
 
 	// An event that the gateway holds back reaches the browser only when its stream opens.
 	testLog(t, "until the stream opens", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
-		result := t.wait(1)
-		t.buffered("a x-1 one")
-		t.notFound("a ?")
-		t.wantWaited(result, waited{false, 0})
+		t.begin("one")
+		t.wantWait(1, lost, func() {
+			t.buffered("a x-1 one")
+			t.notFound("a ?")
+		})
 		t.connect("b", "", "x-0")
-		result = t.wait(1)
-		t.buffered("b x-1 one")
-		t.ok("b ?")
-		t.wantWaited(result, waited{true, 0})
+		t.wantWait(1, given, func() {
+			t.buffered("b x-1 one")
+			t.ok("b ?")
+		})
 	})
 
 	// A refused event is delivered to no stream.
 	testLog(t, "for a refused event", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
-		result := t.wait(1)
-		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
-		t.wantWaited(result, waited{false, 0})
+		t.begin("one")
+		t.wantWait(1, lost, func() { t.answer("a x-1 one", sendResult{taken: 1, refused: 1}) })
 	})
 
 	// The answer to a refused event does not tell whether the stream has opened.
 	testLog(t, "after what is held back", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
-		result := t.wait(1)
-		t.append("two")
-		t.buffered("a x-1 one")
-		t.answer("a x-2 two", sendResult{taken: 1, refused: 1})
-		t.notFound("a ?")
-		t.wantWaited(result, waited{false, 0})
+		t.begin("one")
+		t.wantWait(1, lost, func() {
+			t.append("two")
+			t.buffered("a x-1 one")
+			t.answer("a x-2 two", sendResult{taken: 1, refused: 1})
+			t.notFound("a ?")
+		})
 	})
 }
 
@@ -679,8 +636,7 @@ func TestFollowerHeldBack(t *testing.T) {
 	// The gateway holds events back while the connect callback is under way. If the browser leaves before its stream
 	// opens, it never gets them.
 	testLog(t, "sent again when lost", versionLike(), func(t *logTest) {
-		t.append("one", "two")
-		t.connect("a", "", "x-0")
+		t.begin("one", "two")
 		t.buffered("a x-1 one")
 		t.buffered("a x-2 two")
 		t.buffered("a ?")
@@ -689,14 +645,11 @@ func TestFollowerHeldBack(t *testing.T) {
 		t.rest()
 		t.notFound("a ?")
 		t.wantConnections()
-		t.connect("b", "", "x-0")
-		t.delivers("b x-1 one", "b x-2 two")
-		t.onDisconnect("b")
+		t.visit("b", "", "x-0", "b x-1 one", "b x-2 two")
 		t.connect("c", "", "x-2")
 	})
 	testLog(t, "asks whether the stream opened", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.buffered("a x-1 one")
 		t.append("two")
 		t.wantUnderWay("a ?")
@@ -710,8 +663,7 @@ func TestFollowerHeldBack(t *testing.T) {
 
 	// No connect callback takes longer than openLimit. The next send then tells whether the stream is open.
 	testLog(t, "asks for a limited time", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.buffered("a x-1 one")
 		start := time.Now()
 		for len(t.gateway.sends()) > 0 {
@@ -730,8 +682,7 @@ func TestFollowerHeldBack(t *testing.T) {
 
 	// A fresh stream of a task gets all of its events anyway.
 	testLog(t, "does not ask for a task", taskLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.buffered("a x-1 one")
 		t.wantUnderWay()
 	})
@@ -856,8 +807,7 @@ func TestFollowerGives(t *testing.T) {
 
 	// A refused event is skipped. Otherwise it would be replayed and refused forever.
 	testLog(t, "nothing that is refused", taskLike(), func(t *logTest) {
-		t.append("one", "two")
-		t.connect("a", "", "x-0")
+		t.begin("one", "two")
 		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
 		t.delivers("a x-2 two")
 		if log := t.log.String(); strings.Count(log, "level=ERROR") != 1 {
@@ -932,8 +882,7 @@ func TestFollowerDropsWhatWasUnderWayToNobody(t *testing.T) {
 		"failed": {sendResult{err: errUnknownToken}, 1},
 	} {
 		testLog(t, name, limited(versionLike(), 1), func(t *logTest) {
-			t.append("one")
-			t.connect("a", "", "x-0")
+			t.begin("one")
 			t.append("two")
 			t.onDisconnect("a")
 			t.answer("a x-1 one", test.answer)
@@ -951,8 +900,7 @@ func TestRaceConnectDuringSend(t *testing.T) {
 		"fails":    func(t *logTest, send string) { t.fails(send) },
 	} {
 		testLog(t, name, versionLike(), func(t *logTest) {
-			t.append("one", "two")
-			t.connect("a", "", "x-0")
+			t.begin("one", "two")
 			t.connect("b", "", "x-0")
 			t.wantUnderWay("a x-1 one", closing("a", "replaced"), "b x-1 one")
 			answer(t, "a x-1 one") // this does not affect b, and a gets no more
@@ -966,8 +914,7 @@ func TestRaceConnectDuringSend(t *testing.T) {
 func TestRaceTimeoutOfSend(t *testing.T) {
 	timeout := func(name string, policy logPolicy, lastEventID string, want ...string) {
 		testLog(t, name+" of "+policy.event, policy, func(t *logTest) {
-			t.append("one", "two")
-			t.connect("a", "", "x-0")
+			t.begin("one", "two")
 			t.fails("a x-1 one")
 			t.wantUnderWay("a end") // no second try
 			t.ok("a end")
@@ -991,8 +938,7 @@ func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
 		"sweep": func(t *logTest) { t.sweep(0) },
 	} {
 		testLog(t, name, taskLike(), func(t *logTest) {
-			t.append("one")
-			t.connect("a", "", "x-0")
+			t.begin("one")
 			t.fails("a x-1 one")
 			t.wantUnderWay()
 			next(t)
