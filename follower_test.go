@@ -193,16 +193,14 @@ func TestFollowerBegins(t *testing.T) {
 		t.notFound("a x-3 three")
 		t.connect("b", "x-1", "x-1")
 		t.notFound("b x-2 two")
-		t.connect("c", "", "x-2")
-		t.delivers("c x-3 three")
+		t.visit("c", "", "x-2", "c x-3 three")
 	})
 
 	// A proxy may repeat a callback. The first must not affect the second.
 	testLog(t, "the same token again", taskLike(), func(t *logTest) {
 		t.begin("one")
 		t.notFound("a x-1 one")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 one")
+		t.visit("a", "", "x-0", "a x-1 one")
 	})
 
 	// A connection that ends while its logs are looked up follows none of them.
@@ -284,6 +282,17 @@ func TestRace(t *testing.T) {
 			t.delivers(second+" x-1 one", second+" x-2 two")
 			t.onDisconnect(second)
 		}
+	})
+
+	// A late answer to an earlier send does not show that the stream is still open.
+	testLog(t, "a late answer", versionLike(), func(t *logTest) {
+		t.append("one")
+		t.follow(connectRequest{token: "a"})
+		time.Sleep(settleTime)
+		t.connTest.ok("a x-1 one")
+		t.append("two")
+		t.notFound("a x-2 two")
+		t.connect("b", "", "x-0")
 	})
 
 	// Appending never waits for the network. An event appended during a flush is sent at the end of it.
@@ -399,10 +408,10 @@ func TestFollowerLimit(t *testing.T) {
 		t.visit("a", "", "x-0", "a x-1 first", "a x-5 5", "a x-6 last")
 
 		t.keep("very last")
-		t.keep("the end")            // nothing left may be dropped
-		t.wantDropped(3)             // 5 had been delivered before it was dropped
-		t.connect("b", "x-2", "x-2") // x-2 was dropped, but its number tells where to resume
-		t.delivers("b x-6 last", "b x-7 very last", "b x-8 the end")
+		t.keep("the end") // nothing left may be dropped
+		t.wantDropped(3)  // 5 had been delivered before it was dropped
+		// x-2 was dropped, but its number tells where to resume.
+		t.visit("b", "x-2", "x-2", "b x-6 last", "b x-7 very last", "b x-8 the end")
 	})
 
 	// Events held back for a stream that never opened were delivered to nobody, so they count as dropped.
@@ -413,8 +422,7 @@ func TestFollowerLimit(t *testing.T) {
 		t.notFound("a ?")
 		t.append("3", "4")
 		t.wantDropped(2)
-		t.connect("b", "", "x-0")
-		t.delivers("b x-3 3", "b x-4 4")
+		t.visit("b", "", "x-0", "b x-3 3", "b x-4 4")
 	})
 
 	// The events that a resuming browser has yet to get are still needed.
@@ -439,8 +447,7 @@ func TestFollowerLimit(t *testing.T) {
 		t.wantDropped(0)
 		t.append("eight")
 		t.wantDropped(1)
-		t.connect("b", "", "x-5")
-		t.delivers("b x-7 seven", "b x-8 eight")
+		t.visit("b", "", "x-5", "b x-7 seven", "b x-8 eight")
 	})
 
 	// The gateway may have taken all the events that the limit allows, and the browser may have none of them.
@@ -450,8 +457,7 @@ func TestFollowerLimit(t *testing.T) {
 		t.append("5")
 		t.visit("b", "x-0", "x-0", "b x-1 1", "b x-2 2", "b x-3 3", "b x-4 4", "b x-5 5")
 		t.visit("c", "x-0", "x-0", "c x-2 2", "c x-3 3", "c x-4 4", "c x-5 5")
-		t.connect("d", "x-4", "x-4")
-		t.delivers("d x-5 5")
+		t.visit("d", "x-4", "x-4", "d x-5 5")
 	})
 	testLog(t, "size", versionLike(), func(t *logTest) {
 		want := func(kept, waiting, bytes int) {
@@ -494,8 +500,7 @@ func TestFollowerEnd(t *testing.T) {
 		t.end("task_failed")
 		t.visit("a", "x-1", "x-1", closing("a", "task_failed"))
 		t.visit("b", "", "x-0", "b x-1 one", closing("b", "task_failed")) // a page that was loaded again
-		t.connect("c", "x-1", "x-1")
-		t.delivers(closing("c", "task_failed"))
+		t.visit("c", "x-1", "x-1", closing("c", "task_failed"))
 	})
 
 	// After a failed send, the next event ends the stream. The end of the log counts as an event, so this is at once.
@@ -523,8 +528,7 @@ func TestFollowerEnd(t *testing.T) {
 		t.sweep(0)
 		t.ok("a end")
 		t.onDisconnect("a")
-		t.connect("b", "x-0", "x-0")
-		t.delivers(closing("b", "task_completed"))
+		t.visit("b", "x-0", "x-0", closing("b", "task_completed"))
 	})
 }
 
@@ -657,8 +661,7 @@ func TestFollowerHeldBack(t *testing.T) {
 		time.Sleep(settleTime)
 		t.onDisconnect("a")
 		t.notFound("a x-2 two")
-		t.connect("b", "", "x-1")
-		t.delivers("b x-2 two")
+		t.visit("b", "", "x-1", "b x-2 two")
 	})
 
 	// No connect callback takes longer than openLimit. The next send then tells whether the stream is open.
@@ -739,6 +742,13 @@ func TestFollowerOfVersionResendsWhatAYoungConnectionGot(t *testing.T) {
 			t.sweep(0)
 			t.notFound("a ?")
 		}, "x-1"},
+		"lost after a later event": {func(t *logTest) { // whose answer shows that the stream is still open
+			time.Sleep(settleTime)
+			t.append("two")
+			t.connTest.ok("a x-2 two")
+			t.append("three")
+			t.notFound("a x-3 three")
+		}, "x-2"},
 	} {
 		testLog(t, name, versionLike(), func(t *logTest) {
 			t.append("one")
@@ -748,32 +758,6 @@ func TestFollowerOfVersionResendsWhatAYoungConnectionGot(t *testing.T) {
 			t.connect("b", "", test.want)
 		})
 	}
-}
-
-func TestFollowerSettles(t *testing.T) {
-	// The gateway's answer to a send after the first second shows that the stream is still open.
-	testLog(t, "with a later event", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.follow(connectRequest{token: "a"})
-		t.connTest.ok("a x-1 one")
-		time.Sleep(settleTime)
-		t.append("two")
-		t.connTest.ok("a x-2 two")
-		t.append("three")
-		t.notFound("a x-3 three")
-		t.connect("b", "", "x-2")
-	})
-
-	// A late answer to an earlier send does not show that the stream is still open.
-	testLog(t, "not with a late answer", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.follow(connectRequest{token: "a"})
-		time.Sleep(settleTime)
-		t.connTest.ok("a x-1 one")
-		t.append("two")
-		t.notFound("a x-2 two")
-		t.connect("b", "", "x-0")
-	})
 }
 
 func TestFollowerGives(t *testing.T) {
@@ -986,10 +970,10 @@ type simBrowser struct {
 
 func (b *simBrowser) follows() bool { return b.stream != nil }
 func (b *simBrowser) away() bool    { return b.stream == nil && b.reason == "" }
+func (b *simBrowser) loses()        { b.stream = nil }
 
 // receive takes the next event of the stream, and checks that it is the one that must follow.
 func (b *simBrowser) receive(e event) {
-	b.t.Helper()
 	had, has := parsePositions(b.lastID), parsePositions(e.ID)
 	if e.ID == closeID {
 		b.reason = e.Data
@@ -1086,7 +1070,6 @@ func (w *world) follow(s *simStream) (open event, end bool, err error) {
 
 // arrives lets the connect callback reach the backend, which may have to ask the gateway before it decides.
 func (w *world) arrives(s *simStream) {
-	w.Helper()
 	s.sent = true
 	go func() {
 		open, end, err := w.follow(s)
@@ -1122,9 +1105,8 @@ func (w *world) received(n uint64) bool {
 
 // opens lets the answer to the connect callback reach the gateway.
 func (w *world) opens(s *simStream) {
-	w.Helper()
 	if s.err != nil { // the browser comes back
-		w.ends(s, false)
+		w.breaks(s)
 		return
 	}
 	s.opened = time.Now()
@@ -1132,7 +1114,7 @@ func (w *world) opens(s *simStream) {
 		w.write(s, e)
 	}
 	if s.ending || s.end {
-		w.ends(s, true)
+		w.ends(s)
 	}
 }
 
@@ -1146,7 +1128,6 @@ func (w *world) write(s *simStream, e event) {
 
 // read lets the browser read what was written.
 func (w *world) read(s *simStream) {
-	w.Helper()
 	for _, e := range s.wire {
 		if s.browser.stream == s {
 			s.browser.receive(e)
@@ -1158,11 +1139,10 @@ func (w *world) read(s *simStream) {
 	s.wire = nil
 }
 
-// ends ends a stream. The browser may first read what was written, and does if the end is clean. If the stream was
-// open, the gateway tells the backend.
-func (w *world) ends(s *simStream, clean bool) {
-	w.Helper()
-	if clean || w.rand.IntN(2) == 0 {
+// breaks ends a stream. The browser may first read what was written. If the stream was open, the gateway tells the
+// backend.
+func (w *world) breaks(s *simStream) {
+	if w.rand.IntN(2) == 0 {
 		w.read(s)
 	}
 	s.ended = time.Now()
@@ -1174,12 +1154,17 @@ func (w *world) ends(s *simStream, clean bool) {
 	}
 }
 
+// ends is breaks after the browser has read everything.
+func (w *world) ends(s *simStream) {
+	w.read(s)
+	w.breaks(s)
+}
+
 // crash kills the gateway: what it knew is gone, but what it had written may still arrive.
 func (w *world) crash() {
-	w.Helper()
 	for _, s := range w.streams {
 		if !s.gone() {
-			w.ends(s, false)
+			w.breaks(s)
 		}
 	}
 	w.disconnects = nil
@@ -1188,14 +1173,13 @@ func (w *world) crash() {
 
 // pass lets d pass. What would then have taken longer than promptly happens first, or not at all.
 func (w *world) pass(d time.Duration) {
-	w.Helper()
 	now := time.Now().Add(d)
 	for _, s := range w.streams {
 		if s.waits() && now.Sub(s.answered) > promptly {
 			if w.rand.IntN(2) == 0 {
 				w.opens(s)
 			} else { // the gateway has given up the callback
-				w.ends(s, false)
+				w.breaks(s)
 			}
 		}
 		if s.unread() && now.Sub(s.opened) > promptly {
@@ -1213,7 +1197,6 @@ func (w *world) pass(d time.Duration) {
 
 // disconnect lets a disconnect callback arrive, or loses it.
 func (w *world) disconnect(s *simStream) {
-	w.Helper()
 	w.disconnects = slices.DeleteFunc(w.disconnects, func(other *simStream) bool { return other == s })
 	if w.rand.IntN(4) > 0 {
 		w.onDisconnect(s.token)
@@ -1222,12 +1205,11 @@ func (w *world) disconnect(s *simStream) {
 
 // perform has the gateway perform a send, and returns its answer.
 func (w *world) perform(p *stepped) (r sendResult) {
-	w.Helper()
 	s := w.streams[slices.IndexFunc(w.streams, func(s *simStream) bool { return s.token == p.token })]
 	for i, e := range p.events {
 		switch n := w.rand.IntN(20); { // what may happen between the events of a batch
 		case i > 0 && n == 0 && s.isOpen():
-			w.ends(s, false)
+			w.breaks(s)
 		case i > 0 && n < 3 && s.waits():
 			w.opens(s)
 		}
@@ -1246,7 +1228,7 @@ func (w *world) perform(p *stepped) (r sendResult) {
 	case s.gone() || s.ending:
 		r.err = errUnknownToken
 	case s.isOpen() && p.end:
-		w.ends(s, true)
+		w.ends(s)
 	case p.end:
 		s.ending = true
 	}
@@ -1256,7 +1238,6 @@ func (w *world) perform(p *stepped) (r sendResult) {
 
 // reply answers a send, with what the gateway did or with an error.
 func (w *world) reply(p *stepped, r sendResult) {
-	w.Helper()
 	delete(w.performed, p)
 	w.gateway.reply(p, r)
 	w.rest()
@@ -1264,7 +1245,6 @@ func (w *world) reply(p *stepped, r sendResult) {
 
 // step lets one thing happen, at random.
 func (w *world) step() {
-	w.Helper()
 	switch n := w.rand.IntN(100); {
 	case n < 5:
 		log := w.logs[w.rand.IntN(len(w.logs))]
@@ -1277,37 +1257,21 @@ func (w *world) step() {
 			w.connect(b)
 		}
 	case n < 16:
-		if b := pickOne(w.rand, w.browsers, (*simBrowser).away); b != nil {
-			w.connect(b)
-		}
+		toOne(w.rand, w.browsers, (*simBrowser).away, w.connect)
 	case n < 24: // any callback under way, as they overtake each other
-		if s := pickOne(w.rand, w.streams, (*simStream).underWay); s != nil {
-			w.arrives(s)
-		}
+		toOne(w.rand, w.streams, (*simStream).underWay, w.arrives)
 	case n < 32:
-		if s := pickOne(w.rand, w.streams, (*simStream).waits); s != nil {
-			w.opens(s)
-		}
+		toOne(w.rand, w.streams, (*simStream).waits, w.opens)
 	case n < 34: // the gateway gives up a callback, which may still reach the backend
-		if s := pickOne(w.rand, w.streams, (*simStream).opening); s != nil {
-			w.ends(s, false)
-		}
+		toOne(w.rand, w.streams, (*simStream).opening, w.breaks)
 	case n < 40:
-		if s := pickOne(w.rand, w.streams, (*simStream).unread); s != nil {
-			w.read(s)
-		}
+		toOne(w.rand, w.streams, (*simStream).unread, w.read)
 	case n < 43: // a browser loses its stream
-		if b := pickOne(w.rand, w.browsers, (*simBrowser).follows); b != nil {
-			b.stream = nil
-		}
+		toOne(w.rand, w.browsers, (*simBrowser).follows, (*simBrowser).loses)
 	case n < 48: // and the gateway notices, perhaps much later
-		if s := pickOne(w.rand, w.streams, (*simStream).left); s != nil {
-			w.ends(s, false)
-		}
+		toOne(w.rand, w.streams, (*simStream).left, w.breaks)
 	case n < 52:
-		if s := pickOne(w.rand, w.disconnects, (*simStream).gone); s != nil {
-			w.disconnect(s)
-		}
+		toOne(w.rand, w.disconnects, (*simStream).gone, w.disconnect)
 	case n < 55:
 		w.pass(openPause)
 	case n < 57:
@@ -1322,17 +1286,12 @@ func (w *world) step() {
 			w.late = w.late[1:]
 		}
 	default:
-		w.network()
+		toOne(w.rand, w.gateway.all(), func(*stepped) bool { return true }, w.travels)
 	}
 }
 
-// network takes a send one step further: the gateway performs it, or it is answered, or it fails.
-func (w *world) network() {
-	w.Helper()
-	p := pickOne(w.rand, w.gateway.all(), func(*stepped) bool { return true })
-	if p == nil {
-		return
-	}
+// travels takes a send one step further: the gateway performs it, or it is answered, or it fails.
+func (w *world) travels(p *stepped) {
 	answer, done := w.performed[p]
 	switch fails := w.rand.IntN(10) == 0; {
 	case fails && done:
@@ -1349,7 +1308,6 @@ func (w *world) network() {
 
 // calm lets everything succeed until no browser is away and nothing is under way.
 func (w *world) calm() {
-	w.Helper()
 	for range 200 {
 		w.sweep(0)
 		for _, s := range w.streams {
@@ -1367,7 +1325,7 @@ func (w *world) calm() {
 		for _, s := range w.streams {
 			switch {
 			case s.left():
-				w.ends(s, false)
+				w.breaks(s)
 			case s.waits():
 				w.opens(s)
 			}
@@ -1377,31 +1335,28 @@ func (w *world) calm() {
 			w.onDisconnect(s.token)
 		}
 		w.disconnects = nil
-		b := pickOne(w.rand, w.browsers, (*simBrowser).away)
-		if b != nil {
-			w.connect(b)
-		}
+		cameBack := toOne(w.rand, w.browsers, (*simBrowser).away, w.connect)
 		time.Sleep(openPause)
 		w.rest()
-		if b == nil && len(w.gateway.all()) == 0 && !slices.ContainsFunc(w.streams, (*simStream).opening) {
+		if !cameBack && len(w.gateway.all()) == 0 && !slices.ContainsFunc(w.streams, (*simStream).opening) {
 			return
 		}
 	}
 	w.Fatal("the world does not come to rest")
 }
 
-// pickOne returns one of all that are good, at random, or nil.
-func pickOne[T any](r *rand.Rand, all []*T, good func(*T) bool) *T {
+// toOne does something to one of all that are good, at random. It reports whether there was one.
+func toOne[T any](r *rand.Rand, all []*T, good func(*T) bool, do func(*T)) bool {
 	all = slices.DeleteFunc(slices.Clone(all), func(x *T) bool { return !good(x) })
 	if len(all) == 0 {
-		return nil
+		return false
 	}
-	return all[r.IntN(len(all))]
+	do(all[r.IntN(len(all))])
+	return true
 }
 
 // check checks that every browser has everything, except those that another one has replaced.
 func (w *world) check() {
-	w.Helper()
 	complete := 0
 	for _, b := range w.browsers {
 		current := b.follows() && w.conns.tokens[b.stream.token] != ""
