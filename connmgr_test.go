@@ -225,13 +225,21 @@ func (t *connTest) sweep(interval time.Duration) {
 	t.rest()
 }
 
-// send begins a send of an event without ID. Its outcome comes through the channel.
-func (t *connTest) send(identifier, token, data string) <-chan string {
+// send begins a send of the event one to task:1. Its outcome comes through the channel.
+func (t *connTest) send(token string) <-chan string {
 	t.Helper()
 	outcome := make(chan string, 1)
-	go func() { outcome <- outcomeOf(t.conns.Send(identifier, token, []event{{Data: data}}, false)) }()
+	go func() { outcome <- outcomeOf(t.conns.Send("task:1", token, []event{{Data: "one"}}, false)) }()
 	t.rest()
 	return outcome
+}
+
+// wantSend does what send does, has what is then under way answered, and checks the outcome.
+func (t *connTest) wantSend(token string, answer func(send string), underWay, want string) {
+	t.Helper()
+	outcome := t.send(token)
+	answer(underWay)
+	t.wantOutcome(outcome, want)
 }
 
 // These answer a send that is under way.
@@ -293,32 +301,20 @@ func (t *connTest) wantConnections(want ...string) {
 }
 
 func TestOnConnect(t *testing.T) {
-	testConns(t, "stores both mappings", func(t *connTest) {
-		t.wantConnections()
-		if replaced := t.onConnect("task:1", "a"); replaced != "" {
-			t.Errorf("replaced %q on a first connect", replaced)
-		}
-		t.onConnect("version:1", "b")
-		t.onConnect("version:2", "c")
-		t.wantConnections("task:1 a", "version:1 b", "version:2 c")
-		if want := map[string]float64{"task": 1, "version": 2}; !maps.Equal(t.conns.Active(), want) {
-			t.Errorf("got gauge %v, want %v", t.conns.Active(), want)
-		}
-		if !t.conns.Connected("task:1") || t.conns.Connected("task:2") {
-			t.Errorf("got connected %t, %t, want true, false", t.conns.Connected("task:1"), t.conns.Connected("task:2"))
-		}
-	})
 	testConns(t, "replaces a connection", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		if got, want := t.onConnect("task:1", "b"), "a"; got != want {
 			t.Errorf("replaced %q, want %q", got, want)
 		}
 		t.wantConnections("task:1 b")
+		if !t.conns.Connected("task:1") || t.conns.Connected("task:2") {
+			t.Errorf("got connected %t, %t, want true, false", t.conns.Connected("task:1"), t.conns.Connected("task:2"))
+		}
 		t.wantUnderWay() // closing is a separate call, as the caller may hold a lock
 		t.conns.CloseReplaced("task:1", "a")
 		t.rest()
-		t.wantUnderWay(`a close {"reason":"replaced"} end`)
-		t.notFound(`a close {"reason":"replaced"} end`)
+		t.wantUnderWay(closing("a", "replaced"))
+		t.notFound(closing("a", "replaced"))
 		t.wantConnections("task:1 b")
 	})
 	testConns(t, "same token again", func(t *connTest) {
@@ -339,15 +335,6 @@ func TestOnConnect(t *testing.T) {
 }
 
 func TestOnDisconnect(t *testing.T) {
-	testConns(t, "removes both mappings", func(t *connTest) {
-		t.onConnect("task:1", "a")
-		t.onConnect("task:2", "b")
-		t.onDisconnect("a")
-		t.wantConnections("task:2 b")
-		t.onDisconnect("b")
-		t.wantConnections()
-	})
-
 	// The disconnect callback of a stream often arrives after the browser has reconnected.
 	testConns(t, "ignores a stale token", func(t *connTest) {
 		const old, current = "0123456789abcdef", "b"
@@ -365,71 +352,42 @@ func TestOnDisconnect(t *testing.T) {
 }
 
 func TestSend(t *testing.T) {
-	// A 404 says that one stream is gone. By then its identifier may have another stream.
-	testConns(t, "404 removes only the token used", func(t *connTest) {
-		t.onConnect("task:1", "a")
-		outcome := t.send("task:1", "a", "one")
-		t.onConnect("task:1", "b")
-		t.notFound("a one")
-		t.wantOutcome(outcome, disconnected)
-		t.wantConnections("task:1 b")
-
-		outcome = t.send("task:1", "b", "one")
-		t.notFound("b one")
-		t.wantOutcome(outcome, disconnected)
-		t.wantConnections()
-	})
 	testConns(t, "only to the current token", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		t.onConnect("task:1", "b")
 		for _, token := range []string{"a", "unknown", ""} {
-			t.wantOutcome(t.send("task:1", token, "one"), disconnected)
+			t.wantOutcome(t.send(token), disconnected)
 		}
 		t.wantUnderWay()
-		outcome := t.send("task:1", "b", "one")
-		t.ok("b one")
-		t.wantOutcome(outcome, delivered)
-		outcome = t.send("task:1", "b", "two")
-		t.buffered("b two")
-		t.wantOutcome(outcome, heldBack)
+		t.wantSend("b", t.ok, "b one", delivered)
+		t.wantSend("b", t.buffered, "b one", heldBack)
+		t.wantSend("b", t.notFound, "b one", disconnected)
 	})
 
 	// After a failure the browser may lack the event. A later one would hide the gap, so the stream is ended instead.
 	testConns(t, "after a failure ends the stream", func(t *connTest) {
 		const token = "0123456789abcdef"
 		t.onConnect("task:1", token)
-		outcome := t.send("task:1", token, "one")
-		t.fails(token + " one")
-		t.wantOutcome(outcome, failed)
+		t.wantSend(token, t.fails, token+" one", failed)
 		if got := t.log.String(); strings.Count(got, "level=ERROR") != 1 || strings.Contains(got, token) {
 			t.Errorf("got log %s\nwant one error and no token in full", got)
 		}
-		t.wantConnections("task:1 " + token)
-
-		for range 2 { // until the gateway says that the stream has ended
-			outcome = t.send("task:1", token, "two")
-			t.fails(token + " end")
-			t.wantOutcome(outcome, suspended)
+		for _, answer := range []func(string){t.fails, t.fails, t.ok} { // until the gateway says that the stream has ended
+			t.wantConnections("task:1 " + token)
+			t.wantSend(token, answer, token+" end", suspended)
 		}
-		outcome = t.send("task:1", token, "two")
-		t.ok(token + " end")
-		t.wantOutcome(outcome, suspended)
 		t.wantConnections("task:1 " + token)
-		outcome = t.send("task:1", token, "two")
-		t.notFound(token + " end")
-		t.wantOutcome(outcome, suspended)
+		t.wantSend(token, t.notFound, token+" end", suspended)
 		t.wantConnections()
 	})
 
 	// A failed send to the old stream does not affect the new one.
 	testConns(t, "failure of a replaced token", func(t *connTest) {
 		t.onConnect("task:1", "a")
-		t.send("task:1", "a", "one")
+		t.send("a")
 		t.onConnect("task:1", "b")
 		t.fails("a one")
-		outcome := t.send("task:1", "b", "two")
-		t.ok("b two")
-		t.wantOutcome(outcome, delivered)
+		t.wantSend("b", t.ok, "b one", delivered)
 	})
 	testConns(t, "probe", func(t *connTest) {
 		probe := func(answer func(string), want string) {
@@ -479,7 +437,7 @@ func TestSweep(t *testing.T) {
 	testConns(t, "ends streams with a gap", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		t.onConnect("task:2", "b")
-		t.send("task:1", "a", "one")
+		t.send("a")
 		t.fails("a one")
 		t.sweep(0)
 		t.wantUnderWay("a end", "b ?")
@@ -549,7 +507,7 @@ func TestStop(t *testing.T) {
 			t.Errorf("got %v and log %s\nwant a timeout and a warning", ctx.Err(), t.log.String())
 		}
 		drained := drain(t.Context())
-		t.ok(`a close {"reason":"replaced"} end`)
+		t.ok(closing("a", "replaced"))
 		<-drained
 	})
 	testConns(t, "end all", func(t *connTest) {
@@ -710,7 +668,7 @@ func TestEveryInterleaving(t *testing.T) {
 	}
 	send := func(identifier, token string) step {
 		return step{"send to " + token, func(t *connTest, want state) {
-			t.send(identifier, token, "one")
+			t.send(token)
 			if want[identifier] == token {
 				t.wantUnderWay(token + " one")
 			} else {
@@ -718,6 +676,7 @@ func TestEveryInterleaving(t *testing.T) {
 			}
 		}}
 	}
+	// A 404 says that one stream is gone. By then its identifier may have another stream.
 	notFound := func(identifier, token string) step {
 		return step{"404 for " + token, func(t *connTest, want state) {
 			if slices.Contains(t.gateway.sends(), token+" one") {
@@ -835,18 +794,5 @@ func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
 	}
 	if got := m.Active(); len(got) != 0 || len(m.connections) != 0 || len(m.tokens) != 0 {
 		t.Errorf("got gauge %v, %d connections and %d tokens after all disconnected", got, len(m.connections), len(m.tokens))
-	}
-}
-
-func BenchmarkConnectionManagerSend(b *testing.B) {
-	m := newConnectionManager(senderFunc(func([]event) sendResult { return sendResult{taken: 1} }),
-		slog.New(slog.DiscardHandler), newBackendMetrics(newRegistry("test"), nil))
-	connectToken(m, "task:1", "a")
-	events := []event{{ID: "x-1", Name: "task_event", Data: "{}"}}
-	b.ReportAllocs()
-	for b.Loop() {
-		if r := m.Send("task:1", "a", events, false); r.err != nil {
-			b.Fatal(r.err)
-		}
 	}
 }
