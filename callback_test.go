@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"maps"
-	"math/rand/v2"
 	"net/url"
 	"slices"
 	"strings"
@@ -287,20 +286,6 @@ func checkCallbackRefusesID(t *testing.T, target, id, logged string) {
 	if !ok || !strings.Contains(line, "level=WARN") || !strings.Contains(line, logged) || strings.ContainsFunc(line, control) {
 		t.Errorf("%s%s: got log %q, want one line, a warning with %s", target, id, line, logged)
 	}
-}
-
-func TestCallbackMalformedBodies(t *testing.T) {
-	t.Parallel()
-	api := newAPI(t, "")
-	r := rand.New(rand.NewPCG(1, 2))
-	good := []string{apiConnect("t", "/api/sse/utils/version?request_id=r", "e-1"), apiDisconnect("t")}
-	for range 1000 {
-		body := apiMalformed(r, good[r.IntN(2)])
-		if got := api.callback(body); !strings.HasPrefix(got, `400 {"error":`) {
-			t.Errorf("%q: got %s, want 400", body, got)
-		}
-	}
-	api.wantConnected("")
 }
 
 // Every body gets an answer in JSON, with 200 or a 4xx, and only a body with the right fields is accepted.

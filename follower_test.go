@@ -169,23 +169,6 @@ func closing(token, reason string) string {
 
 // Where a connection begins, and with which events.
 func TestFollowerBegins(t *testing.T) {
-	testLog(t, "numbers", taskLike(), func(t *logTest) {
-		open, _ := t.follow(connectRequest{token: "a"})
-		if want := (event{ID: "x-0", Name: "connection_open", Data: `{"status":"connected"}`}); open != want {
-			t.Errorf("begins with %+v, want %+v", open, want)
-		}
-		for want := range uint64(3) {
-			if got := t.events.Append("data", want == 0); got != want+1 {
-				t.Errorf("got number %d, want %d", got, want+1)
-			}
-		}
-		t.rest()
-		if got, want := t.gateway.underWay[0].events[0], (event{ID: "x-1", Name: "task_event", Data: "data"}); got != want {
-			t.Errorf("got event %+v, want %+v", got, want)
-		}
-		t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
-	})
-
 	// The last event ID proves that this event and all before it have arrived, whatever the gateway answered.
 	testLog(t, "the last event ID tells what arrived", versionLike(), func(t *logTest) {
 		t.append("one", "two", "three")
@@ -293,19 +276,6 @@ func TestRace(t *testing.T) {
 		t.append("two")
 		t.notFound("a x-2 two")
 		t.connect("b", "", "x-0")
-	})
-
-	// Appending never waits for the network. An event appended during a flush is sent at the end of it.
-	testLog(t, "append during a flush", versionLike(), func(t *logTest) {
-		t.begin("one", "two")
-		t.wantUnderWay("a x-1 one")
-		t.append("three")
-		t.wantUnderWay("a x-1 one")
-		t.ok("a x-1 one")
-		t.ok("a x-2 two")
-		t.append("four")
-		t.wantUnderWay("a x-3 three")
-		t.delivers("a x-3 three", "a x-4 four")
 	})
 }
 
@@ -893,27 +863,6 @@ func TestRaceConnectDuringSend(t *testing.T) {
 	}
 }
 
-// After a timeout only the browser knows whether the gateway took the event. So its stream is ended, and it comes back
-// with the ID of the last event it has.
-func TestRaceTimeoutOfSend(t *testing.T) {
-	timeout := func(name string, policy logPolicy, lastEventID string, want ...string) {
-		testLog(t, name+" of "+policy.event, policy, func(t *logTest) {
-			t.begin("one", "two")
-			t.fails("a x-1 one")
-			t.wantUnderWay("a end") // no second try
-			t.ok("a end")
-			t.wantUnderWay()
-			t.connect("b", lastEventID, lastEventID)
-			t.notFound(closing("a", "replaced"))
-			t.delivers(want...)
-		})
-	}
-	for _, policy := range []logPolicy{taskLike(), versionLike()} {
-		timeout("performed", policy, "x-1", "b x-2 two")
-		timeout("not performed", policy, "x-0", "b x-1 one", "b x-2 two")
-	}
-}
-
 // While the lost event is the last there is no gap, so the stream stays until there is more to send or until the sweep.
 func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
 	for name, next := range map[string]func(t *logTest){
@@ -933,6 +882,9 @@ func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
 
 // The model. Event logs and their followers run against a simulated network, gateway and browsers, which do at random
 // whatever real ones may do. A browser that gets an event twice, out of order or after a gap fails the test at once.
+//
+// After a timeout only the browser knows whether the gateway took an event. So its stream is ended, and it comes back
+// with the ID of the last event it has. Appending never waits for the network.
 //
 // The life of a stream is a sequence of methods of world: connect (the browser asks for it), arrives (the backend gets
 // the connect callback), opens (the gateway gets the answer), read, ends, and disconnect (the backend gets the

@@ -58,20 +58,6 @@ e-3 version {"version":"1.2"}
 `
 		stream.wantText(want)
 	})
-	apiStory(t, "queued, then flushed", "", func(t *testing.T, api *apiFixture) {
-		for _, version := range []string{"1", "2", "3"} {
-			api.checkAnnounced("r", version, false)
-		}
-		stream := api.subscribe("r")
-		stream.checkStory("connection_open version:1 version:2 version:3")
-		api.checkAnnounced("r", "4", true)
-		stream.checkStory("connection_open version:1 version:2 version:3 version:4")
-		time.Sleep(settleTime)
-		stream.leave()
-		api.checkAnnounced("r", "5", false)
-		api.subscribe("r").checkStory("connection_open version:5") // each is delivered once
-		api.subscribe("other").checkStory("connection_open")
-	})
 
 	// The browser may or may not have the event, so the next event ends its stream, and it comes back for the rest.
 	apiStory(t, "kept when a send fails", "", func(t *testing.T, api *apiFixture) {
