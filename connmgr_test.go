@@ -634,71 +634,52 @@ func TestNothingIsCalledUnderTheMutex(t *testing.T) {
 // each sequence is fixed.
 func TestEveryInterleaving(t *testing.T) {
 	t.Parallel()
-	type state = map[string]string // token by identifier
-	type step struct {
-		name string
-		do   func(t *connTest, want state)
-	}
-	connect := func(identifier, token string) step {
-		return step{"connect " + token, func(t *connTest, want state) {
+	type state map[string]string                                                     // token by identifier
+	identifiers := map[string]string{"a": "task:1", "b": "task:1", "c": "version:1"} // by token
+	take := func(t *connTest, step string, want state) {
+		do, token, _ := strings.Cut(step, " ")
+		identifier, ends := identifiers[token], false
+		switch do {
+		case "connect":
 			if got := t.onConnect(identifier, token); got != want[identifier] {
 				t.Errorf("replaced %q, want %q", got, want[identifier])
 			}
 			want[identifier] = token
-		}}
-	}
-	remove := func(identifier, token string, want state) {
-		if want[identifier] == token {
+		case "disconnect":
+			t.onDisconnect(token)
+			ends = true
+		case "send":
+			t.send(token)
+			underWay := map[bool][]string{true: {token + " one"}}
+			t.wantUnderWay(underWay[want[identifier] == token]...)
+		case "404": // says that one stream is gone; by then its identifier may have another one
+			if ends = slices.Contains(t.gateway.sends(), token+" one"); ends {
+				t.notFound(token + " one")
+			}
+		}
+		if ends && want[identifier] == token {
 			delete(want, identifier)
 		}
 	}
-	disconnect := func(identifier, token string) step {
-		return step{"disconnect " + token, func(t *connTest, want state) {
-			t.onDisconnect(token)
-			remove(identifier, token, want)
-		}}
-	}
-	send := func(identifier, token string) step {
-		return step{"send to " + token, func(t *connTest, want state) {
-			t.send(token)
-			if want[identifier] == token {
-				t.wantUnderWay(token + " one")
-			} else {
-				t.wantUnderWay()
-			}
-		}}
-	}
-	// A 404 says that one stream is gone. By then its identifier may have another stream.
-	notFound := func(identifier, token string) step {
-		return step{"404 for " + token, func(t *connTest, want state) {
-			if slices.Contains(t.gateway.sends(), token+" one") {
-				t.notFound(token + " one")
-				remove(identifier, token, want)
-			}
-		}}
-	}
-	sequences := [][]step{
-		{connect("task:1", "a"), disconnect("task:1", "a")},
-		{connect("task:1", "b"), disconnect("task:1", "b")},
-		{send("task:1", "a"), notFound("task:1", "a")},
-		{connect("version:1", "c"), disconnect("version:1", "c")},
-	}
 	orders := 0
-	interleave(sequences, nil, func(order []step) {
+	interleave([][]string{
+		{"connect a", "disconnect a"},
+		{"connect b", "disconnect b"},
+		{"send a", "404 a"},
+		{"connect c", "disconnect c"},
+	}, nil, func(order []string) {
 		orders++
 		synctest.Test(t, func(t *testing.T) {
 			c, want := newConnTest(t), state{}
-			var names []string
-			for _, s := range order {
-				names = append(names, s.name)
-				s.do(c, want)
+			for i, step := range order {
+				take(c, step, want)
 				var connections []string
 				for identifier, token := range want {
 					connections = append(connections, identifier+" "+token)
 				}
 				c.wantConnections(connections...)
 				if t.Failed() {
-					t.Fatal("after ", strings.Join(names, ", "))
+					t.Fatal("after ", strings.Join(order[:i+1], ", "))
 				}
 			}
 		})
@@ -709,7 +690,7 @@ func TestEveryInterleaving(t *testing.T) {
 }
 
 // interleave calls f with every order of all steps that keeps the order within each sequence.
-func interleave[S any](sequences [][]S, begun []S, f func(order []S)) {
+func interleave(sequences [][]string, begun []string, f func(order []string)) {
 	done := true
 	for i, sequence := range sequences {
 		if len(sequence) > 0 {

@@ -363,16 +363,11 @@ func wantVersions(t *testing.T, api *apiFixture, id, lastEventID, want string) {
 	t.Helper()
 	s := api.connect(versionPath(id), lastEventID)
 	time.Sleep(2 * time.Second)
-	var got []string
-	for _, e := range s.events() {
-		if _, rest, ok := strings.Cut(e.Data, `"version":"`); ok {
-			version, _, _ := strings.Cut(rest, `"`)
-			got = append(got, version)
-		}
+	story := "connection_open"
+	for version := range strings.FieldsSeq(want) {
+		story += " version:" + version
 	}
-	if strings.Join(got, " ") != want {
-		t.Errorf("%s after %q: got %q, want %q", id, lastEventID, got, want)
-	}
+	s.checkStory(story)
 	s.leave()
 }
 
