@@ -7,11 +7,9 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -225,13 +223,7 @@ func unlocked(open func() error) (err error) {
 func TestJournalCrashes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	seeds := uint64(200)
-	if underRace {
-		seeds = 20
-	}
-	if n, err := strconv.ParseUint(os.Getenv("SIDECAST_SEEDS"), 10, 64); err == nil {
-		seeds = n
-	}
+	seeds := tries("SIDECAST_SEEDS", 200)
 	crashes, renames := 0, 0
 	for seed := range seeds {
 		synctest.Test(t, func(t *testing.T) {

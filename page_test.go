@@ -23,10 +23,9 @@ func (api *apiFixture) page(requestID, lastEventID string, taskIDs ...string) *a
 func (s *apiStream) taskStory(id string) (words []string) {
 	for _, e := range s.events() {
 		if strings.Contains(e.Data, fmt.Sprintf(`"task_id":%q`, id)) {
-			_, word, _ := strings.Cut(e.Data, `"event_type":"`)
-			word, _, _ = strings.Cut(word, `"`)
-			if e.Name == "error" {
-				word = e.Name
+			word := e.Name
+			if _, rest, ok := strings.Cut(e.Data, `"event_type":"`); ok {
+				word, _, _ = strings.Cut(rest, `"`)
 			}
 			words = append(words, word)
 		}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -183,13 +182,13 @@ func TestRestoreMemoryOfWaitingTasks(t *testing.T) {
 }
 
 // restored returns a backend that begins with these records.
-func restored(t *testing.T, settings string, records ...[]byte) *apiFixture {
+func restored(t *testing.T, settings string, records ...string) *apiFixture {
 	t.Helper()
 	api := newAPI(t, settings)
 	api.settle = synctest.Wait
 	r := newRestoring(api.tasks, api.version)
 	for _, record := range records {
-		must(t, r.apply(record))
+		must(t, r.apply([]byte(record)))
 	}
 	must(t, r.finish())
 	return api
@@ -202,12 +201,12 @@ func TestSnapshotForgets(t *testing.T) {
 		api.external("b")
 		api.post("b/complete", "{}")
 		api.page("r", "", "b")
-		var records [][]byte
+		var records []string
 		api.journal.snapshot(func(record []byte) {
 			if record[0] == recordTask {
 				time.Sleep(2 * time.Minute)
 			}
-			records = append(records, bytes.Clone(record))
+			records = append(records, string(record))
 		})
 		restored(t, "", records...).checkGone("b")
 	})
@@ -217,7 +216,8 @@ func TestSnapshotForgets(t *testing.T) {
 func TestRestoreBeforeTheStart(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		api := restored(t, "", encodeRecord(recordTask, recordFields{Number: 1, ID: "a", Epoch: "e", Kind: externalTask}))
+		record := encodeRecord(recordTask, recordFields{Number: 1, ID: "a", Epoch: "e", Kind: externalTask})
+		api := restored(t, "", string(record))
 		api.checkStatus("a", taskRunning, "")
 		api.checkPost("a/progress", `{"text":"x"}`, `200 {"event_id":"e-2"}`)
 	})
@@ -327,19 +327,14 @@ func TestRestoreSnapshot(t *testing.T) {
 		api.checkAnnouncedToAll("v2", 0, 0)
 		api.checkAnnounced("new", "v3", false)
 		wantVersions(t, api, "received", "", "v1 v2")
-		var snapshot, changes [][]byte
-		api.journal.snapshot(func(record []byte) { snapshot = append(snapshot, bytes.Clone(record)) })
+		var snapshot []string
+		api.journal.snapshot(func(record []byte) { snapshot = append(snapshot, string(record)) })
 		api.crash()
-		written, err := os.Open(filepath.Join(api.cfg.DataDir, "journal"))
+		file, err := os.ReadFile(filepath.Join(api.cfg.DataDir, "journal"))
 		must(t, err)
-		defer written.Close()
-		file := &frameReader{file: written}
-		for off := int64(len(journalHeader)); file.frame(off) != nil; {
-			frame := file.frame(off)
-			changes = append(changes, bytes.Clone(frame[frameHead:]))
-			off += int64(len(frame))
-		}
-		for _, records := range [][][]byte{snapshot, slices.Concat(snapshot, changes)} {
+		changes, _, err := readJournal(t.TempDir(), file)
+		must(t, err)
+		for _, records := range [][]string{snapshot, slices.Concat(snapshot, changes)} {
 			again := restored(t, "TASK_EVENT_LIMIT=5", records...)
 			for id := range strings.FieldsSeq("a b c") {
 				for _, path := range []string{"/api/tasks/" + id + "/status", "/api/tasks/" + id + "/events"} {

@@ -115,13 +115,10 @@ func (api *apiFixture) follow(id string) *apiStream {
 // updates returns the data of the stream's progress_updates.
 func (s *apiStream) updates() (texts []string, values []float64) {
 	for _, e := range s.events() {
-		var event struct {
-			EventType string `json:"event_type"`
-			Data      struct {
-				Text  string
-				Value float64
-			}
-		}
+		var event taskEvent[struct {
+			Text  string
+			Value float64
+		}]
 		if json.Unmarshal([]byte(e.Data), &event) == nil && event.EventType == "progress_update" {
 			texts, values = append(texts, event.Data.Text), append(values, event.Data.Value)
 		}

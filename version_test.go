@@ -352,11 +352,7 @@ func raceConnect(t *testing.T, meanwhile func(api *apiFixture, i int), check fun
 	api := newAPI(t, "LOG_LEVEL=error")
 	api.conns.gateway = takeAll().gateway
 	pages := &PageService{api.tasks, api.version}
-	tries := 100_000
-	if underRace {
-		tries /= 10
-	}
-	for i := range tries {
+	for i := range int(tries("", 100_000)) {
 		if t.Failed() {
 			return
 		}
