@@ -482,14 +482,8 @@ func (f slowFile) Sync() error {
 
 // A writer without a record that arrives during a sync needs no sync of its own.
 func TestJournalWaitsBehindAnother(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
-		disk := d.disk()
-		disk.open = func(path string) (journalFile, error) { return slowFile{&crashFile{disk: d}}, nil }
-		j, _, err := openTestJournal(dir, disk, ignored)
-		must(t, err)
+	journalTest(t, 0, func(t *testing.T, _ *crashDisk, j *journal) {
+		j.file = slowFile{j.file.(*crashFile)}
 		go j.run()
 		began := time.Now()
 		var waiting sync.WaitGroup

@@ -197,8 +197,7 @@ func restored(t *testing.T, settings string, records ...string) *apiFixture {
 // A task that is forgotten while a snapshot is made is not in it, with or without its events.
 func TestSnapshotForgets(t *testing.T) {
 	restoreTest(t, "TASK_CLEANUP_INTERVAL_SECONDS=60", func(t *testing.T, api *apiFixture) {
-		api.external("a")
-		api.external("b")
+		api.external("a", "b")
 		api.post("b/complete", "{}")
 		api.page("r", "", "b")
 		var records []string

@@ -30,10 +30,12 @@ func (api *apiFixture) start(body string) (id string) {
 	return task.TaskID
 }
 
-// external makes an external task with an ID of our choice.
-func (api *apiFixture) external(id string) {
+// external makes external tasks with IDs of our choice.
+func (api *apiFixture) external(ids ...string) {
 	api.t.Helper()
-	api.start(fmt.Sprintf(`{"type":"external","params":{"task_id":%q}}`, id))
+	for _, id := range ids {
+		api.start(fmt.Sprintf(`{"type":"external","params":{"task_id":%q}}`, id))
+	}
 }
 
 // demo makes a task that does this work, and returns its ID.
@@ -141,12 +143,10 @@ close connection_close {"reason":"task_completed"}
 `, "ID", id)
 		stream.wantText(want)
 		api.follow(id).wantText(want)
-		resumed := api.connect("/api/sse/tasks?task_id="+id, "e-3")
-		resumed.checkStory("connection_open task_completed connection_close:task_completed")
+		api.connect("/api/sse/tasks?task_id="+id, "e-3").checkStory("connection_open task_completed connection_close:task_completed")
 	})
 	apiStory(t, "external", "", func(t *testing.T, api *apiFixture) {
-		api.external("a")
-		api.external("b")
+		api.external("a", "b")
 		completes, fails := api.follow("a"), api.follow("b")
 		api.checkPost("a/progress", `{"value":0.25}`, `200 {"event_id":"e-2"}`)
 		api.checkPost("a/progress", `{"text":"half","value":0.5}`, `200 {"event_id":"e-3"}`)
@@ -291,9 +291,7 @@ func TestTaskWorkers(t *testing.T) {
 		api.checkStatus(api.demo(taskWaits), taskRunning, "")
 	})
 	apiStory(t, "none for an external task", "TASK_MAX_WORKERS=1 TASK_QUEUE_LIMIT=0", func(t *testing.T, api *apiFixture) {
-		for _, id := range []string{"a", "b", "c"} {
-			api.external(id)
-		}
+		api.external("a", "b", "c")
 		api.checkStatus(api.demo(taskWaits), taskRunning, "")
 		api.external("d")
 		api.checkStatus("d", taskRunning, "")
@@ -406,9 +404,7 @@ func TestTaskAnswers(t *testing.T) {
 		}
 	})
 	apiStory(t, "status", "TASK_MAX_WORKERS=1", func(t *testing.T, api *apiFixture) {
-		for _, id := range []string{"running", "completed", "failed", "cancelled"} {
-			api.external(id)
-		}
+		api.external("running", "completed", "failed", "cancelled")
 		api.start(`{"type":"external","params":{"task_id":"titled","title":"A <b>"}}`)
 		api.post("titled/progress", `{"text":"half","value":0.5}`)
 		api.demo(taskWaits)
@@ -667,9 +663,7 @@ func TestExternalReports(t *testing.T) {
 	// A report that comes too early, too late or to the wrong task is refused and changes nothing.
 	apiStory(t, "refused", "", func(t *testing.T, api *apiFixture) {
 		ours := api.demo(taskWaits)
-		for _, id := range []string{"completed", "failed", "cancelled"} {
-			api.external(id)
-		}
+		api.external("completed", "failed", "cancelled")
 		api.post("completed/complete", `{"result":1}`)
 		api.post("failed/fail", `{"error":"no luck"}`)
 		api.post("cancelled/cancel", "")
@@ -772,9 +766,7 @@ func TestExternalReports(t *testing.T) {
 
 	// A worker that did not get the answer to its last report repeats it.
 	apiStory(t, "repeated end", "", func(t *testing.T, api *apiFixture) {
-		for _, id := range []string{"completed", "empty", "failed"} {
-			api.external(id)
-		}
+		api.external("completed", "empty", "failed")
 		const (
 			taken     = `200 {"event_id":"e-2"}`
 			completed = `409 {"error":"task is finished","code":"task_finished","status":"completed"}`
@@ -956,8 +948,7 @@ func TestTaskMemoryForgetsTheOldest(t *testing.T) {
 func TestTaskMemoryOfRunningTasks(t *testing.T) {
 	apiTest(t, "TASK_MEMORY_BYTES=100000", func(t *testing.T, api *apiFixture) {
 		const full = `503 {"error":"tasks that have not finished hold all memory","code":"memory_full"}`
-		api.external("a")
-		api.external("b")
+		api.external("a", "b")
 		text := strings.Repeat("x", 1000)
 		for n := range 200 {
 			if got := api.post("a/progress", fmt.Sprintf(`{"text":"%d %s","value":0.5}`, n, text)); got != fmt.Sprintf(`200 {"event_id":"e-%d"}`, n+2) {
@@ -1039,9 +1030,7 @@ func TestTaskMemoryIsCounted(t *testing.T) {
 
 func TestExternalTimeout(t *testing.T) {
 	apiStory(t, "worker lost", "TASK_TIMEOUT_SECONDS=10", func(t *testing.T, api *apiFixture) {
-		api.external("silent")
-		api.external("invalid")
-		api.external("a")
+		api.external("silent", "invalid", "a")
 		for range 5 { // in all longer than the timeout
 			time.Sleep(9 * time.Second)
 			api.post("a/progress", `{"value":0}`)
