@@ -225,13 +225,21 @@ func (t *connTest) sweep(interval time.Duration) {
 	t.rest()
 }
 
-// send begins a send of an event without ID. Its outcome comes through the channel.
-func (t *connTest) send(token, data string) <-chan string {
+// send begins a send of the event one to task:1. Its outcome comes through the channel.
+func (t *connTest) send(token string) <-chan string {
 	t.Helper()
 	outcome := make(chan string, 1)
-	go func() { outcome <- outcomeOf(t.conns.Send(token, []event{{Data: data}}, false)) }()
+	go func() { outcome <- outcomeOf(t.conns.Send("task:1", token, []event{{Data: "one"}}, false)) }()
 	t.rest()
 	return outcome
+}
+
+// wantSend does what send does, has what is then under way answered, and checks the outcome.
+func (t *connTest) wantSend(token string, answer func(send string), underWay, want string) {
+	t.Helper()
+	outcome := t.send(token)
+	answer(underWay)
+	t.wantOutcome(outcome, want)
 }
 
 // These answer a send that is under way.
@@ -293,32 +301,20 @@ func (t *connTest) wantConnections(want ...string) {
 }
 
 func TestOnConnect(t *testing.T) {
-	testConns(t, "stores both mappings", func(t *connTest) {
-		t.wantConnections()
-		if replaced := t.onConnect("task:1", "a"); replaced != "" {
-			t.Errorf("replaced %q on a first connect", replaced)
-		}
-		t.onConnect("version:1", "b")
-		t.onConnect("version:2", "c")
-		t.wantConnections("task:1 a", "version:1 b", "version:2 c")
-		if want := map[string]float64{"task": 1, "version": 2}; !maps.Equal(t.conns.Active(), want) {
-			t.Errorf("got gauge %v, want %v", t.conns.Active(), want)
-		}
-		if !t.conns.Connected("task:1") || t.conns.Connected("task:2") {
-			t.Errorf("got connected %t, %t, want true, false", t.conns.Connected("task:1"), t.conns.Connected("task:2"))
-		}
-	})
 	testConns(t, "replaces a connection", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		if got, want := t.onConnect("task:1", "b"), "a"; got != want {
 			t.Errorf("replaced %q, want %q", got, want)
 		}
 		t.wantConnections("task:1 b")
+		if !t.conns.Connected("task:1") || t.conns.Connected("task:2") {
+			t.Errorf("got connected %t, %t, want true, false", t.conns.Connected("task:1"), t.conns.Connected("task:2"))
+		}
 		t.wantUnderWay() // closing is a separate call, as the caller may hold a lock
 		t.conns.CloseReplaced("task:1", "a")
 		t.rest()
-		t.wantUnderWay(`a close {"reason":"replaced"} end`)
-		t.notFound(`a close {"reason":"replaced"} end`)
+		t.wantUnderWay(closing("a", "replaced"))
+		t.notFound(closing("a", "replaced"))
 		t.wantConnections("task:1 b")
 	})
 	testConns(t, "same token again", func(t *connTest) {
@@ -339,15 +335,6 @@ func TestOnConnect(t *testing.T) {
 }
 
 func TestOnDisconnect(t *testing.T) {
-	testConns(t, "removes both mappings", func(t *connTest) {
-		t.onConnect("task:1", "a")
-		t.onConnect("task:2", "b")
-		t.onDisconnect("a")
-		t.wantConnections("task:2 b")
-		t.onDisconnect("b")
-		t.wantConnections()
-	})
-
 	// The disconnect callback of a stream often arrives after the browser has reconnected.
 	testConns(t, "ignores a stale token", func(t *connTest) {
 		const old, current = "0123456789abcdef", "b"
@@ -365,72 +352,35 @@ func TestOnDisconnect(t *testing.T) {
 }
 
 func TestSend(t *testing.T) {
-	// A 404 says that one stream is gone. By then its identifier may have another stream.
-	testConns(t, "404 removes only the token used", func(t *connTest) {
-		t.onConnect("task:1", "a")
-		outcome := t.send("a", "one")
-		t.onConnect("task:1", "b")
-		t.notFound("a one")
-		t.wantOutcome(outcome, disconnected)
-		t.wantConnections("task:1 b")
-
-		outcome = t.send("b", "one")
-		t.notFound("b one")
-		t.wantOutcome(outcome, disconnected)
-		t.wantConnections()
-	})
 	testConns(t, "only to the current token", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		t.onConnect("task:1", "b")
 		for _, token := range []string{"a", "unknown", ""} {
-			t.wantOutcome(t.send(token, "one"), disconnected)
+			t.wantOutcome(t.send(token), disconnected)
 		}
 		t.wantUnderWay()
-		outcome := t.send("b", "one")
-		t.ok("b one")
-		t.wantOutcome(outcome, delivered)
-		outcome = t.send("b", "two")
-		t.buffered("b two")
-		t.wantOutcome(outcome, heldBack)
+		t.wantSend("b", t.ok, "b one", delivered)
+		t.wantSend("b", t.buffered, "b one", heldBack)
+		t.wantSend("b", t.notFound, "b one", disconnected)
 	})
 
 	// After a failure the browser may lack the event. A later one would hide the gap, so the stream is ended instead.
 	testConns(t, "after a failure ends the stream", func(t *connTest) {
 		const token = "0123456789abcdef"
 		t.onConnect("task:1", token)
-		outcome := t.send(token, "one")
-		t.fails(token + " one")
-		t.wantOutcome(outcome, failed)
+		t.wantSend(token, t.fails, token+" one", failed)
 		if got := t.log.String(); strings.Count(got, "level=ERROR") != 1 || strings.Contains(got, token) {
 			t.Errorf("got log %s\nwant one error and no token in full", got)
 		}
-		t.wantConnections("task:1 " + token)
-
-		for range 2 { // until the gateway says that the stream has ended
-			outcome = t.send(token, "two")
-			t.fails(token + " end")
-			t.wantOutcome(outcome, suspended)
+		for _, answer := range []func(string){t.fails, t.fails, t.ok} { // until the gateway says that the stream has ended
+			t.wantConnections("task:1 " + token)
+			t.wantSend(token, answer, token+" end", suspended)
 		}
-		outcome = t.send(token, "two")
-		t.ok(token + " end")
-		t.wantOutcome(outcome, suspended)
 		t.wantConnections("task:1 " + token)
-		outcome = t.send(token, "two")
-		t.notFound(token + " end")
-		t.wantOutcome(outcome, suspended)
+		t.wantSend(token, t.notFound, token+" end", suspended)
 		t.wantConnections()
 	})
 
-	// A failed send to the old stream does not affect the new one.
-	testConns(t, "failure of a replaced token", func(t *connTest) {
-		t.onConnect("task:1", "a")
-		t.send("a", "one")
-		t.onConnect("task:1", "b")
-		t.fails("a one")
-		outcome := t.send("b", "two")
-		t.ok("b two")
-		t.wantOutcome(outcome, delivered)
-	})
 	testConns(t, "probe", func(t *connTest) {
 		probe := func(answer func(string), want string) {
 			t.Helper()
@@ -475,14 +425,6 @@ func TestSweep(t *testing.T) {
 		t.onConnect("task:4", "f")
 		t.notFound("e ?") // replaced in the meantime
 		t.wantConnections("task:0 a", "task:1 b", "task:2 c", "task:4 f")
-	})
-	testConns(t, "ends streams with a gap", func(t *connTest) {
-		t.onConnect("task:1", "a")
-		t.onConnect("task:2", "b")
-		t.send("a", "one")
-		t.fails("a one")
-		t.sweep(0)
-		t.wantUnderWay("a end", "b ?")
 	})
 
 	// A close may fail. Without the sweep, the replaced stream would stay open and get no more events.
@@ -535,36 +477,30 @@ func TestSweep(t *testing.T) {
 
 func TestStop(t *testing.T) {
 	testConns(t, "drain", func(t *connTest) {
-		drain := func(ctx context.Context) <-chan struct{} {
-			drained := make(chan struct{})
-			go func() { t.conns.Drain(ctx); close(drained) }()
-			return drained
-		}
-		<-drain(t.Context()) // nothing is under way
+		t.conns.Drain(t.Context()) // nothing is under way
 		t.conns.CloseReplaced("task:1", "a")
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		<-drain(ctx)
+		t.conns.Drain(ctx)
 		if ctx.Err() == nil || !strings.Contains(t.log.String(), "level=WARN") {
 			t.Errorf("got %v and log %s\nwant a timeout and a warning", ctx.Err(), t.log.String())
 		}
-		drained := drain(t.Context())
-		t.ok(`a close {"reason":"replaced"} end`)
+		drained := make(chan struct{})
+		go func() { t.conns.Drain(t.Context()); close(drained) }()
+		t.ok(closing("a", "replaced"))
 		<-drained
 	})
 	testConns(t, "end all", func(t *connTest) {
 		t.onConnect("task:1", "a")
 		t.onConnect("task:2", "b")
 		t.onConnect("task:2", "c")
-		ended := make(chan struct{})
-		go func() { t.conns.EndAll(t.Context()); close(ended) }()
+		ended := make(chan bool, 1)
+		go func() { t.conns.EndAll(t.Context()); ended <- true }()
 		t.rest()
 		t.wantUnderWay("a end", "c end")
 		t.ok("a end")
-		select {
-		case <-ended:
+		if len(ended) > 0 {
 			t.Error("did not wait for the last stream")
-		default:
 		}
 		t.fails("c end")
 		<-ended
@@ -684,70 +620,52 @@ func TestNothingIsCalledUnderTheMutex(t *testing.T) {
 // each sequence is fixed.
 func TestEveryInterleaving(t *testing.T) {
 	t.Parallel()
-	type state = map[string]string // token by identifier
-	type step struct {
-		name string
-		do   func(t *connTest, want state)
-	}
-	connect := func(identifier, token string) step {
-		return step{"connect " + token, func(t *connTest, want state) {
+	type state map[string]string                                                     // token by identifier
+	identifiers := map[string]string{"a": "task:1", "b": "task:1", "c": "version:1"} // by token
+	take := func(t *connTest, step string, want state) {
+		do, token, _ := strings.Cut(step, " ")
+		identifier, ends := identifiers[token], false
+		switch do {
+		case "connect":
 			if got := t.onConnect(identifier, token); got != want[identifier] {
 				t.Errorf("replaced %q, want %q", got, want[identifier])
 			}
 			want[identifier] = token
-		}}
-	}
-	remove := func(identifier, token string, want state) {
-		if want[identifier] == token {
+		case "disconnect":
+			t.onDisconnect(token)
+			ends = true
+		case "send":
+			t.send(token)
+			underWay := map[bool][]string{true: {token + " one"}}
+			t.wantUnderWay(underWay[want[identifier] == token]...)
+		case "404": // says that one stream is gone; by then its identifier may have another one
+			if ends = slices.Contains(t.gateway.sends(), token+" one"); ends {
+				t.notFound(token + " one")
+			}
+		}
+		if ends && want[identifier] == token {
 			delete(want, identifier)
 		}
 	}
-	disconnect := func(identifier, token string) step {
-		return step{"disconnect " + token, func(t *connTest, want state) {
-			t.onDisconnect(token)
-			remove(identifier, token, want)
-		}}
-	}
-	send := func(identifier, token string) step {
-		return step{"send to " + token, func(t *connTest, want state) {
-			t.send(token, "one")
-			if want[identifier] == token {
-				t.wantUnderWay(token + " one")
-			} else {
-				t.wantUnderWay()
-			}
-		}}
-	}
-	notFound := func(identifier, token string) step {
-		return step{"404 for " + token, func(t *connTest, want state) {
-			if slices.Contains(t.gateway.sends(), token+" one") {
-				t.notFound(token + " one")
-				remove(identifier, token, want)
-			}
-		}}
-	}
-	sequences := [][]step{
-		{connect("task:1", "a"), disconnect("task:1", "a")},
-		{connect("task:1", "b"), disconnect("task:1", "b")},
-		{send("task:1", "a"), notFound("task:1", "a")},
-		{connect("version:1", "c"), disconnect("version:1", "c")},
-	}
 	orders := 0
-	interleave(sequences, nil, func(order []step) {
+	interleave([][]string{
+		{"connect a", "disconnect a"},
+		{"connect b", "disconnect b"},
+		{"send a", "404 a"},
+		{"connect c", "disconnect c"},
+	}, nil, func(order []string) {
 		orders++
 		synctest.Test(t, func(t *testing.T) {
 			c, want := newConnTest(t), state{}
-			var names []string
-			for _, s := range order {
-				names = append(names, s.name)
-				s.do(c, want)
+			for i, step := range order {
+				take(c, step, want)
 				var connections []string
 				for identifier, token := range want {
 					connections = append(connections, identifier+" "+token)
 				}
 				c.wantConnections(connections...)
 				if t.Failed() {
-					t.Fatal("after ", strings.Join(names, ", "))
+					t.Fatal("after ", strings.Join(order[:i+1], ", "))
 				}
 			}
 		})
@@ -758,7 +676,7 @@ func TestEveryInterleaving(t *testing.T) {
 }
 
 // interleave calls f with every order of all steps that keeps the order within each sequence.
-func interleave[S any](sequences [][]S, begun []S, f func(order []S)) {
+func interleave(sequences [][]string, begun []string, f func(order []string)) {
 	done := true
 	for i, sequence := range sequences {
 		if len(sequence) > 0 {
@@ -835,18 +753,5 @@ func TestConcurrentStepsKeepTheInvariants(t *testing.T) {
 	}
 	if got := m.Active(); len(got) != 0 || len(m.connections) != 0 || len(m.tokens) != 0 {
 		t.Errorf("got gauge %v, %d connections and %d tokens after all disconnected", got, len(m.connections), len(m.tokens))
-	}
-}
-
-func BenchmarkConnectionManagerSend(b *testing.B) {
-	m := newConnectionManager(senderFunc(func([]event) sendResult { return sendResult{taken: 1} }),
-		slog.New(slog.DiscardHandler), newBackendMetrics(newRegistry("test"), nil))
-	connectToken(m, "task:1", "a")
-	events := []event{{ID: "x-1", Name: "task_event", Data: "{}"}}
-	b.ReportAllocs()
-	for b.Loop() {
-		if r := m.Send("a", events, false); r.err != nil {
-			b.Fatal(r.err)
-		}
 	}
 }

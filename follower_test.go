@@ -138,6 +138,21 @@ func (t *logTest) connect(token, lastEventID, wantOpen string) {
 	t.rest()
 }
 
+// begin appends events, and connects stream a, which gets them from the first on.
+func (t *logTest) begin(data ...string) {
+	t.Helper()
+	t.append(data...)
+	t.connect("a", "", "x-0")
+}
+
+// visit connects a stream as connect does, checks what it is then given, and disconnects it.
+func (t *logTest) visit(token, lastEventID, wantOpen string, want ...string) {
+	t.Helper()
+	t.connect(token, lastEventID, wantOpen)
+	t.delivers(want...)
+	t.onDisconnect(token)
+}
+
 // ok has the gateway take a send, and then say that the stream is still there.
 func (t *logTest) ok(send string) {
 	t.Helper()
@@ -169,50 +184,6 @@ func closing(token, reason string) string {
 
 // Where a connection begins, and with which events.
 func TestFollowerBegins(t *testing.T) {
-	testLog(t, "numbers", taskLike(), func(t *logTest) {
-		open, _ := t.follow(connectRequest{token: "a"})
-		if want := (event{ID: "x-0", Name: "connection_open", Data: `{"status":"connected"}`}); open != want {
-			t.Errorf("begins with %+v, want %+v", open, want)
-		}
-		for want := range uint64(3) {
-			if got := t.events.Append("data", want == 0); got != want+1 {
-				t.Errorf("got number %d, want %d", got, want+1)
-			}
-		}
-		t.rest()
-		if got, want := t.gateway.underWay[0].events[0], (event{ID: "x-1", Name: "task_event", Data: "data"}); got != want {
-			t.Errorf("got event %+v, want %+v", got, want)
-		}
-		t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
-	})
-	testLog(t, "without numbers", logPolicy{event: "error", epoch: func() string { return "" }, replay: true}, func(t *logTest) {
-		t.append("not found")
-		t.end("task_not_found")
-		t.connect("a", "-1", "") // not the ID of any event
-		t.delivers("a not found", closing("a", "task_not_found"))
-	})
-	testLog(t, "a fresh connection to a task", taskLike(), func(t *logTest) {
-		t.append("one", "two")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 one", "a x-2 two")
-		t.onDisconnect("a")
-		t.append("three")
-		t.connect("b", "", "x-0")
-		t.delivers("b x-1 one", "b x-2 two", "b x-3 three")
-	})
-	testLog(t, "a fresh connection for versions", versionLike(), func(t *logTest) {
-		t.append("one", "two")
-		t.connect("a", "", "x-0")
-		t.ok("a x-1 one")
-		t.notFound("a x-2 two")
-		t.append("three")
-		t.connect("b", "", "x-1")
-		t.delivers("b x-2 two", "b x-3 three")
-		t.onDisconnect("b")
-		t.connect("c", "", "x-3")
-		t.delivers()
-	})
-
 	// The last event ID proves that this event and all before it have arrived, whatever the gateway answered.
 	testLog(t, "the last event ID tells what arrived", versionLike(), func(t *logTest) {
 		t.append("one", "two", "three")
@@ -220,17 +191,14 @@ func TestFollowerBegins(t *testing.T) {
 		t.notFound("a x-3 three")
 		t.connect("b", "x-1", "x-1")
 		t.notFound("b x-2 two")
-		t.connect("c", "", "x-2")
-		t.delivers("c x-3 three")
+		t.visit("c", "", "x-2", "c x-3 three")
 	})
 
 	// A proxy may repeat a callback. The first must not affect the second.
 	testLog(t, "the same token again", taskLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.notFound("a x-1 one")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 one")
+		t.visit("a", "", "x-0", "a x-1 one")
 	})
 
 	// A connection that ends while its logs are looked up follows none of them.
@@ -289,36 +257,6 @@ func TestRace(t *testing.T) {
 		}
 		t.wantConnections("task:1 b")
 	})
-	testLog(t, "disconnect of the old token", taskLike(), func(t *logTest) {
-		t.connect("a", "", "x-0")
-		t.append("one")
-		t.ok("a x-1 one")
-		t.connect("b", "x-1", "x-1")
-		t.notFound(closing("a", "replaced"))
-		t.onDisconnect("a")
-		t.wantConnections("task:1 b")
-		t.append("two")
-		t.delivers("b x-2 two")
-	})
-	testLog(t, "404 for the old token", taskLike(), func(t *logTest) {
-		t.connect("a", "", "x-0")
-		t.append("one")
-		t.connect("b", "x-0", "x-0")
-		t.notFound("a x-1 one")
-		t.notFound(closing("a", "replaced"))
-		t.wantConnections("task:1 b")
-		t.append("two")
-		t.delivers("b x-1 one", "b x-2 two")
-	})
-	testLog(t, "during the replay", taskLike(), func(t *logTest) {
-		t.append("one", "two", "three")
-		t.connect("a", "", "x-0")
-		t.ok("a x-1 one")
-		t.connect("b", "", "x-0")
-		t.ok("b x-1 one")
-		t.ok("a x-2 two")
-		t.delivers(closing("a", "replaced"), "b x-2 two", "b x-3 three")
-	})
 
 	// The later one is the connection, in both maps and for the log.
 	testLog(t, "two at once", taskLike(), func(t *logTest) {
@@ -344,67 +282,44 @@ func TestRace(t *testing.T) {
 		}
 	})
 
-	// Appending never waits for the network. An event appended during a flush is sent at the end of it.
-	testLog(t, "append during a flush", versionLike(), func(t *logTest) {
-		t.append("one", "two")
-		t.connect("a", "", "x-0")
-		t.wantUnderWay("a x-1 one")
-		t.append("three")
-		t.wantUnderWay("a x-1 one")
-		t.ok("a x-1 one")
-		t.ok("a x-2 two")
-		t.append("four")
-		t.wantUnderWay("a x-3 three")
-		t.delivers("a x-3 three", "a x-4 four")
+	// A late answer to an earlier send does not show that the stream is still open.
+	testLog(t, "a late answer", versionLike(), func(t *logTest) {
+		t.append("one")
+		t.follow(connectRequest{token: "a"})
+		time.Sleep(settleTime)
+		t.connTest.ok("a x-1 one")
+		t.append("two")
+		t.notFound("a x-2 two")
+		t.connect("b", "", "x-0")
 	})
 }
 
 func TestFollowerResume(t *testing.T) {
-	tests := []struct{ lastEventID, task, version string }{ // the event after which delivery resumes
-		{"x-0", "x-0", "x-0"},
-		{"x-1", "x-1", "x-1"},
-		{"x-3", "x-3", "x-3"},
-		{"x-4", "x-0", "x-3"}, // this and all below are not events of this log
-		{"", "x-0", "x-3"},
-		{"y-1", "x-0", "x-3"}, // the backend was restarted
-		{"-1", "x-0", "x-3"},
-		{"1", "x-0", "x-3"},
-		{"x", "x-0", "x-3"},
-		{"x-", "x-0", "x-3"},
-		{"x--1", "x-0", "x-3"},
-		{"x-+1", "x-0", "x-3"},
-		{"x-1-2", "x-0", "x-3"},
-		{"x-1.5", "x-0", "x-3"},
-		{"x-1, x-2", "x-0", "x-3"}, // the header was sent twice
-		{"x-18446744073709551616", "x-0", "x-3"},
-		{"close", "x-0", "x-3"},
-	}
 	resume := func(t *testing.T, policy logPolicy, lastEventID, wantOpen string) {
 		testLog(t, fmt.Sprintf("%s after %q", policy.event, lastEventID), policy, func(t *logTest) {
 			t.append("data", "data", "data")
-			t.connect("a", "", "x-0")
-			t.delivers("a x-1 data", "a x-2 data", "a x-3 data")
-			t.onDisconnect("a")
+			t.visit("a", "", "x-0", "a x-1 data", "a x-2 data", "a x-3 data")
 			t.connect("b", lastEventID, wantOpen)
 			rest := []string{"b x-1 data", "b x-2 data", "b x-3 data"}
 			t.delivers(rest[slices.Index([]string{"x-0", "x-1", "x-2", "x-3"}, wantOpen):]...)
 		})
 	}
-	for _, test := range tests {
-		resume(t, taskLike(), test.lastEventID, test.task)
-		resume(t, versionLike(), test.lastEventID, test.version)
+	for _, id := range []string{"x-0", "x-1", "x-3"} {
+		resume(t, taskLike(), id, id)
+		resume(t, versionLike(), id, id)
+	}
+	for _, id := range []string{ // of no event of this log
+		"", "x-4", "-1", "1", "x", "x-", "x--1", "x-+1", "x-1-2", "x-1.5", "x-18446744073709551616", "close",
+		"y-1",      // the backend was restarted
+		"x-1, x-2", // the header was sent twice
+	} {
+		resume(t, taskLike(), id, "x-0")
+		resume(t, versionLike(), id, "x-3")
 	}
 }
 
+// A backlog goes out in runs, each up to twice as long as what was taken of the one before.
 func TestFollowerRuns(t *testing.T) {
-	// A backlog goes out in runs, each up to twice as long as what was taken of the one before.
-	testLog(t, "grow", taskLike(), func(t *logTest) {
-		t.gateway.batches = true
-		t.append("1", "2", "3", "4", "5", "6")
-		t.end("task_completed")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 1", "a x-2 2 x-3 3", "a x-4 4 x-5 5 x-6 6", closing("a", "task_completed"))
-	})
 	testLog(t, "are bounded", versionLike(), func(t *logTest) {
 		t.gateway.batches = true
 		half := strings.Repeat("x", maxRunBytes/2)
@@ -436,8 +351,7 @@ func TestFollowerRunTakenInPart(t *testing.T) {
 	} {
 		testLog(t, name, versionLike(), func(t *logTest) {
 			t.gateway.batches = true
-			t.append("1", "2", "3", "4")
-			t.connect("a", "", "x-0")
+			t.begin("1", "2", "3", "4")
 			t.ok("a x-1 1")
 			t.answer("a x-2 2 x-3 3", test.answer)
 			t.wantUnderWay(test.underWay...)
@@ -448,28 +362,17 @@ func TestFollowerRunTakenInPart(t *testing.T) {
 
 // Events that are dropped while under way do not count as dropped until it is known whether the gateway took them.
 func TestFollowerDropsWhatIsUnderWay(t *testing.T) {
-	for name, test := range map[string]struct {
-		answer  sendResult
-		dropped int
-		arrived bool
-	}{
-		"taken":  {sendResult{taken: 2}, 1, true},
-		"failed": {sendResult{err: errNoAnswer}, 3, false},
-	} {
+	for name, answer := range map[string]sendResult{"taken": {taken: 2}, "failed": {err: errNoAnswer}} {
 		testLog(t, name, limited(versionLike(), 3), func(t *logTest) {
 			t.gateway.batches = true
-			t.append("1", "2", "3")
-			t.connect("a", "", "x-0")
+			t.begin("1", "2", "3")
 			t.ok("a x-1 1")
-			waited := make(chan bool, 1)
-			go func() { waited <- t.events.Wait(t.Context(), 3) }()
-			t.append("4", "5", "6", "7")
-			t.wantDropped(1)
-			t.answer("a x-2 2 x-3 3", test.answer)
-			t.wantDropped(test.dropped)
-			if got := <-waited; got != test.arrived {
-				t.Errorf("waited for the last of them: got %t, want %t", got, test.arrived)
-			}
+			t.wantWait(3, waited{answer.err == nil, 0}, func() { // for the last of them
+				t.append("4", "5", "6", "7")
+				t.wantDropped(1)
+				t.answer("a x-2 2 x-3 3", answer)
+				t.wantDropped(3 - answer.taken)
+			})
 		})
 	}
 }
@@ -480,48 +383,30 @@ func TestFollowerLimit(t *testing.T) {
 		t.append("2", "3", "4", "5")
 		t.wantDropped(2)
 		t.keep("last")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 first", "a x-5 5", "a x-6 last")
-		t.onDisconnect("a")
+		t.visit("a", "", "x-0", "a x-1 first", "a x-5 5", "a x-6 last")
 
 		t.keep("very last")
-		t.keep("the end")            // nothing left may be dropped
-		t.wantDropped(3)             // 5 had been delivered before it was dropped
-		t.connect("b", "x-2", "x-2") // x-2 was dropped, but its number tells where to resume
-		t.delivers("b x-6 last", "b x-7 very last", "b x-8 the end")
-	})
-
-	// An event that an open stream was given does not count as dropped when the limit removes it.
-	testLog(t, "drops nothing that was given", limited(taskLike(), 2), func(t *logTest) {
-		t.append("1", "2")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 1", "a x-2 2")
-		t.onDisconnect("a")
-		t.connect("b", "", "x-0")
-		t.append("3")
-		t.wantDropped(0)
-		t.delivers("b x-1 1", "b x-2 2", "b x-3 3")
+		t.keep("the end") // nothing left may be dropped
+		t.wantDropped(3)  // 5 had been delivered before it was dropped
+		// x-2 was dropped, but its number tells where to resume.
+		t.visit("b", "x-2", "x-2", "b x-6 last", "b x-7 very last", "b x-8 the end")
 	})
 
 	// Events held back for a stream that never opened were delivered to nobody, so they count as dropped.
 	testLog(t, "drops what was held back and lost", limited(versionLike(), 2), func(t *logTest) {
-		t.append("1", "2")
-		t.connect("a", "", "x-0")
+		t.begin("1", "2")
 		t.buffered("a x-1 1")
 		t.buffered("a x-2 2")
 		t.notFound("a ?")
 		t.append("3", "4")
 		t.wantDropped(2)
-		t.connect("b", "", "x-0")
-		t.delivers("b x-3 3", "b x-4 4")
+		t.visit("b", "", "x-0", "b x-3 3", "b x-4 4")
 	})
 
 	// The events that a resuming browser has yet to get are still needed.
 	testLog(t, "sheds nothing under way", versionLike(), func(t *logTest) {
 		t.append("1", "2", "3")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 1", "a x-2 2", "a x-3 3")
-		t.onDisconnect("a")
+		t.visit("a", "", "x-0", "a x-1 1", "a x-2 2", "a x-3 3")
 		t.connect("b", "x-0", "x-0")
 		t.ok("b x-1 1")
 		t.events.Shed()
@@ -540,25 +425,17 @@ func TestFollowerLimit(t *testing.T) {
 		t.wantDropped(0)
 		t.append("eight")
 		t.wantDropped(1)
-		t.connect("b", "", "x-5")
-		t.delivers("b x-7 seven", "b x-8 eight")
+		t.visit("b", "", "x-5", "b x-7 seven", "b x-8 eight")
 	})
 
 	// The gateway may have taken all the events that the limit allows, and the browser may have none of them.
 	testLog(t, "keeps what the gateway took", limited(versionLike(), 4), func(t *logTest) {
 		t.append("1", "2", "3", "4")
-		t.connect("a", "", "x-0")
-		t.delivers("a x-1 1", "a x-2 2", "a x-3 3", "a x-4 4")
-		t.onDisconnect("a")
+		t.visit("a", "", "x-0", "a x-1 1", "a x-2 2", "a x-3 3", "a x-4 4")
 		t.append("5")
-		t.connect("b", "x-0", "x-0")
-		t.delivers("b x-1 1", "b x-2 2", "b x-3 3", "b x-4 4", "b x-5 5")
-		t.onDisconnect("b")
-		t.connect("c", "x-0", "x-0")
-		t.delivers("c x-2 2", "c x-3 3", "c x-4 4", "c x-5 5")
-		t.onDisconnect("c")
-		t.connect("d", "x-4", "x-4")
-		t.delivers("d x-5 5")
+		t.visit("b", "x-0", "x-0", "b x-1 1", "b x-2 2", "b x-3 3", "b x-4 4", "b x-5 5")
+		t.visit("c", "x-0", "x-0", "c x-2 2", "c x-3 3", "c x-4 4", "c x-5 5")
+		t.visit("d", "x-4", "x-4", "d x-5 5")
 	})
 	testLog(t, "size", versionLike(), func(t *logTest) {
 		want := func(kept, waiting, bytes int) {
@@ -594,27 +471,13 @@ func TestFollowerEnd(t *testing.T) {
 	testLog(t, "at once for a browser that has everything", taskLike(), func(t *logTest) {
 		t.append("one")
 		t.end("task_failed")
-		t.connect("a", "x-1", "x-1")
-		t.delivers(closing("a", "task_failed"))
-		t.onDisconnect("a")
-		t.connect("b", "", "x-0") // a page that was loaded again
-		t.delivers("b x-1 one", closing("b", "task_failed"))
-		t.onDisconnect("b")
-		t.connect("c", "x-1", "x-1")
-		t.delivers(closing("c", "task_failed"))
-	})
-	testLog(t, "while idle", taskLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "x-1", "x-1")
-		t.delivers()
-		t.end("task_cancelled")
-		t.delivers(closing("a", "task_cancelled"))
+		t.visit("a", "x-1", "x-1", closing("a", "task_failed"))
+		t.visit("b", "", "x-0", "b x-1 one", closing("b", "task_failed")) // a page that was loaded again
 	})
 
 	// After a failed send, the next event ends the stream. The end of the log counts as an event, so this is at once.
 	testLog(t, "after a failed send", taskLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.end("task_completed")
 		t.fails("a x-1 one")
 		t.wantUnderWay("a end")
@@ -637,8 +500,7 @@ func TestFollowerEnd(t *testing.T) {
 		t.sweep(0)
 		t.ok("a end")
 		t.onDisconnect("a")
-		t.connect("b", "x-0", "x-0")
-		t.delivers(closing("b", "task_completed"))
+		t.visit("b", "x-0", "x-0", closing("b", "task_completed"))
 	})
 }
 
@@ -648,8 +510,8 @@ type waited struct {
 	after time.Duration
 }
 
-// wait waits for event n, for a second at most.
-func (t *logTest) wait(n uint64) <-chan waited {
+// wantWait waits for event n, for a second at most, while the steps are taken. It checks the result.
+func (t *logTest) wantWait(n uint64, want waited, steps ...func()) {
 	t.Helper()
 	result := make(chan waited, 1)
 	go func() {
@@ -660,136 +522,96 @@ func (t *logTest) wait(n uint64) <-chan waited {
 		result <- waited{given, time.Since(start)}
 	}()
 	t.rest()
-	return result
-}
-
-func (t *logTest) wantWaited(result <-chan waited, want waited) {
-	t.Helper()
+	for _, step := range steps {
+		step()
+	}
 	if got := <-result; got != want {
 		t.Errorf("got %t after %s, want %t after %s", got.given, got.after, want.given, want.after)
 	}
 }
 
 func TestFollowerWait(t *testing.T) {
+	given, lost := waited{true, 0}, waited{false, 0}
 	testLog(t, "for each event", versionLike(), func(t *logTest) {
 		t.append("one")
-		t.wantWaited(t.wait(1), waited{false, 0}) // nobody is there
+		t.wantWait(1, lost) // nobody is there
 		t.connect("a", "", "x-0")
-		result := t.wait(1)
-		t.ok("a x-1 one")
-		t.wantWaited(result, waited{true, 0})
-		t.wantWaited(t.wait(1), waited{true, 0})
+		t.wantWait(1, given, func() { t.ok("a x-1 one") })
+		t.wantWait(1, given)
 
 		t.append("two")
-		t.wantWaited(t.wait(2), waited{false, time.Second})
-		result = t.wait(2)
-		t.notFound("a x-2 two")
-		t.wantWaited(result, waited{false, 0})
-
+		t.wantWait(2, waited{false, time.Second})
+		t.wantWait(2, lost, func() { t.notFound("a x-2 two") })
 		t.connect("b", "", "x-1")
-		result = t.wait(2)
-		t.fails("b x-2 two")
-		t.wantWaited(result, waited{false, 0})
-
+		t.wantWait(2, lost, func() { t.fails("b x-2 two") })
 		t.connect("c", "", "x-1")
-		result = t.wait(2)
-		t.follow(connectRequest{token: "d"})
-		t.ok("d x-2 two")
-		t.wantWaited(result, waited{true, 0})
+		t.wantWait(2, given, func() {
+			t.follow(connectRequest{token: "d"})
+			t.ok("d x-2 two")
+		})
 		t.connect("e", "x-0", "x-0") // gets both again
-		t.wantWaited(t.wait(2), waited{true, 0})
+		t.wantWait(2, given)
 	})
 
 	// A browser that comes back with the event's ID has the event. This must end the wait, as nothing more is sent.
 	testLog(t, "until the browser names the event", versionLike(), func(t *logTest) {
-		t.connect("a", "", "x-0")
-		t.append("one")
-		result := t.wait(1)
-		t.connect("b", "x-1", "x-1")
-		t.wantWaited(result, waited{true, 0})
+		t.begin("one")
+		t.wantWait(1, given, func() { t.connect("b", "x-1", "x-1") })
 	})
 
 	// A dropped event is delivered to nobody, even if later ones are.
 	testLog(t, "for a dropped event", limited(versionLike(), 1), func(t *logTest) {
 		t.connect("a", "", "x-0")
 		t.append("one", "two")
-		result := t.wait(2)
-		t.append("three")
-		t.wantWaited(result, waited{false, 0})
+		t.wantWait(2, lost, func() { t.append("three") })
 	})
 
 	// An event is not sent while it is unknown what became of earlier ones that were held back. If those are lost, the
 	// wait for it must end.
 	testLog(t, "after what was held back and lost", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.buffered("a x-1 one")
 		t.append("two")
-		result := t.wait(2)
-		t.notFound("a ?")
-		t.wantWaited(result, waited{false, 0})
+		t.wantWait(2, lost, func() { t.notFound("a ?") })
 	})
 
 	// An event that the gateway holds back reaches the browser only when its stream opens.
 	testLog(t, "until the stream opens", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
-		result := t.wait(1)
-		t.buffered("a x-1 one")
-		t.notFound("a ?")
-		t.wantWaited(result, waited{false, 0})
+		t.begin("one")
+		t.wantWait(1, lost, func() {
+			t.buffered("a x-1 one")
+			t.notFound("a ?")
+		})
 		t.connect("b", "", "x-0")
-		result = t.wait(1)
-		t.buffered("b x-1 one")
-		t.ok("b ?")
-		t.wantWaited(result, waited{true, 0})
+		t.wantWait(1, given, func() {
+			t.buffered("b x-1 one")
+			t.ok("b ?")
+		})
 	})
 
 	// A refused event is delivered to no stream.
 	testLog(t, "for a refused event", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
-		result := t.wait(1)
-		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
-		t.wantWaited(result, waited{false, 0})
+		t.begin("one")
+		t.wantWait(1, lost, func() { t.answer("a x-1 one", sendResult{taken: 1, refused: 1}) })
 	})
 
 	// The answer to a refused event does not tell whether the stream has opened.
 	testLog(t, "after what is held back", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
-		result := t.wait(1)
-		t.append("two")
-		t.buffered("a x-1 one")
-		t.answer("a x-2 two", sendResult{taken: 1, refused: 1})
-		t.notFound("a ?")
-		t.wantWaited(result, waited{false, 0})
+		t.begin("one")
+		t.wantWait(1, lost, func() {
+			t.append("two")
+			t.buffered("a x-1 one")
+			t.answer("a x-2 two", sendResult{taken: 1, refused: 1})
+			t.notFound("a ?")
+		})
 	})
 }
 
-// Events that the gateway holds back reach the browser only if its stream opens.
+// The gateway holds events back while the connect callback is under way. If the browser leaves before its stream opens,
+// it never gets them.
 func TestFollowerHeldBack(t *testing.T) {
-	// The gateway holds events back while the connect callback is under way. If the browser leaves before its stream
-	// opens, it never gets them.
-	testLog(t, "sent again when lost", versionLike(), func(t *logTest) {
-		t.append("one", "two")
-		t.connect("a", "", "x-0")
-		t.buffered("a x-1 one")
-		t.buffered("a x-2 two")
-		t.buffered("a ?")
-		t.wantUnderWay()
-		time.Sleep(openPause)
-		t.rest()
-		t.notFound("a ?")
-		t.wantConnections()
-		t.connect("b", "", "x-0")
-		t.delivers("b x-1 one", "b x-2 two")
-		t.onDisconnect("b")
-		t.connect("c", "", "x-2")
-	})
 	testLog(t, "asks whether the stream opened", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.buffered("a x-1 one")
 		t.append("two")
 		t.wantUnderWay("a ?")
@@ -797,14 +619,12 @@ func TestFollowerHeldBack(t *testing.T) {
 		time.Sleep(settleTime)
 		t.onDisconnect("a")
 		t.notFound("a x-2 two")
-		t.connect("b", "", "x-1")
-		t.delivers("b x-2 two")
+		t.visit("b", "", "x-1", "b x-2 two")
 	})
 
 	// No connect callback takes longer than openLimit. The next send then tells whether the stream is open.
 	testLog(t, "asks for a limited time", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.buffered("a x-1 one")
 		start := time.Now()
 		for len(t.gateway.sends()) > 0 {
@@ -823,8 +643,7 @@ func TestFollowerHeldBack(t *testing.T) {
 
 	// A fresh stream of a task gets all of its events anyway.
 	testLog(t, "does not ask for a task", taskLike(), func(t *logTest) {
-		t.append("one")
-		t.connect("a", "", "x-0")
+		t.begin("one")
 		t.buffered("a x-1 one")
 		t.wantUnderWay()
 	})
@@ -881,6 +700,13 @@ func TestFollowerOfVersionResendsWhatAYoungConnectionGot(t *testing.T) {
 			t.sweep(0)
 			t.notFound("a ?")
 		}, "x-1"},
+		"lost after a later event": {func(t *logTest) { // whose answer shows that the stream is still open
+			time.Sleep(settleTime)
+			t.append("two")
+			t.connTest.ok("a x-2 two")
+			t.append("three")
+			t.notFound("a x-3 three")
+		}, "x-2"},
 	} {
 		testLog(t, name, versionLike(), func(t *logTest) {
 			t.append("one")
@@ -890,32 +716,6 @@ func TestFollowerOfVersionResendsWhatAYoungConnectionGot(t *testing.T) {
 			t.connect("b", "", test.want)
 		})
 	}
-}
-
-func TestFollowerSettles(t *testing.T) {
-	// The gateway's answer to a send after the first second shows that the stream is still open.
-	testLog(t, "with a later event", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.follow(connectRequest{token: "a"})
-		t.connTest.ok("a x-1 one")
-		time.Sleep(settleTime)
-		t.append("two")
-		t.connTest.ok("a x-2 two")
-		t.append("three")
-		t.notFound("a x-3 three")
-		t.connect("b", "", "x-2")
-	})
-
-	// A late answer to an earlier send does not show that the stream is still open.
-	testLog(t, "not with a late answer", versionLike(), func(t *logTest) {
-		t.append("one")
-		t.follow(connectRequest{token: "a"})
-		time.Sleep(settleTime)
-		t.connTest.ok("a x-1 one")
-		t.append("two")
-		t.notFound("a x-2 two")
-		t.connect("b", "", "x-0")
-	})
 }
 
 func TestFollowerGives(t *testing.T) {
@@ -948,8 +748,7 @@ func TestFollowerGives(t *testing.T) {
 
 	// A refused event is skipped. Otherwise it would be replayed and refused forever.
 	testLog(t, "nothing that is refused", taskLike(), func(t *logTest) {
-		t.append("one", "two")
-		t.connect("a", "", "x-0")
+		t.begin("one", "two")
 		t.answer("a x-1 one", sendResult{taken: 1, refused: 1})
 		t.delivers("a x-2 two")
 		if log := t.log.String(); strings.Count(log, "level=ERROR") != 1 {
@@ -1016,20 +815,13 @@ func TestRaceWaitWhileTheStreamOpens(t *testing.T) {
 // An event may be dropped while it is under way to a connection that then ends. It counts as dropped only if its send
 // fails.
 func TestFollowerDropsWhatWasUnderWayToNobody(t *testing.T) {
-	for name, test := range map[string]struct {
-		answer  sendResult
-		dropped int
-	}{
-		"taken":  {sendResult{taken: 1}, 0}, // perhaps it arrived
-		"failed": {sendResult{err: errUnknownToken}, 1},
-	} {
+	for name, answer := range map[string]sendResult{"taken": {taken: 1}, "failed": {err: errUnknownToken}} {
 		testLog(t, name, limited(versionLike(), 1), func(t *logTest) {
-			t.append("one")
-			t.connect("a", "", "x-0")
+			t.begin("one")
 			t.append("two")
 			t.onDisconnect("a")
-			t.answer("a x-1 one", test.answer)
-			t.wantDropped(test.dropped)
+			t.answer("a x-1 one", answer)
+			t.wantDropped(1 - answer.taken) // what was taken has perhaps arrived
 		})
 	}
 }
@@ -1043,35 +835,12 @@ func TestRaceConnectDuringSend(t *testing.T) {
 		"fails":    func(t *logTest, send string) { t.fails(send) },
 	} {
 		testLog(t, name, versionLike(), func(t *logTest) {
-			t.append("one", "two")
-			t.connect("a", "", "x-0")
+			t.begin("one", "two")
 			t.connect("b", "", "x-0")
 			t.wantUnderWay("a x-1 one", closing("a", "replaced"), "b x-1 one")
 			answer(t, "a x-1 one") // this does not affect b, and a gets no more
 			t.delivers(closing("a", "replaced"), "b x-1 one", "b x-2 two")
 		})
-	}
-}
-
-// After a timeout only the browser knows whether the gateway took the event. So its stream is ended, and it comes back
-// with the ID of the last event it has.
-func TestRaceTimeoutOfSend(t *testing.T) {
-	timeout := func(name string, policy logPolicy, lastEventID string, want ...string) {
-		testLog(t, name+" of "+policy.event, policy, func(t *logTest) {
-			t.append("one", "two")
-			t.connect("a", "", "x-0")
-			t.fails("a x-1 one")
-			t.wantUnderWay("a end") // no second try
-			t.ok("a end")
-			t.wantUnderWay()
-			t.connect("b", lastEventID, lastEventID)
-			t.notFound(closing("a", "replaced"))
-			t.delivers(want...)
-		})
-	}
-	for _, policy := range []logPolicy{taskLike(), versionLike()} {
-		timeout("performed", policy, "x-1", "b x-2 two")
-		timeout("not performed", policy, "x-0", "b x-1 one", "b x-2 two")
 	}
 }
 
@@ -1083,8 +852,7 @@ func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
 		"sweep": func(t *logTest) { t.sweep(0) },
 	} {
 		testLog(t, name, taskLike(), func(t *logTest) {
-			t.append("one")
-			t.connect("a", "", "x-0")
+			t.begin("one")
 			t.fails("a x-1 one")
 			t.wantUnderWay()
 			next(t)
@@ -1095,6 +863,9 @@ func TestRaceTimeoutOfTheNewestEvent(t *testing.T) {
 
 // The model. Event logs and their followers run against a simulated network, gateway and browsers, which do at random
 // whatever real ones may do. A browser that gets an event twice, out of order or after a gap fails the test at once.
+//
+// After a timeout only the browser knows whether the gateway took an event. So its stream is ended, and it comes back
+// with the ID of the last event it has. Appending never waits for the network.
 //
 // The life of a stream is a sequence of methods of world: connect (the browser asks for it), arrives (the backend gets
 // the connect callback), opens (the gateway gets the answer), read, ends, and disconnect (the backend gets the
@@ -1132,10 +903,10 @@ type simBrowser struct {
 
 func (b *simBrowser) follows() bool { return b.stream != nil }
 func (b *simBrowser) away() bool    { return b.stream == nil && b.reason == "" }
+func (b *simBrowser) loses()        { b.stream = nil }
 
 // receive takes the next event of the stream, and checks that it is the one that must follow.
 func (b *simBrowser) receive(e event) {
-	b.t.Helper()
 	had, has := parsePositions(b.lastID), parsePositions(e.ID)
 	if e.ID == closeID {
 		b.reason = e.Data
@@ -1223,16 +994,12 @@ func (w *world) connect(b *simBrowser) {
 
 // follow makes a stream the connection.
 func (w *world) follow(s *simStream) (open event, end bool, err error) {
-	if len(w.logs) == 1 {
-		return follow(w.conns, "task:1", s.request, w.events)
-	}
-	f := &follower{identifier: "task:1"}
-	return f.connect(w.conns, s.request, all(s.logs...))
+	f := &follower{identifier: "task:1", page: len(w.logs) > 1}
+	return f.connect(w.conns, s.request, func() []*eventLog { return s.logs })
 }
 
 // arrives lets the connect callback reach the backend, which may have to ask the gateway before it decides.
 func (w *world) arrives(s *simStream) {
-	w.Helper()
 	s.sent = true
 	go func() {
 		open, end, err := w.follow(s)
@@ -1268,9 +1035,8 @@ func (w *world) received(n uint64) bool {
 
 // opens lets the answer to the connect callback reach the gateway.
 func (w *world) opens(s *simStream) {
-	w.Helper()
 	if s.err != nil { // the browser comes back
-		w.ends(s, false)
+		w.breaks(s)
 		return
 	}
 	s.opened = time.Now()
@@ -1278,7 +1044,7 @@ func (w *world) opens(s *simStream) {
 		w.write(s, e)
 	}
 	if s.ending || s.end {
-		w.ends(s, true)
+		w.ends(s)
 	}
 }
 
@@ -1292,7 +1058,6 @@ func (w *world) write(s *simStream, e event) {
 
 // read lets the browser read what was written.
 func (w *world) read(s *simStream) {
-	w.Helper()
 	for _, e := range s.wire {
 		if s.browser.stream == s {
 			s.browser.receive(e)
@@ -1304,11 +1069,10 @@ func (w *world) read(s *simStream) {
 	s.wire = nil
 }
 
-// ends ends a stream. The browser may first read what was written, and does if the end is clean. If the stream was
-// open, the gateway tells the backend.
-func (w *world) ends(s *simStream, clean bool) {
-	w.Helper()
-	if clean || w.rand.IntN(2) == 0 {
+// breaks ends a stream. The browser may first read what was written. If the stream was open, the gateway tells the
+// backend.
+func (w *world) breaks(s *simStream) {
+	if w.rand.IntN(2) == 0 {
 		w.read(s)
 	}
 	s.ended = time.Now()
@@ -1320,12 +1084,17 @@ func (w *world) ends(s *simStream, clean bool) {
 	}
 }
 
+// ends is breaks after the browser has read everything.
+func (w *world) ends(s *simStream) {
+	w.read(s)
+	w.breaks(s)
+}
+
 // crash kills the gateway: what it knew is gone, but what it had written may still arrive.
 func (w *world) crash() {
-	w.Helper()
 	for _, s := range w.streams {
 		if !s.gone() {
-			w.ends(s, false)
+			w.breaks(s)
 		}
 	}
 	w.disconnects = nil
@@ -1334,14 +1103,13 @@ func (w *world) crash() {
 
 // pass lets d pass. What would then have taken longer than promptly happens first, or not at all.
 func (w *world) pass(d time.Duration) {
-	w.Helper()
 	now := time.Now().Add(d)
 	for _, s := range w.streams {
 		if s.waits() && now.Sub(s.answered) > promptly {
 			if w.rand.IntN(2) == 0 {
 				w.opens(s)
 			} else { // the gateway has given up the callback
-				w.ends(s, false)
+				w.breaks(s)
 			}
 		}
 		if s.unread() && now.Sub(s.opened) > promptly {
@@ -1359,7 +1127,6 @@ func (w *world) pass(d time.Duration) {
 
 // disconnect lets a disconnect callback arrive, or loses it.
 func (w *world) disconnect(s *simStream) {
-	w.Helper()
 	w.disconnects = slices.DeleteFunc(w.disconnects, func(other *simStream) bool { return other == s })
 	if w.rand.IntN(4) > 0 {
 		w.onDisconnect(s.token)
@@ -1368,12 +1135,11 @@ func (w *world) disconnect(s *simStream) {
 
 // perform has the gateway perform a send, and returns its answer.
 func (w *world) perform(p *stepped) (r sendResult) {
-	w.Helper()
 	s := w.streams[slices.IndexFunc(w.streams, func(s *simStream) bool { return s.token == p.token })]
 	for i, e := range p.events {
 		switch n := w.rand.IntN(20); { // what may happen between the events of a batch
 		case i > 0 && n == 0 && s.isOpen():
-			w.ends(s, false)
+			w.breaks(s)
 		case i > 0 && n < 3 && s.waits():
 			w.opens(s)
 		}
@@ -1392,7 +1158,7 @@ func (w *world) perform(p *stepped) (r sendResult) {
 	case s.gone() || s.ending:
 		r.err = errUnknownToken
 	case s.isOpen() && p.end:
-		w.ends(s, true)
+		w.ends(s)
 	case p.end:
 		s.ending = true
 	}
@@ -1402,7 +1168,6 @@ func (w *world) perform(p *stepped) (r sendResult) {
 
 // reply answers a send, with what the gateway did or with an error.
 func (w *world) reply(p *stepped, r sendResult) {
-	w.Helper()
 	delete(w.performed, p)
 	w.gateway.reply(p, r)
 	w.rest()
@@ -1410,7 +1175,6 @@ func (w *world) reply(p *stepped, r sendResult) {
 
 // step lets one thing happen, at random.
 func (w *world) step() {
-	w.Helper()
 	switch n := w.rand.IntN(100); {
 	case n < 5:
 		log := w.logs[w.rand.IntN(len(w.logs))]
@@ -1423,37 +1187,21 @@ func (w *world) step() {
 			w.connect(b)
 		}
 	case n < 16:
-		if b := pickOne(w.rand, w.browsers, (*simBrowser).away); b != nil {
-			w.connect(b)
-		}
+		toOne(w.rand, w.browsers, (*simBrowser).away, w.connect)
 	case n < 24: // any callback under way, as they overtake each other
-		if s := pickOne(w.rand, w.streams, (*simStream).underWay); s != nil {
-			w.arrives(s)
-		}
+		toOne(w.rand, w.streams, (*simStream).underWay, w.arrives)
 	case n < 32:
-		if s := pickOne(w.rand, w.streams, (*simStream).waits); s != nil {
-			w.opens(s)
-		}
+		toOne(w.rand, w.streams, (*simStream).waits, w.opens)
 	case n < 34: // the gateway gives up a callback, which may still reach the backend
-		if s := pickOne(w.rand, w.streams, (*simStream).opening); s != nil {
-			w.ends(s, false)
-		}
+		toOne(w.rand, w.streams, (*simStream).opening, w.breaks)
 	case n < 40:
-		if s := pickOne(w.rand, w.streams, (*simStream).unread); s != nil {
-			w.read(s)
-		}
+		toOne(w.rand, w.streams, (*simStream).unread, w.read)
 	case n < 43: // a browser loses its stream
-		if b := pickOne(w.rand, w.browsers, (*simBrowser).follows); b != nil {
-			b.stream = nil
-		}
+		toOne(w.rand, w.browsers, (*simBrowser).follows, (*simBrowser).loses)
 	case n < 48: // and the gateway notices, perhaps much later
-		if s := pickOne(w.rand, w.streams, (*simStream).left); s != nil {
-			w.ends(s, false)
-		}
+		toOne(w.rand, w.streams, (*simStream).left, w.breaks)
 	case n < 52:
-		if s := pickOne(w.rand, w.disconnects, (*simStream).gone); s != nil {
-			w.disconnect(s)
-		}
+		toOne(w.rand, w.disconnects, (*simStream).gone, w.disconnect)
 	case n < 55:
 		w.pass(openPause)
 	case n < 57:
@@ -1468,17 +1216,12 @@ func (w *world) step() {
 			w.late = w.late[1:]
 		}
 	default:
-		w.network()
+		toOne(w.rand, w.gateway.all(), func(*stepped) bool { return true }, w.travels)
 	}
 }
 
-// network takes a send one step further: the gateway performs it, or it is answered, or it fails.
-func (w *world) network() {
-	w.Helper()
-	p := pickOne(w.rand, w.gateway.all(), func(*stepped) bool { return true })
-	if p == nil {
-		return
-	}
+// travels takes a send one step further: the gateway performs it, or it is answered, or it fails.
+func (w *world) travels(p *stepped) {
 	answer, done := w.performed[p]
 	switch fails := w.rand.IntN(10) == 0; {
 	case fails && done:
@@ -1495,7 +1238,6 @@ func (w *world) network() {
 
 // calm lets everything succeed until no browser is away and nothing is under way.
 func (w *world) calm() {
-	w.Helper()
 	for range 200 {
 		w.sweep(0)
 		for _, s := range w.streams {
@@ -1513,7 +1255,7 @@ func (w *world) calm() {
 		for _, s := range w.streams {
 			switch {
 			case s.left():
-				w.ends(s, false)
+				w.breaks(s)
 			case s.waits():
 				w.opens(s)
 			}
@@ -1523,31 +1265,28 @@ func (w *world) calm() {
 			w.onDisconnect(s.token)
 		}
 		w.disconnects = nil
-		b := pickOne(w.rand, w.browsers, (*simBrowser).away)
-		if b != nil {
-			w.connect(b)
-		}
+		cameBack := toOne(w.rand, w.browsers, (*simBrowser).away, w.connect)
 		time.Sleep(openPause)
 		w.rest()
-		if b == nil && len(w.gateway.all()) == 0 && !slices.ContainsFunc(w.streams, (*simStream).opening) {
+		if !cameBack && len(w.gateway.all()) == 0 && !slices.ContainsFunc(w.streams, (*simStream).opening) {
 			return
 		}
 	}
 	w.Fatal("the world does not come to rest")
 }
 
-// pickOne returns one of all that are good, at random, or nil.
-func pickOne[T any](r *rand.Rand, all []*T, good func(*T) bool) *T {
+// toOne does something to one of all that are good, at random. It reports whether there was one.
+func toOne[T any](r *rand.Rand, all []*T, good func(*T) bool, do func(*T)) bool {
 	all = slices.DeleteFunc(slices.Clone(all), func(x *T) bool { return !good(x) })
 	if len(all) == 0 {
-		return nil
+		return false
 	}
-	return all[r.IntN(len(all))]
+	do(all[r.IntN(len(all))])
+	return true
 }
 
 // check checks that every browser has everything, except those that another one has replaced.
 func (w *world) check() {
-	w.Helper()
 	complete := 0
 	for _, b := range w.browsers {
 		current := b.follows() && w.conns.tokens[b.stream.token] != nil
@@ -1570,18 +1309,23 @@ func (w *world) check() {
 	}
 }
 
+// tries returns how often a random test is to be tried: n times, or less under the race detector, or as often as the
+// environment says.
+func tries(name string, n uint64) uint64 {
+	if underRace {
+		n /= 10
+	}
+	if set, err := strconv.ParseUint(os.Getenv(name), 10, 64); err == nil {
+		n = set
+	}
+	return n
+}
+
 // SIDECAST_SEEDS sets the number of worlds of each kind, for a longer run.
 func TestDeliveryModel(t *testing.T) {
 	t.Parallel()
-	worlds := uint64(2000)
-	if underRace {
-		worlds = 200
-	}
-	if n, err := strconv.ParseUint(os.Getenv("SIDECAST_SEEDS"), 10, 64); err == nil {
-		worlds = n
-	}
 	const steps = 400
-	for seed := range worlds {
+	for seed := range tries("SIDECAST_SEEDS", 2000) {
 		for _, kind := range []struct {
 			name   string
 			policy logPolicy
@@ -1627,7 +1371,7 @@ func BenchmarkAppendWithoutConnection(b *testing.B) {
 // The memory of an identifier that waits for its first event, with its strings and map entries.
 func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 	const identifiers = 100_000
-	measure := func(name string, connect bool) {
+	for _, name := range []string{"waiting", "connected"} {
 		b.Run(name, func(b *testing.B) {
 			policy := versionLike()
 			for b.Loop() {
@@ -1637,7 +1381,7 @@ func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 				for i := range all {
 					id := newToken()
 					all[i] = newEventLog(&policy)
-					if connect {
+					if name == "connected" {
 						follow(conns, "version:"+id, connectRequest{token: newToken()}, all[i])
 					}
 				}
@@ -1647,8 +1391,6 @@ func BenchmarkMemoryOfIdleIdentifiers(b *testing.B) {
 			}
 		})
 	}
-	measure("waiting", false)
-	measure("connected", true)
 }
 
 // heapInUse returns the bytes of the heap that are still reachable.

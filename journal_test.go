@@ -7,11 +7,9 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -179,17 +177,21 @@ func (c counts) apply(record []byte) error {
 	return nil
 }
 
-func openTestJournal(t testing.TB, dir string, d disk, apply func([]byte) error) (j *journal, err error) {
-	t.Helper()
-	err = unlocked(func() error {
-		j, err = openJournal(dir, d, newRegistry("test"), slog.New(slog.DiscardHandler), apply)
+// openTestJournal opens the journal of a folder on a disk. It also returns what is logged.
+func openTestJournal(dir string, d disk, apply func([]byte) error) (j *journal, said *bytes.Buffer, err error) {
+	said = new(bytes.Buffer)
+	err = unlocked(func() (err error) {
+		j, err = openJournal(dir, d, newRegistry("test"), slog.New(slog.NewTextHandler(said, nil)), apply)
 		return err
 	})
 	if err == nil {
-		j.ahead = 0 // a disk in memory is small
+		j.ahead, j.live = 0, func() int { return 0 } // a disk in memory is small
 	}
-	return j, err
+	return j, said, err
 }
+
+// ignored takes a record of a journal that has nothing to be restored.
+func ignored([]byte) error { return nil }
 
 // journalTest runs a story in a bubble, with an empty journal on a disk with this much room, or without a limit if 0.
 func journalTest(t *testing.T, room int, story func(t *testing.T, d *crashDisk, j *journal)) {
@@ -198,7 +200,7 @@ func journalTest(t *testing.T, room int, story func(t *testing.T, d *crashDisk, 
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		d := &crashDisk{rand: rand.New(rand.NewPCG(1, 1)), left: 1 << 30, room: room, now: map[string]*crashFile{}}
-		j, err := openTestJournal(t, dir, d.disk(), func([]byte) error { return nil })
+		j, _, err := openTestJournal(dir, d.disk(), ignored)
 		must(t, err)
 		story(t, d, j)
 	})
@@ -221,13 +223,7 @@ func unlocked(open func() error) (err error) {
 func TestJournalCrashes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	seeds := uint64(200)
-	if underRace {
-		seeds = 20
-	}
-	if n, err := strconv.ParseUint(os.Getenv("SIDECAST_SEEDS"), 10, 64); err == nil {
-		seeds = n
-	}
+	seeds := tries("SIDECAST_SEEDS", 200)
 	crashes, renames := 0, 0
 	for seed := range seeds {
 		synctest.Test(t, func(t *testing.T) {
@@ -236,7 +232,7 @@ func TestJournalCrashes(t *testing.T) {
 			for range 6 {
 				d.reboot(d.rand.IntN(8 << d.rand.IntN(5)))
 				read := counts{}
-				j, err := openTestJournal(t, dir, d.disk(), read.apply)
+				j, _, err := openTestJournal(dir, d.disk(), read.apply)
 				if errors.Is(err, errCrashed) {
 					crashes++
 					continue
@@ -251,7 +247,6 @@ func TestJournalCrashes(t *testing.T) {
 				}
 				var mu sync.Mutex // guards read, which is what is live, written and stored
 				j.slack, j.ahead = int64(d.rand.IntN(3000)), d.rand.IntN(500)
-				j.live = func() int { return 0 }
 				j.snapshot = func(record func([]byte)) {
 					mu.Lock()
 					live := maps.Clone(read)
@@ -308,7 +303,7 @@ func TestJournalCompactionWithoutRoom(t *testing.T) {
 	journalTest(t, compactPart+2500, func(t *testing.T, d *crashDisk, j *journal) {
 		full := make(chan error, 1)
 		var held *commit
-		j.slack, j.live = 500, func() int { return 0 }
+		j.slack = 500
 		j.snapshot = func(record func([]byte)) {
 			for n := range 2 * compactPart / 1000 {
 				record(make([]byte, 1000))
@@ -358,17 +353,13 @@ func (f badFile) ReadAt(b []byte, off int64) (int, error) {
 // A part that cannot be read is not taken for the end of the file, and nothing is written over it.
 func TestJournalUnreadable(t *testing.T) {
 	t.Parallel()
-	var records []string
-	for i := range 10 {
-		records = append(records, fmt.Sprint("record ", i))
-	}
-	file, _ := journalOf(t, records)
+	file, _, _ := journalOf(t, 10)
 	for _, good := range []int{0, 10, len(file) / 2, len(file) - 1} {
 		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 		bad := badFile{&crashFile{disk: d, data: bytes.Clone(file)}, int64(good)}
 		disk := d.disk()
-		disk.open = func(string, int) (journalFile, error) { return bad, nil }
-		_, err := openTestJournal(t, t.TempDir(), disk, func([]byte) error { return nil })
+		disk.open = func(string) (journalFile, error) { return bad, nil }
+		_, _, err := openTestJournal(t.TempDir(), disk, ignored)
 		if !errors.Is(err, syscall.EIO) || !bytes.Equal(bad.data, file) {
 			t.Errorf("unreadable from %d on: got %v, and %d bytes of %d", good, err, len(bad.data), len(file))
 		}
@@ -378,7 +369,6 @@ func TestJournalUnreadable(t *testing.T) {
 // When a sync fails, nobody waits any longer, and broken has the error.
 func TestJournalSyncFails(t *testing.T) {
 	journalTest(t, 0, func(t *testing.T, d *crashDisk, j *journal) {
-		j.live = func() int { return 0 }
 		go j.run()
 		d.left = 1 // the write
 		for range 2 {
@@ -417,7 +407,7 @@ func TestJournalCompactsForRoom(t *testing.T) {
 func TestJournalRestsAfterCompaction(t *testing.T) {
 	journalTest(t, 0, func(t *testing.T, _ *crashDisk, j *journal) {
 		snapshots := 0
-		j.slack, j.live = 500, func() int { return 0 }
+		j.slack = 500
 		j.snapshot = func(record func([]byte)) {
 			snapshots++
 			record(make([]byte, 1000))
@@ -439,8 +429,6 @@ func TestJournalRestsAfterCompaction(t *testing.T) {
 func TestJournalWritesAhead(t *testing.T) {
 	const head, frame = int64(len(journalHeader)), int64(frameHead + 10)
 	journalTest(t, int(head+11*frame), func(t *testing.T, d *crashDisk, j *journal) {
-		var said bytes.Buffer
-		dir, log := j.dir, slog.New(slog.NewTextHandler(&said, nil))
 		for commit, want := range []int64{6, 6, 6, 6, 6, 6, 11, 11, 11, 11, 11} {
 			j.ahead = 5 * int(frame)
 			j.write([]byte("ten bytes."))
@@ -454,13 +442,12 @@ func TestJournalWritesAhead(t *testing.T) {
 			records := 0
 			j.file.Close()
 			j.lock.Close()
-			must(t, unlocked(func() (err error) {
-				j, err = openJournal(dir, d.disk(), newRegistry("test"), log, func([]byte) error { records++; return nil })
-				return err
-			}))
-			if records != commit+1 || said.Len() > 0 {
-				t.Errorf("after commit %d: got %d records, and the log says %q", commit, records, &said)
+			count := func([]byte) error { records++; return nil }
+			again, said, err := openTestJournal(j.dir, d.disk(), count)
+			if err != nil || records != commit+1 || said.Len() > 0 {
+				t.Fatalf("after commit %d: got %v, %d records, and the log says %q", commit, err, records, said)
 			}
+			j = again
 		}
 		j.lock.Close()
 	})
@@ -495,15 +482,8 @@ func (f slowFile) Sync() error {
 
 // A writer without a record that arrives during a sync needs no sync of its own.
 func TestJournalWaitsBehindAnother(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
-		disk := d.disk()
-		disk.open = func(string, int) (journalFile, error) { return slowFile{&crashFile{disk: d}}, nil }
-		j, err := openTestJournal(t, dir, disk, func([]byte) error { return nil })
-		must(t, err)
-		j.live = func() int { return 0 }
+	journalTest(t, 0, func(t *testing.T, _ *crashDisk, j *journal) {
+		j.file = slowFile{j.file.(*crashFile)}
 		go j.run()
 		began := time.Now()
 		var waiting sync.WaitGroup
@@ -521,39 +501,32 @@ func TestJournalWaitsBehindAnother(t *testing.T) {
 	})
 }
 
-// journalOf returns the bytes of a journal with records, in commits of one to three, and where each record begins.
-func journalOf(t *testing.T, records []string) (file []byte, begins []int) {
+// journalOf returns the bytes of a journal with n records, in commits of one to three, the records, and where each begins.
+func journalOf(t *testing.T, n int) (file []byte, records []string, begins []int) {
 	d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
-	j, err := openTestJournal(t, t.TempDir(), d.disk(), func([]byte) error { return nil })
+	j, _, err := openTestJournal(t.TempDir(), d.disk(), ignored)
 	must(t, err)
-	for i := 0; i < len(records); {
-		for range 1 + i%3 {
-			if i < len(records) {
-				begins = append(begins, int(j.size.Load())+len(j.next.frames))
-				j.write([]byte(records[i]))
-				i++
+	for i := range n {
+		records = append(records, fmt.Sprint("record ", i))
+		begins = append(begins, int(j.size.Load())+len(j.next.frames))
+		j.write([]byte(records[i]), nil)
+		if slices.Contains([]int{0, 2, 5}, i%6) || i == n-1 {
+			if j.store(); j.full() {
+				t.Fatal("not stored")
 			}
-		}
-		if j.store(); j.full() {
-			t.Fatal("not stored")
 		}
 	}
 	j.lock.Close()
-	return d.now[j.path()].data, begins
+	return d.now[j.path()].data, records, begins
 }
 
-// readJournal returns the records of a file, the error, and what the log says.
-func readJournal(t *testing.T, dir string, file []byte) (records []string, said string, err error) {
+// readJournal returns the records of a file, what the log says, and the error.
+func readJournal(dir string, file []byte) (records []string, said string, err error) {
 	d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 	d.now[filepath.Join(dir, "journal")] = &crashFile{disk: d, data: bytes.Clone(file)}
-	var log bytes.Buffer
-	var j *journal
-	err = unlocked(func() (err error) {
-		j, err = openJournal(dir, d.disk(), newRegistry("test"), slog.New(slog.NewTextHandler(&log, nil)), func(record []byte) error {
-			records = append(records, string(record))
-			return nil
-		})
-		return err
+	j, log, err := openTestJournal(dir, d.disk(), func(record []byte) error {
+		records = append(records, string(record))
+		return nil
 	})
 	if err == nil {
 		j.lock.Close()
@@ -566,11 +539,7 @@ func readJournal(t *testing.T, dir string, file []byte) (records []string, said 
 func TestJournalDamage(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	var records []string
-	for i := range 100 {
-		records = append(records, fmt.Sprint("record ", i))
-	}
-	file, begins := journalOf(t, records)
+	file, records, begins := journalOf(t, 100)
 	whole := func(end int) int { // how many whole records there are before
 		n, found := slices.BinarySearch(append(begins, len(file)), end)
 		if !found {
@@ -583,7 +552,7 @@ func TestJournalDamage(t *testing.T) {
 		step = 16
 	}
 	for end := 0; end < len(file); end += step {
-		got, said, err := readJournal(t, dir, file[:end])
+		got, said, err := readJournal(dir, file[:end])
 		n := max(0, whole(end))
 		if err != nil || !slices.Equal(got, records[:n]) {
 			t.Fatalf("cut off at %d: got %d records and %v, want %d", end, len(got), err, n)
@@ -600,7 +569,7 @@ func TestJournalDamage(t *testing.T) {
 	for i := 0; i < len(file); i += step {
 		spoilt := bytes.Clone(file)
 		spoilt[i] ^= byte(1 + i%255)
-		got, _, err := readJournal(t, dir, spoilt)
+		got, _, err := readJournal(dir, spoilt)
 		switch {
 		case i < len(journalHeader):
 			if err == nil {
@@ -614,7 +583,7 @@ func TestJournalDamage(t *testing.T) {
 			t.Fatalf("byte %d of the last record: got %d records and %v, want 99", i, len(got), err)
 		}
 	}
-	if _, _, err := readJournal(t, dir, []byte("sidecast journal 2\n")); err == nil {
+	if _, _, err := readJournal(dir, []byte("sidecast journal 2\n")); err == nil {
 		t.Error("a newer version was accepted")
 	}
 }

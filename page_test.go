@@ -23,10 +23,9 @@ func (api *apiFixture) page(requestID, lastEventID string, taskIDs ...string) *a
 func (s *apiStream) taskStory(id string) (words []string) {
 	for _, e := range s.events() {
 		if strings.Contains(e.Data, fmt.Sprintf(`"task_id":%q`, id)) {
-			_, word, _ := strings.Cut(e.Data, `"event_type":"`)
-			word, _, _ = strings.Cut(word, `"`)
-			if e.Name == "error" {
-				word = e.Name
+			word := e.Name
+			if _, rest, ok := strings.Cut(e.Data, `"event_type":"`); ok {
+				word, _, _ = strings.Cut(rest, `"`)
 			}
 			words = append(words, word)
 		}
@@ -44,8 +43,7 @@ func (s *apiStream) checkTask(id, want string) {
 func TestPage(t *testing.T) {
 	apiStory(t, "follows tasks and versions", "", func(t *testing.T, api *apiFixture) {
 		api.tasks.policy.epoch, api.version.policy.epoch = newEpoch, newEpoch
-		api.external("a")
-		api.external("b")
+		api.external("a", "b")
 		one, two := api.page("one", "", "a", "b"), api.page("two", "", "b", "a")
 		own := api.follow("a")
 		api.checkAnnouncedToAll("1", 2, 0)
@@ -78,8 +76,7 @@ func TestPage(t *testing.T) {
 		epochs := []string{"aaaaaaaa", "bbbbbbbb"}
 		api.tasks.policy.epoch = func() (epoch string) { epoch, epochs = epochs[0], epochs[1:]; return epoch }
 		api.version.policy.epoch = func() string { return "vvvvvvvv" }
-		api.external("a")
-		api.external("b")
+		api.external("a", "b")
 		page := api.page("r", "", "b", "a")
 		api.settle()
 		api.checkAnnounced("r", "1", true)

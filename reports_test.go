@@ -145,7 +145,7 @@ func TestReportsCutOff(t *testing.T) {
 func TestReportsOfAnEarlierTask(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
-	api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
+	api.external("a")
 	read, write := io.Pipe()
 	failed := make(chan error)
 	go func() {
@@ -156,9 +156,7 @@ func TestReportsOfAnEarlierTask(t *testing.T) {
 	eventually(t, soon, "the report is taken", func() bool {
 		return strings.Contains(api.do("GET", "/api/tasks/a/events", ""), `"one"`)
 	})
-	api.do("POST", "/api/tasks/a/cancel", "")
-	api.do("DELETE", "/api/tasks/a", "")
-	api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
+	api.succeed("a")
 	io.WriteString(write, `{"text":"two"}`+"\n")
 	if err := receive(t, failed); err != errTaskUnknown {
 		t.Errorf("got %v, want %v", err, errTaskUnknown)

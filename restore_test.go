@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -28,13 +27,9 @@ func restoreTest(t *testing.T, settings string, story func(t *testing.T, api *ap
 	synctest.Test(t, func(t *testing.T) { story(t, restart(t, settings, nil)) })
 }
 
-// restart returns a backend that begins with what the one before has left in its folder. The one before crashes.
-func restart(t *testing.T, settings string, before *apiFixture) *apiFixture {
-	t.Helper()
-	return restartWith(t, settings, before, func(*apiFixture) {})
-}
-
-func restartWith(t *testing.T, settings string, before *apiFixture, change func(*apiFixture)) *apiFixture {
+// restart returns a backend that begins with what the one before has left in its folder, after these changes to it. The
+// one before crashes.
+func restart(t *testing.T, settings string, before *apiFixture, changes ...func(*apiFixture)) *apiFixture {
 	t.Helper()
 	dir := t.TempDir()
 	if before != nil {
@@ -44,8 +39,10 @@ func restartWith(t *testing.T, settings string, before *apiFixture, change func(
 	api := newAPI(t, settings)
 	api.cfg.DataDir = dir
 	api.settle = synctest.Wait
-	change(api)
-	must(t, unlocked(func() error { return api.openJournal(t.Context()) }))
+	for _, change := range changes {
+		change(api)
+	}
+	must(t, unlocked(api.openJournal))
 	t.Cleanup(api.crash)
 	return api
 }
@@ -63,63 +60,49 @@ func (api *apiFixture) crash() {
 
 // All that was answered is there after a restart, and a task that cannot go on has failed.
 func TestRestoreTasks(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		const settings = "TASK_MAX_WORKERS=1 TASK_CLEANUP_INTERVAL_SECONDS=100 TASK_TIMEOUT_SECONDS=50"
-		api := restart(t, settings, nil)
+	const settings = "TASK_MAX_WORKERS=1 TASK_CLEANUP_INTERVAL_SECONDS=100 TASK_TIMEOUT_SECONDS=50"
+	restoreTest(t, settings, func(t *testing.T, api *apiFixture) {
 		external := func(id string) {
 			api.check("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`","title":"Title of `+id+`"}}`,
 				`202 {"status":"running","stream_url":"/api/sse/tasks?task_id=`+id+`","task_id":"`+id+`"}`)
 		}
 		for id := range strings.FieldsSeq("runs done fails cancelled deleted") {
 			external(id)
-			api.check("POST", "/api/tasks/"+id+"/progress", `{"text":"half","value":0.5,"seq":7}`, `200 {"event_id":"e-2"}`)
+			api.checkPost(id+"/progress", `{"text":"half","value":0.5,"seq":7}`, `200 {"event_id":"e-2"}`)
 		}
-		api.check("POST", "/api/tasks/done/complete", `{"result":{"a": [1, "}"]}}`, `200 {"event_id":"e-3"}`)
-		api.check("POST", "/api/tasks/fails/fail", `{"error":"no luck"}`, `200 {"event_id":"e-3"}`)
-		for id := range strings.FieldsSeq("cancelled deleted") {
-			api.do("POST", "/api/tasks/"+id+"/cancel", "")
-		}
+		api.checkPost("done/complete", `{"result":{"a": [1, "}"]}}`, `200 {"event_id":"e-3"}`)
+		api.checkPost("fails/fail", `{"error":"no luck"}`, `200 {"event_id":"e-3"}`)
+		api.post("cancelled/cancel", "")
+		api.post("deleted/cancel", "")
 		api.do("DELETE", "/api/tasks/deleted", "")
-		inside := map[string]string{}
-		for _, name := range []string{"running", "waiting", "ended"} {
-			w := api.do("POST", "/api/tasks", `{"type":"demo","params":{"steps":1,"delay":60}}`)
-			_, rest, _ := strings.Cut(w, `"task_id":"`)
-			inside[name], _, _ = strings.Cut(rest, `"`)
-		}
-		api.do("POST", "/api/tasks/"+inside["ended"]+"/cancel", "")
-		paths := []string{"/api/tasks/" + inside["ended"] + "/status"}
-		for id := range strings.FieldsSeq("runs done fails cancelled deleted") {
-			paths = append(paths, "/api/tasks/"+id+"/status", "/api/tasks/"+id+"/events", "/api/tasks/"+id+"/events?after=e-1")
-		}
+		const sleeps = `{"type":"demo","params":{"steps":1,"delay":60}}`
+		running, waiting, ended := api.start(sleeps), api.start(sleeps), api.start(sleeps)
+		api.post(ended+"/cancel", "")
 		before := map[string]string{}
-		for _, path := range paths {
-			before[path] = api.do("GET", path, "")
+		for id := range strings.FieldsSeq(ended + " runs done fails cancelled deleted") {
+			for _, path := range []string{"/status", "/events", "/events?after=e-1"} {
+				before["/api/tasks/"+id+path] = api.do("GET", "/api/tasks/"+id+path, "")
+			}
 		}
 
 		for range 2 { // the second time from what the first has written
 			time.Sleep(20 * time.Second)
 			api = restart(t, settings, api)
-			for _, path := range paths {
-				api.check("GET", path, "", before[path])
+			for path, want := range before {
+				api.check("GET", path, "", want)
 			}
 		}
-		status := func(name string) string { return api.do("GET", "/api/tasks/"+inside[name]+"/status", "") }
-		if got := status("running"); !strings.Contains(got, `"status":"failed"`) || !strings.Contains(got, `"error":"interrupted by a restart"`) {
-			t.Errorf("a task that ran here: got %s", got)
-		}
-		if got := status("waiting"); !strings.Contains(got, `"error":"interrupted by a restart"`) { // it ran in between
-			t.Errorf("a task that waited: got %s", got)
-		}
-		api.check("POST", "/api/tasks/runs/progress", `{"text":"half","value":0.5,"seq":7}`, `200 {"event_id":"e-2","repeated":true}`)
-		api.check("POST", "/api/tasks/runs/progress", `{"text":"more","value":0.4,"seq":8}`, `200 {"event_id":"e-3"}`)
-		api.check("POST", "/api/tasks/done/complete", `{"result":{"a":[1,"}"]}}`, `200 {"event_id":"e-3"}`)
+		api.checkStatus(running, taskFailed, "interrupted by a restart")
+		api.checkStatus(waiting, taskFailed, "interrupted by a restart") // it ran in between
+		api.checkPost("runs/progress", `{"text":"half","value":0.5,"seq":7}`, `200 {"event_id":"e-2","repeated":true}`)
+		api.checkPost("runs/progress", `{"text":"more","value":0.4,"seq":8}`, `200 {"event_id":"e-3"}`)
+		api.checkPost("done/complete", `{"result":{"a":[1,"}"]}}`, `200 {"event_id":"e-3"}`)
 		external("deleted")
 		for status, want := range map[string]float64{"running": 2, "completed": 1, "failed": 3, "cancelled": 2} {
 			api.wantMetric(`tasks{status="`+status+`"}`, want)
 		}
 		time.Sleep(49 * time.Second)
-		if got := api.do("GET", "/api/tasks/runs/status", ""); !strings.Contains(got, `"status":"running","title":"Title of runs","progress":{"text":"more","value":0.5}`) {
+		if got := api.status("runs"); !strings.Contains(got, `"status":"running","title":"Title of runs","progress":{"text":"more","value":0.5}`) {
 			t.Errorf("before its timeout: got %s", got)
 		}
 		time.Sleep(2 * time.Second)
@@ -129,57 +112,67 @@ func TestRestoreTasks(t *testing.T) {
 	})
 }
 
+// makeProgress reports 4,000 bytes this many times.
+func (api *apiFixture) makeProgress(id string, times int) {
+	for range times {
+		api.post(id+"/progress", `{"text":"`+strings.Repeat("x", 4000)+`"}`)
+	}
+}
+
+// progress returns how many of the reports of makeProgress there still are.
+func (api *apiFixture) progress(id string) int {
+	return strings.Count(api.do("GET", "/api/tasks/"+id+"/events", ""), "xxxx\"")
+}
+
 // Progress that was dropped to save memory comes back with a restart. Even then it displaces no finished task.
 func TestRestoreMemory(t *testing.T) {
 	restoreTest(t, "TASK_MEMORY_BYTES=300000", func(t *testing.T, api *apiFixture) {
 		for id := range strings.FieldsSeq("a b c") {
 			api.external(id)
-			for range 60 {
-				api.do("POST", "/api/tasks/"+id+"/progress", `{"text":"`+strings.Repeat("x", 4000)+`"}`)
-			}
+			api.makeProgress(id, 60)
 		}
 		for id := range strings.FieldsSeq("a b") {
-			api.check("POST", "/api/tasks/"+id+"/complete", `{"result":1}`, `200 {"event_id":"e-62"}`)
+			api.checkPost(id+"/complete", `{"result":1}`, `200 {"event_id":"e-62"}`)
 		}
 		api = restart(t, "TASK_MEMORY_BYTES=300000", api)
 		for id := range strings.FieldsSeq("a b c") {
-			if got := api.do("GET", "/api/tasks/"+id+"/status", ""); !strings.HasPrefix(got, "200 ") {
-				t.Errorf("%s: got %s", id, got)
-			}
-			if got := api.do("GET", "/api/tasks/"+id+"/events", ""); strings.Count(got, "xxxx\"") < 10 {
-				t.Errorf("%s: got only %d events", id, strings.Count(got, `"id"`))
+			if got, n := api.status(id), api.progress(id); !strings.HasPrefix(got, "200 ") || n < 10 {
+				t.Errorf("%s: got %s and %d reports, want 10 at least", id, got, n)
 			}
 		}
 		if got := api.tasks.memory.bytes.Load(); got > 300000 {
 			t.Errorf("got %d bytes, want 300000 at most", got)
 		}
 	})
-	synctest.Test(t, func(t *testing.T) { // a task that finished long ago takes no room from one that goes on
-		const settings = "TASK_MEMORY_BYTES=300000 TASK_CLEANUP_INTERVAL_SECONDS=60"
-		api := restart(t, settings, nil)
-		for id := range strings.FieldsSeq("old new") {
-			api.external(id)
-			for range 50 {
-				api.do("POST", "/api/tasks/"+id+"/progress", `{"text":"`+strings.Repeat("x", 4000)+`"}`)
-			}
-			if id == "old" {
-				api.do("POST", "/api/tasks/old/complete", "{}")
-				time.Sleep(2 * time.Minute)
-			}
-		}
+}
+
+// A task that finished long ago takes no room from one that goes on.
+func TestRestoreMemoryOfOldTasks(t *testing.T) {
+	const settings = "TASK_MEMORY_BYTES=300000 TASK_CLEANUP_INTERVAL_SECONDS=60"
+	restoreTest(t, settings, func(t *testing.T, api *apiFixture) {
+		api.external("old")
+		api.makeProgress("old", 50)
+		api.post("old/complete", "{}")
+		time.Sleep(2 * time.Minute)
+		api.external("new")
+		api.makeProgress("new", 50)
 		api = restart(t, settings, api)
-		if got := api.do("GET", "/api/tasks/new/events", ""); strings.Count(got, "xxxx\"") != 50 {
-			t.Errorf("got %d events, want 50", strings.Count(got, `"id"`))
+		if got := api.progress("new"); got != 50 {
+			t.Errorf("got %d reports, want 50", got)
 		}
 		api.checkGone("old")
 	})
-	synctest.Test(t, func(t *testing.T) { // a task that only waits has no progress to lose
-		api := restart(t, "TASK_MAX_WORKERS=1", nil)
+}
+
+// A task that only waits has no progress to lose.
+func TestRestoreMemoryOfWaitingTasks(t *testing.T) {
+	restoreTest(t, "TASK_MAX_WORKERS=1", func(t *testing.T, api *apiFixture) {
+		long := strings.Repeat("x", 8000)
 		for range 2 {
-			api.do("POST", "/api/tasks", `{"type":"demo","params":{"delay":60,"message":"`+strings.Repeat("x", 8000)+`"}}`)
+			api.start(`{"type":"demo","params":{"delay":60,"message":"` + long + `"}}`)
 		}
 		for range 20 {
-			api.do("POST", "/api/tasks", `{"type":"external","params":{"title":"`+strings.Repeat("x", 8000)+`"}}`)
+			api.start(`{"type":"external","params":{"title":"` + long + `"}}`)
 		}
 		api = restart(t, "TASK_MAX_WORKERS=1 TASK_MEMORY_BYTES=65536", api)
 		if got := api.do("GET", "/api/tasks", ""); strings.Count(got, `"status":"running"`) < 21 {
@@ -188,26 +181,33 @@ func TestRestoreMemory(t *testing.T) {
 	})
 }
 
+// restored returns a backend that begins with these records.
+func restored(t *testing.T, settings string, records ...string) *apiFixture {
+	t.Helper()
+	api := newAPI(t, settings)
+	api.settle = synctest.Wait
+	r := newRestoring(api.tasks, api.version)
+	for _, record := range records {
+		must(t, r.apply([]byte(record)))
+	}
+	must(t, r.finish())
+	return api
+}
+
 // A task that is forgotten while a snapshot is made is not in it, with or without its events.
 func TestSnapshotForgets(t *testing.T) {
 	restoreTest(t, "TASK_CLEANUP_INTERVAL_SECONDS=60", func(t *testing.T, api *apiFixture) {
-		for id := range strings.FieldsSeq("a b") {
-			api.external(id)
-		}
-		api.do("POST", "/api/tasks/b/complete", "{}")
+		api.external("a", "b")
+		api.post("b/complete", "{}")
 		api.page("r", "", "b")
-		again := newAPI(t, "")
-		r := newRestoring(again.tasks, again.version)
+		var records []string
 		api.journal.snapshot(func(record []byte) {
 			if record[0] == recordTask {
 				time.Sleep(2 * time.Minute)
 			}
-			if err := r.apply(record); err != nil {
-				t.Error(err)
-			}
+			records = append(records, string(record))
 		})
-		must(t, r.finish())
-		again.checkGone("b")
+		restored(t, "", records...).checkGone("b")
 	})
 }
 
@@ -215,12 +215,10 @@ func TestSnapshotForgets(t *testing.T) {
 func TestRestoreBeforeTheStart(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		api := newAPI(t, "")
-		r := newRestoring(api.tasks, api.version)
-		must(t, r.apply(encodeRecord(recordTask, recordFields{Number: 1, ID: "a", Epoch: "e", Kind: externalTask})))
-		must(t, r.finish())
+		record := encodeRecord(recordTask, recordFields{Number: 1, ID: "a", Epoch: "e", Kind: externalTask})
+		api := restored(t, "", string(record))
 		api.checkStatus("a", taskRunning, "")
-		api.check("POST", "/api/tasks/a/progress", `{"text":"x"}`, `200 {"event_id":"e-2"}`)
+		api.checkPost("a/progress", `{"text":"x"}`, `200 {"event_id":"e-2"}`)
 	})
 }
 
@@ -229,13 +227,13 @@ func TestRestoreCountsNoDrops(t *testing.T) {
 	restoreTest(t, "TASK_EVENT_LIMIT=5", func(t *testing.T, api *apiFixture) {
 		api.external("a")
 		for range 20 {
-			api.do("POST", "/api/tasks/a/progress", `{"value":0.5}`)
+			api.post("a/progress", `{"value":0.5}`)
 		}
 		const dropped = `sse_outbox_dropped_total{service="task",reason="limit"}`
 		api.wantMetric(dropped, 16)
 		api = restart(t, "TASK_EVENT_LIMIT=5", api)
 		api.wantMetric(dropped, 0)
-		api.do("POST", "/api/tasks/a/progress", `{"value":0.6}`)
+		api.post("a/progress", `{"value":0.6}`)
 		api.wantMetric(dropped, 0) // it displaced an event from before the restart
 	})
 }
@@ -243,10 +241,11 @@ func TestRestoreCountsNoDrops(t *testing.T) {
 // A task that was waiting runs after a restart, even beyond the limit of the queue, or its error says why it cannot.
 func TestRestoreWaitingTasks(t *testing.T) {
 	restoreTest(t, "TASK_MAX_WORKERS=1", func(t *testing.T, api *apiFixture) {
+		const sleeps = `{"type":"demo","params":{"steps":1,"delay":60}}`
 		for range 3 {
-			api.do("POST", "/api/tasks", `{"type":"demo","params":{"steps":1,"delay":60}}`)
+			api.start(sleeps)
 		}
-		api.do("POST", "/api/tasks", `{"type":"failing","params":{"error_message":"as it was asked to"}}`)
+		api.start(`{"type":"failing","params":{"error_message":"as it was asked to"}}`)
 		api = restart(t, "TASK_MAX_WORKERS=1 TASK_QUEUE_LIMIT=0", api)
 		time.Sleep(200 * time.Second)
 		list := api.do("GET", "/api/tasks", "")
@@ -258,21 +257,19 @@ func TestRestoreWaitingTasks(t *testing.T) {
 
 		api = restart(t, "TASK_MAX_WORKERS=1", api)
 		for range 2 {
-			api.do("POST", "/api/tasks", `{"type":"demo","params":{"steps":1,"delay":60}}`)
+			api.start(sleeps)
 		}
-		kinds := api.tasks.kinds
-		taken := func(params object) (taskFunc, error) { return nil, badParam("steps must be even") }
-		api = restartWith(t, "TASK_MAX_WORKERS=1", api, func(api *apiFixture) {
-			api.tasks.kinds = map[string]taskKind{"demo": taken, "failing": kinds["failing"]}
+		api = restart(t, "TASK_MAX_WORKERS=1", api, func(api *apiFixture) {
+			api.tasks.kinds["demo"] = func(object) (taskFunc, error) { return nil, badParam("steps must be even") }
 		})
 		if list := api.do("GET", "/api/tasks", ""); !strings.Contains(list, `"error":"steps must be even"`) {
 			t.Errorf("a task that can no longer be made: got %s", list)
 		}
 
 		for range 2 {
-			api.do("POST", "/api/tasks", `{"type":"failing","params":{"delay":60}}`)
+			api.start(`{"type":"failing","params":{"delay":60}}`)
 		}
-		api = restartWith(t, "", api, func(api *apiFixture) { api.tasks.kinds = nil }) // a build without these kinds
+		api = restart(t, "", api, func(api *apiFixture) { api.tasks.kinds = nil }) // a build without these kinds
 		list = api.do("GET", "/api/tasks", "")
 		for _, text := range []string{`"error":"unknown task type"`, `"error":"interrupted by a restart"`} {
 			if got := strings.Count(list, text); got < 1 {
@@ -285,99 +282,74 @@ func TestRestoreWaitingTasks(t *testing.T) {
 // After a restart, announcements to one request_id and those to everybody are sent in their order. What was received
 // is not sent again.
 func TestRestoreVersions(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		announce := func(api *apiFixture, body string) {
-			t.Helper()
-			if got := api.do("POST", "/api/deployments/version", body); !strings.HasPrefix(got, "202 ") {
-				t.Errorf("%s: got %s", body, got)
-			}
-		}
-		api := restart(t, "VERSION_PENDING_SECONDS=100", nil)
+	const settings = "VERSION_PENDING_SECONDS=100"
+	restoreTest(t, settings, func(t *testing.T, api *apiFixture) {
+		again := func() { api = restart(t, settings, api) }
 		for range 2 {
-			announce(api, `{"request_id":"away","version":"v1"}`)
-			announce(api, `{"version":"v2"}`)
-			announce(api, `{"request_id":"away","version":"v3"}`)
-			announce(api, `{"version":"v4"}`)
+			api.checkAnnounced("away", "v1", false)
+			api.checkAnnouncedToAll("v2", 0, 0)
+			api.checkAnnounced("away", "v3", false)
+			api.checkAnnouncedToAll("v4", 0, 0)
 		}
-		api = restart(t, "VERSION_PENDING_SECONDS=100", api)
+		again()
 		wantVersions(t, api, "away", "", "v1 v2 v3 v4 v1 v2 v3 v4")
 		wantVersions(t, api, "fresh", "", "v4")
 		api.version.tidy() // notes what was received
-		api = restart(t, "VERSION_PENDING_SECONDS=100", api)
+		again()
 		wantVersions(t, api, "away", "e-3", "v4 v1 v2 v3 v4")
-		announce(api, `{"request_id":"away","version":"v5"}`)
+		api.checkAnnounced("away", "v5", false)
 		api.version.tidy()
-		api = restart(t, "VERSION_PENDING_SECONDS=100", api)
+		again()
 		wantVersions(t, api, "away", "", "v5")
 		api.version.tidy()
 		time.Sleep(200 * time.Second)
 		api.version.tidy()
-		api = restart(t, "VERSION_PENDING_SECONDS=100", api)
+		again()
 		wantVersions(t, api, "away", "", "v4") // all else has expired
 	})
 }
 
 // A restart from a snapshot gives the same state, even if changes that are in the snapshot follow it again.
 func TestRestoreSnapshot(t *testing.T) {
-	t.Parallel()
-	for name, twice := range map[string]bool{"once": false, "with all changes behind it": true} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) {
-				api := restart(t, "TASK_EVENT_LIMIT=5", nil)
-				for id := range strings.FieldsSeq("a b c") {
-					api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"`+id+`","title":"T"}}`)
-					for n := range 8 {
-						api.do("POST", "/api/tasks/"+id+"/progress", fmt.Sprintf(`{"text":"report %d","value":0.%d,"seq":%d}`, n, n, n+1))
-					}
+	restoreTest(t, "TASK_EVENT_LIMIT=5", func(t *testing.T, api *apiFixture) {
+		for id := range strings.FieldsSeq("a b c") {
+			api.start(`{"type":"external","params":{"task_id":"` + id + `","title":"T"}}`)
+			for n := range 8 {
+				api.post(id+"/progress", fmt.Sprintf(`{"text":"report %d","value":0.%d,"seq":%d}`, n, n, n+1))
+			}
+		}
+		api.post("b/complete", `{"result":[1]}`)
+		api.post("c/cancel", "")
+		api.do("DELETE", "/api/tasks/c", "")
+		api.checkAnnounced("both", "v1", false)
+		api.checkAnnounced("received", "v1", false)
+		api.checkAnnouncedToAll("v2", 0, 0)
+		api.checkAnnounced("new", "v3", false)
+		wantVersions(t, api, "received", "", "v1 v2")
+		var snapshot []string
+		api.journal.snapshot(func(record []byte) { snapshot = append(snapshot, string(record)) })
+		api.crash()
+		file, err := os.ReadFile(filepath.Join(api.cfg.DataDir, "journal"))
+		must(t, err)
+		changes, _, err := readJournal(t.TempDir(), file)
+		must(t, err)
+		for _, records := range [][]string{snapshot, slices.Concat(snapshot, changes)} {
+			again := restored(t, "TASK_EVENT_LIMIT=5", records...)
+			for id := range strings.FieldsSeq("a b c") {
+				for _, path := range []string{"/api/tasks/" + id + "/status", "/api/tasks/" + id + "/events"} {
+					again.check("GET", path, "", api.do("GET", path, ""))
 				}
-				api.do("POST", "/api/tasks/b/complete", `{"result":[1]}`)
-				api.do("POST", "/api/tasks/c/cancel", "")
-				api.do("DELETE", "/api/tasks/c", "")
-				for _, body := range []string{`"request_id":"both","version":"v1"`, `"request_id":"received","version":"v1"`, `"version":"v2"`,
-					`"request_id":"new","version":"v3"`} {
-					api.do("POST", "/api/deployments/version", "{"+body+"}")
-				}
-				wantVersions(t, api, "received", "", "v1 v2")
-				var records [][]byte
-				api.journal.snapshot(func(record []byte) { records = append(records, bytes.Clone(record)) })
-				dir := api.cfg.DataDir
-				api.crash()
-				if twice {
-					written, err := os.Open(filepath.Join(dir, "journal"))
-					must(t, err)
-					defer written.Close()
-					file := &frameReader{file: written}
-					for off := int64(len(journalHeader)); file.frame(off) != nil; {
-						frame := file.frame(off)
-						records = append(records, bytes.Clone(frame[frameHead:]))
-						off += int64(len(frame))
-					}
-				}
-				again := newAPI(t, "TASK_EVENT_LIMIT=5")
-				again.settle = synctest.Wait
-				r := newRestoring(again.tasks, again.version)
-				for _, record := range records {
-					must(t, r.apply(record))
-				}
-				must(t, r.finish())
-				for id := range strings.FieldsSeq("a b c") {
-					for _, path := range []string{"/api/tasks/" + id + "/status", "/api/tasks/" + id + "/events"} {
-						again.check("GET", path, "", api.do("GET", path, ""))
-					}
-				}
-				again.check("POST", "/api/tasks/a/progress", `{"text":"x","seq":8}`, `200 {"event_id":"e-9","repeated":true}`)
-				if got := again.version.memory.events.Load(); got != 5 {
-					t.Errorf("got %d events, want 5", got)
-				}
-				wantVersions(t, again, "both", "", "v1 v2")
-				wantVersions(t, again, "received", "", "")
-				wantVersions(t, again, "new", "", "v2 v3")
-				wantVersions(t, again, "fresh", "", "v2")
-			})
-		})
-	}
+			}
+			again.checkPost("a/progress", `{"text":"x","seq":8}`, `200 {"event_id":"e-9","repeated":true}`)
+			if got := again.version.Events(); got != 5 {
+				t.Errorf("got %d events, want 5", got)
+			}
+			wantVersions(t, again, "both", "", "v1 v2")
+			wantVersions(t, again, "received", "", "")
+			wantVersions(t, again, "new", "", "v2 v3")
+			wantVersions(t, again, "fresh", "", "v2")
+		}
+	})
 }
 
 // wantVersions connects a browser, checks which versions it gets, and has it leave.
@@ -385,16 +357,11 @@ func wantVersions(t *testing.T, api *apiFixture, id, lastEventID, want string) {
 	t.Helper()
 	s := api.connect(versionPath(id), lastEventID)
 	time.Sleep(2 * time.Second)
-	var got []string
-	for _, e := range s.events() {
-		if _, rest, ok := strings.Cut(e.Data, `"version":"`); ok {
-			version, _, _ := strings.Cut(rest, `"`)
-			got = append(got, version)
-		}
+	story := "connection_open"
+	for version := range strings.FieldsSeq(want) {
+		story += " version:" + version
 	}
-	if strings.Join(got, " ") != want {
-		t.Errorf("%s after %q: got %q, want %q", id, lastEventID, got, want)
-	}
+	s.checkStory(story)
 	s.leave()
 }
 

@@ -44,6 +44,14 @@ func (api *apiFixture) checkAnnouncedToAll(version string, delivered, failed int
 		fmt.Sprintf(`202 {"delivered":%d,"failed":%d,"version":%q}`, delivered, failed, version))
 }
 
+// wantLogs checks which request IDs have a log.
+func (api *apiFixture) wantLogs(want string) {
+	api.t.Helper()
+	if got := strings.Join(slices.Sorted(maps.Keys(api.version.streams)), " "); got != want {
+		api.t.Errorf("got logs of %q, want of %q", got, want)
+	}
+}
+
 func TestVersionOutbox(t *testing.T) {
 	apiStory(t, "events", "", func(t *testing.T, api *apiFixture) {
 		stream := api.subscribe("r")
@@ -51,26 +59,11 @@ func TestVersionOutbox(t *testing.T) {
 		api.checkAnnounce(`{"request_id":"r","version":"1.0","changelog":"<b>new</b>\nand \"better\""}`, answer)
 		api.checkAnnounce(`{"request_id":"r","version":"1.1","changelog":""}`, answer)
 		api.checkAnnounce(`{"request_id":"r","version":"1.2"}`, answer)
-		want := `e-0 connection_open {"status":"connected"}
+		stream.wantText(`e-0 connection_open {"status":"connected"}
 e-1 version {"version":"1.0","changelog":"<b>new</b>\nand \"better\""}
 e-2 version {"version":"1.1"}
 e-3 version {"version":"1.2"}
-`
-		stream.wantText(want)
-	})
-	apiStory(t, "queued, then flushed", "", func(t *testing.T, api *apiFixture) {
-		for _, version := range []string{"1", "2", "3"} {
-			api.checkAnnounced("r", version, false)
-		}
-		stream := api.subscribe("r")
-		stream.checkStory("connection_open version:1 version:2 version:3")
-		api.checkAnnounced("r", "4", true)
-		stream.checkStory("connection_open version:1 version:2 version:3 version:4")
-		time.Sleep(settleTime)
-		stream.leave()
-		api.checkAnnounced("r", "5", false)
-		api.subscribe("r").checkStory("connection_open version:5") // each is delivered once
-		api.subscribe("other").checkStory("connection_open")
+`)
 	})
 
 	// The browser may or may not have the event, so the next event ends its stream, and it comes back for the rest.
@@ -233,9 +226,7 @@ func TestVersionBodies(t *testing.T) {
 	} {
 		api.checkAnnounce(body, want)
 	}
-	if got := len(api.version.streams); got != 0 {
-		t.Errorf("got %d logs, want none", got)
-	}
+	api.wantLogs("")
 }
 
 // Announcements for IDs that never connect must not fill the memory: those that do not fit are refused until others are
@@ -250,15 +241,11 @@ func TestVersionMemoryIsBounded(t *testing.T) {
 		api.checkAnnounce(`{"request_id":"c","version":"1"}`, full)
 		api.wantConnect("t", "/api/sse/utils/version?request_id=c", full)
 		api.subscribe("a").checkStory("connection_open version:1") // a is known already
-		if got := len(api.version.streams); got != 2 {
-			t.Errorf("got %d logs, want 2", got)
-		}
+		api.wantLogs("a b")
 		time.Sleep(settleTime)
 		api.conns.sweep(0)
 		api.version.tidy() // keeps pending announcements and open streams
-		if got := len(api.version.streams); got != 2 {
-			t.Errorf("got %d logs after tidying, want 2", got)
-		}
+		api.wantLogs("a b")
 		api.version.memory.limit = 8 * one
 		api.checkAnnounced("c", "1", false)
 	})
@@ -290,14 +277,10 @@ func TestVersionMemory(t *testing.T) {
 		lost.lose()
 		api.checkAnnouncedToAll("2", 1, 1)
 		api.version.tidy()
-		if got := len(api.version.streams); got != 4 {
-			t.Errorf("with memory left: got %d logs, want 4", got)
-		}
-		api.version.memory.limit = 2*int(api.version.memory.bytes.Load()) - 1
+		api.wantLogs("here idle lost waits") // with memory left
+		api.version.memory.limit = 2*api.version.memory.held - 1
 		api.version.tidy()
-		if got, want := slices.Sorted(maps.Keys(api.version.streams)), []string{"here", "waits"}; !slices.Equal(got, want) {
-			t.Errorf("got logs of %q, want of %q", got, want)
-		}
+		api.wantLogs("here waits")
 		here.checkStory("connection_open version:1 version:2")
 		api.subscribe("lost").checkStory("connection_open version:2") // as if its log had been kept
 		api.subscribe("waits").checkStory("connection_open version:1 version:own version:2")
@@ -368,11 +351,7 @@ func raceConnect(t *testing.T, meanwhile func(api *apiFixture, i int), check fun
 	api := newAPI(t, "LOG_LEVEL=error")
 	api.conns.gateway = takeAll().gateway
 	pages := &PageService{api.tasks, api.version}
-	tries := 100_000
-	if underRace {
-		tries /= 10
-	}
-	for i := range tries {
+	for i := range int(tries("", 100_000)) {
 		if t.Failed() {
 			return
 		}
@@ -418,23 +397,22 @@ func TestRaceConnectWhileMemoryIsShort(t *testing.T) {
 	})
 }
 
-// versionFile serves a version.json; the test gives each answer.
-type versionFile struct {
-	polls   chan *http.Request
-	answers chan http.HandlerFunc
-}
-
-func (f versionFile) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	select {
-	case f.polls <- r:
-	case <-r.Context().Done():
-		return
-	}
-	select {
-	case answer := <-f.answers:
-		answer(w, r)
-	case <-r.Context().Done():
-	}
+// serveVersions serves a version.json; the test gives each answer.
+func serveVersions(t *testing.T) (url string, polls chan *http.Request, answers chan http.HandlerFunc) {
+	polls, answers = make(chan *http.Request), make(chan http.HandlerFunc)
+	server := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case polls <- r:
+		case <-r.Context().Done():
+			return
+		}
+		select {
+		case answer := <-answers:
+			answer(w, r)
+		case <-r.Context().Done():
+		}
+	}))
+	return server.URL, polls, answers
 }
 
 // versionAnswer answers a poll with a status and a body, and adds validators to a 200.
@@ -458,15 +436,14 @@ func TestVersionPollDoesNotWaitForDelivery(t *testing.T) {
 		return sendResult{err: errNoAnswer}
 	})
 	api.version.OnConnect("r", connectRequest{token: "t"})
-	file := versionFile{make(chan *http.Request), make(chan http.HandlerFunc)}
-	server := serveTest(t, file)
-	go api.version.Poll(t.Context(), server.URL, time.Millisecond)
+	url, polls, answers := serveVersions(t)
+	go api.version.Poll(t.Context(), url, time.Millisecond)
 	for _, version := range []string{"1", "1", "2", "2"} {
-		receive(t, file.polls)
-		file.answers <- versionAnswer(200, `{"version":"`+version+`"}`)
+		receive(t, polls)
+		answers <- versionAnswer(200, `{"version":"`+version+`"}`)
 	}
-	receive(t, file.polls)
-	file.answers <- versionAnswer(500, "")
+	receive(t, polls)
+	answers <- versionAnswer(500, "")
 }
 
 // A version counts only once it was seen twice. After a start, the second poll must not wait for a whole interval.
@@ -482,13 +459,12 @@ func TestVersionPoll(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t, "")
 	stream := api.subscribe("r")
-	file := versionFile{make(chan *http.Request), make(chan http.HandlerFunc)}
-	server := serveTest(t, file)
+	url, polls, answers := serveVersions(t)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	stopped := make(chan bool)
 	go func() {
-		api.version.Poll(ctx, server.URL+"/version.json?key=hidden", time.Millisecond)
+		api.version.Poll(ctx, url+"/version.json?key=hidden", time.Millisecond)
 		close(stopped)
 	}()
 
@@ -499,7 +475,7 @@ func TestVersionPoll(t *testing.T) {
 		conn.Close()
 	}
 	said := func(body string) http.HandlerFunc { return versionAnswer(200, body) }
-	<-file.polls
+	<-polls
 	story := "connection_open"
 	for _, tt := range []struct {
 		name              string
@@ -540,8 +516,8 @@ func TestVersionPoll(t *testing.T) {
 		if tt.name == "what was posted" {
 			api.checkAnnouncedToAll("posted", 1, 0)
 		}
-		file.answers <- tt.answer
-		r := <-file.polls // so the last answer has been dealt with
+		answers <- tt.answer
+		r := <-polls // so the last answer has been dealt with
 		api.conns.Drain(t.Context())
 		if tt.told != "" {
 			story += " version:" + tt.told
@@ -564,7 +540,7 @@ func TestVersionPoll(t *testing.T) {
 	api.conns.Drain(t.Context())
 	fresh.checkStory("connection_open version:posted")
 	stop()
-	file.answers <- noHTTP
+	answers <- noHTTP
 	<-stopped
 	if log := api.logged.String(); strings.Contains(log, "hidden") {
 		t.Errorf("the log has the query, which may be a secret:\n%s", log)
