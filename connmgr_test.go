@@ -229,7 +229,7 @@ func (t *connTest) sweep(interval time.Duration) {
 func (t *connTest) send(token string) <-chan string {
 	t.Helper()
 	outcome := make(chan string, 1)
-	go func() { outcome <- outcomeOf(t.conns.Send("task:1", token, []event{{Data: "one"}}, false)) }()
+	go func() { outcome <- outcomeOf(t.conns.Send(token, []event{{Data: "one"}}, false)) }()
 	t.rest()
 	return outcome
 }

@@ -994,8 +994,8 @@ func (w *world) connect(b *simBrowser) {
 
 // follow makes a stream the connection.
 func (w *world) follow(s *simStream) (open event, end bool, err error) {
-	f := &follower{identifier: "task:1", page: len(w.logs) > 1}
-	return f.connect(w.conns, s.request, func() []*eventLog { return s.logs })
+	f := &follower{identifier: "task:1"}
+	return f.connect(w.conns, s.request, all(s.logs...))
 }
 
 // arrives lets the connect callback reach the backend, which may have to ask the gateway before it decides.

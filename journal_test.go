@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -358,7 +359,7 @@ func TestJournalUnreadable(t *testing.T) {
 		d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
 		bad := badFile{&crashFile{disk: d, data: bytes.Clone(file)}, int64(good)}
 		disk := d.disk()
-		disk.open = func(string) (journalFile, error) { return bad, nil }
+		disk.open = func(string, int) (journalFile, error) { return bad, nil }
 		_, _, err := openTestJournal(t.TempDir(), disk, ignored)
 		if !errors.Is(err, syscall.EIO) || !bytes.Equal(bad.data, file) {
 			t.Errorf("unreadable from %d on: got %v, and %d bytes of %d", good, err, len(bad.data), len(file))

@@ -42,7 +42,7 @@ func restart(t *testing.T, settings string, before *apiFixture, changes ...func(
 	for _, change := range changes {
 		change(api)
 	}
-	must(t, unlocked(api.openJournal))
+	must(t, unlocked(func() error { return api.openJournal(t.Context()) }))
 	t.Cleanup(api.crash)
 	return api
 }
@@ -341,7 +341,7 @@ func TestRestoreSnapshot(t *testing.T) {
 				}
 			}
 			again.checkPost("a/progress", `{"text":"x","seq":8}`, `200 {"event_id":"e-9","repeated":true}`)
-			if got := again.version.Events(); got != 5 {
+			if got := again.version.memory.events.Load(); got != 5 {
 				t.Errorf("got %d events, want 5", got)
 			}
 			wantVersions(t, again, "both", "", "v1 v2")

@@ -278,7 +278,7 @@ func TestVersionMemory(t *testing.T) {
 		api.checkAnnouncedToAll("2", 1, 1)
 		api.version.tidy()
 		api.wantLogs("here idle lost waits") // with memory left
-		api.version.memory.limit = 2*api.version.memory.held - 1
+		api.version.memory.limit = 2*int(api.version.memory.bytes.Load()) - 1
 		api.version.tidy()
 		api.wantLogs("here waits")
 		here.checkStory("connection_open version:1 version:2")
