@@ -510,7 +510,7 @@ func journalOf(t *testing.T, n int) (file []byte, records []string, begins []int
 	for i := range n {
 		records = append(records, fmt.Sprint("record ", i))
 		begins = append(begins, int(j.size.Load())+len(j.next.frames))
-		j.write([]byte(records[i]), nil)
+		j.write([]byte(records[i]))
 		if slices.Contains([]int{0, 2, 5}, i%6) || i == n-1 {
 			if j.store(); j.full() {
 				t.Fatal("not stored")

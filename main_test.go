@@ -500,6 +500,9 @@ func TestMalformedBodiesAreTheClientsFault(t *testing.T) {
 				id = "unknown"
 			}
 			body := apiMalformed(r, cmp.Or(good[route], "{}"))
+			if strings.HasSuffix(route, "/fail") && !utf8.ValidString(body) {
+				continue // may be a failure nevertheless
+			}
 			got := api.do("POST", strings.Replace(route, "{task_id}", id, 1), body)
 			if !regexp.MustCompile(`^4\d\d \{"error":".+"\}$`).MatchString(got) {
 				t.Errorf("POST %s %q: got %s, want 4xx", route, body, got)
