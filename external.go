@@ -173,6 +173,12 @@ func (s *TaskService) heard(id string) {
 	s.take(s.task(id), func() bool { return true }, nil)
 }
 
+// conflict returns an error with the status of t.
+func (t *task) conflict(e apiError) error {
+	e.TaskStatus = string(t.status)
+	return &e
+}
+
 // serveProgress is POST /api/tasks/{task_id}/progress.
 func (s *TaskService) serveProgress(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	if hasMediaType(r, ndjson) {

@@ -1,6 +1,6 @@
 // The journal: a file in DATA_DIR with a record for each change that a backend has promised to remember. Here it is
 // written and synced. Its form is in journalfile.go, how it is made smaller in compact.go. What a record means is not
-// known here; see restore.go.
+// known here; see records.go.
 
 package main
 

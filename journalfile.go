@@ -1,5 +1,5 @@
 // The form of the journal's file, and how a start reads and checks it. What a record means is not known here; see
-// restore.go. How records are written is in journal.go.
+// records.go. How records are written is in journal.go.
 
 package main
 

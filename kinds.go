@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"math"
 	"net/http"
+	"strings"
 	"time"
 )
 
@@ -116,6 +117,18 @@ func compactResult(encoded json.RawMessage) (string, error) {
 		return "", errResultTooLarge
 	}
 	return result, nil
+}
+
+// usableFailure returns text as the error of a task: cut to maxTaskText, and never empty.
+func usableFailure(text string) string { return cmp.Or(truncate(text), "task failed") }
+
+// truncate cuts text to maxTaskText bytes and removes what is not UTF-8, such as half a character at the end. It does
+// not keep the rest in memory.
+func truncate(text string) string {
+	if len(text) > maxTaskText {
+		text = strings.Clone(text[:maxTaskText])
+	}
+	return strings.ToValidUTF8(text, "")
 }
 
 // reporter is how the work of a task reports its progress. Several goroutines may use it.

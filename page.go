@@ -84,8 +84,3 @@ func (s *TaskService) unwatch(ids []string) {
 		}
 	}
 }
-
-// taskNotFound is the data of an error event.
-func taskNotFound(id string) string {
-	return string(marshal(map[string]string{"error": "Task not found", "task_id": id}))
-}

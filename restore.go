@@ -1,4 +1,5 @@
-// What the records of the journal say, and what a start makes of them. How they are written is in journal.go.
+// What a start makes of the records of the journal, and the records that make all again that is live. What a record says
+// is in records.go, how the journal is written in journal.go.
 
 package main
 
@@ -13,51 +14,6 @@ import (
 	"strings"
 	"time"
 )
-
-// The first byte of a record is its kind. The rest is JSON, but for the events of tasks, of which there are many. After
-// a compaction a change may be in the file twice, so applying a record again must change nothing.
-const (
-	recordEvent   = 'e' // the task's number, its own number, the task's seq, whether it is kept, and the data
-	recordTask    = 't' // a task is made
-	recordDelete  = 'd' // a task is deleted
-	recordVersion = 'v' // an event for one request_id
-	recordMark    = 'm' // a request_id has received the events up to this one
-	recordDropID  = 'f' // a request_id is forgotten
-	recordLatest  = 'l' // an announcement to everybody
-)
-
-// recordFields are the members of all records in JSON. Each kind has some of them.
-type recordFields struct {
-	Number  uint64          `json:"number,omitempty"` // of a task
-	ID      string          `json:"id,omitempty"`     // of a task, or a request_id
-	Epoch   string          `json:"epoch,omitempty"`
-	Kind    string          `json:"kind,omitempty"`
-	Title   string          `json:"title,omitempty"`
-	Params  json.RawMessage `json:"params,omitempty"`
-	Event   uint64          `json:"event,omitempty"` // its number
-	Version string          `json:"version,omitempty"`
-	Data    string          `json:"data,omitempty"`
-	Shared  bool            `json:"shared,omitempty"`
-}
-
-func encodeRecord(kind byte, r recordFields) []byte { return append([]byte{kind}, marshal(r)...) }
-
-func encodeEvent(number, n, seq uint64, keep bool, data string) []byte {
-	kept := uint64(0)
-	if keep {
-		kept = 1
-	}
-	b := append(make([]byte, 0, 1+4*binary.MaxVarintLen64+len(data)), recordEvent)
-	for _, field := range []uint64{number, n, seq, kept} {
-		b = binary.AppendUvarint(b, field)
-	}
-	return append(b, data...)
-}
-
-func (t *task) record() []byte {
-	return encodeRecord(recordTask, recordFields{Number: t.number, ID: t.id, Epoch: t.events.epoch, Kind: t.kind, Title: t.title,
-		Params: json.RawMessage(t.params)})
-}
 
 // restoring is a start that reads the journal.
 type restoring struct {
@@ -309,26 +265,4 @@ func (s *VersionService) snapshot(record func([]byte)) {
 	for _, r := range append(before, after...) {
 		record(r)
 	}
-}
-
-func (a announcement) record() []byte {
-	return encodeRecord(recordLatest, recordFields{Version: a.version, Data: a.data})
-}
-
-// records returns those of a request_id: the events that are kept, and how many of them have been received.
-func (st *versionStream) records(id string) (records [][]byte) {
-	for _, e := range st.events.All() {
-		e.shared = false
-		records = append(records, st.record(id, e))
-	}
-	return append(records, encodeRecord(recordMark, recordFields{ID: id, Event: st.events.stats().start}))
-}
-
-// record returns the record of an event.
-func (st *versionStream) record(id string, e entry) []byte {
-	r := recordFields{ID: id, Epoch: st.events.epoch, Version: st.version, Event: e.n, Data: e.data, Shared: e.shared}
-	if e.shared { // it is that of the last announcement to everybody
-		r.Data = ""
-	}
-	return encodeRecord(recordVersion, r)
 }

@@ -8,15 +8,13 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"math"
 	"net/http"
 	"sync"
 )
 
 const (
-	maxSend  = 1 << 20    // bytes of a body, or of a line of a batch
-	maxBatch = 4 << 20    // bytes of a batch
-	maxRetry = 86_400_000 // milliseconds that an event may set, a day
+	maxSend  = 1 << 20 // bytes of a body, or of a line of a batch
+	maxBatch = 4 << 20 // bytes of a batch
 )
 
 // sendRequest is the body of POST /internal/send. With neither an event nor end it asks whether the stream is there.
@@ -27,12 +25,7 @@ type sendRequest struct {
 	end   bool
 }
 
-var (
-	errNoToken    = badRequest("bad_token", "token is missing or empty")
-	errNoData     = badRequest("bad_event", "event data is missing")
-	errEventField = badRequest("bad_event", "event name and id must not contain CR, LF or NUL")
-	errEventRetry = badRequest("bad_event", "event retry must be a whole number of milliseconds from 1 to 86400000")
-)
+var errNoToken = badRequest("bad_token", "token is missing or empty")
 
 // parseSend reads a body or a line. It decodes the strings in place.
 func parseSend(body []byte) (m sendRequest, err error) {
@@ -52,68 +45,6 @@ func parseSend(body []byte) (m sendRequest, err error) {
 	m.event, eventErr = e.parse()
 	m.end, endErr = parseBool(end)
 	return m, cmp.Or(tokenErr, eventErr, endErr)
-}
-
-// eventFields has the member "event" of an object as its text, and the values in it.
-type eventFields struct{ text, id, name, data, retry []byte }
-
-func (f *eventFields) field() member {
-	return member{"event", &f.text, []member{{"id", &f.id, nil}, {"name", &f.name, nil}, {"data", &f.data, nil}, {"retry", &f.retry, nil}}}
-}
-
-func (f *eventFields) parse() (e sentEvent, err error) {
-	switch {
-	case f.text == nil:
-		return e, nil
-	case f.text[0] != '{':
-		return e, errFieldType
-	case f.data == nil:
-		return e, errNoData
-	}
-	if e.id, err = parseText(f.id); err == nil {
-		e.name, err = parseText(f.name)
-	}
-	if err == nil && !(isOneLine(e.id) && isOneLine(e.name)) {
-		err = errEventField
-	}
-	if err == nil {
-		e.data, err = parseText(f.data)
-		e.oneLine = len(e.data) == len(f.data)-len(`""`) // nothing was escaped
-	}
-	if err == nil && f.retry != nil {
-		e.retry, err = parseRetry(f.retry)
-	}
-	return e, err
-}
-
-func parseRetry(raw []byte) (int, error) {
-	n, err := parseNumber(raw)
-	if err == nil && (n != math.Trunc(n) || n < 1 || n > maxRetry) {
-		return 0, errEventRetry
-	}
-	return int(n), err
-}
-
-// parseText decodes a JSON string in place. An absent one is nil.
-func parseText(raw []byte) ([]byte, error) {
-	switch byteAt(raw, 0) {
-	case 0:
-		return nil, nil
-	case '"':
-		return unquote(raw), nil
-	}
-	return nil, errFieldType
-}
-
-// parseBool decodes a JSON bool. An absent one is false.
-func parseBool(raw []byte) (bool, error) {
-	switch string(raw) {
-	case "true":
-		return true, nil
-	case "false", "":
-		return false, nil
-	}
-	return false, errFieldType
 }
 
 // bodies are buffers for the bodies of /internal/send.

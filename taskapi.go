@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -78,24 +77,6 @@ func (s *TaskService) Counts() map[string]float64 {
 		n[string(t.status)]++
 	}
 	return n
-}
-
-// usableFailure returns text as the error of a task: cut to maxTaskText, and never empty.
-func usableFailure(text string) string { return cmp.Or(truncate(text), "task failed") }
-
-// truncate cuts text to maxTaskText bytes and removes what is not UTF-8, such as half a character at the end. It does
-// not keep the rest in memory.
-func truncate(text string) string {
-	if len(text) > maxTaskText {
-		text = strings.Clone(text[:maxTaskText])
-	}
-	return strings.ToValidUTF8(text, "")
-}
-
-// conflict returns an error with the status of t.
-func (t *task) conflict(e apiError) error {
-	e.TaskStatus = string(t.status)
-	return &e
 }
 
 // serveStart is POST /api/tasks.

@@ -168,6 +168,11 @@ func (s *TaskService) OnConnect(id string, c connectRequest) (open event, end bo
 	return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(events) })
 }
 
+// taskNotFound is the data of an error event.
+func taskNotFound(id string) string {
+	return string(marshal(map[string]string{"error": "Task not found", "task_id": id}))
+}
+
 // Start makes a task of the given kind. It waits for a worker; an external one has started. If an external task with
 // the same task_id and title is running already, Start returns that one, and known is true.
 func (s *TaskService) Start(kind string, params object) (t *task, known bool, err error) {
@@ -212,6 +217,11 @@ func (s *TaskService) storeLocked(t *task, encode func() []byte) {
 		t.shown.Store(&state)
 		t.events.Publish(last, state.status.ending())
 	})
+}
+
+func (t *task) record() []byte {
+	return encodeRecord(recordTask, recordFields{Number: t.number, ID: t.id, Epoch: t.events.epoch, Kind: t.kind, Title: t.title,
+		Params: json.RawMessage(t.params)})
 }
 
 // await waits until the last change of t is on disk.

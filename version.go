@@ -172,6 +172,28 @@ func (s *VersionService) appendLocked(id string, st *versionStream, version stri
 	return n
 }
 
+func (a announcement) record() []byte {
+	return encodeRecord(recordLatest, recordFields{Version: a.version, Data: a.data})
+}
+
+// records returns those of a request_id: the events that are kept, and how many of them have been received.
+func (st *versionStream) records(id string) (records [][]byte) {
+	for _, e := range st.events.All() {
+		e.shared = false
+		records = append(records, st.record(id, e))
+	}
+	return append(records, encodeRecord(recordMark, recordFields{ID: id, Event: st.events.stats().start}))
+}
+
+// record returns the record of an event.
+func (st *versionStream) record(id string, e entry) []byte {
+	r := recordFields{ID: id, Epoch: st.events.epoch, Version: st.version, Event: e.n, Data: e.data, Shared: e.shared}
+	if e.shared { // it is that of the last announcement to everybody
+		r.Data = ""
+	}
+	return encodeRecord(recordVersion, r)
+}
+
 // Announce announces a version to one request_id, which gets it when it connects if it is not connected. It reports
 // whether an open stream was given the event before ctx ended.
 func (s *VersionService) Announce(ctx context.Context, id string, a announcement) (delivered bool, err error) {

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -198,4 +199,75 @@ func encodeCallback(action, reason, token string, request json.RawMessage) []byt
 		reason = `"reason":"` + reason + `",`
 	}
 	return fmt.Appendf(nil, `{"action":"%s",%s"token":"%s","request":%s}`, action, reason, token, request)
+}
+
+// maxRetry is the most milliseconds that an event may set, a day.
+const maxRetry = 86_400_000
+
+var (
+	errNoData     = badRequest("bad_event", "event data is missing")
+	errEventField = badRequest("bad_event", "event name and id must not contain CR, LF or NUL")
+	errEventRetry = badRequest("bad_event", "event retry must be a whole number of milliseconds from 1 to 86400000")
+)
+
+// eventFields has the member "event" of an object as its text, and the values in it.
+type eventFields struct{ text, id, name, data, retry []byte }
+
+func (f *eventFields) field() member {
+	return member{"event", &f.text, []member{{"id", &f.id, nil}, {"name", &f.name, nil}, {"data", &f.data, nil}, {"retry", &f.retry, nil}}}
+}
+
+func (f *eventFields) parse() (e sentEvent, err error) {
+	switch {
+	case f.text == nil:
+		return e, nil
+	case f.text[0] != '{':
+		return e, errFieldType
+	case f.data == nil:
+		return e, errNoData
+	}
+	if e.id, err = parseText(f.id); err == nil {
+		e.name, err = parseText(f.name)
+	}
+	if err == nil && !(isOneLine(e.id) && isOneLine(e.name)) {
+		err = errEventField
+	}
+	if err == nil {
+		e.data, err = parseText(f.data)
+		e.oneLine = len(e.data) == len(f.data)-len(`""`) // nothing was escaped
+	}
+	if err == nil && f.retry != nil {
+		e.retry, err = parseRetry(f.retry)
+	}
+	return e, err
+}
+
+func parseRetry(raw []byte) (int, error) {
+	n, err := parseNumber(raw)
+	if err == nil && (n != math.Trunc(n) || n < 1 || n > maxRetry) {
+		return 0, errEventRetry
+	}
+	return int(n), err
+}
+
+// parseText decodes a JSON string in place. An absent one is nil.
+func parseText(raw []byte) ([]byte, error) {
+	switch byteAt(raw, 0) {
+	case 0:
+		return nil, nil
+	case '"':
+		return unquote(raw), nil
+	}
+	return nil, errFieldType
+}
+
+// parseBool decodes a JSON bool. An absent one is false.
+func parseBool(raw []byte) (bool, error) {
+	switch string(raw) {
+	case "true":
+		return true, nil
+	case "false", "":
+		return false, nil
+	}
+	return false, errFieldType
 }
