@@ -139,12 +139,13 @@ func (j *journal) read(apply func(record []byte) error) error {
 func (j *journal) readHeader(f *frameReader) error {
 	header := f.view(0, len(journalHeader))
 	size := len(f.buf) // of the file, if it has no more than that
+	isHeader := bytes.HasPrefix(header, []byte("sidecast journal ")) && bytes.HasSuffix(header, []byte("\n"))
 	switch {
 	case f.err != nil:
 		return f.err
 	case string(header) == journalHeader:
 		return nil
-	case bytes.HasPrefix(header, []byte("sidecast journal ")) || size > len(journalHeader):
+	case isHeader || size > len(journalHeader):
 		return errors.New("not a journal, or that of a newer version")
 	}
 	if size > 0 {
