@@ -124,7 +124,7 @@ func (f *follower) ended(until time.Time) {
 
 // wake makes deliver look for what is new. It takes no lock, as logs call it with theirs held.
 func (f *follower) wake() {
-	if f.wakes.Add(1) == 1 {
+	if f.wakes.Load() < 2 && f.wakes.Add(1) == 1 { // from 2 on deliver looks once more anyway
 		f.conns.spawn(f.deliver)
 	}
 }
