@@ -109,8 +109,7 @@ func scanObject(text []byte, duplicate *bool, visit memberFunc) error {
 	return nil
 }
 
-// The skip functions return the index after what begins at i, or -1 if it is not what they skip. They return -1 if i
-// is.
+// The skip functions return the index after what begins at i, or -1 if it is not what they skip, or if i is -1.
 
 // maxDepth is how deep objects and arrays may be nested.
 const maxDepth = 1000

@@ -237,7 +237,7 @@ func (g *gateway) begin(w http.ResponseWriter, s *stream, first []byte, end bool
 // watch waits for the end of a stream that was accepted, and tells the backend of it. Read returns when the client
 // leaves or sends anything, or when the gateway has closed conn.
 func (g *gateway) watch(s *stream) {
-	if s.conn != nil { // or it could not be taken over
+	if s.conn != nil { // nil if it could not be taken over
 		s.conn.Read(make([]byte, 1))
 	}
 	s.cut(clientClosed)

@@ -20,7 +20,7 @@ func isOneLine(s []byte) bool { return !bytes.ContainsAny(s, "\r\n\x00") }
 // sentEvent is an event as the gateway reads it. There is none if data is nil.
 type sentEvent struct {
 	id, name, data []byte
-	oneLine        bool // data has no line end, and need not be searched for one
+	oneLine        bool // data is known to have no line end, and need not be searched for one
 	retry          int  // the browser's reconnection time in milliseconds; 0 leaves it unchanged
 }
 
@@ -67,9 +67,8 @@ func appendField(b []byte, name string, value []byte) []byte {
 	return append(b, '\n')
 }
 
-// A blank line follows an event only: some clients dispatch an empty event for one after a retry or a comment.
-
-// appendRetry appends the reconnection time in milliseconds.
+// appendRetry appends the reconnection time in milliseconds. No blank line follows, as after a comment: some clients
+// dispatch an empty event for one.
 func appendRetry(b []byte, milliseconds int) []byte {
 	b = append(b, "retry: "...)
 	b = strconv.AppendInt(b, int64(milliseconds), 10)

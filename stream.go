@@ -32,7 +32,7 @@ const (
 	sendUnknown  sendStatus = "unknown_token" // there is no such stream, or it takes nothing more
 )
 
-// streamState is where a stream is in its life.
+// streamState is where a stream is in its life. It only goes up.
 type streamState int
 
 const (
@@ -110,7 +110,7 @@ func (s *stream) send(chunk []byte, end bool) sendStatus {
 		s.enqueueLocked(chunk)
 	}
 	if s.state >= streamEnding {
-		return sendUnknown // or chunk was too much, or could not be written
+		return sendUnknown // it was over before, or is now: chunk was too much, or could not be written
 	}
 	if end {
 		s.finishLocked()
@@ -131,7 +131,7 @@ func (s *stream) open(conn net.Conn, head []byte, end bool) {
 	if end || s.state == streamEnding {
 		s.finishLocked()
 	}
-	if lifetime := s.cfg.MaxStream; lifetime > 0 && s.state != streamEnded {
+	if lifetime := s.cfg.MaxStream; lifetime > 0 && s.token != "" && s.state != streamEnded { // a refused client has none
 		s.lifetime = time.AfterFunc(jitter(lifetime*4/5, lifetime), s.finish)
 	}
 }
@@ -246,7 +246,8 @@ func (s *stream) enqueueLocked(chunk []byte) {
 	switch {
 	case need <= s.cfg.StreamBuffer, len(s.pending) == 0: // one event may be larger
 		if need > cap(s.pending) { // append would grow it in small steps, and leave megabytes to the garbage collector
-			s.pending = append(make([]byte, 0, max(need, min(2*cap(s.pending), s.cfg.StreamBuffer))), s.pending...)
+			most := s.cfg.StreamBuffer + s.cfg.StreamBuffer/4 // or a nearly full one would be copied at each write of drain
+			s.pending = append(make([]byte, 0, max(need, min(need+len(s.pending), most))), s.pending...)
 		}
 		s.pending = append(s.pending, chunk...)
 	default:
@@ -260,7 +261,7 @@ func (s *stream) enqueueLocked(chunk []byte) {
 func (s *stream) finishLocked() {
 	s.state = max(s.state, streamEnding)
 	if s.state > streamEnding || s.conn == nil || len(s.pending) > 0 {
-		return // open or drain comes back to it
+		return // it has ended, or open or drain comes back to it
 	}
 	if s.chunked {
 		writeNow(s.raw, []byte(lastChunk)) // if the socket has no room for 5 bytes, the stream ends nevertheless
