@@ -41,8 +41,7 @@ func (c *compaction) Write(b []byte) (n int, err error) {
 // then. A change that is made meanwhile may be in both; restore.go allows for that. The numbers of the frames begin
 // after that of the last commit and grow with each compactGroup, and all frames but the last say that their commit goes
 // on. So damage in the snapshot is not taken for what a crash has left, unless nothing of another group follows it.
-func (j *journal) compact(number uint64) {
-	c := &compaction{copied: j.size.Load()}
+func (j *journal) compact(c *compaction, number uint64) {
 	if c.file, c.err = j.disk.open(j.newPath(), os.O_TRUNC); c.err == nil {
 		w := bufio.NewWriterSize(c, compactPart)
 		frame, written := []byte(journalHeader), uint64(0)
@@ -84,7 +83,7 @@ func (j *journal) replace(c *compaction) bool {
 		j.errors.Inc()
 		j.log.Warn("making the journal smaller", "err", c.err)
 		j.disk.remove(j.newPath())
-		c.file.Close() // a nil *os.File takes that, too
+		go c.file.Close() // frees its blocks, as below; a nil *os.File takes that, too
 		return false
 	}
 	if err := j.disk.sync(j.dir); err != nil { // either file may be there after a crash; no commit is at fault

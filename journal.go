@@ -267,7 +267,7 @@ func (j *journal) run() {
 		}
 		if !compacting && !j.dead && time.Now().After(compactAt) && j.due() {
 			compacting = true
-			go j.compact(j.number)
+			go j.compact(&compaction{copied: j.size.Load()}, j.number)
 		}
 	}
 }

@@ -460,7 +460,7 @@ func TestJournalWritesAheadAfterCompaction(t *testing.T) {
 		j.snapshot = func(record func([]byte)) { record([]byte("live")) }
 		j.write([]byte("one"))
 		j.store()
-		j.compact(j.number)
+		j.compact(&compaction{copied: j.size.Load()}, j.number)
 		if !j.replace(<-j.compacted) {
 			t.Error("not replaced")
 		}
