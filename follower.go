@@ -146,7 +146,7 @@ func (f *follower) rest() bool {
 // send.
 func (f *follower) deliver() {
 	most := 1
-	for {
+	for !f.stopped.Load() { // its token may be current again: a proxy may repeat a callback
 		f.wakes.Store(1)
 		c, run, reason := f.next(most)
 		var events []event

@@ -194,6 +194,12 @@ func TestFollowerBegins(t *testing.T) {
 		t.visit("c", "", "x-2", "c x-3 three")
 	})
 
+	testLog(t, "the same token again while the first sends", taskLike(), func(t *logTest) {
+		t.begin("one", "two")
+		t.connect("a", "", "x-0")
+		t.delivers("a x-1 one", "a x-1 one", "a x-2 two")
+	})
+
 	// A proxy may repeat a callback. The first must not affect the second.
 	testLog(t, "the same token again", taskLike(), func(t *logTest) {
 		t.begin("one")
