@@ -160,17 +160,17 @@ func (b *backend) refusal(authorization string, changes bool) error {
 // protect calls h for the requests that are not refused.
 func (b *backend) protect(h handler) handler {
 	return func(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
-		if err := b.refusal(r.Header.Get("Authorization"), r.Method != http.MethodGet); err == errWrongToken {
+		err = b.refusal(r.Header.Get("Authorization"), r.Method != http.MethodGet)
+		switch err {
+		case nil:
+			return h(w, r)
+		case errWrongToken:
 			b.wrongTokens.log(b.log, slog.LevelWarn, "missing or wrong API token", "remote", r.RemoteAddr, "path", r.URL.Path)
 			w.Header().Set("WWW-Authenticate", `Bearer realm="sidecast"`)
-			return 0, nil, err
-		} else if err == errCannotStore {
+		case errCannotStore:
 			b.tasks.heard(r.PathValue("task_id"))
-			return 0, nil, err
-		} else if err != nil {
-			return 0, nil, err
 		}
-		return h(w, r)
+		return 0, nil, err
 	}
 }
 

@@ -41,7 +41,7 @@ type eventLog struct {
 	visible uint64     // events up to this number are on disk, and may be sent
 	start   uint64     // a fresh connection gets the events after this number
 	given   uint64     // an open stream was given the events up to this number
-	reason  string     // of the end, once that is visible; then nothing more is appended
+	reason  string     // of the end, once that is visible; the caller adds nothing more
 	left    bool       // only the present followers need it; see Leave
 	cursors []*cursor
 	changed chan struct{} // closed when what Wait looks at changes; nil if nobody waits

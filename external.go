@@ -303,12 +303,12 @@ func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, err er
 		}
 	}
 	switch err := lines.Err(); {
+	case body.ctx.Err() != nil && s.life.Err() == nil: // take says how the task has ended
+		return s.take(t, func() bool { return false }, func() {})
 	case s.life.Err() != nil:
 		e := *errClosing
 		e.Reports = all.Reports
 		return all, &e
-	case body.ctx.Err() != nil: // take says how the task has ended
-		return s.take(t, func() bool { return false }, func() {})
 	case errors.Is(err, bufio.ErrTooLong):
 		return all, atLine(errBodyTooLarge, n+1)
 	case err != nil:

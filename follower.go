@@ -27,7 +27,7 @@ type follower struct {
 	token      string
 	conns      *ConnectionManager
 	onEnd      func()       // called when the connection has ended, perhaps twice; may be nil
-	wakes      atomic.Int32 // 0 when deliver does not run, otherwise 1 and how often it was woken since it last looked
+	wakes      atomic.Int32 // 0 when deliver does not run; 1 when it does; more when it must look once more before it ends
 	stopped    atomic.Bool  // the connection has ended
 	probes     bool         // the gateway can be asked about a stream that is not open yet
 	turn       uint32       // of deliver alone: which of the cursors but the first comes next, modulo their number
@@ -39,7 +39,7 @@ type follower struct {
 }
 
 // connect makes the stream of c the connection of f.identifier, in place of any other, and delivers to it the events of
-// the logs that choose calls follow with, once the connection is made: those after c.lastEventID, or from where a fresh
+// the logs that choose gives to follow, once the connection is made: those after c.lastEventID, or from where a fresh
 // connection starts. It returns the event that begins the stream. If the request is older than that of the present
 // connection, this is connection_close, and end is true. The only error is errAskFirst.
 func (f *follower) connect(conns *ConnectionManager, c connectRequest, choose func(follow func(*eventLog))) (open event, end bool, err error) {
@@ -166,7 +166,7 @@ func (f *follower) deliver() {
 		began := time.Now()
 		r := f.conns.Send(f.token, events, end)
 		most = max(1, min(2*r.taken, maxRun))
-		if !f.settle(c, run, r, began) && f.rest() || end && r.err == nil { // after the end it is not woken again
+		if !f.settle(c, run, r, began) && f.rest() || end && r.err == nil { // after the end wakes stays above 0, and nothing starts deliver again
 			return
 		}
 	}
@@ -180,7 +180,7 @@ func (f *follower) next(most int) (c *cursor, run []entry, reason string) {
 	run, reason = c.take(most)
 	others := f.cursors[1:]
 	for i := 0; i < len(others) && len(run) == 0; i++ {
-		c = others[int(f.turn)%len(others)]
+		c = others[f.turn%uint32(len(others))]
 		f.turn++
 		run, _ = c.take(most)
 	}

@@ -154,9 +154,9 @@ func (w jsonWriter) Write(text []byte) (int, error) { return len(text), nil }
 // routed here.
 func plainPaths(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p := r.URL.Path
-		clean := path.Clean("/" + p)
-		if p != r.URL.EscapedPath() || strings.TrimSuffix(p, "/") != strings.TrimSuffix(clean, "/") {
+		p, clean := r.URL.Path, path.Clean(r.URL.Path)
+		isClean := strings.HasPrefix(p, "/") && strings.TrimSuffix(p, "/") == strings.TrimSuffix(clean, "/")
+		if p != r.URL.EscapedPath() || !isClean {
 			writeError(w, r, badRequest("bad_path", "path must be clean and without escapes"))
 			return
 		}

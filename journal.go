@@ -283,24 +283,26 @@ func (j *journal) due() bool {
 	return size > live+j.slack || j.full() && size > 2*live
 }
 
-// store stores what had no room before, or else what is queued.
+// store stores what had no room before, and what is queued.
 func (j *journal) store() {
-	c := j.held
-	if c == nil {
-		c = j.take()
+	for again := true; again; {
+		c := j.held
+		again = c != nil // the next one was refused with it: nobody must write to that any more
+		if c == nil {
+			c = j.take()
+		}
+		if len(c.frames) > 0 && !j.put(c) {
+			return
+		}
+		for _, f := range c.after {
+			f()
+		}
+		c.stored.Store(true)
+		c.finish()
+		c.frames, c.after = nil, nil
 	}
-	if len(c.frames) > 0 && !j.put(c) {
-		return
-	}
-	for _, f := range c.after {
-		f()
-	}
-	c.stored.Store(true)
-	c.finish()
-	c.frames, c.after = nil, nil
 	if j.noRoom.Swap(false) {
 		j.log.Info("the journal has room again")
-		j.store() // what is queued was refused, too: nobody must write to that any more
 	}
 }
 

@@ -38,7 +38,7 @@ func main() {
 	stdlog.SetOutput(io.Discard) // HTTP clients print what a server said unasked, secrets too
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	signal.Ignore(syscall.SIGPIPE)                                     // nobody may read the log any more
-	context.AfterFunc(ctx, func() { time.AfterFunc(stopLimit, stop) }) // if it takes longer, a second signal kills
+	context.AfterFunc(ctx, func() { time.AfterFunc(stopLimit, stop) }) // a second signal kills, once stopLimit is over
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr, os.Environ()...))
 }
 
@@ -80,7 +80,7 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 	var broken <-chan error
 	if cfg.DataDir != "" {
 		err := b.openJournal(ctx)
-		if err != nil && ctx.Err() != nil {
+		if errors.Is(err, context.Canceled) {
 			log.Info("stopping while the journal is read")
 			return 0
 		}

@@ -56,7 +56,6 @@ func rejection(status int, body []byte) *refusal {
 
 // checkRequest returns what the callbacks say of a request, or why it gets no stream.
 func (g *gateway) checkRequest(w http.ResponseWriter, r *http.Request) (request json.RawMessage, refused *refusal) {
-	request = encodeRequest(r)
 	switch {
 	case r.Method != http.MethodGet:
 		w.Header().Set("Allow", http.MethodGet)
@@ -67,6 +66,9 @@ func (g *gateway) checkRequest(w http.ResponseWriter, r *http.Request) (request 
 		return nil, &refusal{http.StatusRequestURITooLong, refusedRequest, "request target too long"}
 	case !utf8.ValidString(r.RequestURI):
 		return nil, &refusal{http.StatusBadRequest, refusedRequest, "request target is not UTF-8"}
+	}
+	request = encodeRequest(r)
+	switch {
 	case len(request) > maxRequest:
 		return nil, &refusal{http.StatusRequestHeaderFieldsTooLarge, refusedRequest, "request header too large"}
 	case hasBody(r):

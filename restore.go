@@ -150,7 +150,8 @@ func (s *TaskService) displaceLocked() {
 	}
 }
 
-// restore sets the state of t by its events: the first one and the last two, one of which is the last report.
+// restore sets the state of t by its events: the first one and the last two. The last report is one of them, unless a
+// limit has dropped it.
 func (t *task) restore() error {
 	events := t.events.All()
 	for i, e := range events {

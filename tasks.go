@@ -440,16 +440,16 @@ func (s *TaskService) Cancel(id string) error {
 	return errCannotCancel
 }
 
-// Delete forgets a finished task before its time: when that is on disk.
+// Delete forgets a finished task before its time, as soon as that is on disk.
 func (s *TaskService) Delete(id string) error {
-	t := s.task(id)
-	if t == nil {
-		return errTaskUnknown
-	}
 	s.mu.Lock()
-	finished := t.status.finished()
+	t := s.tasks[id]
+	finished := t != nil && t.status.finished()
 	s.mu.Unlock()
-	if !finished {
+	switch {
+	case t == nil:
+		return errTaskUnknown
+	case !finished:
 		return errCannotDelete
 	}
 	stored := s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), func() {

@@ -546,3 +546,24 @@ func TestVersionPoll(t *testing.T) {
 		t.Errorf("the log has the query, which may be a secret:\n%s", log)
 	}
 }
+
+// The log is looked up when the connection has been made. Before that, an announcement to everybody would not see the
+// connection, and the log would lack it.
+func TestVersionLookedUpConnected(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t, "")
+	done := make(chan error, 1)
+	api.conns.mu.Lock()
+	go func() {
+		_, _, err := api.version.OnConnect("r", connectRequest{token: "a"})
+		done <- err
+	}()
+	time.Sleep(20 * time.Millisecond) // too early a look has been by then, and a right one cannot be
+	api.version.mu.Lock()
+	early := len(api.version.streams)
+	api.version.mu.Unlock()
+	api.conns.mu.Unlock()
+	if err := receive(t, done); err != nil || early != 0 {
+		t.Errorf("got error %v and %d logs before the connection, want none", err, early)
+	}
+}

@@ -17,9 +17,10 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("eventlog.go", "return len(l.entries) > 0 && l.loseLocked", "return l.loseLocked", "TestRestoreMemory"),
     ("follower.go", "f.buffered || at.Sub(f.since) < settleTime", "f.buffered", "TestFollower|TestDeliveryModel"),
     ("follower.go", "if f.stopped.Load() {\n\t\tf.ended(", "if false {\n\t\tf.ended(", "TestFollower|TestDeliveryModel"),
+    ("follower.go", "for !f.stopped.Load() {", "for {", "TestFollower"),
     ("follower.go", " || end && r.err == nil {", " {", "TestFollower|TestDeliveryModel"),
     ("page.go", "events := s.awaited[id]\n", "events := (*eventLog)(nil)\n", "TestPage"),
-    ("version.go", "return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(s.follow(id)) })", "events := s.follow(id)\n\treturn f.connect(s.conns, c, func(follow func(*eventLog)) { follow(events) })", "TestRaceConnect"),
+    ("version.go", "return f.connect(s.conns, c, func(follow func(*eventLog)) { follow(s.follow(id)) })", "events := s.follow(id)\n\treturn f.connect(s.conns, c, func(follow func(*eventLog)) { follow(events) })", "TestVersionLookedUpConnected"),
     ("version.go", "a.version == seen && a.version != s.Latest()", "(a.version == seen || true) && a.version != s.Latest()", "TestVersionPoll"),
     # tasks
     ("external.go", "t == nil || s.tasks[t.id] != t", "t == nil", "TestReportsOfAnEarlierTask"),
