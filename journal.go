@@ -56,6 +56,7 @@ type journal struct {
 	dirty  bool             // there may be more in the file behind size, besides zeroes
 	zeroes int64            // where those behind the records end
 	held   *commit          // could not be written, and is tried again; or nil
+	found  int64            // where the records end that a start found, while held is the last of them; or 0
 	retry  <-chan time.Time // when that is
 	spare  []byte           // of an earlier commit, for the frames of a later one
 	dead   bool             // a sync failed, and run has ended
@@ -276,7 +277,7 @@ func (j *journal) run() {
 // forgotten may be the room that it lacks.
 func (j *journal) due() bool {
 	size := j.size.Load()
-	if size <= j.slack && !j.full() {
+	if size <= j.slack && !j.full() || j.found > 0 {
 		return false
 	}
 	live := int64(j.live())
@@ -339,7 +340,7 @@ func (j *journal) put(c *commit) bool {
 	j.syncs.Inc()
 	j.syncSeconds.observe(time.Since(start).Seconds())
 	j.size.Add(int64(len(c.frames)))
-	j.number, j.held = c.number, nil
+	j.number, j.held, j.found = c.number, nil, 0
 	if cap(c.frames) <= maxRecord {
 		j.spare = c.frames[:0]
 	}
@@ -367,7 +368,7 @@ func (j *journal) append(frames []byte) error {
 
 // cut cuts off what is behind the last whole record.
 func (j *journal) cut() error {
-	err := j.file.Truncate(j.size.Load())
+	err := j.file.Truncate(max(j.size.Load(), j.found))
 	j.dirty, j.zeroes = err != nil, 0
 	return err
 }

@@ -27,6 +27,7 @@ type crashDisk struct {
 	mu      sync.Mutex // guards the rest
 	left    int        // how many steps it still works
 	room    int        // bytes that all files together may have; 0 for no limit
+	copies  bool       // like btrfs, it writes nothing in place: without room it writes nothing at all
 	renames int
 	now     map[string]*crashFile
 	durable map[string]*crashFile // the files that were there when the folder was last synced
@@ -98,6 +99,9 @@ func (f *crashFile) WriteAt(b []byte, off int64) (n int, err error) {
 	used := int(off) + len(b) - len(f.data)
 	for _, other := range f.disk.now {
 		used += len(other.data)
+	}
+	if f.disk.copies && f.disk.room > 0 {
+		return 0, syscall.ENOSPC
 	}
 	if over := used - f.disk.room; f.disk.room > 0 && over > 0 {
 		b = b[:max(0, len(b)-over)]
@@ -384,6 +388,63 @@ func TestJournalSyncFails(t *testing.T) {
 	})
 }
 
+// A start that has no room to write the last commit again, or a header, goes on without. Nothing is lost by that, and all
+// is written when there is room.
+func TestJournalStartsWithoutRoom(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		d := &crashDisk{left: 1 << 30, room: 1, copies: true, now: map[string]*crashFile{}}
+		room := func(n int) {
+			d.mu.Lock()
+			d.room = n
+			d.mu.Unlock()
+			time.Sleep(2 * noRoomPause)
+		}
+		start := func(want ...string) *journal {
+			t.Helper()
+			var read []string
+			j, _, err := openTestJournal(dir, d.disk(), func(record []byte) error {
+				read = append(read, string(record))
+				return nil
+			})
+			must(t, err)
+			if !slices.Equal(read, want) {
+				t.Errorf("got %q, want %q", read, want)
+			}
+			j.snapshot = func(func([]byte)) { t.Error("made smaller although its last commit is not there yet") }
+			go j.run()
+			return j
+		}
+		j := start()
+		held := j.write([]byte("one"))
+		if err := held.wait(); err != errCannotStore {
+			t.Errorf("got %v, want no room", err)
+		}
+		room(0)
+		must(t, held.wait())
+		must(t, j.write([]byte("two")).wait())
+		j.close()
+		room(1)
+		for range 2 { // the first of these loses nothing to the second
+			j = start("one", "two")
+			if err := j.write([]byte("three")).wait(); err != errCannotStore {
+				t.Errorf("got %v, want no room", err)
+			}
+			time.Sleep(2 * noRoomPause)
+			j.close()
+		}
+		j = start("one", "two")
+		room(0)
+		must(t, j.write([]byte("four")).wait())
+		j.close()
+		if j.found > 0 {
+			t.Error("with room again it is never made smaller")
+		}
+		start("one", "two", "four").close()
+	})
+}
+
 // If the disk is full of forgotten records, the journal makes room by itself.
 func TestJournalCompactsForRoom(t *testing.T) {
 	journalTest(t, 10_000, func(t *testing.T, _ *crashDisk, j *journal) {
@@ -601,7 +662,8 @@ func FuzzJournal(f *testing.F) {
 		d.now["journal"].disk = d
 		api := newAPI(t, "")
 		r := newRestoring(api.tasks, api.version)
-		j := &journal{disk: d.disk(), file: d.now["journal"], log: slog.New(slog.DiscardHandler)}
+		j := &journal{disk: d.disk(), file: d.now["journal"], log: slog.New(slog.DiscardHandler), broken: make(chan error, 1)}
+		j.register(newRegistry("test"))
 		if j.read(r.apply) == nil {
 			r.finish()
 		}

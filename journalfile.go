@@ -103,9 +103,9 @@ func (j *journal) read(apply func(record []byte) error) error {
 		return err
 	}
 	off := int64(len(journalHeader))
-	begin, last, ended := off, off, true // where the last commit and its last frame begin, and whether it has its end
+	begin, last, ended := int64(0), off, true // where the last commit and its last frame begin, and whether it has its end
 	for frame := f.frame(off); frame != nil; frame = f.frame(off) {
-		if commitOf(frame) != j.number {
+		if commitOf(frame) != j.number || begin == 0 {
 			j.number, begin = commitOf(frame), off
 		}
 		if err := apply(frame[frameHead:]); err != nil {
@@ -119,23 +119,30 @@ func (j *journal) read(apply func(record []byte) error) error {
 	if err := j.cutTail(f, ended); err != nil {
 		return err
 	}
-	// The last commit is written again: it may never have been synced, or its sync failed and the page cache shows what
-	// the disk does not have. Those before it were synced.
-	tail := bytes.Clone(f.view(begin, int(off-begin)))
+	if err := j.disk.sync(j.dir); err != nil {
+		return err
+	}
+	// The last commit, or else the header, is written again: it may never have been synced, or its sync failed and the
+	// page cache shows what the disk does not have. Those before it were synced. Without room, which some file systems
+	// need to write anything, run tries again.
+	c := newCommit(j.number)
+	if begin == 0 {
+		c.frames = []byte(journalHeader)
+	} else {
+		c.frames, j.found = bytes.Clone(f.view(begin, int(off-begin))), off
+	}
 	if !ended {
-		tail[last-begin] = frameLast
-		seal(tail[last-begin:])
+		c.frames[last-begin] = frameLast
+		seal(c.frames[last-begin:])
 	}
-	if _, err := j.file.WriteAt(tail, begin); err != nil {
-		return err
+	j.size.Store(begin)
+	if j.put(c); j.dead {
+		return <-j.broken
 	}
-	if err := j.file.Sync(); err != nil {
-		return err
-	}
-	return j.disk.sync(j.dir)
+	return nil
 }
 
-// readHeader checks the header. If the file is new, or a crash has left only a part of it, the header is written.
+// readHeader checks the header. It may be missing if the file is new, or if a crash has left only a part of it.
 func (j *journal) readHeader(f *frameReader) error {
 	header := f.view(0, len(journalHeader))
 	size := len(f.buf) // of the file, if it has no more than that
@@ -151,8 +158,7 @@ func (j *journal) readHeader(f *frameReader) error {
 	if size > 0 {
 		j.log.Warn("beginning a new journal: a crash has left a part of its header", "file", j.path(), "bytes", size)
 	}
-	_, err := j.file.WriteAt([]byte(journalHeader), 0)
-	return err
+	return nil
 }
 
 // cutTail cuts off what is behind the good records, unless it is all zeroes, if a crash can have left it. That is so if

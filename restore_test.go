@@ -526,7 +526,7 @@ func TestRestoreNoRoom(t *testing.T) {
 	t.Parallel()
 	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	env := []string{"ADDR=" + addr, "DATA_DIR=" + t.TempDir(), "RETRY_MILLISECONDS=50"}
-	backend := newProcess(t, "http://"+addr, env, "sh", "-c", `ulimit -Sf 16 && exec "$0"`, os.Args[0]).mustStart(t) // 8 or 16 KiB
+	backend := newProcess(t, "http://"+addr, env, "sh", "-c", `ulimit -Sf ${BLOCKS:-16} && exec "$0"`, os.Args[0]).mustStart(t) // 8 or 16 KiB
 	v := newVisitor(t, backend.URL, backend.URL)
 	id := v.start("external", "{}")
 	es := v.follow(id)
@@ -564,7 +564,8 @@ func TestRestoreNoRoom(t *testing.T) {
 		t.Errorf("got writable %v and readiness %d, want 0 and 200", got, v.status(v.api+"/readyz"))
 	}
 
-	backend.restart(t) // without room it still serves reads, and nothing was lost
+	backend.env = append(backend.env, "BLOCKS=0") // then what is there cannot be written again either
+	backend.restart(t)                            // it still serves reads, and nothing was lost
 	if got := status(); got != shown {
 		t.Errorf("after a restart: got %s, want %s", got, shown)
 	}
