@@ -380,6 +380,34 @@ func TestNginx(t *testing.T) {
 	wantHidden(t, site)
 }
 
+// Behind nginx, too, each line of a long body is taken as a report when it comes, and a failure may have 4 MiB.
+func TestNginxReports(t *testing.T) {
+	needs(t, "nginx", "root")
+	t.Parallel()
+	backend := startBackend(t)
+	for file, servers := range map[string][]string{
+		"deploy/nginx.conf":          {"127.0.0.1:8080", address(backend), "127.0.0.1:3000", address(backend)},
+		"deploy/nginx-replicas.conf": {"10.0.0.1:80", address(backend), "10.0.0.2:80", address(backend), "10.0.0.3:80", address(backend)},
+	} {
+		t.Run(file, func(t *testing.T) {
+			t.Parallel()
+			site := startNginx(t, file, servers...).URL
+			v := newVisitor(t, site, site)
+			id := v.start("external", "{}")
+			es := v.follow(id)
+			r := reportAtLength(t, v, id)
+			r.say(`{"text":"one"}` + "\n")
+			wantStory(t, es, "task_started", "progress_update one")
+			r.say(`{"text":"two"}` + strings.Repeat(" ", 200<<10) + "\n" + strings.Repeat("\n", 1<<20))
+			r.body.Close()
+			r.want("200 ")
+			if got := v.post("/api/tasks/"+id+"/fail", `{"error":"`+strings.Repeat("x", 4<<20-100)+`"}`); !strings.HasPrefix(got, "200 ") {
+				t.Errorf("a failure of 4 MiB: got %.200s", got)
+			}
+		})
+	}
+}
+
 // A temporary error from nginx itself never makes an EventSource give up, over HTTP/1.1 or HTTP/2, even on a page of
 // another site.
 func TestNginxErrors(t *testing.T) {

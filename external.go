@@ -277,7 +277,7 @@ func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, err er
 	n := 0
 	for body.ctx.Err() == nil && lines.Scan() {
 		n++
-		line := bytes.TrimSpace(lines.Bytes())
+		line := bytes.Trim(lines.Bytes(), " \t\r") // the white space of JSON
 		if len(line) == 0 {
 			continue
 		}

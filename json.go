@@ -53,22 +53,26 @@ type member struct {
 
 // pick is parseObject for a few members, which it finds without a map. The value of an absent one stays nil.
 func pick(text []byte, wanted ...member) error {
-	duplicate := false
-	return scanObject(text, &duplicate, func(name []byte, i int) int {
-		return pickMember(text, name, i, 1, wanted, &duplicate)
+	duplicate, others := false, 0
+	err := scanObject(text, &duplicate, func(name []byte, i int) int {
+		return pickMember(text, name, i, 1, wanted, &duplicate, &others)
 	})
+	if err == nil && others > 1 { // they may have the same name
+		_, err = parseObject(text)
+	}
+	return err
 }
 
 // pickMember is skipValue for the value of a member. It keeps the value if it is wanted, and sets *duplicate if there
-// was one before.
-func pickMember(text, name []byte, i, depth int, wanted []member, duplicate *bool) (end int) {
+// was one before. At the top it counts the others.
+func pickMember(text, name []byte, i, depth int, wanted []member, duplicate *bool, others *int) (end int) {
 	for _, f := range wanted {
 		if !isString(name, f.name) {
 			continue
 		}
 		if f.inside != nil && byteAt(text, i) == '{' {
 			end = skipList(text, i, depth, '}', func(name []byte, i int) int {
-				return pickMember(text, name, i, depth+1, f.inside, duplicate)
+				return pickMember(text, name, i, depth+1, f.inside, duplicate, others)
 			})
 		} else {
 			end = skipValue(text, i, depth)
@@ -78,6 +82,9 @@ func pickMember(text, name []byte, i, depth int, wanted []member, duplicate *boo
 			*f.value = text[i:end]
 		}
 		return end
+	}
+	if depth == 1 {
+		*others++
 	}
 	return skipValue(text, i, depth)
 }

@@ -221,6 +221,8 @@ func FuzzParseObject(f *testing.F) {
 	f.Add([]byte(`{"a":{"b":[1,"}",{"c":null}]},"d":"\"\\" , "e" : -1.5e3}`))
 	f.Add([]byte(" {\t\"a\"\r\n:\n[ ] }\n"))
 	f.Add([]byte(`{"a":1,"\u0061":2}`))
+	f.Add([]byte(`{"c":1,"d":2,"\u0063":3}`))
+	f.Add([]byte(`{"a":{"b":1,"c":2,"c":3},"d":4}`))
 	f.Add([]byte(`{"a":1}{`))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		if bytes.Count(text, []byte("["))+bytes.Count(text, []byte("{")) > maxDepth {
@@ -230,6 +232,11 @@ func FuzzParseObject(f *testing.F) {
 		want, wantErr := slowObject(text)
 		if err != wantErr || !reflect.DeepEqual(got, want) {
 			t.Errorf("%q: got %q, %v; want %q, %v", text, got, err, want, wantErr)
+		}
+		var picked []byte
+		err = pick(text, member{"a", &picked, []member{{"b", new([]byte), nil}}})
+		if twiceInside := err == errDuplicate && wantErr == nil; err != wantErr && !twiceInside || err == nil && !bytes.Equal(picked, want["a"]) {
+			t.Errorf("%q: picked %q, %v; want %q, %v", text, picked, err, want["a"], wantErr)
 		}
 	})
 }

@@ -350,6 +350,9 @@ func testAPIErrors(t *testing.T, operations map[string]*apiOperation) {
 		{http.StatusRequestURITooLong, func(b *backend, r *apiRequest) {
 			r.target = strings.Replace(r.target+"?", "?", "?a="+strings.Repeat("a", 8<<10)+"&", 1)
 		}},
+		{http.StatusRequestHeaderFieldsTooLarge, func(b *backend, r *apiRequest) {
+			r.header.Set("User-Agent", strings.Repeat(`"`, 10<<10)) // twice as long in JSON
+		}},
 		{http.StatusUnsupportedMediaType, func(b *backend, r *apiRequest) { r.header.Set("Content-Type", "text/plain") }},
 		{http.StatusConflict, func(b *backend, r *apiRequest) { // whatever earlier examples did to the task
 			b.tasks.Cancel(apiTask)

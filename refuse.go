@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"mime"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -173,7 +174,14 @@ func (g *gateway) retry() int {
 	return int(jitter(g.cfg.Retry, 2*g.cfg.Retry).Milliseconds())
 }
 
+// acceptsEventStream reports whether Accept names text/event-stream (RFC 9110 section 12.5.1).
 func acceptsEventStream(r *http.Request) bool {
-	accept := strings.Join(r.Header.Values("Accept"), ",")
-	return strings.Contains(strings.ToLower(accept), "text/event-stream")
+	for accepted := range strings.SplitSeq(strings.Join(r.Header.Values("Accept"), ","), ",") {
+		mediaType, params, _ := mime.ParseMediaType(accepted)
+		weight, err := strconv.ParseFloat(params["q"], 64)
+		if mediaType == "text/event-stream" && (err != nil || weight > 0) {
+			return true
+		}
+	}
+	return false
 }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -33,6 +34,24 @@ func TestRefusedBrowserIsHeld(t *testing.T) {
 		t.Errorf("the refusals ended after %v, want a second", took)
 	}
 	g.wantMetric(`gateway_streams_closed_total{reason="server_closed"}`, 0)
+}
+
+// Only a client that takes event streams is told by one.
+func TestAcceptsEventStream(t *testing.T) {
+	t.Parallel()
+	for accept, want := range map[string]bool{
+		"": false, "*/*": false, "text/*": false, "text/html": false, "text/event-streams": false, "x-text/event-stream": false,
+		"text/event-stream;q=0": false, "text/event-stream; q=0.000, */*": false, "text/html;a=text/event-stream": false,
+		"text/event-stream": true, "TEXT/Event-Stream ; charset=utf-8": true, "text/event-stream;q=0.5": true,
+		"application/json,text/event-stream": true, "text/html;q=0, text/event-stream, */*;q=0": true,
+		"text/event-stream;q=x": true, "text/event-stream;": true, "text/event-stream;;": true, "text/html\ntext/event-stream": true,
+	} {
+		r := httptest.NewRequest("GET", "/x", nil)
+		r.Header["Accept"] = strings.Split(accept, "\n")
+		if got := acceptsEventStream(r); got != want {
+			t.Errorf("%q: got %v, want %v", accept, got, want)
+		}
+	}
 }
 
 // Held refusals are bounded, and a shutdown does not wait for them.

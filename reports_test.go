@@ -82,6 +82,7 @@ func TestReports(t *testing.T) {
 	post(id, `{"text":"four"}`+"\n\n"+`{"value":2}`+"\n"+`{"text":"never"}`+"\n",
 		`400 {"error":"value must be a number from 0 to 1","code":"bad_value","line":3}`)
 	post(id, `{"text":"five"}`+"\n"+"[]\n", `400 {"error":"body must be one JSON object","code":"not_json","line":2}`)
+	post(id, "\v"+`{"text":"six"}`, `400 {"error":"body must be one JSON object","code":"not_json","line":1}`)
 	post(id, `{"text":"`+strings.Repeat("x", 256<<10)+`"}`, `413 {"error":"request body too large","code":"too_large","line":1}`)
 	long := `{"text":"` + strings.Repeat("x", 256<<10-11) + `"}` // the most that a line may have
 	post(id, long+"\r\n"+long, `200 {"event_id":"`+epoch+`-8","reports":2}`)

@@ -452,14 +452,19 @@ func (s *TaskService) Delete(id string) error {
 	case !finished:
 		return errCannotDelete
 	}
+	deleted := false // by this call, not by another one at the same time
 	stored := s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.tasks[id] == t {
 			s.forgetLocked(t)
+			deleted = true
 		}
 	})
-	return stored.wait()
+	if err := stored.wait(); err != nil || deleted {
+		return err
+	}
+	return errTaskUnknown
 }
 
 func (s *TaskService) forgetLocked(t *task) {

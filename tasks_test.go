@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"net/http"
 	"regexp"
@@ -645,6 +646,33 @@ func TestTaskForgotten(t *testing.T) {
 	})
 }
 
+// Of several at once one deletes a task, also while that is on its way to the disk.
+func TestTaskDeletedOnce(t *testing.T) {
+	t.Parallel()
+	for name, env := range map[string][]string{"memory": nil, "journal": {"DATA_DIR=" + t.TempDir()}} {
+		backend := startBackend(t, env...)
+		id := newVisitor(t, backend.URL, backend.URL).start("failing", `{"delay":0}`)
+		target := backend.URL + "/api/tasks/" + id
+		eventually(t, soon, "the task has ended", func() bool {
+			return strings.Contains(mustAsk(t, "GET", target+"/status", ""), `"failed"`)
+		})
+		answers := make(chan int, 20)
+		for range cap(answers) {
+			go func() {
+				status, _ := ask(t, "DELETE", target, "")
+				answers <- status
+			}()
+		}
+		counts := map[int]int{}
+		for range cap(answers) {
+			counts[receive(t, answers)]++
+		}
+		if want := map[int]int{http.StatusOK: 1, http.StatusNotFound: cap(answers) - 1}; !maps.Equal(counts, want) {
+			t.Errorf("%s: got statuses %v, want %v", name, counts, want)
+		}
+	}
+}
+
 // Nothing may keep a deleted task in memory, not even a cleanup timer that has long to run.
 func TestDeletedTaskIsFreed(t *testing.T) {
 	t.Parallel()
@@ -691,6 +719,7 @@ func TestExternalReports(t *testing.T) {
 			badText  = `400 {"error":"text must be a string","code":"bad_params"}`
 			badSeq   = `400 {"error":"seq must be a whole number from 1","code":"bad_seq"}`
 			nothing  = `400 {"error":"text or value must be there","code":"missing_field"}`
+			twice    = `400 {"error":"a field is given twice","code":"duplicate_field"}`
 		)
 		for body, want := range map[string]string{
 			``:                         noObject,
@@ -711,6 +740,8 @@ func TestExternalReports(t *testing.T) {
 			`{"value":1,"seq":1e16}`:   badSeq,
 			`{"value":1,"seq":"1"}`:    badSeq,
 			`{"value":1,"seq":null}`:   badSeq,
+			`{"value":1,"value":1}`:    twice,
+			`{"value":1,"a":1,"a":1}`:  twice,
 		} {
 			api.checkPost("a/progress", body, want)
 		}
