@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf16"
@@ -55,7 +56,10 @@ type member struct {
 func pick(text []byte, wanted ...member) error {
 	duplicate, others := false, 0
 	err := scanObject(text, &duplicate, func(name []byte, i int) int {
-		return pickMember(text, name, i, 1, wanted, &duplicate, &others)
+		if !slices.ContainsFunc(wanted, func(m member) bool { return isString(name, m.name) }) {
+			others++
+		}
+		return pickMember(text, name, i, 1, wanted, &duplicate)
 	})
 	if err == nil && others > 1 { // they may have the same name
 		_, err = parseObject(text)
@@ -64,15 +68,15 @@ func pick(text []byte, wanted ...member) error {
 }
 
 // pickMember is skipValue for the value of a member. It keeps the value if it is wanted, and sets *duplicate if there
-// was one before. At the top it counts the others.
-func pickMember(text, name []byte, i, depth int, wanted []member, duplicate *bool, others *int) (end int) {
+// was one before.
+func pickMember(text, name []byte, i, depth int, wanted []member, duplicate *bool) (end int) {
 	for _, f := range wanted {
 		if !isString(name, f.name) {
 			continue
 		}
 		if f.inside != nil && byteAt(text, i) == '{' {
 			end = skipList(text, i, depth, '}', func(name []byte, i int) int {
-				return pickMember(text, name, i, depth+1, f.inside, duplicate, others)
+				return pickMember(text, name, i, depth+1, f.inside, duplicate)
 			})
 		} else {
 			end = skipValue(text, i, depth)
@@ -82,9 +86,6 @@ func pickMember(text, name []byte, i, depth int, wanted []member, duplicate *boo
 			*f.value = text[i:end]
 		}
 		return end
-	}
-	if depth == 1 {
-		*others++
 	}
 	return skipValue(text, i, depth)
 }
