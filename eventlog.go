@@ -88,16 +88,13 @@ func newEventLog(policy *logPolicy) *eventLog {
 }
 
 // id is the event ID of number n. The log has an epoch.
-func (l *eventLog) id(n uint64) string { return l.epoch + "-" + strconv.FormatUint(n, 10) }
+func (l *eventLog) id(n uint64) string { return string(l.appendID(nil, n)) }
 
 // maxPosition is more bytes than the ID of an event in a single log has.
 const maxPosition = 32
 
-func (l *eventLog) writeID(b *strings.Builder, n uint64) {
-	var digits [20]byte
-	b.WriteString(l.epoch)
-	b.WriteByte('-')
-	b.Write(strconv.AppendUint(digits[:0], n, 10))
+func (l *eventLog) appendID(b []byte, n uint64) []byte {
+	return strconv.AppendUint(append(append(b, l.epoch...), '-'), n, 10)
 }
 
 // parsePositions returns the number for each epoch in an event ID, or nil if it is no ID of ours.
