@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"sort"
@@ -44,7 +45,7 @@ type eventLog struct {
 	reason  string     // of the end, once that is visible; the caller adds nothing more
 	left    bool       // only the present followers need it; see Leave
 	cursors []*cursor
-	changed chan struct{} // closed when what Wait looks at changes; nil if nobody waits
+	changed *sync.Cond // of what Wait looks at; nil if nobody waits
 }
 
 // maxEventData is the most bytes that the data of an event may have. Some clients break at a line of 65,536.
@@ -146,26 +147,16 @@ func (l *eventLog) Publish(n uint64, reason string) {
 // Wait waits until event n has been given to an open stream, and reports whether it was. It stops waiting when ctx
 // ends, when the event is dropped, or when no follower is about to send it.
 func (l *eventLog) Wait(ctx context.Context, n uint64) bool {
-	for {
-		l.mu.Lock()
-		done := l.given >= n
-		going := l.hasLocked(n) || l.inFlightLocked(n)
-		going = going && slices.ContainsFunc(l.cursors, func(c *cursor) bool { return c.reader.working() })
-		if done || !going {
-			l.mu.Unlock()
-			return done
-		}
-		if l.changed == nil {
-			l.changed = make(chan struct{})
-		}
-		changed := l.changed
-		l.mu.Unlock()
-		select {
-		case <-ctx.Done():
-			return false
-		case <-changed:
-		}
+	working := func(c *cursor) bool { return c.reader.working() }
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.given < n && (l.hasLocked(n) || l.inFlightLocked(n)) && slices.ContainsFunc(l.cursors, working) && ctx.Err() == nil {
+		l.changed = cmp.Or(l.changed, sync.NewCond(&l.mu))
+		stop := context.AfterFunc(ctx, l.notify)
+		l.changed.Wait()
+		stop()
 	}
+	return l.given >= n
 }
 
 // notify has Wait look again.
@@ -177,7 +168,7 @@ func (l *eventLog) notify() {
 
 func (l *eventLog) notifyLocked() {
 	if l.changed != nil {
-		close(l.changed)
+		l.changed.Broadcast()
 		l.changed = nil
 	}
 }
