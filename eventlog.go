@@ -228,11 +228,16 @@ func (l *eventLog) All() []entry {
 	return slices.Clone(l.entries)
 }
 
-// Received notes that a browser has the events up to n.
+// Received notes that a browser has the events up to n. Without replay a fresh connection starts after them.
 func (l *eventLog) Received(n uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.receivedLocked(n)
+	l.given = max(l.given, n)
+	if !l.policy.replay && n > l.start {
+		l.start = n
+		l.trimLocked()
+	}
+	l.notifyLocked()
 }
 
 // Shed drops the events that nobody would get: no fresh connection, and no follower.
@@ -327,14 +332,13 @@ func (l *eventLog) dropLocked(from, to int) {
 // from where a fresh connection starts.
 func (l *eventLog) attach(r reader, named map[string]uint64) *cursor {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	c := &cursor{events: l, reader: r, sent: l.start}
 	if n, ok := named[l.epoch]; ok && n <= l.last {
 		c.sent = n
-		l.receivedLocked(n)
 	}
 	l.cursors = append(l.cursors, c)
-	l.notifyLocked()
+	l.mu.Unlock()
+	l.Received(c.sent)
 	return c
 }
 
@@ -404,13 +408,4 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 	}
 	l.leaveLocked()
 	l.notifyLocked()
-}
-
-// receivedLocked notes that a browser has the events up to n. Without replay a fresh connection starts after them.
-func (l *eventLog) receivedLocked(n uint64) {
-	l.given = max(l.given, n)
-	if !l.policy.replay && n > l.start {
-		l.start = n
-		l.trimLocked()
-	}
 }
