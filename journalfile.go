@@ -103,17 +103,19 @@ func (j *journal) read(apply func(record []byte) error) error {
 		return err
 	}
 	off := int64(len(journalHeader))
-	begin, last, ended := off, off, true // where the last commit and its last frame begin, and whether it has its end
+	var commit []byte // the last one
+	last := 0         // where in it its last frame begins
 	for frame := f.frame(off); frame != nil; frame = f.frame(off) {
 		if commitOf(frame) != j.number {
-			j.number, begin = commitOf(frame), off
+			j.number, commit = commitOf(frame), commit[:0]
 		}
 		if err := apply(frame[frameHead:]); err != nil {
 			return fmt.Errorf("offset %d: %w", off, err)
 		}
-		ended = frame[0] == frameLast
-		last, off = off, off+int64(len(frame))
+		last, commit = len(commit), append(commit, frame...)
+		off += int64(len(frame))
 	}
+	ended := len(commit) == 0 || commit[last] == frameLast
 	j.size.Store(off)
 	j.next = newCommit(j.number/commitStep*commitStep + commitStep) // the last frame may be one of a snapshot
 	if err := j.cutTail(f, ended); err != nil {
@@ -121,12 +123,11 @@ func (j *journal) read(apply func(record []byte) error) error {
 	}
 	// The last commit is written again: it may never have been synced, or its sync failed and the page cache shows what
 	// the disk does not have. Those before it were synced.
-	tail := bytes.Clone(f.view(begin, int(off-begin)))
 	if !ended {
-		tail[last-begin] = frameLast
-		seal(tail[last-begin:])
+		commit[last] = frameLast
+		seal(commit[last:])
 	}
-	if _, err := j.file.WriteAt(tail, begin); err != nil {
+	if _, err := j.file.WriteAt(commit, off-int64(len(commit))); err != nil {
 		return err
 	}
 	if err := j.file.Sync(); err != nil {
