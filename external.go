@@ -149,7 +149,7 @@ func (s *TaskService) take(t *task, taken func() bool, apply func()) (a reported
 	if t == nil || s.tasks[t.id] != t {
 		return a, errTaskUnknown
 	}
-	a.stored = t.lastStored
+	a.stored = t.lastStored.Load()
 	isTaken := t.kind == externalTask && taken()
 	switch {
 	case t.kind != externalTask:
@@ -165,7 +165,7 @@ func (s *TaskService) take(t *task, taken func() bool, apply func()) (a reported
 	if !isTaken {
 		apply()
 	}
-	return reported{EventID: t.events.id(t.lastEvent), Repeated: isTaken, stored: t.lastStored}, nil
+	return reported{EventID: t.events.id(t.lastEvent), Repeated: isTaken, stored: t.lastStored.Load()}, nil
 }
 
 // heard notes a sign of life: a worker has reported, or somebody else has asked something of its task, and was refused.
