@@ -434,14 +434,11 @@ func (s *TaskService) Cancel(id string) error {
 
 // Delete forgets a finished task before its time, as soon as that is on disk.
 func (s *TaskService) Delete(id string) error {
-	s.mu.Lock()
-	t := s.tasks[id]
-	finished := t != nil && t.status.finished()
-	s.mu.Unlock()
-	switch {
-	case t == nil:
+	t := s.task(id)
+	if t == nil {
 		return errTaskUnknown
-	case !finished:
+	}
+	if shown := t.shown.Load(); shown == nil || !shown.status.finished() {
 		return errCannotDelete
 	}
 	stored := s.journal.write(encodeRecord(recordDelete, recordFields{Number: t.number}), func() {
