@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -127,13 +128,8 @@ func (j *journal) read(apply func(record []byte) error) error {
 		commit[last] = frameLast
 		seal(commit[last:])
 	}
-	if _, err := j.file.WriteAt(commit, off-int64(len(commit))); err != nil {
-		return err
-	}
-	if err := j.file.Sync(); err != nil {
-		return err
-	}
-	return j.disk.sync(j.dir)
+	_, err := j.file.WriteAt(commit, off-int64(len(commit)))
+	return cmp.Or(err, j.file.Sync(), j.disk.sync(j.dir))
 }
 
 // readHeader checks the header. If the file is new, or a crash has left only a part of it, the header is written.
