@@ -331,11 +331,9 @@ func fetchVersion(ctx context.Context, client *http.Client, target string) (a an
 	case len(body) > maxVersionBody:
 		return a, fmt.Errorf("fetching the version: more than %d bytes", maxVersionBody)
 	}
-	o, err := parseObject(bytes.TrimPrefix(body, []byte("\ufeff")))
-	if err == nil {
-		a, err = parsePolled(o)
-	}
-	if err != nil {
+	o, bad := parseObject(bytes.TrimPrefix(body, []byte("\ufeff")))
+	a, err = parsePolled(o)
+	if err := cmp.Or(bad, err); err != nil {
 		return a, fmt.Errorf("reading the version: %w", err)
 	}
 	return a, nil
