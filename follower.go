@@ -156,7 +156,8 @@ func (f *follower) deliver() {
 		began := time.Now()
 		r := f.conns.Send(f.token, events, end)
 		most = max(1, min(2*r.taken, maxRun))
-		if !f.settle(c, run, r, began) && f.rest() || end && r.err == nil { // after the end wakes stays above 0, and nothing starts deliver again
+		// After the end wakes stays above 0, and nothing starts deliver again.
+		if !f.settle(c, run, r, began) && f.rest() || end && r.err == nil {
 			return
 		}
 	}
