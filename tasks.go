@@ -338,10 +338,7 @@ func (s *TaskService) run(ctx context.Context, t *task, work taskFunc) {
 
 // reportLocked changes the progress of t, and tells its followers. A value that falls is ignored.
 func (s *TaskService) reportLocked(t *task, r report) {
-	var p taskProgress
-	if t.progress != nil {
-		p = *t.progress
-	}
+	p := *cmp.Or(t.progress, &taskProgress{})
 	if r.text != nil {
 		p.Text = *r.text
 	}
