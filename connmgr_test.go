@@ -104,7 +104,7 @@ func onTheWire(events []event) []event {
 	events = slices.Clone(events)
 	for i := range events {
 		e := &events[i]
-		e.ID, e.others = string(e.appendID(nil)), nil
+		e.ID, e.others = string(e.appendID(nil)), ""
 	}
 	return events
 }

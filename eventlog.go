@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"sort"
@@ -44,7 +45,7 @@ type eventLog struct {
 	reason  string     // of the end, once that is visible; the caller adds nothing more
 	left    bool       // only the present followers need it; see Leave
 	cursors []*cursor
-	changed chan struct{} // closed when what Wait looks at changes; nil if nobody waits
+	changed *sync.Cond // of what Wait looks at; nil if nobody waits
 }
 
 // maxEventData is the most bytes that the data of an event may have. Some clients break at a line of 65,536.
@@ -88,16 +89,13 @@ func newEventLog(policy *logPolicy) *eventLog {
 }
 
 // id is the event ID of number n. The log has an epoch.
-func (l *eventLog) id(n uint64) string { return l.epoch + "-" + strconv.FormatUint(n, 10) }
+func (l *eventLog) id(n uint64) string { return string(l.appendID(nil, n)) }
 
 // maxPosition is more bytes than the ID of an event in a single log has.
 const maxPosition = 32
 
-func (l *eventLog) writeID(b *strings.Builder, n uint64) {
-	var digits [20]byte
-	b.WriteString(l.epoch)
-	b.WriteByte('-')
-	b.Write(strconv.AppendUint(digits[:0], n, 10))
+func (l *eventLog) appendID(b []byte, n uint64) []byte {
+	return strconv.AppendUint(append(append(b, l.epoch...), '-'), n, 10)
 }
 
 // parsePositions returns the number for each epoch in an event ID, or nil if it is no ID of ours.
@@ -149,26 +147,16 @@ func (l *eventLog) Publish(n uint64, reason string) {
 // Wait waits until event n has been given to an open stream, and reports whether it was. It stops waiting when ctx
 // ends, when the event is dropped, or when no follower is about to send it.
 func (l *eventLog) Wait(ctx context.Context, n uint64) bool {
-	for {
-		l.mu.Lock()
-		done := l.given >= n
-		going := l.hasLocked(n) || l.inFlightLocked(n)
-		going = going && slices.ContainsFunc(l.cursors, func(c *cursor) bool { return c.reader.working() })
-		if done || !going {
-			l.mu.Unlock()
-			return done
-		}
-		if l.changed == nil {
-			l.changed = make(chan struct{})
-		}
-		changed := l.changed
-		l.mu.Unlock()
-		select {
-		case <-ctx.Done():
-			return false
-		case <-changed:
-		}
+	working := func(c *cursor) bool { return c.reader.working() }
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.given < n && (l.hasLocked(n) || l.inFlightLocked(n)) && slices.ContainsFunc(l.cursors, working) && ctx.Err() == nil {
+		l.changed = cmp.Or(l.changed, sync.NewCond(&l.mu))
+		stop := context.AfterFunc(ctx, l.notify)
+		l.changed.Wait()
+		stop()
 	}
+	return l.given >= n
 }
 
 // notify has Wait look again.
@@ -180,7 +168,7 @@ func (l *eventLog) notify() {
 
 func (l *eventLog) notifyLocked() {
 	if l.changed != nil {
-		close(l.changed)
+		l.changed.Broadcast()
 		l.changed = nil
 	}
 }
@@ -240,11 +228,16 @@ func (l *eventLog) All() []entry {
 	return slices.Clone(l.entries)
 }
 
-// Received notes that a browser has the events up to n.
+// Received notes that a browser has the events up to n. Without replay a fresh connection starts after them.
 func (l *eventLog) Received(n uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.receivedLocked(n)
+	l.given = max(l.given, n)
+	if !l.policy.replay && n > l.start {
+		l.start = n
+		l.trimLocked()
+	}
+	l.notifyLocked()
 }
 
 // Shed drops the events that nobody would get: no fresh connection, and no follower.
@@ -339,14 +332,13 @@ func (l *eventLog) dropLocked(from, to int) {
 // from where a fresh connection starts.
 func (l *eventLog) attach(r reader, named map[string]uint64) *cursor {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	c := &cursor{events: l, reader: r, sent: l.start}
 	if n, ok := named[l.epoch]; ok && n <= l.last {
 		c.sent = n
-		l.receivedLocked(n)
 	}
 	l.cursors = append(l.cursors, c)
-	l.notifyLocked()
+	l.mu.Unlock()
+	l.Received(c.sent)
 	return c
 }
 
@@ -416,13 +408,4 @@ func (c *cursor) settle(run []entry, taken int, given bool) {
 	}
 	l.leaveLocked()
 	l.notifyLocked()
-}
-
-// receivedLocked notes that a browser has the events up to n. Without replay a fresh connection starts after them.
-func (l *eventLog) receivedLocked(n uint64) {
-	l.given = max(l.given, n)
-	if !l.policy.replay && n > l.start {
-		l.start = n
-		l.trimLocked()
-	}
 }

@@ -76,7 +76,7 @@ type report struct {
 	seq   uint64 // numbers the reports of a worker from 1; 0 for none
 }
 
-// parseReport reads {"text":"…","value":0.5,"seq":1}.
+// parseReport reads {"text":"…","value":0.5,"seq":1}. An error is an *apiError.
 func parseReport(body []byte) (r report, err error) {
 	var text, value, seq []byte
 	if err := pick(body, member{"text", &text, nil}, member{"value", &value, nil}, member{"seq", &seq, nil}); err != nil {
@@ -149,7 +149,7 @@ func (s *TaskService) take(t *task, taken func() bool, apply func()) (a reported
 	if t == nil || s.tasks[t.id] != t {
 		return a, errTaskUnknown
 	}
-	a.stored = t.lastStored
+	a.stored = t.lastStored.Load()
 	isTaken := t.kind == externalTask && taken()
 	switch {
 	case t.kind != externalTask:
@@ -165,7 +165,7 @@ func (s *TaskService) take(t *task, taken func() bool, apply func()) (a reported
 	if !isTaken {
 		apply()
 	}
-	return reported{EventID: t.events.id(t.lastEvent), Repeated: isTaken, stored: t.lastStored}, nil
+	return reported{EventID: t.events.id(t.lastEvent), Repeated: isTaken, stored: t.lastStored.Load()}, nil
 }
 
 // heard notes a sign of life: a worker has reported, or somebody else has asked something of its task, and was refused.
@@ -317,14 +317,11 @@ func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, err er
 	return all, nil
 }
 
-// atLine adds the number of a line to an error.
+// atLine adds the number of a line to an error of parseReport.
 func atLine(err error, line int) error {
-	if e := (*apiError)(nil); errors.As(err, &e) {
-		told := *e
-		told.Line = line
-		return &told
-	}
-	return err
+	e := *err.(*apiError)
+	e.Line = line
+	return &e
 }
 
 // serveComplete is POST /api/tasks/{task_id}/complete.
@@ -341,11 +338,8 @@ func (s *TaskService) serveComplete(w http.ResponseWriter, r *http.Request) (sta
 // serveFail is POST /api/tasks/{task_id}/fail. It takes a failure whatever its text is.
 func (s *TaskService) serveFail(w http.ResponseWriter, r *http.Request) (status int, answer any, err error) {
 	text, err := readTyped(w, r, maxFailBody)
-	if err != nil {
-		return 0, nil, err
-	}
-	body, err := parseObject(bytes.ToValidUTF8(text, []byte("\uFFFD")))
-	if err != nil {
+	body, bad := parseObject(bytes.ToValidUTF8(text, []byte("\uFFFD")))
+	if err := cmp.Or(err, bad); err != nil {
 		return 0, nil, err
 	}
 	failure, _, _ := body.str("error")

@@ -58,7 +58,7 @@ func (f *follower) connect(conns *ConnectionManager, c connectRequest, choose fu
 		defer f.mu.Unlock()
 		f.cursors = append(f.cursors, events.attach(f, named))
 	})
-	position := strings.TrimPrefix(f.around(nil).after, ".")
+	position := strings.TrimPrefix(f.besides(nil), ".")
 	if f.stopped.Load() {
 		f.ended(time.Time{}) // again, for what choose did after the first call
 	} else {
@@ -70,25 +70,15 @@ func (f *follower) connect(conns *ConnectionManager, c connectRequest, choose fu
 	return event{ID: position, Name: "connection_open", Data: `{"status":"connected"}`}, false, nil
 }
 
-// around returns the parts of an event ID before and after the one of c: the positions in the other logs. If c is nil
-// all are in after, which begins with a dot.
-func (f *follower) around(c *cursor) *positions {
-	var ids strings.Builder
-	middle := 0
+// besides returns the part of an event ID after the one of c: the positions in the other logs, each after a dot.
+func (f *follower) besides(c *cursor) string {
+	ids := make([]byte, 0, (len(f.cursors)-1)*maxPosition)
 	for _, other := range f.cursors {
-		switch {
-		case other == c:
-			middle = ids.Len()
-		case other.events.epoch != "":
-			ids.WriteByte('.')
-			other.events.writeID(&ids, other.sent)
+		if other != c && other.events.epoch != "" {
+			ids = other.events.appendID(append(ids, '.'), other.sent)
 		}
 	}
-	before, after := ids.String()[:middle], ids.String()[middle:]
-	if before != "" {
-		before = before[1:] + "."
-	}
-	return &positions{before, after}
+	return string(ids)
 }
 
 // seen notes that the stream was open at that time. If it had been for settleTime, what it was given counts as
@@ -166,7 +156,8 @@ func (f *follower) deliver() {
 		began := time.Now()
 		r := f.conns.Send(f.token, events, end)
 		most = max(1, min(2*r.taken, maxRun))
-		if !f.settle(c, run, r, began) && f.rest() || end && r.err == nil { // after the end wakes stays above 0, and nothing starts deliver again
+		// After the end wakes stays above 0, and nothing starts deliver again.
+		if !f.settle(c, run, r, began) && f.rest() || end && r.err == nil {
 			return
 		}
 	}
@@ -188,10 +179,8 @@ func (f *follower) next(most int) (c *cursor, run []entry, reason string) {
 }
 
 func (f *follower) events(c *cursor, run []entry) []event {
-	var others *positions
-	if len(f.cursors) > 1 {
-		others = f.around(c)
-	}
+	others := f.besides(c)
+	var id [maxPosition]byte
 	var ids strings.Builder // for the whole run
 	ids.Grow(len(run) * maxPosition)
 	events := make([]event, len(run))
@@ -199,7 +188,7 @@ func (f *follower) events(c *cursor, run []entry) []event {
 		events[i] = event{Name: c.events.policy.event, Data: e.data}
 		if c.events.epoch != "" {
 			start := ids.Len()
-			c.events.writeID(&ids, e.n)
+			ids.Write(c.events.appendID(id[:0], e.n))
 			events[i].ID, events[i].others = ids.String()[start:], others
 		}
 	}

@@ -371,6 +371,34 @@ func TestJournalUnreadable(t *testing.T) {
 	}
 }
 
+// onceFile is a file whose parts can be read once.
+type onceFile struct {
+	*crashFile
+	next int64
+}
+
+func (f *onceFile) ReadAt(b []byte, off int64) (int, error) {
+	if off < f.next {
+		return 0, syscall.EIO
+	}
+	n, err := f.crashFile.ReadAt(b, off)
+	f.next = off + int64(n)
+	return n, err
+}
+
+// A start that has read the last commit can write it again, also if the disk fails meanwhile.
+func TestJournalReadOnce(t *testing.T) {
+	t.Parallel()
+	file, _, begins := journalOf(t, 10)
+	d := &crashDisk{left: 1 << 30, now: map[string]*crashFile{}}
+	disk := d.disk()
+	disk.open = func(string, int) (journalFile, error) { // the last commit lacks its end
+		return &onceFile{crashFile: &crashFile{disk: d, data: file[:begins[5]]}}, nil
+	}
+	_, _, err := openTestJournal(t.TempDir(), disk, ignored)
+	must(t, err)
+}
+
 // When a sync fails, nobody waits any longer, and broken has the error.
 func TestJournalSyncFails(t *testing.T) {
 	journalTest(t, 0, func(t *testing.T, d *crashDisk, j *journal) {

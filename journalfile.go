@@ -103,21 +103,27 @@ func (j *journal) read(apply func(record []byte) error) error {
 		return err
 	}
 	off := int64(len(journalHeader))
-	begin, last, ended := int64(0), off, true // where the last commit and its last frame begin, and whether it has its end
+	commit := []byte(journalHeader) // the last one, or the header if there is none
+	last := 0                       // where in it its last frame begins
 	for frame := f.frame(off); frame != nil; frame = f.frame(off) {
-		if commitOf(frame) != j.number || begin == 0 {
-			j.number, begin = commitOf(frame), off
+		if commitOf(frame) != j.number {
+			j.number, commit = commitOf(frame), commit[:0]
 		}
 		if err := apply(frame[frameHead:]); err != nil {
 			return fmt.Errorf("offset %d: %w", off, err)
 		}
-		ended = frame[0] == frameLast
-		last, off = off, off+int64(len(frame))
+		last, commit = len(commit), append(commit, frame...)
+		off += int64(len(frame))
 	}
+	ended := j.number == 0 || commit[last] == frameLast
 	j.size.Store(off)
 	j.next = newCommit(j.number/commitStep*commitStep + commitStep) // the last frame may be one of a snapshot
 	if err := j.cutTail(f, ended); err != nil {
 		return err
+	}
+	if !ended {
+		commit[last] = frameLast
+		seal(commit[last:])
 	}
 	if err := j.disk.sync(j.dir); err != nil {
 		return err
@@ -126,16 +132,8 @@ func (j *journal) read(apply func(record []byte) error) error {
 	// page cache shows what the disk does not have. Those before it were synced. Without room, which some file systems
 	// need to write anything, run tries again.
 	c := newCommit(j.number)
-	if begin == 0 {
-		c.frames = []byte(journalHeader)
-	} else {
-		c.frames, j.found = bytes.Clone(f.view(begin, int(off-begin))), off
-	}
-	if !ended {
-		c.frames[last-begin] = frameLast
-		seal(c.frames[last-begin:])
-	}
-	j.size.Store(begin)
+	c.frames, j.found = commit, off
+	j.size.Store(off - int64(len(commit)))
 	if j.put(c); j.dead {
 		return <-j.broken
 	}

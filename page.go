@@ -31,8 +31,7 @@ func (p *PageService) OnConnect(id string, c connectRequest) (open event, end bo
 	case p.tasks.crowded(taskIDs), p.version.crowded(id):
 		return event{}, false, errNoRoom
 	}
-	f := &follower{identifier: servicePage + ":" + id}
-	f.onEnd = func() { p.tasks.unwatch(taskIDs) }
+	f := &follower{identifier: servicePage + ":" + id, onEnd: func() { p.tasks.unwatch(taskIDs) }}
 	return f.connect(p.tasks.conns, c, func(follow func(*eventLog)) {
 		p.tasks.watch(taskIDs, follow)
 		follow(p.version.follow(id))

@@ -71,7 +71,7 @@ func TestPage(t *testing.T) {
 		}
 	})
 
-	// The ID names the position in each log, so that nothing is kept for a page that is away.
+	// The ID names the position in each log, its own first, so that nothing is kept for a page that is away.
 	apiStory(t, "event IDs", "", func(t *testing.T, api *apiFixture) {
 		epochs := []string{"aaaaaaaa", "bbbbbbbb"}
 		api.tasks.policy.epoch = func() (epoch string) { epoch, epochs = epochs[0], epochs[1:]; return epoch }
@@ -86,7 +86,7 @@ func TestPage(t *testing.T) {
 		}
 		want := []string{
 			"aaaaaaaa-0.bbbbbbbb-0.vvvvvvvv-0", "aaaaaaaa-1.bbbbbbbb-0.vvvvvvvv-0",
-			"aaaaaaaa-1.bbbbbbbb-1.vvvvvvvv-0", "aaaaaaaa-1.bbbbbbbb-1.vvvvvvvv-1",
+			"bbbbbbbb-1.aaaaaaaa-1.vvvvvvvv-0", "vvvvvvvv-1.aaaaaaaa-1.bbbbbbbb-1",
 		}
 		if !slices.Equal(ids, want) {
 			t.Errorf("got IDs %q, want %q", ids, want)

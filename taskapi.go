@@ -102,7 +102,7 @@ func (s *TaskService) serveStart(w http.ResponseWriter, r *http.Request) (status
 	if err != nil {
 		return 0, nil, err
 	}
-	stored := s.await(t)
+	stored := t.lastStored.Load().wait()
 	view, err := t.view()
 	if err = cmp.Or(stored, err); err != nil {
 		return 0, nil, err

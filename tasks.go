@@ -90,7 +90,7 @@ type task struct {
 
 	taskState
 	shown      atomic.Pointer[taskState] // what is on disk of it; nil if nothing is
-	lastStored *commit                   // the commit with the last change
+	lastStored atomic.Pointer[commit]    // the commit with the last change
 	work       taskFunc                  // until it runs; nil for an external task
 	params     string                    // of work, in JSON; "" once the task has finished
 	seq        uint64                    // of the last report that had one
@@ -213,23 +213,15 @@ func (s *TaskService) storeLocked(t *task, encode func() []byte) {
 		record = encode()
 	}
 	state, last := t.taskState, t.lastEvent
-	t.lastStored = s.journal.write(record, func() {
+	t.lastStored.Store(s.journal.write(record, func() {
 		t.shown.Store(&state)
 		t.events.Publish(last, state.status.ending())
-	})
+	}))
 }
 
 func (t *task) record() []byte {
 	return encodeRecord(recordTask, recordFields{Number: t.number, ID: t.id, Epoch: t.events.epoch, Kind: t.kind, Title: t.title,
 		Params: json.RawMessage(t.params)})
-}
-
-// await waits until the last change of t is on disk.
-func (s *TaskService) await(t *task) error {
-	s.mu.Lock()
-	stored := t.lastStored
-	s.mu.Unlock()
-	return stored.wait()
 }
 
 // addLocked makes t a pending task.
@@ -346,10 +338,7 @@ func (s *TaskService) run(ctx context.Context, t *task, work taskFunc) {
 
 // reportLocked changes the progress of t, and tells its followers. A value that falls is ignored.
 func (s *TaskService) reportLocked(t *task, r report) {
-	var p taskProgress
-	if t.progress != nil {
-		p = *t.progress
-	}
+	p := *cmp.Or(t.progress, &taskProgress{})
 	if r.text != nil {
 		p.Text = *r.text
 	}
@@ -434,7 +423,7 @@ func (s *TaskService) Cancel(id string) error {
 	if t == nil {
 		return errTaskUnknown
 	}
-	if err := s.await(t); err != nil || cancelled {
+	if err := t.lastStored.Load().wait(); err != nil || cancelled {
 		return err
 	}
 	return errCannotCancel
@@ -442,14 +431,11 @@ func (s *TaskService) Cancel(id string) error {
 
 // Delete forgets a finished task before its time, as soon as that is on disk.
 func (s *TaskService) Delete(id string) error {
-	s.mu.Lock()
-	t := s.tasks[id]
-	finished := t != nil && t.status.finished()
-	s.mu.Unlock()
-	switch {
-	case t == nil:
+	t := s.task(id)
+	if t == nil {
 		return errTaskUnknown
-	case !finished:
+	}
+	if shown := t.shown.Load(); shown == nil || !shown.status.finished() {
 		return errCannotDelete
 	}
 	deleted := false // by this call, not by another one at the same time

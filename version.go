@@ -194,16 +194,13 @@ func (st *versionStream) record(id string, e entry) []byte {
 	return encodeRecord(recordVersion, r)
 }
 
-// Announce announces a version to one request_id, which gets it when it connects if it is not connected. It reports
-// whether an open stream was given the event before ctx ended.
-func (s *VersionService) Announce(ctx context.Context, id string, a announcement) (delivered bool, err error) {
-	if err := checkID(id); err != nil {
-		return false, err
-	}
+// Tell announces a version to one request_id, which gets it when it connects if it is not connected. It does not wait
+// for the delivery, but returns the number of the event in its log.
+func (s *VersionService) Tell(id string, a announcement) (told map[*eventLog]uint64, stored *commit, err error) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	if !s.memory.fits(versionOverhead + 2*len(id) + heapSize(len(a.data)) + entrySize) {
-		s.mu.Unlock()
-		return false, errNoRoom
+		return nil, nil, errNoRoom
 	}
 	st := s.streamLocked(id)
 	if s.journal != nil && !st.stored { // from now on it is in the journal
@@ -216,27 +213,7 @@ func (s *VersionService) Announce(ctx context.Context, id string, a announcement
 		s.catchUpLocked(id, st)
 	}
 	n := s.appendLocked(id, st, a.version, entry{data: a.data})
-	stored := s.journal.written()
-	s.mu.Unlock()
-	if err := stored.wait(); err != nil {
-		return false, err
-	}
-	return st.events.Wait(ctx, n), nil
-}
-
-// AnnounceAll is TellAll, but waits for the deliveries. It returns how many of those connected were given the event
-// before ctx ended, and how many were not.
-func (s *VersionService) AnnounceAll(ctx context.Context, a announcement) (delivered, failed int, err error) {
-	told, stored := s.TellAll(a)
-	if err := stored.wait(); err != nil {
-		return 0, 0, err
-	}
-	for events, n := range told {
-		if events.Wait(ctx, n) {
-			delivered++
-		}
-	}
-	return delivered, len(told) - delivered, nil
+	return map[*eventLog]uint64{st.events: n}, s.journal.written(), nil
 }
 
 // TellAll announces a version to everybody: to those that are connected, unless it is their last one, and to all that
@@ -318,7 +295,7 @@ func (s *VersionService) Poll(ctx context.Context, target string, interval time.
 		failing = err != nil
 		if !failing && a.version == seen && a.version != s.Latest() {
 			s.log.Info("new frontend version", "version", a.version)
-			s.TellAll(a) // not AnnounceAll: a gateway that hangs must not delay the next poll
+			s.TellAll(a) // and do not wait: a gateway that hangs must not delay the next poll
 		}
 		seen = cmp.Or(a.version, seen) // after a failure there is none
 		sleep(ctx, pause)
@@ -354,11 +331,9 @@ func fetchVersion(ctx context.Context, client *http.Client, target string) (a an
 	case len(body) > maxVersionBody:
 		return a, fmt.Errorf("fetching the version: more than %d bytes", maxVersionBody)
 	}
-	o, err := parseObject(bytes.TrimPrefix(body, []byte("\ufeff")))
-	if err == nil {
-		a, err = parsePolled(o)
-	}
-	if err != nil {
+	o, bad := parseObject(bytes.TrimPrefix(body, []byte("\ufeff")))
+	a, err = parsePolled(o)
+	if err := cmp.Or(bad, err); err != nil {
 		return a, fmt.Errorf("reading the version: %w", err)
 	}
 	return a, nil
@@ -406,19 +381,33 @@ func (s *VersionService) serveAnnounce(w http.ResponseWriter, r *http.Request) (
 		return 0, nil, err
 	}
 	id, single, err := body.str("request_id")
-	if err != nil {
+	if err != nil || single && checkID(id) != nil {
 		return 0, nil, errBadID
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), announceLimit)
 	defer cancel()
-	if !single {
-		delivered, failed, err := s.AnnounceAll(ctx, a)
-		return http.StatusAccepted, map[string]any{"version": a.version, "delivered": delivered, "failed": failed}, err
+	var told map[*eventLog]uint64
+	var stored *commit
+	if single {
+		told, stored, err = s.Tell(id, a)
+	} else {
+		told, stored = s.TellAll(a)
 	}
-	delivered, err := s.Announce(ctx, id, a)
+	if err := cmp.Or(err, stored.wait()); err != nil {
+		return 0, nil, err
+	}
+	delivered := 0 // to an open stream, before ctx ended
+	for events, n := range told {
+		if events.Wait(ctx, n) {
+			delivered++
+		}
+	}
+	if !single {
+		return http.StatusAccepted, map[string]any{"version": a.version, "delivered": delivered, "failed": len(told) - delivered}, nil
+	}
 	said := "queued"
-	if delivered {
+	if delivered > 0 {
 		said = "delivered"
 	}
-	return http.StatusAccepted, map[string]any{"requestId": id, "delivered": delivered, "status": said}, err
+	return http.StatusAccepted, map[string]any{"requestId": id, "delivered": delivered > 0, "status": said}, nil
 }

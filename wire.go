@@ -68,18 +68,10 @@ type event struct {
 	Data  string `json:"data"`
 	Retry int    `json:"retry,omitempty"` // reconnection time in milliseconds; 0 leaves it unchanged
 
-	others *positions // what stands around ID on the wire; nil is nothing
+	others string // what follows ID on the wire: of a page's event, the positions in the other logs
 }
 
-// positions are parts of an event ID: of a page's event, the positions in the logs before and after its own.
-type positions struct{ before, after string }
-
-func (e *event) appendID(b []byte) []byte {
-	if e.others == nil {
-		return append(b, e.ID...)
-	}
-	return append(append(append(b, e.others.before...), e.ID...), e.others.after...)
-}
+func (e *event) appendID(b []byte) []byte { return append(append(b, e.ID...), e.others...) }
 
 // errUnknownToken says that the gateway does not have the stream, or no longer.
 var errUnknownToken = errors.New("unknown token")
@@ -114,10 +106,7 @@ func encodeSends(token string, events []event, end bool, can features) []byte {
 	}
 	size := 0
 	for _, e := range events {
-		size += 128 + len(e.Data) + len(e.Data)/4 // and room for escapes
-		if e.others != nil {
-			size += len(e.others.before) + len(e.others.after)
-		}
+		size += 128 + len(e.others) + len(e.Data) + len(e.Data)/4 // and room for escapes
 	}
 	b := make([]byte, 0, size)
 	for _, e := range events {

@@ -47,7 +47,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("journalfile.go", "ended && commit == j.next.number", "commit == j.next.number", "TestJournal"),
     ("journalfile.go", "commit == j.number ||", "", "TestJournalCrashes"),
     ("journalfile.go", "f.err = err", "", "TestJournalUnreadable"),
-    ("journalfile.go", "seal(tail[last-begin:])", "", "TestJournal"),
+    ("journalfile.go", "seal(commit[last:])", "", "TestJournal"),
     ("restore.go", "if !known {", "if !known && false {", "TestSnapshotForgets"),
     ("restore.go", "t == nil || head[1] <= t.lastEvent", "t == nil", "TestRestoreSnapshot"),
     ("restore.go", "if rec.Event > st.events.stats().last {", "if true {", "TestRestoreSnapshot"),
