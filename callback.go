@@ -4,7 +4,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"log/slog"
 	"net/http"
@@ -58,7 +57,7 @@ func (h *callbackHandler) serve(w http.ResponseWriter, r *http.Request) (status 
 		h.wrongSecrets.log(h.log, slog.LevelWarn, "callback with a missing or wrong secret", "remote", r.RemoteAddr)
 		return 0, nil, errWrongSecret
 	}
-	body, err := readBody(w, r, maxCallback, new(bytes.Buffer))
+	body, err := readBody(w, r, maxCallback)
 	if err != nil {
 		return 0, nil, err
 	}
