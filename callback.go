@@ -189,7 +189,7 @@ func parseCallback(body []byte) (c callback, err error) {
 		return c, err
 	}
 	read := func(raw []byte) (s string) {
-		if raw != nil && err == nil {
+		if err == nil {
 			s, err = parseString(raw)
 		}
 		return s
