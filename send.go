@@ -70,7 +70,7 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 // plainLimit is for plainPoster.
 func (g *gateway) plainLimit(p plainPost) int64 {
 	switch {
-	case string(p.path) != "/internal/send" || g.life.Err() != nil: // then net/http tells of the end
+	case string(p.path) != "/internal/send" || g.life.Err() != nil:
 		return -1
 	case p.mediaType == ndjson:
 		return maxBatch

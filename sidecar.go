@@ -106,7 +106,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, reg *registry) *gateway {
 	for i := range g.shards {
 		g.shards[i].streams = map[string]*stream{}
 	}
-	g.posts = newPostLoop(g, nil)
+	g.posts = &postLoop{poster: g}
 	reg.value("gateway_streams", "Streams that are open or being opened.", func() float64 { return float64(g.count.Load()) })
 	return g
 }
