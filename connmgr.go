@@ -257,8 +257,9 @@ func (m *ConnectionManager) send(identifier, token string, events []event, end b
 	return r
 }
 
-// Probe asks the gateway whether the stream of token is there, or ends it, as it may have a gap: the gateway's disconnect
-// callback then removes the connection. If the gateway does not know the stream, its connection is removed at once.
+// Probe asks the gateway whether the stream of token is there, or ends one that may have a gap: the gateway's
+// disconnect callback then removes the connection. If the gateway does not know the stream, its connection is removed
+// at once.
 func (m *ConnectionManager) Probe(token string, end bool) sendResult {
 	asked := time.Now() // when the answer comes it may be gone
 	r := m.gateway.send(token, nil, end)
