@@ -44,7 +44,7 @@ type gatewayClient struct {
 	url       string            // base URL
 	transport http.RoundTripper // no http.Client, which costs more and follows redirects
 
-	features atomic.Pointer[features] // nil until a gateway has called back
+	features atomic.Value // of type features; none until a gateway has called back
 
 	mu      sync.Mutex   // guards the rest
 	posting int          // goroutines that post, each one POST after the other
@@ -83,14 +83,12 @@ func newGatewayClient(baseURL string) *gatewayClient {
 }
 
 // heard notes what the gateway says it can do.
-func (c *gatewayClient) heard(f features) { c.features.Store(&f) }
+func (c *gatewayClient) heard(f features) { c.features.Store(f) }
 
 // can returns what the gateway has said it can do.
 func (c *gatewayClient) can() features {
-	if f := c.features.Load(); f != nil {
-		return *f
-	}
-	return features{}
+	f, _ := c.features.Load().(features)
+	return f
 }
 
 // send gives the events to the stream of token, one after the other, or only the first one if the gateway takes no
@@ -156,7 +154,7 @@ func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *s
 			if sleep(ctx, resetPause) != nil {
 				return
 			}
-			if f := c.features.Load(); f != nil && !f.known {
+			if f, heard := c.features.Load().(features); heard && !f.known {
 				return
 			}
 			// For longer than before, or a slow gateway would be reset again and again.

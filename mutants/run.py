@@ -64,7 +64,7 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("refuse.go", 'case "cross-site", "same-site":', 'case "cross-site":', "Foreign|Cross|Site|CORS"),
     ("sidecar.go", "if g.life.Err() != nil { //", "if false { //", "Shutdown|Closing|Stop|Sidecar"),
     ("gateway.go", "err = c.tryReset(ctx, sendLimit,", "err = c.tryReset(ctx, resetLimit,", "Reset"),
-    ("gateway.go", "if f := c.features.Load(); f != nil && !f.known {", "if f := c.features.Load(); f != nil && !f.known && false {", "Reset"),
+    ("gateway.go", "heard && !f.known {", "heard && !f.known && false {", "Reset"),
     ("gateway.go", "c.posting--", "", "Gateway"),
     ("callback.go", "a.Close = a.Close || h.closing.Load()", "_ = 0", "Callback|Closing"),
     ("postloop.go", 'strings.EqualFold(string(value), "keep-alive")', 'true', "SendConnection"),
