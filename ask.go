@@ -15,9 +15,8 @@ import (
 	"time"
 )
 
-// connect asks the backend whether s may be opened. It returns a refusal or an answer, or both if the backend has
-// accepted but its answer broke off: then the stream is refused, and the backend must be told of its end.
-func (g *gateway) connect(r *http.Request, s *stream) (refused *refusal, answer *callbackAnswer) {
+// connect asks the backend whether s may be opened. It returns its answer, or why not.
+func (g *gateway) connect(r *http.Request, s *stream) (*callbackAnswer, *refusal) {
 	order := fmt.Sprintf("%s-%d", g.name, g.requests.Add(1))
 	ctx, cancel := context.WithTimeout(g.asking, callbackLimit)
 	defer cancel()
@@ -26,23 +25,23 @@ func (g *gateway) connect(r *http.Request, s *stream) (refused *refusal, answer 
 		defer func() { <-g.connecting }()
 	case <-ctx.Done():
 		g.met.callbacks.with("connect", outcome(0, ctx.Err())).Inc()
-		return explain(ctx.Err()), nil
+		return nil, explain(ctx.Err())
 	case <-r.Context().Done():
 	}
 	if r.Context().Err() != nil || hasLeft(r) { // before the backend was asked
-		return &refusal{status: http.StatusServiceUnavailable, text: "client left"}, nil
+		return nil, &refusal{status: http.StatusServiceUnavailable, text: "client left"}
 	}
 	c := callback{action: "connect", token: s.token, url: r.RequestURI, lastEventID: headerText(r, "Last-Event-Id"), order: order}
 	code, body, err := g.call(ctx, c, "", s.request)
 	switch {
 	case err == nil && code/100 == 2:
-		return nil, g.parseAnswer(body)
+		return g.parseAnswer(body), nil
 	case code >= 300:
-		return rejection(code, body), nil
-	case code/100 == 2:
-		answer = &callbackAnswer{}
+		return nil, rejection(code, body)
+	case code/100 == 2: // it has accepted, but its answer broke off
+		g.spawn(func() { g.disconnect(s, streamError) })
 	}
-	return explain(err), answer
+	return nil, explain(err)
 }
 
 // hasLeft reports whether the client has closed its connection, which the request's context may learn later. A browser
@@ -61,7 +60,7 @@ func hasLeft(r *http.Request) (left bool) {
 	return left || err != nil
 }
 
-// explain returns the refusal for a backend that was not heard.
+// explain returns the refusal for a backend that was not heard, or not asked because of a shutdown.
 func explain(err error) *refusal {
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):

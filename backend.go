@@ -64,7 +64,7 @@ func newBackend(cfg backendConfig, gatewayURL string, reg *registry, log *slog.L
 		wrongSecrets: throttle{interval: time.Second},
 		badIDs:       throttle{interval: time.Second},
 	}
-	b.reports = newPostLoop(b, reg.requests)
+	b.reports = &postLoop{poster: b, requests: reg.requests}
 	services := label{"service", []string{serviceTask, serviceVersion, servicePage}}
 	reg.gauge("sse_gateway_active_connections", "Current connections.", b.conns.Active, services)
 	reg.gauge("sse_outbox_events", "Events kept for delivery and resumption.", func() map[string]float64 {
@@ -186,7 +186,7 @@ func (b *backend) serveReport(w http.ResponseWriter, r *http.Request) {
 
 // plainLimit is for plainPoster.
 func (b *backend) plainLimit(p plainPost) int64 {
-	if reportedTask(p.path) == "" || p.mediaType != jsonType || !b.cfg.servesHost(string(p.host)) {
+	if b.closing.Load() || reportedTask(p.path) == "" || p.mediaType != jsonType || !b.cfg.servesHost(string(p.host)) {
 		return -1
 	}
 	return maxTaskBody

@@ -4,7 +4,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"log/slog"
 	"net/http"
@@ -58,7 +57,7 @@ func (h *callbackHandler) serve(w http.ResponseWriter, r *http.Request) (status 
 		h.wrongSecrets.log(h.log, slog.LevelWarn, "callback with a missing or wrong secret", "remote", r.RemoteAddr)
 		return 0, nil, errWrongSecret
 	}
-	body, err := readBody(w, r, maxCallback, new(bytes.Buffer))
+	body, err := readBody(w, r, maxCallback)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -90,7 +89,7 @@ func (h *callbackHandler) connect(c callback, can features) (a connectAnswer, er
 	path, query := parseTarget(c.url)
 	request := connectRequest{
 		token:       c.token,
-		lastEventID: cmp.Or(c.lastEventID, lastValue(query["lastEventId"])),
+		lastEventID: cmp.Or(c.lastEventID, query.Get("lastEventId")),
 		taskIDs:     query["task_id"],
 		order:       parseOrder(c.order),
 		probes:      can.known,
@@ -107,7 +106,7 @@ func (h *callbackHandler) connect(c callback, can features) (a connectAnswer, er
 	case len(query["task_id"]) > 1 && service != servicePage:
 		return a, badRequest("duplicate_field", "task_id is given twice in the URL")
 	}
-	id := lastValue(query[key])
+	id := query.Get(key)
 	err = cmp.Or(checkID(id), errAskFirst)
 	// The first try asks nobody. If that is needed, the next one asks, and again if another connection has come since.
 	for tries := 0; err == errAskFirst; tries++ {
@@ -123,7 +122,7 @@ func (h *callbackHandler) connect(c callback, can features) (a connectAnswer, er
 	if !can.retry {
 		a.Event.Retry = 0
 	}
-	if lastValue(query["heartbeat"]) == "event" {
+	if query.Get("heartbeat") == "event" {
 		a.Heartbeat = "event"
 	}
 	a.Close = a.Close || h.closing.Load() // since the look above; EndAll may not have seen it
@@ -148,15 +147,16 @@ func route(path string) (service, key string) {
 
 // parseTarget splits the request target of a stream into its path and the values of our keys in its query. The path is
 // "" unless it is clean and without escapes, and our keys are spelled literally. So a proxy in front that decides by the
-// normalized path, or by the first key in any case, decides by what is routed here.
-func parseTarget(target string) (streamPath string, values map[string][]string) {
+// normalized path, or by the first key in any case, decides by what is routed here. The last of several values counts,
+// and is the first here.
+func parseTarget(target string) (streamPath string, values url.Values) {
 	streamPath, query, _ := strings.Cut(target, "?")
 	clean := path.Clean(streamPath)
 	if streamPath != clean && streamPath != clean+"/" || strings.ContainsAny(streamPath, `%\`) || strings.Contains(target, "#") {
 		return "", nil
 	}
-	values = map[string][]string{}
-	for pair := range strings.SplitSeq(query, "&") {
+	values = url.Values{}
+	for _, pair := range slices.Backward(strings.Split(query, "&")) {
 		key, value, _ := strings.Cut(pair, "=")
 		decoded, _ := url.QueryUnescape(key)
 		for _, ours := range []string{"task_id", "request_id", "lastEventId", "heartbeat"} {
@@ -167,18 +167,10 @@ func parseTarget(target string) (streamPath string, values map[string][]string) 
 				return "", nil
 			}
 			value, _ = url.QueryUnescape(value) // "" if it cannot be decoded
-			values[ours] = append(values[ours], value)
+			values.Add(ours, value)
 		}
 	}
 	return streamPath, values
-}
-
-// lastValue returns the last of the values, or "".
-func lastValue(values []string) string {
-	if len(values) == 0 {
-		return ""
-	}
-	return values[len(values)-1]
 }
 
 func parseCallback(body []byte) (c callback, err error) {
@@ -190,7 +182,7 @@ func parseCallback(body []byte) (c callback, err error) {
 		return c, err
 	}
 	read := func(raw []byte) (s string) {
-		if raw != nil && err == nil {
+		if err == nil {
 			s, err = parseString(raw)
 		}
 		return s

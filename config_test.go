@@ -285,7 +285,7 @@ func TestGatewayHost(t *testing.T) {
 		if err != nil {
 			t.Skipf("HOST=%s: %v", host, err)
 		}
-		listener := servers[0].listeners[0]
+		listener := servers[0].listener
 		defer listener.Close()
 		if got, _, _ := net.SplitHostPort(listener.Addr().String()); got != want {
 			t.Errorf("HOST=%s: listens on %s, want %s", host, got, want)

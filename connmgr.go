@@ -130,7 +130,7 @@ func (m *ConnectionManager) Ask(identifier string, c *connectRequest) bool {
 	m.mu.Unlock()
 	if old != nil {
 		c.replaces = old.token
-		m.Probe(old.token)
+		m.Probe(old.token, false)
 	}
 	return m.gateway.send(c.token, nil, false).err == nil
 }
@@ -221,7 +221,7 @@ func (m *ConnectionManager) Send(token string, events []event, end bool) sendRes
 		return sendResult{err: errUnknownToken}
 	}
 	if c.suspect.Load() {
-		m.endSuspect(c)
+		m.Probe(token, true)
 		return sendResult{err: errSuspended}
 	}
 	r := m.send(c.identifier, token, events, end)
@@ -257,31 +257,22 @@ func (m *ConnectionManager) send(identifier, token string, events []event, end b
 	return r
 }
 
-// Probe asks the gateway whether the stream of token is there. If it is not, its connection is removed.
-func (m *ConnectionManager) Probe(token string) sendResult {
+// Probe asks the gateway whether the stream of token is there, or ends one that may have a gap: the gateway's
+// disconnect callback then removes the connection. If the gateway does not know the stream, its connection is removed
+// at once.
+func (m *ConnectionManager) Probe(token string, end bool) sendResult {
 	asked := time.Now() // when the answer comes it may be gone
-	r := m.ask(token, false)
-	if c := m.current(token); c != nil && r.err == nil && !r.buffered {
+	r := m.gateway.send(token, nil, end)
+	c := m.current(token)
+	switch {
+	case errors.Is(r.err, errUnknownToken):
+		m.remove(token, time.Time{})
+	case r.err != nil:
+		m.log.Debug("asking about a stream, or ending it", "token", mask(token), "end", end, "err", r.err)
+	case c != nil && !end && !r.buffered:
 		c.owner.seen(asked)
 	}
 	return r
-}
-
-// ask probes or ends the stream of token. If the gateway does not know it, its connection is removed.
-func (m *ConnectionManager) ask(token string, end bool) sendResult {
-	r := m.gateway.send(token, nil, end)
-	if errors.Is(r.err, errUnknownToken) {
-		m.remove(token, time.Time{})
-	}
-	return r
-}
-
-// endSuspect ends a stream that may have a gap. The gateway's disconnect callback, or its 404, then removes the
-// connection.
-func (m *ConnectionManager) endSuspect(c *connection) {
-	if r := m.ask(c.token, true); r.err != nil {
-		m.log.Debug("ending a stream that may have a gap", "identifier", c.identifier, "token", mask(c.token), "err", r.err)
-	}
 }
 
 // sweepers is how many connections a sweep asks about at the same time.
@@ -315,11 +306,7 @@ func (m *ConnectionManager) sweep(interval time.Duration) {
 	for _, c := range due {
 		slots <- struct{}{}
 		checks.Go(func() {
-			if c.suspect.Load() {
-				m.endSuspect(c)
-			} else {
-				m.Probe(c.token)
-			}
+			m.Probe(c.token, c.suspect.Load())
 			<-slots
 		})
 	}

@@ -385,7 +385,7 @@ func TestSend(t *testing.T) {
 		probe := func(answer func(string), want string) {
 			t.Helper()
 			outcome := make(chan string, 1)
-			go func() { outcome <- outcomeOf(t.conns.Probe("a")) }()
+			go func() { outcome <- outcomeOf(t.conns.Probe("a", false)) }()
 			t.rest()
 			answer("a ?")
 			t.wantOutcome(outcome, want)

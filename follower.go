@@ -253,7 +253,7 @@ func (f *follower) awaitOpen() {
 	r := sendResult{buffered: true}
 	for tries := openLimit / openPause; tries >= 0 && f.conns.current(f.token) != nil; tries-- {
 		if f.probes || tries == 0 { // one that writes an empty event for each probe is asked once, when it must be open
-			r = f.conns.Probe(f.token)
+			r = f.conns.Probe(f.token, false)
 		} else if f.wakes.Load() > 1 {
 			return // the answer to the next send tells as well
 		}

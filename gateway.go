@@ -44,20 +44,20 @@ type gatewayClient struct {
 	url       string            // base URL
 	transport http.RoundTripper // no http.Client, which costs more and follows redirects
 
-	features atomic.Pointer[features] // nil until a gateway has called back
+	features atomic.Value // of type features; none until a gateway has called back
 
-	mu      sync.Mutex     // guards the rest
-	posting int            // goroutines that post, each one POST after the other
-	waiting []*waitingSend // at most one with events for each connection, and probes and ends
+	mu      sync.Mutex   // guards the rest
+	posting int          // goroutines that post, each one POST after the other
+	waiting []*sendBatch // have at most one send with events for each connection, and probes and ends
 }
 
-// waitingSend is a send that waits for its result.
-type waitingSend struct {
-	lines  int    // lines of JSON in body
-	skips  bool   // an event that is refused for good is skipped, and the stream goes on
-	body   []byte // each line with its newline
-	result sendResult
-	done   sync.WaitGroup
+// sendBatch is what goes out in one POST: the lines of one or more sends. Until it does, only the last one gets more.
+type sendBatch struct {
+	body    []byte // a line of JSON for each event, or for a send without; each with its newline
+	lines   int
+	answers [][]byte      // one for each line, unless there is err
+	err     error         // then nobody knows what became of the lines
+	done    chan struct{} // closed when the rest is set
 }
 
 // sendResult is what became of one send.
@@ -83,14 +83,12 @@ func newGatewayClient(baseURL string) *gatewayClient {
 }
 
 // heard notes what the gateway says it can do.
-func (c *gatewayClient) heard(f features) { c.features.Store(&f) }
+func (c *gatewayClient) heard(f features) { c.features.Store(f) }
 
 // can returns what the gateway has said it can do.
 func (c *gatewayClient) can() features {
-	if f := c.features.Load(); f != nil {
-		return *f
-	}
-	return features{}
+	f, _ := c.features.Load().(features)
+	return f
 }
 
 // send gives the events to the stream of token, one after the other, or only the first one if the gateway takes no
@@ -101,58 +99,44 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 	if !can.batch {
 		events, limit = events[:min(len(events), 1)], maxPosting
 	}
-	s := &waitingSend{lines: max(len(events), 1), skips: !end && len(events) > 0, body: encodeSends(token, events, end, can)}
-	s.done.Add(1)
+	body, lines := encodeSends(token, events, end, can), max(len(events), 1)
 	c.mu.Lock()
-	c.waiting = append(c.waiting, s)
+	last := len(c.waiting) - 1
+	if last < 0 || !can.batch || c.waiting[last].lines+lines > maxBatchSends || len(c.waiting[last].body)+len(body) > maxBatchBytes {
+		c.waiting = append(c.waiting, &sendBatch{done: make(chan struct{})})
+		last++
+	}
+	b := c.waiting[last]
+	first := b.lines
+	b.body, b.lines = append(b.body, body...), first+lines
 	if c.posting < limit {
 		c.posting++
 		go c.post()
 	}
 	c.mu.Unlock()
-	s.done.Wait()
-	return s.result
+	<-b.done
+	if b.err != nil {
+		return sendResult{err: b.err}
+	}
+	return readResult(b.answers[first:first+lines], !end && len(events) > 0)
 }
 
 // post posts what waits until nothing does.
 func (c *gatewayClient) post() {
 	for {
 		runtime.Gosched() // lets others that are about to send join the batch
-		batch := c.take()
-		if len(batch) == 0 {
+		c.mu.Lock()
+		if len(c.waiting) == 0 {
+			c.posting--
+			c.mu.Unlock()
 			return
 		}
-		if len(batch) == 1 && (batch[0].lines == 1 || !c.can().batch) {
-			batch[0].result = c.postOne(batch[0])
-		} else if err := c.postBatch(batch); err != nil {
-			for _, s := range batch {
-				s.result = sendResult{err: err}
-			}
-		}
-		for _, s := range batch {
-			s.done.Done()
-		}
+		b := c.waiting[0]
+		c.waiting = slices.Delete(c.waiting, 0, 1)
+		c.mu.Unlock()
+		b.answers, b.err = c.do(b)
+		close(b.done)
 	}
-}
-
-// take returns the sends that go out next. If there are none, a goroutine fewer posts.
-func (c *gatewayClient) take() (batch []*waitingSend) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	lines, size := 0, 0
-	for _, s := range c.waiting {
-		lines += s.lines
-		size += len(s.body)
-		if len(batch) > 0 && (!c.can().batch || lines > maxBatchSends || size > maxBatchBytes) {
-			break
-		}
-		batch = append(batch, s)
-	}
-	if len(batch) == 0 {
-		c.posting--
-	}
-	c.waiting = slices.Delete(c.waiting, 0, len(batch))
-	return batch
 }
 
 // reset asks the gateway to end all streams that it has: they are those of an earlier backend, perhaps one that was
@@ -170,7 +154,7 @@ func (c *gatewayClient) reset(ctx context.Context, callbackSecret secret, log *s
 			if sleep(ctx, resetPause) != nil {
 				return
 			}
-			if f := c.features.Load(); f != nil && !f.known {
+			if f, heard := c.features.Load().(features); heard && !f.known {
 				return
 			}
 			// For longer than before, or a slow gateway would be reset again and again.
@@ -207,55 +191,57 @@ func (c *gatewayClient) statusError(status int) error {
 	return fmt.Errorf("posting to the gateway: status %d", status)
 }
 
-// postOne posts the first line of s.
-func (c *gatewayClient) postOne(s *waitingSend) sendResult {
-	line, _, _ := bytes.Cut(s.body, []byte("\n"))
-	status, answer, err := c.do(jsonType, line)
-	if err != nil {
-		return sendResult{err: err}
+// do posts the batch, and returns the answers to its lines. A single line goes out as the only thing that every gateway
+// takes.
+func (c *gatewayClient) do(b *sendBatch) (answers [][]byte, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), sendLimit)
+	defer cancel()
+	mediaType, body := jsonType, bytes.TrimSuffix(b.body, []byte("\n"))
+	if b.lines > 1 {
+		mediaType, body = ndjson, b.body
+	}
+	header := http.Header{"Content-Type": {mediaType}}
+	status, answer, err := postTo(ctx, c.transport, c.url+"/internal/send", header, body, maxBatchBytes)
+	switch {
+	case err != nil:
+		return nil, err
+	case b.lines == 1:
+		return c.oneAnswer(status, answer)
+	case status != http.StatusOK:
+		return nil, c.statusError(status)
+	}
+	answers = bytes.Split(bytes.TrimSpace(answer), []byte("\n"))
+	if len(answers) != b.lines {
+		return nil, fmt.Errorf("reading the answer: %d results to a batch of %d", len(answers), b.lines)
+	}
+	return answers, nil
+}
+
+// oneAnswer returns what a batch would have been answered to its only line.
+func (c *gatewayClient) oneAnswer(status int, answer []byte) (answers [][]byte, err error) {
+	line := batchOK
+	if bytes.Contains(answer, []byte(`"buffered"`)) {
+		line = batchBuffered
 	}
 	if status == http.StatusOK {
-		return sendResult{taken: 1, buffered: bytes.Contains(answer, []byte(`"buffered"`))}
+		return [][]byte{[]byte(line)}, nil
 	}
 	o, _ := parseObject(answer)
 	said, _, _ := o.str("error")
 	anyWords := !c.can().known // will do: another make of gateway has its own words for errors
 	switch {
 	case status == http.StatusNotFound && (said == errUnknownToken.Error() || anyWords):
-		return sendResult{err: errUnknownToken}
-	case (status == http.StatusBadRequest || status == http.StatusRequestEntityTooLarge) && (said != "" || anyWords) && s.skips:
-		return sendResult{taken: 1, refused: 1}
+		line = batchUnknown
+	case (status == http.StatusBadRequest || status == http.StatusRequestEntityTooLarge) && (said != "" || anyWords):
+		line = fmt.Sprintf(`{"status":%d}`, status)
+	default: // something in between has answered, or it is no gateway
+		return nil, c.statusError(status)
 	}
-	return sendResult{err: c.statusError(status)} // something in between has answered, or it is no gateway
+	return [][]byte{[]byte(line)}, nil
 }
 
-// postBatch posts the batch and sets the results, unless it returns an error.
-func (c *gatewayClient) postBatch(batch []*waitingSend) error {
-	want := 0
-	var bodies [][]byte
-	for _, s := range batch {
-		want += s.lines
-		bodies = append(bodies, s.body)
-	}
-	status, answer, err := c.do(ndjson, slices.Concat(bodies...))
-	if err != nil {
-		return err
-	}
-	if status != http.StatusOK {
-		return c.statusError(status)
-	}
-	lines := bytes.Split(bytes.TrimSpace(answer), []byte("\n"))
-	if len(lines) != want {
-		return fmt.Errorf("reading the answer: %d results to a batch of %d", len(lines), want)
-	}
-	for _, s := range batch {
-		s.result = readResult(lines[:s.lines], s.skips)
-		lines = lines[s.lines:]
-	}
-	return nil
-}
-
-// readResult reads the lines that answer one send.
+// readResult reads the answers to the lines of one send. If it skips, an event that is refused for good is skipped, and
+// the stream goes on.
 func readResult(lines [][]byte, skips bool) (r sendResult) {
 	for _, line := range lines {
 		refused := bytes.HasPrefix(line, []byte(`{"status":400`)) || bytes.HasPrefix(line, []byte(`{"status":413`))
@@ -274,10 +260,4 @@ func readResult(lines [][]byte, skips bool) (r sendResult) {
 		r.taken++
 	}
 	return r
-}
-
-func (c *gatewayClient) do(contentType string, body []byte) (status int, answer []byte, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), sendLimit)
-	defer cancel()
-	return postTo(ctx, c.transport, c.url+"/internal/send", http.Header{"Content-Type": {contentType}}, body, maxBatchBytes)
 }

@@ -548,10 +548,13 @@ func TestGatewayClientSendsRuns(t *testing.T) {
 		t.send("busy")
 		busy[0] = t.next(single("busy"))
 		a = t.send("a", run...)
-		t.client.heard(features{}) // another gateway calls back while a waits
+		t.client.heard(features{}) // another gateway calls back while a waits for the one that is gone
 		t.reply(busy[0], 200, "")
-		t.reply(t.next("application/json "+line("a", "1")), 200, "")
-		t.wantResult(a, "1 false <nil>")
+		t.reply(t.next(runs("a")), 415, "")
+		t.wantResult(a, "0 false posting to the gateway: status 415")
+		a = t.send("a", run...)
+		t.reply(t.next("application/json "+line("a", "1")), 404, "")
+		t.wantResult(a, "0 false unknown token")
 		t.finish(busy[1:])
 	})
 }

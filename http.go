@@ -17,17 +17,18 @@ import (
 
 const jsonType = "application/json"
 
-// readBody reads at most limit bytes of the request's body into buf.
-func readBody(w http.ResponseWriter, r *http.Request, limit int64, buf *bytes.Buffer) ([]byte, error) {
-	buf.Grow(int(min(max(0, r.ContentLength), limit, 4<<10)) + bytes.MinRead) // at once, if the body is small
-	_, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
-	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
+// readBody reads the request's body, which may have at most limit bytes.
+func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
+	var body bytes.Buffer
+	body.Grow(int(min(max(0, r.ContentLength), limit, 4<<10)) + bytes.MinRead) // at once, if it is small
+	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
+	switch {
+	case errors.As(err, new(*http.MaxBytesError)):
 		return nil, errBodyTooLarge
-	}
-	if err != nil {
+	case err != nil:
 		return nil, errNotJSON // the client broke off, or its chunks are malformed
 	}
-	return buf.Bytes(), nil
+	return body.Bytes(), nil
 }
 
 // hasMediaType reports whether the request says that its body has that type.
@@ -55,7 +56,7 @@ func readTyped(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, err
 	if r.Header.Get("Content-Type") != "" && !hasMediaType(r, jsonType) {
 		return nil, errMediaType
 	}
-	return readBody(w, r, limit, new(bytes.Buffer))
+	return readBody(w, r, limit)
 }
 
 var (

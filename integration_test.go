@@ -213,7 +213,7 @@ func newSystem(t testing.TB, start func(testing.TB, ...string) *process, env ...
 		backend: newBackend(cfg, gateway.URL, newRegistry("test"), slog.New(slog.NewTextHandler(logged, nil))),
 		gateway: gateway,
 	}
-	server := newServer(s.log, s.reg, s.routes(nil), l)
+	server := newServer(s.log, s.reg, s.routes(nil))
 	go server.Serve(l)
 	s.work(t.Context())
 	t.Cleanup(func() {

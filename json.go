@@ -92,12 +92,8 @@ func pickMember(text, name []byte, i, depth int, wanted []member, duplicate *boo
 
 // str returns a string member, and whether it is there.
 func (o object) str(name string) (value string, ok bool, err error) {
-	raw, ok := o[name]
-	if !ok {
-		return "", false, nil
-	}
-	value, err = parseString(raw)
-	return value, err == nil, err
+	value, err = parseString(o[name])
+	return value, err == nil && o[name] != nil, err
 }
 
 // memberFunc is called for each member of an object, in order. Its value begins at i. The result is that of skipValue.
@@ -295,15 +291,24 @@ func isString(raw []byte, s string) bool {
 	return decoded == s
 }
 
-// parseString decodes a JSON string. For any other value the error is errFieldType.
+// parseString decodes a JSON string. An absent one is "". For any other value the error is errFieldType.
 func parseString(raw []byte) (string, error) {
-	if byteAt(raw, 0) != '"' {
-		return "", errFieldType
-	}
 	if bytes.IndexByte(raw, '\\') >= 0 {
 		raw = bytes.Clone(raw)
 	}
-	return string(unquote(raw)), nil
+	text, err := parseText(raw)
+	return string(text), err
+}
+
+// parseText is parseString, but decodes in place. An absent string is nil.
+func parseText(raw []byte) ([]byte, error) {
+	switch byteAt(raw, 0) {
+	case 0:
+		return nil, nil
+	case '"':
+		return unquote(raw), nil
+	}
+	return nil, errFieldType
 }
 
 // unquote decodes a JSON string in place: it never gets longer. An escape that is half of a surrogate pair becomes

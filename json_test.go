@@ -96,7 +96,7 @@ func TestParseValues(t *testing.T) {
 		{raw: `"1"`, str: "1", isString: true},
 		{raw: `-0.5e1`, number: -5, isNumber: true},
 		{raw: `0`, isNumber: true},
-		{raw: `1e999`}, {raw: `null`}, {raw: `true`}, {raw: `{}`}, {raw: `["a"]`}, {raw: ``},
+		{raw: `1e999`}, {raw: `null`}, {raw: `true`}, {raw: `{}`}, {raw: `["a"]`}, {raw: ``, isString: true}, // absent
 	} {
 		str, err := parseString([]byte(tt.raw))
 		if str != tt.str || (err == nil) != tt.isString || err != nil && err != errFieldType {

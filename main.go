@@ -104,7 +104,6 @@ func runBackend(ctx context.Context, getenv func(string) string, stderr io.Write
 		log.Error("listening", "err", err)
 		return 1
 	}
-	servers[0].listeners = append(servers[0].listeners, b.reports)
 	if g == nil {
 		b.gateway.reset(ctx, cfg.CallbackSecret, log) // the first try comes before there are streams of its own
 	}
@@ -127,8 +126,6 @@ func runGateway(ctx context.Context, getenv func(string) string, stderr io.Write
 		log.Error("listening", "err", err)
 		return 1
 	}
-	sends := servers[len(servers)-1]
-	sends.listeners = append(sends.listeners, g.posts)
 	if cfg.CallbackURL == "" {
 		log.Warn("CALLBACK_URL is not set: streams are refused")
 	}

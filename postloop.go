@@ -15,7 +15,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -32,45 +31,39 @@ const (
 // plainPoster carries out the requests of a postLoop.
 type plainPoster interface {
 	// plainLimit returns the most bytes that the body of a request may have. It is negative if the request is none that
-	// answerPlain knows.
+	// answerPlain knows, or in a shutdown: then net/http tells of the end.
 	plainLimit(p plainPost) int64
 	// answerPlain carries out a request. It returns the status of the answer, and text with its body appended. A status
 	// of 0 says that net/http must answer; then nothing has been done.
 	answerPlain(text []byte, p plainPost, body []byte) (status int, answer []byte)
 }
 
-// postLoop serves connections with such requests. To net/http it is the listener from which those come that go back.
+// postLoop serves connections with such requests. It is ready when it has a poster.
 type postLoop struct {
 	poster   plainPoster
-	requests *family       // counts the answers; nil if they are not counted
-	conns    chan net.Conn // on their way back
-	accepted atomic.Bool   // net/http does accept them
-	closed   chan struct{}
+	requests *family      // counts the answers; nil if they are not counted
 	open     atomic.Int64 // connections that are served here
-	close    sync.Once
 
 	tracker // counts requests that are being answered, or go back
-}
-
-func newPostLoop(poster plainPoster, requests *family) *postLoop {
-	return &postLoop{poster: poster, requests: requests, conns: make(chan net.Conn), closed: make(chan struct{})}
 }
 
 // respond answers a request that net/http has read. If it was a plain one, its connection is served here from then on;
 // one that came back, only after some more.
 func (l *postLoop) respond(w http.ResponseWriter, r *http.Request, mediaType string, status int, body []byte) {
+	server, _ := r.Context().Value(http.ServerContextKey).(*http.Server)
 	back, _ := r.Context().Value(connKey{}).(*returnedConn)
-	if l.accepted.Load() && isPlain(r, mediaType) && (back == nil || back.plain.Add(1) > 10) {
+	p := plainPost{path: []byte(r.URL.Path), host: []byte(r.Host), mediaType: mediaType}
+	if isPlain(r, mediaType) && l.poster.plainLimit(p) >= 0 && (back == nil || back.plain.Add(1) > 10) {
 		if conn, rw, err := http.NewResponseController(w).Hijack(); err == nil {
-			l.keep(conn, rw.Reader, l.appendAnswer(nil, time.Now(), mediaType, status, body))
+			l.keep(server, conn, rw.Reader, l.appendAnswer(nil, time.Now(), mediaType, status, body))
 			return
 		}
 	}
 	writeBody(w, mediaType, status, body)
 }
 
-// keep writes the answer to a connection that was taken over from net/http, and serves it from then on.
-func (l *postLoop) keep(conn net.Conn, read *bufio.Reader, answer []byte) {
+// keep writes the answer to a connection that was taken over from server, and serves it from then on.
+func (l *postLoop) keep(server *http.Server, conn net.Conn, read *bufio.Reader, answer []byte) {
 	ahead, _ := read.Peek(read.Buffered())
 	if r, ok := conn.(*returnedConn); ok {
 		more, _ := io.ReadAll(r.first)
@@ -81,11 +74,11 @@ func (l *postLoop) keep(conn net.Conn, read *bufio.Reader, answer []byte) {
 		conn.Close()
 		return
 	}
-	l.serve(conn, ahead)
+	l.serve(server, conn, ahead)
 }
 
-// serve serves conn. buf is what has been read from it.
-func (l *postLoop) serve(conn net.Conn, buf []byte) {
+// serve serves conn, until it closes it or it goes back to server. buf is what has been read from it.
+func (l *postLoop) serve(server *http.Server, conn net.Conn, buf []byte) {
 	l.open.Add(1)
 	defer l.open.Add(-1)
 	var out replyBuffers
@@ -123,11 +116,10 @@ func (l *postLoop) serve(conn net.Conn, buf []byte) {
 			l.busy.Add(1) // net/http answers it, also in a shutdown
 			defer l.busy.Add(-1)
 			conn.SetDeadline(time.Time{})
-			select {
-			case l.conns <- &returnedConn{TCPConn: conn.(*net.TCPConn), first: bytes.NewReader(buf)}:
-			case <-l.closed:
-				conn.Close()
-			}
+			back := make(oneConn, 1)
+			back <- &returnedConn{TCPConn: conn.(*net.TCPConn), first: bytes.NewReader(buf)}
+			close(back)
+			server.Serve(back)
 			return
 		}
 		if len(buf) > 0 && !begun {
@@ -287,19 +279,22 @@ func (c *returnedConn) Read(b []byte) (int, error) {
 	return c.TCPConn.Read(b)
 }
 
-func (l *postLoop) Accept() (net.Conn, error) {
-	l.accepted.Store(true)
-	select {
-	case c := <-l.conns:
+// oneConn is a listener for a connection that goes back to an http.Server. It is a closed channel that has it.
+type oneConn chan net.Conn
+
+func (l oneConn) Accept() (net.Conn, error) {
+	if c, ok := <-l; ok {
 		return c, nil
-	case <-l.closed:
-		return nil, net.ErrClosed
 	}
+	return nil, net.ErrClosed
 }
 
-func (l *postLoop) Close() error {
-	l.close.Do(func() { l.accepted.Store(false); close(l.closed) })
+// Close closes the connection if it has not been accepted: the server is shut down.
+func (l oneConn) Close() error {
+	for c := range l {
+		c.Close()
+	}
 	return nil
 }
 
-func (l *postLoop) Addr() net.Addr { return &net.TCPAddr{} }
+func (l oneConn) Addr() net.Addr { return &net.TCPAddr{} }

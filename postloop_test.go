@@ -187,7 +187,7 @@ func TestSendConnectionTimes(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			g := newGateway(gatewayConfig{}, slog.New(slog.DiscardHandler), newRegistry("test"))
 			ours, theirs := net.Pipe()
-			go g.posts.serve(ours, nil)
+			go g.posts.serve(nil, ours, nil)
 			answers := bufio.NewReader(theirs)
 			ask := func(text string) {
 				io.WriteString(theirs, text)
@@ -312,11 +312,11 @@ func testHeld(t *testing.T, text string, test func(t *testing.T, h *heldLoop)) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		h := &heldLoop{heldPoster: heldPoster{make(chan struct{}), make(chan struct{})}}
-		h.postLoop = newPostLoop(h.heldPoster, nil)
+		h.postLoop = &postLoop{poster: h.heldPoster}
 		ours, theirs := net.Pipe()
 		defer theirs.Close()
 		h.Conn = theirs
-		go h.serve(heldConn{ours, &h.room}, []byte(text))
+		go h.serve(nil, heldConn{ours, &h.room}, []byte(text))
 		test(t, h)
 	})
 }
@@ -496,23 +496,37 @@ func TestPlainPostsGoBackTracked(t *testing.T) {
 	client := dialTo(t, listener.Addr().String(), "")
 	conn, err := listener.Accept()
 	must(t, err)
-	l := newPostLoop(heldPoster{}, nil)
-	go l.serve(conn, []byte("GET / HTTP/1.1\r\n\r\n"))
-	eventually(t, soon, "the connection waits", func() bool { return l.busy.Load() == 1 })
-	back, err := l.Accept()
-	must(t, err)
+	l, tracked := &postLoop{poster: heldPoster{}}, make(chan int64, 1)
+	server := &http.Server{Handler: http.NotFoundHandler(), ConnState: func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			tracked <- l.busy.Load()
+		}
+	}}
+	defer server.Close()
+	go l.serve(server, conn, []byte("GET / HTTP/1.1\r\nHost: h\r\n\r\n"))
+	if got := receive(t, tracked); got != 1 {
+		t.Errorf("got %d under way when net/http took it, want 1", got)
+	}
+	if got := client.answer().StatusCode; got != http.StatusNotFound {
+		t.Errorf("got status %d, want 404", got)
+	}
 	eventually(t, soon, "the connection has left", func() bool { return l.busy.Load() == 0 })
-	io.WriteString(back, "ok")
+
+	server.Close() // from now on nobody takes any
+	client = dialTo(t, listener.Addr().String(), "")
+	conn, err = listener.Accept()
+	must(t, err)
+	l.serve(server, conn, []byte("GET / HTTP/1.1\r\nHost: h\r\n\r\n"))
 	client.SetReadDeadline(time.Now().Add(patience))
-	if got, err := client.wire.Peek(2); string(got) != "ok" {
-		t.Errorf("got %q, %v, want ok", got, err)
+	if _, err := client.wire.ReadByte(); err != io.EOF {
+		t.Errorf("got %v after the end, want %v", err, io.EOF)
 	}
 }
 
 // Requests of which only every other one is plain stay with net/http for the most part.
 func TestPlainPostsAmongOthers(t *testing.T) {
 	t.Parallel()
-	l := newPostLoop(heldPoster{}, nil)
+	l := &postLoop{poster: heldPoster{}}
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		l.respond(w, r, jsonType, http.StatusOK, nil)
 	}))
@@ -525,8 +539,6 @@ func TestPlainPostsAmongOthers(t *testing.T) {
 	server.Config.ConnContext = withConn
 	server.Start()
 	t.Cleanup(server.Close)
-	go server.Config.Serve(l)
-	eventually(t, soon, "the loop is known", l.accepted.Load)
 	conn := dialTo(t, server.Listener.Addr().String(), "")
 	for range 40 {
 		conn.write(sendText(jsonType, nil))
@@ -539,23 +551,38 @@ func TestPlainPostsAmongOthers(t *testing.T) {
 	}
 }
 
+// closingPoster may be in a shutdown.
+type closingPoster struct {
+	heldPoster
+	atomic.Bool
+}
+
+func (p *closingPoster) plainLimit(plainPost) int64 {
+	if p.Load() {
+		return -1
+	}
+	return maxSend
+}
+
 // In a shutdown net/http writes the answers that are still to come: it waits for them, and tells of the end.
 func TestPlainPostsAtTheEnd(t *testing.T) {
 	t.Parallel()
-	l := newPostLoop(heldPoster{}, nil)
+	closing := &closingPoster{}
+	l := &postLoop{poster: closing}
 	asked, answer := make(chan struct{}), make(chan struct{})
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		close(asked)
 		<-answer
 		l.respond(w, r, jsonType, http.StatusOK, nil)
 	}))
-	go server.Config.Serve(l)
-	eventually(t, soon, "the loop is known", l.accepted.Load)
 	conn := dialTo(t, server.Listener.Addr().String(), sendText(jsonType, nil))
 	<-asked
+	closing.Store(true)
 	stopped := make(chan error)
 	go func() { stopped <- server.Config.Shutdown(t.Context()) }()
-	<-l.closed
+	none := make(oneConn)
+	close(none)
+	eventually(t, soon, "the shutdown has begun", func() bool { return server.Config.Serve(none) == http.ErrServerClosed })
 	close(answer)
 	if got := conn.answer(); !got.Close {
 		t.Error("got an answer after which the connection stays open, want one that ends it")

@@ -46,11 +46,9 @@ func rejection(status int, body []byte) *refusal {
 	if refused.isTransient() {
 		refused.reason = refusedBackend
 	}
-	var raw []byte
-	if pick(body, member{"error", &raw, nil}) == nil {
-		if text, err := parseString(raw); err == nil && text != "" && len(text) <= maxReason {
-			refused.text = text
-		}
+	o, _ := parseObject(body)
+	if text, _, _ := o.str("error"); text != "" && len(text) <= maxReason {
+		refused.text = text
 	}
 	return refused
 }

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"sync"
 )
 
 const (
@@ -47,9 +46,6 @@ func parseSend(body []byte) (m sendRequest, err error) {
 	return m, cmp.Or(tokenErr, eventErr, endErr)
 }
 
-// bodies are buffers for the bodies of /internal/send.
-var bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
-
 // serveSend is POST /internal/send.
 func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 	uncounted(w)
@@ -61,23 +57,20 @@ func (g *gateway) serveSend(w http.ResponseWriter, r *http.Request) {
 		writeError(w, r, errMediaType)
 		return
 	}
-	buf := bodies.Get().(*bytes.Buffer)
-	buf.Reset()
-	body, err := readBody(w, r, limit, buf)
+	body, err := readBody(w, r, limit)
 	if err != nil {
 		g.met.events.with("invalid").Inc()
 		writeError(w, r, err)
 		return
 	}
 	status, text := g.answerPlain(nil, plainPost{mediaType: mediaType}, body)
-	bodies.Put(buf) // not deferred: respond may last as long as the connection
 	g.posts.respond(w, r, mediaType, status, text)
 }
 
 // plainLimit is for plainPoster.
 func (g *gateway) plainLimit(p plainPost) int64 {
 	switch {
-	case string(p.path) != "/internal/send" || g.life.Err() != nil: // then net/http tells of the end
+	case string(p.path) != "/internal/send" || g.life.Err() != nil:
 		return -1
 	case p.mediaType == ndjson:
 		return maxBatch

@@ -32,7 +32,7 @@ const maxHeader = 16 << 10
 // openServers listens on the addresses that are not empty. It returns a server for each, with the routes that stand in
 // the same place. Connections have no keep-alive probes, which would cost each four system calls: streams have
 // heartbeats, and everything else has a deadline.
-func openServers(log *slog.Logger, reg *registry, addrs []string, routes ...http.Handler) (servers []*server, err error) {
+func openServers(log *slog.Logger, reg *registry, addrs []string, routes ...http.Handler) (servers []server, err error) {
 	silent := net.ListenConfig{KeepAlive: -1}
 	for i, addr := range addrs {
 		if addr == "" {
@@ -42,35 +42,32 @@ func openServers(log *slog.Logger, reg *registry, addrs []string, routes ...http
 		if err != nil {
 			return nil, err
 		}
-		servers = append(servers, newServer(log, reg, routes[i], l))
+		servers = append(servers, server{newServer(log, reg, routes[i]), l})
 	}
 	return servers, nil
 }
 
-// server is an http.Server with its listeners.
+// server is an http.Server with its listener.
 type server struct {
-	http.Server
-	listeners []net.Listener
+	*http.Server
+	listener net.Listener
 }
 
 // newServer returns a server whose answers reg counts. Unless h says otherwise nobody may store them: browsers and
 // caches give a stored 410 to whoever asks next.
-func newServer(log *slog.Logger, reg *registry, h http.Handler, listeners ...net.Listener) *server {
-	return &server{
-		listeners: listeners,
-		Server: http.Server{
-			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				w.Header().Set("Cache-Control", "no-store")
-				h.ServeHTTP(&countedWriter{ResponseWriter: w, requests: reg.requests}, r)
-			}),
-			ReadHeaderTimeout: 10 * time.Second,
-			ReadTimeout:       30 * time.Second,
-			WriteTimeout:      30 * time.Second,  // streams have left the server by then
-			IdleTimeout:       2 * time.Minute,   // longer than our own clients keep connections
-			MaxHeaderBytes:    maxHeader - 4<<10, // net/http adds 4 KiB
-			ErrorLog:          stdlog.New(&errorLog{log, throttle{interval: time.Second}}, "", 0),
-			ConnContext:       withConn,
-		},
+func newServer(log *slog.Logger, reg *registry, h http.Handler) *http.Server {
+	return &http.Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Cache-Control", "no-store")
+			h.ServeHTTP(&countedWriter{ResponseWriter: w, requests: reg.requests}, r)
+		}),
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       30 * time.Second,
+		WriteTimeout:      30 * time.Second,  // streams have left the server by then
+		IdleTimeout:       2 * time.Minute,   // longer than our own clients keep connections
+		MaxHeaderBytes:    maxHeader - 4<<10, // net/http adds 4 KiB
+		ErrorLog:          stdlog.New(&errorLog{log, throttle{interval: time.Second}}, "", 0),
+		ConnContext:       withConn,
 	}
 }
 
@@ -150,16 +147,14 @@ func (l *errorLog) Write(line []byte) (int, error) {
 
 // serve runs the servers and work until ctx ends or a server fails. Then it calls stop, while the servers still answer,
 // and shuts them down. An error from failed ends it at once. It returns the exit code.
-func serve(ctx context.Context, log *slog.Logger, servers []*server, work, stop func(context.Context), failed <-chan error) int {
+func serve(ctx context.Context, log *slog.Logger, servers []server, work, stop func(context.Context), failed <-chan error) int {
 	running, end := context.WithCancelCause(ctx)
 	defer end(nil)
 	for _, s := range servers {
-		for _, l := range s.listeners {
-			go func() { end(s.Serve(l)) }()
-		}
+		go func() { end(s.Serve(s.listener)) }()
 	}
 	work(running)
-	log.Info("started", "url", "http://"+servers[0].listeners[0].Addr().String(), "version", buildVersion())
+	log.Info("started", "url", "http://"+servers[0].listener.Addr().String(), "version", buildVersion())
 	code := 0
 	select {
 	case <-running.Done():

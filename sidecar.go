@@ -106,7 +106,7 @@ func newGateway(cfg gatewayConfig, log *slog.Logger, reg *registry) *gateway {
 	for i := range g.shards {
 		g.shards[i].streams = map[string]*stream{}
 	}
-	g.posts = newPostLoop(g, nil)
+	g.posts = &postLoop{poster: g}
 	reg.value("gateway_streams", "Streams that are open or being opened.", func() float64 { return float64(g.count.Load()) })
 	return g
 }
@@ -127,33 +127,26 @@ func (g *gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	}
 	g.busy.Add(1)
 	defer g.busy.Add(-1)
-	s := g.register(r, request)
-	if s == nil {
-		text := "no capacity"
-		if g.life.Err() != nil {
-			text = "shutting down"
-		}
-		g.refuse(w, r, &refusal{http.StatusServiceUnavailable, refusedCapacity, text})
+	s, refused := g.register(r, request)
+	if refused != nil {
+		g.refuse(w, r, refused)
 		return
 	}
-	refused, answer := g.connect(r, s)
+	answer, refused := g.connect(r, s)
 	if refused != nil {
 		g.unregister(s)
-		if answer != nil { // the backend accepted, and must be told
-			g.spawn(func() { g.disconnect(s, streamError) })
-		}
 		g.refuse(w, r, refused)
 		return
 	}
 	g.open(w, s, answer)
 }
 
-// register makes a stream for the request. It returns nil if there is no room or the gateway is shutting down.
-func (g *gateway) register(r *http.Request, request json.RawMessage) *stream {
+// register makes a stream for the request, unless there is no room or the gateway is shutting down.
+func (g *gateway) register(r *http.Request, request json.RawMessage) (*stream, *refusal) {
 	if n := g.count.Add(1); g.cfg.MaxConnections > 0 && n > int64(g.cfg.MaxConnections) {
 		g.count.Add(-1)
 		g.full.log(g.log, slog.LevelWarn, "streams are turned away: MAX_CONNECTIONS is reached", "limit", g.cfg.MaxConnections)
-		return nil
+		return nil, &refusal{http.StatusServiceUnavailable, refusedCapacity, "no capacity"}
 	}
 	s := &stream{token: newToken(), chunked: r.ProtoAtLeast(1, 1), cfg: &g.cfg}
 	if g.backend == nil {
@@ -165,9 +158,9 @@ func (g *gateway) register(r *http.Request, request json.RawMessage) *stream {
 	sh.mu.Unlock()
 	if g.life.Err() != nil { // looked at when it is in the map, so that shutdown misses none
 		g.unregister(s)
-		return nil
+		return nil, explain(g.life.Err())
 	}
-	return s
+	return s, nil
 }
 
 func (g *gateway) unregister(s *stream) {

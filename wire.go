@@ -239,17 +239,6 @@ func parseRetry(raw []byte) (int, error) {
 	return int(n), err
 }
 
-// parseText decodes a JSON string in place. An absent one is nil.
-func parseText(raw []byte) ([]byte, error) {
-	switch byteAt(raw, 0) {
-	case 0:
-		return nil, nil
-	case '"':
-		return unquote(raw), nil
-	}
-	return nil, errFieldType
-}
-
 // parseBool decodes a JSON bool. An absent one is false.
 func parseBool(raw []byte) (bool, error) {
 	switch string(raw) {
