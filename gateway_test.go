@@ -94,6 +94,7 @@ func TestGatewayClientAnswers(t *testing.T) {
 		{another, 307, "", "0 0 false posting to the gateway: status 307"}, // an http.Client would POST again
 		{another, 500, strings.Repeat("x", 1<<20), "0 0 false posting to the gateway: status 500"},
 		{another, 503, "", "0 0 false posting to the gateway: status 503"},
+		{ours, 408, `{"error":"request body broke off","code":"broken_off"}`, "0 0 false posting to the gateway: status 408"},
 		{ours, 404, `{"error":"unknown token"}`, "0 0 false unknown token"},
 		{ours, 404, "404 page not found", "0 0 false the gateway at "},
 		{ours, 404, `{"error":"not found"}`, "0 0 false the gateway at "},
