@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -214,12 +215,13 @@ func (c *gatewayClient) postOne(s *waitingSend) sendResult {
 	if err != nil {
 		return sendResult{err: err}
 	}
-	if status == http.StatusOK {
-		return sendResult{taken: 1, buffered: bytes.Contains(answer, []byte(`"buffered"`))}
+	anyWords := !c.can().known // will do: another make of gateway has its own
+	words := string(bytes.TrimSpace(answer))
+	if status == http.StatusOK && (words == batchOK || words == batchBuffered || anyWords) {
+		return sendResult{taken: 1, buffered: strings.Contains(words, `"buffered"`)}
 	}
 	o, _ := parseObject(answer)
 	said, _, _ := o.str("error")
-	anyWords := !c.can().known // will do: another make of gateway has its own words for errors
 	switch {
 	case status == http.StatusNotFound && (said == errUnknownToken.Error() || anyWords):
 		return sendResult{err: errUnknownToken}
