@@ -38,11 +38,12 @@ type owner interface {
 // ConnectionManager knows which token is the current connection of each identifier. What has been delivered is the
 // business of followers.
 type ConnectionManager struct {
-	gateway  sender
-	log      *slog.Logger
-	met      *backendMetrics
-	failures throttle // limits what is logged about sends
-	tracker           // counts the followers at work, and other goroutines that send
+	gateway sender
+	log     *slog.Logger
+	met     *backendMetrics
+	tracker // counts the followers at work, and other goroutines that send
+
+	failures, skips throttle // limit what is logged about sends
 
 	// mu guards the maps, and is held for work on them alone. Whenever it is free, connections and tokens have the same
 	// connections.
@@ -249,7 +250,7 @@ func (m *ConnectionManager) send(identifier, token string, events []event, end b
 		m.met.events.with(service, "error").Inc()
 	}
 	if r.refused > 0 {
-		m.failures.log(m.log, slog.LevelError, "skipping an event that the gateway refuses", "identifier", identifier, "token", mask(token))
+		m.skips.log(m.log, slog.LevelError, "skipping an event that the gateway refuses", "identifier", identifier, "token", mask(token))
 	}
 	if r.err != nil && !errors.Is(r.err, errUnknownToken) {
 		m.failures.log(m.log, slog.LevelError, "sending an event", "identifier", identifier, "token", mask(token), "err", r.err)

@@ -400,6 +400,24 @@ func TestSend(t *testing.T) {
 	})
 }
 
+// That an event is skipped must not be left out of the log because of failures before it, which lose nothing.
+func TestSkippedEventIsLogged(t *testing.T) {
+	t.Parallel()
+	var log bytes.Buffer
+	answer := sendResult{err: errNoAnswer}
+	m := newConnectionManager(senderFunc(func([]event) sendResult { return answer }), slog.New(slog.NewTextHandler(&log, nil)), unreadMetrics())
+	for _, token := range []string{"a", "b"} {
+		connectToken(m, "task:"+token, token)
+		m.Send(token, []event{{Data: "x"}}, false)
+		answer = sendResult{taken: 1, refused: 1}
+	}
+	for _, want := range []string{"sending an event", "skipping an event"} {
+		if n := strings.Count(log.String(), want); n != 1 {
+			t.Errorf("%q is logged %d times, want once:\n%s", want, n, log.String())
+		}
+	}
+}
+
 func TestSweep(t *testing.T) {
 	testConns(t, "asks only about old connections", func(t *connTest) {
 		t.onConnect("task:1", "a")

@@ -312,7 +312,7 @@ func (s *TaskService) takeLines(t *task, body *lineReader) (all reported, err er
 	case errors.Is(err, bufio.ErrTooLong):
 		return all, atLine(errBodyTooLarge, n+1)
 	case err != nil:
-		return all, errNotJSON // the worker broke off
+		return all, unreadable(err)
 	}
 	return all, nil
 }

@@ -219,17 +219,16 @@ func (c *gatewayClient) do(b *sendBatch) (answers [][]byte, err error) {
 
 // oneAnswer returns what a batch would have been answered to its only line.
 func (c *gatewayClient) oneAnswer(status int, answer []byte) (answers [][]byte, err error) {
-	line := batchOK
-	if bytes.Contains(answer, []byte(`"buffered"`)) {
-		line = batchBuffered
-	}
-	if status == http.StatusOK {
-		return [][]byte{[]byte(line)}, nil
-	}
+	anyWords := !c.can().known // will do: another make of gateway has its own
 	o, _ := parseObject(answer)
 	said, _, _ := o.str("error")
-	anyWords := !c.can().known // will do: another make of gateway has its own words for errors
+	line := string(answer)
 	switch {
+	case status == http.StatusOK && !anyWords:
+	case status == http.StatusOK && bytes.Contains(answer, []byte(`"buffered"`)):
+		line = batchBuffered
+	case status == http.StatusOK:
+		line = batchOK
 	case status == http.StatusNotFound && (said == errUnknownToken.Error() || anyWords):
 		line = batchUnknown
 	case (status == http.StatusBadRequest || status == http.StatusRequestEntityTooLarge) && (said != "" || anyWords):
@@ -244,17 +243,18 @@ func (c *gatewayClient) oneAnswer(status int, answer []byte) (answers [][]byte, 
 // the stream goes on.
 func readResult(lines [][]byte, skips bool) (r sendResult) {
 	for _, line := range lines {
-		refused := bytes.HasPrefix(line, []byte(`{"status":400`)) || bytes.HasPrefix(line, []byte(`{"status":413`))
-		switch answer := string(line); {
-		case answer == batchOK, answer == batchBuffered:
-			r.buffered = answer == batchBuffered
-		case answer == batchUnknown:
+		var status []byte
+		pick(line, member{"status", &status, nil}) // nil if it is no answer of a gateway
+		switch answer := string(status); {
+		case answer == `"ok"`, answer == `"buffered"`:
+			r.buffered = answer == `"buffered"`
+		case answer == "404":
 			r.err = errUnknownToken
 			return r
-		case refused && skips:
+		case skips && (answer == "400" || answer == "413"):
 			r.refused++
 		default:
-			r.err = fmt.Errorf("reading the answer: %q", line)
+			r.err = fmt.Errorf("reading the answer: %.100q", line)
 			return r
 		}
 		r.taken++

@@ -32,7 +32,7 @@ type gatewayTest struct {
 }
 
 func newGatewayTest(t *testing.T) *gatewayTest {
-	g := &gatewayTest{status: http.StatusOK, from: map[string]bool{}}
+	g := &gatewayTest{status: http.StatusOK, body: batchOK, from: map[string]bool{}}
 	server := serveTest(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		g.got = append(g.got, strings.Join([]string{r.Method, r.RequestURI, r.Header.Get("Content-Type"), string(body)}, " "))
@@ -94,6 +94,13 @@ func TestGatewayClientAnswers(t *testing.T) {
 		{another, 307, "", "0 0 false posting to the gateway: status 307"}, // an http.Client would POST again
 		{another, 500, strings.Repeat("x", 1<<20), "0 0 false posting to the gateway: status 500"},
 		{another, 503, "", "0 0 false posting to the gateway: status 503"},
+		{ours, 200, `{"status":"ok"}` + "\n", "1 0 false <nil>"},
+		{ours, 200, `{"status":"buffered"}` + "\n", "1 0 true <nil>"},
+		{ours, 200, `{ "status": "buffered" }`, "1 0 true <nil>"},
+		{ours, 200, "<h1>Back soon</h1>", "0 0 false reading the answer: \"<h1>Back"},
+		{ours, 200, `{"error":"back soon"}`, "0 0 false reading the answer: "},
+		{ours, 200, "", "0 0 false reading the answer: "},
+		{ours, 408, `{"error":"request body broke off","code":"broken_off"}`, "0 0 false posting to the gateway: status 408"},
 		{ours, 404, `{"error":"unknown token"}`, "0 0 false unknown token"},
 		{ours, 404, "404 page not found", "0 0 false the gateway at "},
 		{ours, 404, `{"error":"not found"}`, "0 0 false the gateway at "},
@@ -528,7 +535,7 @@ func TestGatewayClientSendsRuns(t *testing.T) {
 
 		t.client.heard(features{known: true, batch: true})
 		a = t.send("a", run...)
-		t.reply(t.next(runs("a")), 200, `{"status":"buffered"}`+"\n"+`{"status":"ok"}`)
+		t.reply(t.next(runs("a")), 200, `{"status":"buffered"}`+"\n"+`{"status": "ok"}`)
 		t.wantResult(a, "2 false <nil>")
 
 		busy := t.beBusy()

@@ -8,8 +8,10 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
+	"io"
 	"mime"
 	"net/http"
+	"os"
 	"path"
 	"strings"
 	"time"
@@ -26,9 +28,18 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, erro
 	case errors.As(err, new(*http.MaxBytesError)):
 		return nil, errBodyTooLarge
 	case err != nil:
-		return nil, errNotJSON // the client broke off, or its chunks are malformed
+		return nil, unreadable(err)
 	}
 	return body.Bytes(), nil
+}
+
+// unreadable returns what a client is told whose body could not be read to its end. If it broke off, perhaps on the way
+// here, that says nothing about what the client has sent: it may try again.
+func unreadable(err error) error {
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, os.ErrDeadlineExceeded) {
+		return errBrokenOff
+	}
+	return errNotJSON // its chunks are malformed
 }
 
 // hasMediaType reports whether the request says that its body has that type.
@@ -60,6 +71,7 @@ func readTyped(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, err
 }
 
 var (
+	errBrokenOff    = newError(http.StatusRequestTimeout, "broken_off", "request body broke off")
 	errBodyTooLarge = newError(http.StatusRequestEntityTooLarge, "too_large", "request body too large")
 	errMediaType    = newError(http.StatusUnsupportedMediaType, "media_type", "content type must be application/json")
 	errClosing      = newError(http.StatusServiceUnavailable, "shutting_down", "shutting down")

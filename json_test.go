@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -149,7 +150,8 @@ func TestReadJSON(t *testing.T) {
 		{"an empty parameter", "application/json;", strings.NewReader(`{}`), nil, 0},
 		{"two types", "application/json, text/plain", strings.NewReader(`{}`), errMediaType, 415},
 		{"no body", "application/json", strings.NewReader(``), errNotJSON, 400},
-		{"broken off", "application/json", brokenOff, errNotJSON, 400},
+		{"broken off", "application/json", brokenOff, errBrokenOff, 408},
+		{"bad chunks", "application/json", iotest.ErrReader(errors.New("malformed chunked encoding")), errNotJSON, 400},
 		{"twice", "application/json", strings.NewReader(`{"a":1,"a":1}`), errDuplicate, 400},
 	} {
 		r := httptest.NewRequest(http.MethodPost, "/", tt.body)

@@ -134,8 +134,8 @@ func TestReportsCutOff(t *testing.T) {
 	api.do("POST", "/api/tasks", `{"type":"external","params":{"task_id":"a"}}`)
 	said := strings.NewReader(`{"text":"one"}` + "\n" + `{"text":"two"}` + "\n" + `{"text":"half of a line"}`)
 	body := iotest.DataErrReader(io.MultiReader(said, iotest.ErrReader(io.ErrUnexpectedEOF)))
-	if _, err := api.tasks.takeLines(api.tasks.task("a"), lines(body)); err != errNotJSON {
-		t.Errorf("got %v, want %v", err, errNotJSON)
+	if _, err := api.tasks.takeLines(api.tasks.task("a"), lines(body)); err != errBrokenOff {
+		t.Errorf("got %v, want %v", err, errBrokenOff)
 	}
 	if got := api.do("GET", "/api/tasks/a/status", ""); !strings.Contains(got, `"text":"two"`) {
 		t.Errorf("the last whole line is not there: %s", got)

@@ -103,6 +103,33 @@ func TestMalformedBodies(t *testing.T) {
 	g.wantLive(c)
 }
 
+// A send that breaks off on its way is no verdict on its event, or the backend would skip that one. So it is answered
+// with a status that says so, whoever reads the request.
+func TestSendBrokenOff(t *testing.T) {
+	t.Parallel()
+	g := newGatewayFixture(t, "", nil)
+	c := g.open("/x")
+	for _, contentType := range []string{"application/json", "application/x-ndjson"} {
+		text := sendText(contentType, []byte(`{"token":"`+c.callback.Token+`","event":{"data":"x"}}`+"\n"))
+		chunked := strings.Replace(text, "\r\nContent-Length: ", "\r\nTransfer-Encoding: chunked\r\nX-Length: ", 1)
+		head, body, _ := strings.Cut(chunked, "\r\n\r\n")
+		chunked = fmt.Sprintf("%s\r\n\r\n%x\r\n%s", head, len(body), body)
+		probe := sendText("application/json", []byte(`{"token":"`+c.callback.Token+`"}`))
+		for _, first := range []string{"", probe} { // then the connection is no longer read by net/http
+			for _, part := range []string{text[:len(text)-2], text[:len(text)-30], chunked} {
+				conn := g.dial(first)
+				if first != "" {
+					conn.wantReply(sentOK)
+				}
+				conn.write(part)
+				conn.CloseWrite()
+				conn.wantReply(`408 {"error":"request body broke off","code":"broken_off"}`)
+			}
+		}
+	}
+	g.wantLive(c)
+}
+
 func TestBatch(t *testing.T) {
 	t.Parallel()
 	gate := make(chan struct{})

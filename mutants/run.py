@@ -66,6 +66,8 @@ MUTANTS = [  # file, what is there, what is there instead, tests
     ("gateway.go", "err = c.tryReset(ctx, sendLimit,", "err = c.tryReset(ctx, resetLimit,", "Reset"),
     ("gateway.go", "heard && !f.known {", "heard && !f.known && false {", "Reset"),
     ("gateway.go", "c.posting--", "", "Gateway"),
+    ("gateway.go", "words == batchOK || words == batchBuffered || anyWords", "true", "GatewayClientAnswers"),
+    ("http.go", "return errBrokenOff", "return errNotJSON", "SendBrokenOff"),
     ("callback.go", "a.Close = a.Close || h.closing.Load()", "_ = 0", "Callback|Closing"),
     ("postloop.go", 'strings.EqualFold(string(value), "keep-alive")', 'true', "SendConnection"),
     ("postloop.go", "ok = err == nil && length < 0", "ok = err == nil", "SendConnection"),
