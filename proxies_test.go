@@ -2,8 +2,10 @@ package main
 
 import (
 	"cmp"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -14,14 +16,15 @@ import (
 	"time"
 )
 
-// A proxyFile is one of the files in deploy and the program that it is for. SITE stands for the address of the test and
-// DIR for its folder, which has a copy of deploy and the certificate tls.pem.
+// A proxyFile is one of the files in deploy and the program that it is for. SITE and PORT stand for the address of the test
+// and DIR for its folder, which has a copy of deploy and the certificate tls.pem.
 type proxyFile struct {
 	file        string
 	command     string
 	oldNew      []string      // edits that every test needs
 	http, https []string      // edits that make it serve one of the two at SITE
 	heartbeat   time.Duration // of the gateway, if only the second one tells who left; 0: it is told at once
+	lengths     bool          // over HTTP/2 a body must have a length
 }
 
 var proxyFiles = []proxyFile{
@@ -55,8 +58,18 @@ var proxyFiles = []proxyFile{
 		heartbeat: time.Second,
 	},
 	{
+		file:    "lighttpd.conf",
+		command: "lighttpd -D -f DIR/lighttpd.conf",
+		oldNew:  []string{"/var/log/lighttpd/error.log", "/dev/stderr", "/etc/sidecast/", "DIR/", "65536", "2048", "32768", "1024"},
+		http:    []string{"= 80\n", "= PORT\nserver.bind = \"127.0.0.1\"\n"},
+		https: []string{"server.port      = 80\n", "server.bind = \"127.0.0.1\"\n", "# server.port     = 443", "server.port = PORT",
+			"\n# server.modules", "\nserver.modules", "\n# ssl.", "\nssl."},
+		heartbeat: time.Second,
+		lengths:   true,
+	},
+	{
 		file:    "varnish.vcl",
-		command: "varnishd -F -n DIR/varnish -a SITE -f DIR/varnish.vcl",
+		command: "varnishd -F -n DIR/varnish -a SITE -p timeout_idle=300 -f DIR/varnish.vcl",
 	},
 }
 
@@ -111,6 +124,33 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 		t.Errorf("an event takes %v, want them at once", took)
 	}
 
+	// A failure may have a large text.
+	startTask(t, site, "", `{"type":"external","params":{"task_id":"large"}}`)
+	mustAsk(t, "POST", site+"/api/tasks/large/fail", fmt.Sprintf(`{"error":%q}`, strings.Repeat("x", 3<<20)))
+
+	// A worker's reports may be one body. Each comes as it is made; here the last one after a pause, below.
+	worker := openEventSource(t, site+startTask(t, site, "", `{"type":"external","params":{"task_id":"worker"}}`), retryScale(0.05))
+	waitTold(t, worker, "1 task_started")
+	body, reports := io.Pipe()
+	defer reports.Close()
+	reported := make(chan error, 1)
+	req, err := http.NewRequest("POST", site+"/api/tasks/worker/progress", body)
+	must(t, err)
+	req.Header.Set("Authorization", "Bearer "+deployToken)
+	req.Header.Set("Content-Type", "application/x-ndjson")
+	transport := &http.Transport{TLSClientConfig: new(tls.Config), ForceAttemptHTTP2: !proxy.lengths}
+	defer transport.CloseIdleConnections()
+	go func() {
+		resp, err := transport.RoundTrip(req)
+		if err == nil && resp.StatusCode != http.StatusOK {
+			err = errors.New(resp.Status)
+		}
+		reported <- err
+	}()
+	fmt.Fprintln(reports, `{"text":"one"}`)
+	waitTold(t, worker, "1 task_started", "2 progress_update one")
+	paused := time.Now()
+
 	// The backend learns who left.
 	active := func() float64 {
 		return scrapeValue(mustAsk(t, "GET", host.backend.URL+"/metrics", ""), `sse_gateway_active_connections{service="version"}`)
@@ -151,6 +191,15 @@ func (proxy proxyFile) test(t *testing.T, version int) {
 			t.Errorf("a page gave up on a %d", page.failure())
 		}
 	}
+
+	time.Sleep(time.Until(paused.Add(7 * time.Second)))
+	fmt.Fprintln(reports, `{"text":"two"}`)
+	waitTold(t, worker, "1 task_started", "2 progress_update one", "3 progress_update two")
+	must(t, reports.Close())
+	if err := <-reported; err != nil {
+		t.Errorf("reports in one body: %v", err)
+	}
+
 	mustAsk(t, "POST", site+"/api/tasks/t/complete", `{"result":null}`)
 	failure := es.waitClosed(t, soon)
 	if got := told(es.events()); failure != http.StatusGone || len(got) != 13 {
@@ -166,9 +215,11 @@ func (proxy proxyFile) start(t *testing.T, host host, version int) *process {
 	if version == 2 {
 		scheme, edits = "https://", proxy.https
 	}
-	conf := edited(t, "deploy/"+proxy.file, slices.Concat(proxy.oldNew, edits, []string{
-		"127.0.0.1:8080", address(host.backend), "127.0.0.1:3000", address(host.gateway)})...)
-	here := strings.NewReplacer("DIR", dir, "SITE", site)
+	conf := edited(t, "deploy/"+proxy.file, slices.Concat(proxy.oldNew, edits)...)
+	port := func(address string) string { return address[len("127.0.0.1:"):] }
+	here := strings.NewReplacer("DIR", dir, "SITE", site, "PORT", port(site),
+		"127.0.0.1:8080", address(host.backend), `"port" => 8080`, `"port" => `+port(address(host.backend)),
+		"127.0.0.1:3000", address(host.gateway), `"port" => 3000`, `"port" => `+port(address(host.gateway)))
 	// Apache and Varnish drop root privileges before they have opened all the files that they use.
 	must(t, errors.Join(os.CopyFS(dir, os.DirFS("deploy")), os.Chmod(filepath.Dir(dir), 0o711)))
 	writeFile(t, filepath.Join(dir, proxy.file), here.Replace(conf))

@@ -1,4 +1,6 @@
-# Varnish in front of a backend and a gateway on the same machine. Complete: varnishd -a :80 -f /etc/sidecast/varnish.vcl
+# Varnish in front of a backend and a gateway on the same machine. Complete:
+# varnishd -a :80 -p timeout_idle=300 -f /etc/sidecast/varnish.vcl
+# By default a worker whose reports are one body loses it when it is silent for five seconds. TASK_TIMEOUT_SECONDS is 300.
 # Each stream takes a thread, of which there are 10 000 by default.
 
 vcl 4.1;
