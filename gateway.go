@@ -53,11 +53,12 @@ type gatewayClient struct {
 
 // sendBatch is what goes out in one POST: the lines of one or more sends. Until it does, only the last one gets more.
 type sendBatch struct {
-	body    []byte // a line of JSON for each event, or for a send without; each with its newline
-	lines   int
-	answers [][]byte      // one for each line, unless there is err
-	err     error         // then nobody knows what became of the lines
-	done    chan struct{} // closed when the rest is set
+	bodies  [][]byte       // of the sends: a line of JSON for each event, or for none; each with its newline
+	lines   int            // in bodies
+	size    int            // of bodies, in bytes
+	answers [][]byte       // one for each line, unless there is err
+	err     error          // then nobody knows what became of the lines
+	done    sync.WaitGroup // until answers or err are set
 }
 
 // sendResult is what became of one send.
@@ -101,20 +102,23 @@ func (c *gatewayClient) send(token string, events []event, end bool) sendResult 
 	}
 	body, lines := encodeSends(token, events, end, can), max(len(events), 1)
 	c.mu.Lock()
-	last := len(c.waiting) - 1
-	if last < 0 || !can.batch || c.waiting[last].lines+lines > maxBatchSends || len(c.waiting[last].body)+len(body) > maxBatchBytes {
-		c.waiting = append(c.waiting, &sendBatch{done: make(chan struct{})})
-		last++
+	var b *sendBatch
+	if n := len(c.waiting); n > 0 {
+		b = c.waiting[n-1]
 	}
-	b := c.waiting[last]
+	if b == nil || !can.batch || b.lines+lines > maxBatchSends || b.size+len(body) > maxBatchBytes {
+		b = &sendBatch{}
+		b.done.Add(1)
+		c.waiting = append(c.waiting, b)
+	}
 	first := b.lines
-	b.body, b.lines = append(b.body, body...), first+lines
+	b.bodies, b.lines, b.size = append(b.bodies, body), first+lines, b.size+len(body)
 	if c.posting < limit {
 		c.posting++
 		go c.post()
 	}
 	c.mu.Unlock()
-	<-b.done
+	b.done.Wait()
 	if b.err != nil {
 		return sendResult{err: b.err}
 	}
@@ -135,7 +139,7 @@ func (c *gatewayClient) post() {
 		c.waiting = slices.Delete(c.waiting, 0, 1)
 		c.mu.Unlock()
 		b.answers, b.err = c.do(b)
-		close(b.done)
+		b.done.Done()
 	}
 }
 
@@ -196,9 +200,9 @@ func (c *gatewayClient) statusError(status int) error {
 func (c *gatewayClient) do(b *sendBatch) (answers [][]byte, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), sendLimit)
 	defer cancel()
-	mediaType, body := jsonType, bytes.TrimSuffix(b.body, []byte("\n"))
+	mediaType, body := jsonType, bytes.TrimSuffix(b.bodies[0], []byte("\n"))
 	if b.lines > 1 {
-		mediaType, body = ndjson, b.body
+		mediaType, body = ndjson, slices.Concat(b.bodies...)
 	}
 	header := http.Header{"Content-Type": {mediaType}}
 	status, answer, err := postTo(ctx, c.transport, c.url+"/internal/send", header, body, maxBatchBytes)
@@ -206,7 +210,8 @@ func (c *gatewayClient) do(b *sendBatch) (answers [][]byte, err error) {
 	case err != nil:
 		return nil, err
 	case b.lines == 1:
-		return c.oneAnswer(status, answer)
+		line, err := c.oneAnswer(status, answer)
+		return [][]byte{line}, err
 	case status != http.StatusOK:
 		return nil, c.statusError(status)
 	}
@@ -218,25 +223,25 @@ func (c *gatewayClient) do(b *sendBatch) (answers [][]byte, err error) {
 }
 
 // oneAnswer returns what a batch would have been answered to its only line.
-func (c *gatewayClient) oneAnswer(status int, answer []byte) (answers [][]byte, err error) {
+func (c *gatewayClient) oneAnswer(status int, answer []byte) (line []byte, err error) {
 	anyWords := !c.can().known // will do: another make of gateway has its own
-	o, _ := parseObject(answer)
-	said, _, _ := o.str("error")
-	line := string(answer)
 	switch {
 	case status == http.StatusOK && !anyWords:
+		return answer, nil
 	case status == http.StatusOK && bytes.Contains(answer, []byte(`"buffered"`)):
-		line = batchBuffered
+		return []byte(batchBuffered), nil
 	case status == http.StatusOK:
-		line = batchOK
-	case status == http.StatusNotFound && (said == errUnknownToken.Error() || anyWords):
-		line = batchUnknown
-	case (status == http.StatusBadRequest || status == http.StatusRequestEntityTooLarge) && (said != "" || anyWords):
-		line = fmt.Sprintf(`{"status":%d}`, status)
-	default: // something in between has answered, or it is no gateway
-		return nil, c.statusError(status)
+		return []byte(batchOK), nil
 	}
-	return [][]byte{[]byte(line)}, nil
+	o, _ := parseObject(answer)
+	said, _, _ := o.str("error")
+	switch {
+	case status == http.StatusNotFound && (said == errUnknownToken.Error() || anyWords):
+		return []byte(batchUnknown), nil
+	case (status == http.StatusBadRequest || status == http.StatusRequestEntityTooLarge) && (said != "" || anyWords):
+		return fmt.Appendf(nil, `{"status":%d}`, status), nil
+	}
+	return nil, c.statusError(status) // something in between has answered, or it is no gateway
 }
 
 // readResult reads the answers to the lines of one send. If it skips, an event that is refused for good is skipped, and
