@@ -248,6 +248,10 @@ func (c *gatewayClient) oneAnswer(status int, answer []byte) (line []byte, err e
 // the stream goes on.
 func readResult(lines [][]byte, skips bool) (r sendResult) {
 	for _, line := range lines {
+		if string(line) == batchOK { // as most are, which spares reading it
+			r.taken, r.buffered = r.taken+1, false
+			continue
+		}
 		var status []byte
 		pick(line, member{"status", &status, nil}) // nil if it is no answer of a gateway
 		switch answer := string(status); {
