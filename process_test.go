@@ -98,7 +98,7 @@ func newProcess(t testing.TB, url string, env []string, command ...string) *proc
 	out, err := os.CreateTemp(t.TempDir(), "output")
 	must(t, err)
 	t.Cleanup(func() { out.Close() })
-	p := &process{URL: url, command: command, probe: "/readyz", limit: 10 * time.Second, out: out}
+	p := &process{URL: url, command: command, probe: "/readyz", limit: 30 * time.Second, out: out}
 	for _, key := range []string{"PATH", "HOME", "TMPDIR", "GOCOVERDIR"} {
 		if value, ok := os.LookupEnv(key); ok {
 			p.env = append(p.env, key+"="+value)
