@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -282,9 +283,10 @@ func TestGatewayHost(t *testing.T) {
 		cfg, err := loadGatewayConfig(getenvFrom(map[string]string{"HOST": host, "PORT": "0"}))
 		must(t, err)
 		servers, err := openServers(slog.New(slog.DiscardHandler), newRegistry("test"), []string{cfg.Addr}, nil)
-		if err != nil {
+		if err != nil && os.Getenv("CI") == "" {
 			t.Skipf("HOST=%s: %v", host, err)
 		}
+		must(t, err)
 		listener := servers[0].listener
 		defer listener.Close()
 		if got, _, _ := net.SplitHostPort(listener.Addr().String()); got != want {

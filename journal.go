@@ -274,7 +274,8 @@ func (j *journal) run() {
 }
 
 // due reports whether the file should be made smaller: it is much larger than what is live, or what it has of the
-// forgotten may be the room that it lacks.
+// forgotten may be the room that it lacks. It is not before the last commit that a start found has been written again:
+// the numbers of a snapshot are above that of this commit, which would follow them.
 func (j *journal) due() bool {
 	size := j.size.Load()
 	if size <= j.slack && !j.full() || j.found > 0 {
